@@ -1,0 +1,51 @@
+"""plan_pieces: every key a query may see is attended to exactly once, within the capacity."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_xlayer.attention.plan import plan_pieces
+
+
+@st.composite
+def batches(draw):
+    n = draw(st.integers(1, 8))
+    query = [draw(st.sampled_from([0, 1, 1, 3, 16])) for _ in range(n)]
+    context = [draw(st.integers(0, 200)) for _ in range(n)]
+    window = draw(st.sampled_from([None, 1, 7, 40]))
+    capacity = draw(st.integers(60, 120))
+    return np.array(query), np.array(context), capacity, window
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches())
+def test_every_visible_key_once(batch):
+    query, context, capacity, window = batch
+    pieces = plan_pieces(query, context + query, capacity, window)
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for p in pieces:
+        assert p.lens.sum() <= capacity
+        for i, req in enumerate(range(p.first, p.last)):
+            if query[req] == 0:
+                assert p.lens[i] == 0
+                continue
+            lo, hi = int(p.seq_starts[i]), int(p.seq_starts[i] + p.lens[i])
+            # a piece without a mask must lie before the queries; a causal one must end with them
+            assert hi == context[req] + query[req] if p.causal else hi <= context[req]
+            assert p.merge == (req in seen)
+            seen.setdefault(req, []).append((lo, hi))
+    for req in range(len(query)):
+        if query[req] == 0:
+            continue
+        oldest = 0 if window is None else max(0, context[req] - window + 1)
+        spans = seen[req]
+        assert spans[0][0] == oldest and spans[-1][1] == context[req] + query[req]
+        assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_capacity_too_small_names_both():
+    with pytest.raises(ValueError, match="room for 9 tokens.*got 8"):
+        plan_pieces(np.array([9]), np.array([20]), 8)
+    with pytest.raises(ValueError, match="room for 24 tokens.*got 16"):
+        plan_pieces(np.array([5]), np.array([100]), 16, window=20)

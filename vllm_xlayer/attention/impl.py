@@ -1,0 +1,116 @@
+"""NVFP4 attention on CUDA: dequantise into a bounded workspace, attend with FlashAttention, merge."""
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+from vllm.v1.worker.workspace import current_workspace_manager
+
+from .. import ops
+from ..config import Settings
+from ..nvfp4 import ScaleOrder
+from .metadata import DevicePiece, NVFP4Metadata
+
+
+class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "nvfp4",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        if alibi_slopes is not None:
+            raise NotImplementedError("--kv-cache-dtype nvfp4: expected no ALiBi slopes, got some")
+        if attn_type != AttentionType.DECODER:
+            raise NotImplementedError(f"--kv-cache-dtype nvfp4: expected decoder attention, got {attn_type}")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.window = sliding_window
+        self.soft_cap = logits_soft_cap or 0.0
+        self.attn_type = attn_type
+        self.shares_kv = kv_sharing_target_layer_name is not None
+        self.fa_version = get_flash_attn_version(head_size=head_size)
+        config = get_current_vllm_config()
+        settings = Settings.from_environment()
+        self.scale_choice = settings.scale_choice
+        self.capacity = self._workspace_tokens(config, settings.workspace_bytes)
+
+    def _workspace_tokens(self, config, workspace_bytes: int) -> int:
+        """Tokens of K and V the workspace holds: what the setting buys, at least what one request's
+        query tokens (and the window before them) need."""
+        per_token = 2 * 2 * self.num_kv_heads * self.head_size
+        needed = config.scheduler_config.max_num_batched_tokens + (self.window or 0)
+        return max(workspace_bytes // per_token, needed)
+
+    def _workspace(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        shape = (self.capacity, self.num_kv_heads, self.head_size)
+        return current_workspace_manager().get_simultaneous((shape, dtype), (shape, dtype))
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        ops.reshape_and_cache_nvfp4(
+            key, value, kv_cache, slot_mapping, layer._k_scale, layer._v_scale,
+            ScaleOrder.LINEAR, self.scale_choice,
+        )  # fmt: skip
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata: NVFP4Metadata | None, output,
+        output_scale=None, output_block_scale=None,
+    ) -> torch.Tensor:  # fmt: skip
+        """query [T, Hq, D]; key, value [T, H, D]; kv_cache (B, H, N, C) uint8; output [T, Hq, D]."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("--kv-cache-dtype nvfp4: fused output quantisation is not supported")
+        if attn_metadata is None:
+            # The profiling run: reserve the workspace, so that it counts when vLLM sizes the cache.
+            self._workspace(query.dtype)
+            return output.fill_(0)
+        k_ws, v_ws = self._workspace(query.dtype)
+        for piece in attn_metadata.plan(self.window, self.capacity):
+            k, v = k_ws[: piece.num_keys], v_ws[: piece.num_keys]
+            ops.gather_nvfp4(
+                kv_cache, piece.block_table, piece.seq_starts, piece.cu_k, layer._k_scale, layer._v_scale,
+                k, v, ScaleOrder.LINEAR,
+            )  # fmt: skip
+            if piece.own_rows is not None and not self.shares_kv:
+                k.index_copy_(0, piece.own_rows, key[piece.tokens])
+                v.index_copy_(0, piece.own_rows, value[piece.tokens])
+            self._attend(piece, query[piece.tokens], k, v, output[piece.tokens])
+        return output
+
+    def _attend(self, piece: DevicePiece, q, k, v, out) -> None:
+        whole = piece.piece.causal and not piece.piece.merge
+        result = flash_attn_varlen_func(
+            q=q, k=k, v=v,
+            out=out if whole else None,
+            cu_seqlens_q=piece.cu_q, cu_seqlens_k=piece.cu_k,
+            max_seqlen_q=piece.max_q, max_seqlen_k=piece.max_k,
+            softmax_scale=self.scale,
+            causal=piece.piece.causal,
+            window_size=(-1, -1) if self.window is None else (self.window - 1, 0),
+            softcap=self.soft_cap,
+            return_softmax_lse=not whole,
+            fa_version=self.fa_version,
+        )  # fmt: skip
+        if whole:
+            return
+        part, lse = result
+        if not piece.piece.merge:
+            self._partial = (part, lse)
+            return
+        merged_lse = torch.empty_like(lse)
+        merged = torch.empty_like(part)
+        merge_attn_states(merged, *self._partial, part, lse, merged_lse)
+        self._partial = (merged, merged_lse)
+        if piece.piece.causal:
+            out.copy_(merged)
+            del self._partial

@@ -1,0 +1,204 @@
+"""vLLM 0.26: how its KV cache groups, backends and connectors translate to `layout`'s terms."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from ..layout import (
+    Allocation,
+    BackendOffer,
+    CacheSpec,
+    ConnectorWish,
+    Decision,
+    Layout,
+    LayoutDescriptor,
+    NegotiationError,
+    Refusal,
+    allocation_of,
+    negotiate,
+)
+from ..nvfp4 import ScaleOrder
+
+CONNECTOR = "XLayerConnector"
+
+
+def asks_for_rows(vllm_config: VllmConfig) -> bool:
+    """Whether the user configured XLayerConnector, directly or inside a MultiConnector."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None:
+        return False
+    children = transfer.kv_connector_extra_config.get("connectors", ())
+    return CONNECTOR in (transfer.kv_connector, *(child.get("kv_connector") for child in children))
+
+
+def negotiate_rows(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec]) -> Decision:
+    """The layout for a model served with XLayerConnector, which works with rows only.
+
+    Raises:
+        NegotiationError: a party refuses rows; names it, with its reason.
+    """
+    wish = ConnectorWish(CONNECTOR, (Layout.BLHNC, Layout.BLNHC), required=True)
+    if unsupported := [g for g in groups if not _is_plain_attention(g.kv_cache_spec)]:
+        kinds = sorted({type(g.kv_cache_spec).__name__ for g in unsupported})
+        raise NegotiationError(
+            [Refusal(Layout.BLHNC, "model", f"rows hold pages of full or sliding-window attention, got {kind}")
+             for kind in kinds]
+        )  # fmt: skip
+    return negotiate([cache_spec(g.layer_names, g.kv_cache_spec) for g in groups], [offer_of(groups)], wish)
+
+
+def groups_with_own_pages(kv_cache_config: KVCacheConfig) -> list[KVCacheGroupSpec]:
+    """The groups without layers that reuse another layer's pages (the runners add those to the groups)."""
+    own = {name for tensor in kv_cache_config.kv_cache_tensors for name in tensor.shared_by}
+    return [
+        replace(group, layer_names=[name for name in group.layer_names if name in own])
+        for group in kv_cache_config.kv_cache_groups
+    ]
+
+
+def allocations(
+    layout: LayoutDescriptor, kv_caches: Mapping[str, torch.Tensor]
+) -> dict[str, Allocation]:
+    """What the engine allocated for each layer, as `layout.check_allocation` compares it."""
+    return {name: allocation_of(_as_bhnc(layout, name, tensor)) for name, tensor in kv_caches.items()}
+
+
+def _as_bhnc(layout: LayoutDescriptor, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Upstream's NVFP4 view on sm_100 has K and V as 2H heads of C/2 bytes; the bytes are the same."""
+    h, n, c = layout.spec_of(name).shape
+    if tuple(tensor.shape[1:]) == (2 * h, n, c // 2) and tensor[0].is_contiguous():
+        return tensor.as_strided((tensor.shape[0], h, n, c), (tensor.stride(0), n * c, c, 1))
+    return tensor
+
+
+def _is_plain_attention(spec: KVCacheSpec) -> bool:
+    return isinstance(spec, FullAttentionSpec | SlidingWindowSpec) and not isinstance(spec, MLAAttentionSpec)
+
+
+def cache_spec(layers: Iterable[str], spec: AttentionSpec) -> CacheSpec:
+    """vLLM's spec of one group, in this package's terms."""
+    dtype = "nvfp4" if spec.kv_quant_mode.is_nvfp4 else str(spec.dtype).removeprefix("torch.")
+    if spec.dtype == torch.uint8 and dtype != "nvfp4":
+        dtype = "fp8"
+    return CacheSpec(
+        layers=tuple(layers),
+        num_kv_heads=spec.num_kv_heads,
+        head_size_k=spec.head_size,
+        head_size_v=getattr(spec, "head_size_v", spec.head_size),
+        block_size=spec.block_size,
+        dtype=dtype,
+        page_bytes=spec.unpadded_page_size_bytes,
+        page_bytes_padded=spec.page_size_padded,
+    )
+
+
+def physical_orders(dtype: str) -> tuple[Layout, Layout]:
+    """(layer-major, rows) in the order of heads and tokens in effect.
+
+    XLayerConnector asks vLLM for heads outside tokens; the environment can override that.
+    """
+    if dtype != "nvfp4" and os.environ.get("VLLM_KV_CACHE_LAYOUT") == "NHD":
+        return Layout.LBNHC, Layout.BLNHC
+    return Layout.LBHNC, Layout.BLHNC
+
+
+def offer_of(groups: Sequence[KVCacheGroupSpec]) -> BackendOffer:
+    """What the attention backends said of their kernels when they filled in the specs."""
+    accepts: dict[str, frozenset[Layout]] = {}
+    refuses = {}
+    for group in groups:
+        spec = cache_spec(group.layer_names, group.kv_cache_spec)
+        layer_major, rows = physical_orders(spec.dtype)
+        by_stride = group.kv_cache_spec.indexes_kv_by_block_stride
+        accepts[spec.dtype] = frozenset({layer_major, rows} if by_stride else {layer_major})
+        if not by_stride:
+            refuses[spec.dtype, rows] = "does not read pages by the block stride"
+    return BackendOffer("of " + groups[0].layer_names[0], accepts, refuses, (scale_order(),))
+
+
+def scale_order() -> ScaleOrder:
+    """The order of V's scales that the kernels on this machine read: trtllm-gen on sm_100 swizzles them."""
+    from vllm.platforms import current_platform
+
+    sm_100 = current_platform.is_cuda() and current_platform.is_device_capability_family(100)
+    return ScaleOrder.SWIZZLED if sm_100 else ScaleOrder.LINEAR
+
+
+def offer_of_backend(backend: type[AttentionBackend], dtype: str) -> BackendOffer:
+    """What a backend class accepts (for `doctor`, where no engine has filled in specs)."""
+    layer_major, rows = physical_orders(dtype)
+    by_stride = backend.indexes_kv_by_block_stride()
+    refuses = {} if by_stride else {(dtype, rows): "does not read pages by the block stride"}
+    accepts = frozenset({layer_major, rows} if by_stride else {layer_major})
+    return BackendOffer(backend.__name__, {dtype: accepts}, refuses, (scale_order(),))
+
+
+def negotiate_for_model(
+    model: str, kv_cache_dtype: str, block_size: int | None, layer: int
+) -> tuple[Decision, str]:
+    """The layout a model would get with XLayerConnector, from its configuration alone.
+
+    Layers are named by index; hybrid models are shown as the one group their full-attention
+    layers form, as vLLM decides the others only when it loads the model.
+
+    Returns:
+        The decision, and the name of layer ``layer``.
+
+    Raises:
+        ValueError: vLLM refuses the model or the dtype, or there is no such layer.
+        NegotiationError: a party refuses rows.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+    from vllm.v1.attention.selector import get_attn_backend
+    from vllm.v1.kv_cache_interface import get_kv_quant_mode
+
+    args = EngineArgs(
+        model=model, kv_cache_dtype=kv_cache_dtype, block_size=block_size, skip_tokenizer_init=True,
+        kv_transfer_config={"kv_connector": CONNECTOR, "kv_role": "kv_both"},
+    )  # fmt: skip
+    config = args.create_engine_config()
+    model_config, parallel = config.model_config, config.parallel_config
+    names = [f"layer {i}" for i in range(model_config.get_num_layers(parallel))]
+    if not 0 <= layer < len(names):
+        raise ValueError(f"--layer: expected 0 to {len(names) - 1}, got {layer}")
+    with set_current_vllm_config(config):
+        backend = get_attn_backend(
+            model_config.get_head_size(), model_config.dtype, config.cache_config.cache_dtype,
+            use_mla=model_config.use_mla,
+        )  # fmt: skip
+        spec = FullAttentionSpec(
+            block_size=config.cache_config.block_size or 16,
+            num_kv_heads=model_config.get_num_kv_heads(parallel),
+            head_size=model_config.get_head_size(),
+            dtype=kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model_config),
+            kv_quant_mode=get_kv_quant_mode(config.cache_config.cache_dtype),
+        )
+        cache = cache_spec(names, spec)
+        wish = ConnectorWish(CONNECTOR, (Layout.BLHNC, Layout.BLNHC, Layout.BHLNC), required=True)
+        return negotiate([cache], [offer_of_backend(backend, cache.dtype)], wish), names[layer]
+
+
+def cache_geometry(llm) -> tuple[int, int, bool, int, int]:
+    """(layers, page bytes, whether in rows, tokens the cache holds, block size) of a running engine
+    whose core is in this process and whose KV cache groups have equal pages."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    config = scheduler.kv_cache_config
+    layers = sum(bool(t.shared_by) for t in config.kv_cache_tensors)
+    spec = config.kv_cache_groups[0].kv_cache_spec
+    rows = config.kv_cache_tensors[0].block_stride > 0
+    return layers, spec.page_size_bytes, rows, config.num_blocks * spec.block_size, spec.block_size

@@ -1,0 +1,1 @@
+"""XLayerConnector: rows (one block, all layers) to a host tier and back, on vLLM's offloading machinery."""

@@ -1,0 +1,143 @@
+"""``vllm-xlayer doctor``: what is installed, what works, and how a model's KV cache would lie in memory."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("vllm-xlayer", "vllm", "torch", "flashinfer-python", "lm-eval", "nixl")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report. Returns 0 if everything asked for works, else 1."""
+    report: dict[str, Any] = {
+        "versions": _versions(),
+        "gpus": _gpus(),
+        "extension": _extension(),
+        "vllm": _vllm(),
+    }
+    if args.model:
+        report["model"] = _model(args)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return 1 if "error" in report.get("model", {}) or "error" in report["vllm"] else 0
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in properties]
+
+
+def _extension() -> dict[str, Any]:
+    from . import ops
+
+    return ops.build_info()
+
+
+def _vllm() -> dict[str, Any]:
+    """State of the patches and extension points, as the plugin leaves them in a vLLM process."""
+    from . import compat
+    from .plugin import CONNECTOR, register
+
+    try:
+        api = compat.current()
+    except compat.UnsupportedVllm as error:
+        return {"error": str(error)}
+    register()
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.platforms import current_platform
+
+    from .patches.registry import REGISTRY
+
+    patches = [
+        {
+            "feature": record.feature,
+            "target": record.patch.target,
+            "state": record.state.value,
+            "reason": record.reason,
+            "why": record.patch.why,
+        }
+        for record in REGISTRY.report()
+    ]
+    return {
+        "compatibility module": api.__name__.rpartition(".")[2],
+        "platform": type(current_platform).__name__,
+        "connector": f"{CONNECTOR[0]}: "
+        + ("registered" if CONNECTOR[0] in KVConnectorFactory._registry else "not registered"),
+        "patches": patches,
+    }
+
+
+def _model(args: argparse.Namespace) -> dict[str, Any]:
+    from . import compat
+    from .layout import NegotiationError, draw, one_line
+
+    try:
+        decision, layer_name = compat.current().negotiate_for_model(
+            args.model, args.kv_cache_dtype, args.block_size, args.layer
+        )
+    except (NegotiationError, ValueError, OSError, compat.UnsupportedVllm) as error:
+        return {"error": str(error)}
+    try:
+        drawing = draw(decision.descriptor, layer_name, args.head, args.token)
+    except IndexError as error:
+        return {"error": str(error)}
+    return {
+        "decision": one_line(decision),
+        "accepted by": list(decision.accepted_by),
+        "refused": [str(refusal) for refusal in decision.refusals],
+        "row bytes": decision.descriptor.row_bytes,
+        "descriptor": decision.descriptor.to_dict(),
+        "drawing": drawing,
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console(width=100, highlight=False)
+    pairs = Table(show_header=False, box=None, pad_edge=False)
+    for name, version in report["versions"].items():
+        pairs.add_row(name, version)
+    pairs.add_row("GPU", "\n".join(report["gpus"]) or "none visible: the CPU reference platform serves")
+    for name, value in report["extension"].items():
+        pairs.add_row(f"extension: {name}", ", ".join(value) if isinstance(value, list) else str(value))
+    state = report["vllm"]
+    for name, value in state.items():
+        if name != "patches":
+            pairs.add_row(f"vLLM: {name}", str(value))
+    console.print(pairs)
+    for patch in state.get("patches", ()):
+        reason = f" ({patch['reason']})" if patch["reason"] else ""
+        console.print(f"\n{patch['feature']}: {patch['state']}{reason}", style="bold")
+        console.print(f"  {patch['target']}\n  without it: {patch['why']}", markup=False)
+    model = report.get("model")
+    if model is None:
+        return
+    console.print()
+    if "error" in model:
+        console.print(model["error"], markup=False, style="red")
+        return
+    console.print(f"row: {model['row bytes']:,} bytes; accepted by {', '.join(model['accepted by'])}", markup=False)
+    for refusal in model["refused"]:
+        console.print(f"  {refusal}", markup=False)
+    console.print()
+    console.print(model["drawing"], markup=False, soft_wrap=True)

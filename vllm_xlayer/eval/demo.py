@@ -1,0 +1,132 @@
+"""``vllm-xlayer demo``: the same tasks with three KV caches, in vLLM's real engine, and one table.
+
+Each cache is served by an engine in a process of its own (`demo_engine`), so that memory and
+patches of one cannot touch the next, and Ctrl-C ends whatever runs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import TASKS
+
+DOCUMENTS = 32
+"""Documents a task where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One column of the table."""
+
+    name: str
+    title: str
+    kv_cache_dtype: str
+    rows: bool
+
+
+SETUPS = (
+    Setup("stock", "stock\nbf16, a tensor a layer", "auto", False),
+    Setup("rows", "rows\nbf16, all layers", "auto", True),
+    Setup("nvfp4", "rows\nNVFP4, restored from host", "nvfp4", True),
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the three engines one after the other and prints the table. Returns a process exit code."""
+    limit = DOCUMENTS if args.limit is None else args.limit
+    if limit < 1:
+        print(f"--limit: expected at least 1, got {limit}", file=sys.stderr)
+        return 2
+    console = Console(width=100, highlight=False)
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="vllm-xlayer-demo-") as folder:
+        for number, setup in enumerate(SETUPS, 1):
+            console.print(f"[bold][{number}/{len(SETUPS)}] {' '.join(setup.title.split())}", markup=True)
+            result = _run_engine(setup, limit, Path(folder))
+            if result is None:
+                return 1
+            results[setup.name] = result
+    add_identical(results)
+    console.print(table(results))
+    console.print(footer(results), markup=False)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def _run_engine(setup: Setup, limit: int, folder: Path) -> dict[str, Any] | None:
+    out = folder / f"{setup.name}.json"
+    command = [sys.executable, "-m", "vllm_xlayer.eval.demo_engine", "--out", str(out), "--limit", str(limit)]
+    command += ["--kv-cache-dtype", setup.kv_cache_dtype] + (["--rows"] if setup.rows else [])
+    quiet = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # The engine core in the same process: one start of Python less.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    code = subprocess.run(command, env={**quiet, **os.environ}, check=False).returncode
+    if code or not out.exists():
+        print(f"the engine with {' '.join(setup.title.split())} ended with exit code {code}; "
+              f"run it alone to see more: {' '.join(command)}", file=sys.stderr)  # fmt: skip
+        return None
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def add_identical(results: dict[str, dict[str, Any]]) -> None:
+    """Adds to each result how many answers are the stock cache's, and out of how many."""
+    stock = results["stock"]["answers"]
+    for result in results.values():
+        same = sum(result["answers"][key] == answer for key, answer in stock.items())
+        result["identical"] = [same, len(stock)]
+
+
+def table(results: dict[str, dict[str, Any]]) -> Table:
+    grid = Table(title="The same tasks with three KV caches", title_justify="left")
+    grid.add_column("")
+    for setup in SETUPS:
+        grid.add_column(setup.title, justify="right")
+    columns = [results[setup.name] for setup in SETUPS]
+    rows: list[tuple[str, list[str]]] = [
+        ("bytes a token", [f"{r['bytes_per_token']:,}" for r in columns]),
+        ("tokens that fit in 256 MiB", [f"{r['tokens_per_256_mib']:,}" for r in columns]),
+        ("to move a block: copies x bytes", [f"{r['copies']} x {r['copy_bytes']:,}" for r in columns]),
+    ]
+    for kind in ("cold", "cached on device", "restored"):
+        rows.append((f"time to first token, {kind}", [_milliseconds(r["ttft"].get(kind)) for r in columns]))
+    for task in TASKS:
+        rows.append((f"exact match, {task}", [_score(r["scores"][task]) for r in columns]))
+    rows.append(("answers identical to stock", ["{} of {}".format(*r["identical"]) for r in columns]))
+    for name, cells in rows:
+        grid.add_row(name, *cells)
+    return grid
+
+
+def footer(results: dict[str, dict[str, Any]]) -> str:
+    nvfp4 = results["nvfp4"]
+    same, out_of = nvfp4["restored_identical"]
+    return (
+        f"{nvfp4['hardware']}; vLLM {nvfp4['versions']['vllm']}, runner {nvfp4['runner']}. "
+        f"NVFP4 column: {nvfp4['restored_tokens']:,} prompt tokens came from the host tier; "
+        f"{same} of {out_of} restored answers equal the cold ones. "
+        f"Prompts for the times: {nvfp4['ttft']['tokens']} tokens."
+    )
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:,.1f} ms"
+
+
+def _score(score: dict[str, float]) -> str:
+    return f"{100 * score['exact_match']:.1f} ± {100 * score['stderr']:.1f} %"

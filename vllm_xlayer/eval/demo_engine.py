@@ -1,0 +1,147 @@
+"""One engine of the demo: answers the tasks, times the first token, writes one JSON file."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from . import TASKS, model_path, tasks_path
+
+KV_BYTES = 256 << 20
+"""Memory of each KV cache: enough for all that runs at once, and the same for all."""
+HOST_BYTES = 512 << 20
+TIMED_PROMPTS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=int, required=True)
+    parser.add_argument("--kv-cache-dtype", required=True)
+    parser.add_argument("--rows", action="store_true", help="serve with XLayerConnector")
+    args = parser.parse_args()
+
+    engine = start(args.kv_cache_dtype, args.rows)
+    llm = engine.model
+    first = evaluate(engine, args.limit)
+    result: dict[str, Any] = {**first, **sizes(llm)}
+    if args.rows:
+        assert llm.reset_prefix_cache(), "the device's prefix cache could not be emptied"
+        before = restored_tokens(llm)
+        again = evaluate(engine, args.limit)
+        result.update(again)
+        result["restored_tokens"] = restored_tokens(llm) - before
+        same = sum(again["answers"][key] == answer for key, answer in first["answers"].items())
+        result["restored_identical"] = [same, len(first["answers"])]
+    result["ttft"] = time_to_first_token(llm, args.rows)
+    result["hardware"] = hardware()
+    result["runner"] = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
+    result["versions"] = {name: importlib.metadata.version(name) for name in ("vllm", "torch", "lm-eval")}
+    args.out.write_text(json.dumps(result))
+
+
+def start(kv_cache_dtype: str, rows: bool) -> Any:
+    """lm_eval's vLLM model, with the engine in it."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    options: dict[str, Any] = {}
+    if rows:
+        options["kv_transfer_config"] = {
+            "kv_connector": "XLayerConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": HOST_BYTES},
+        }
+    return VLLM(
+        pretrained=str(model_path()),
+        dtype="bfloat16",
+        max_model_len=2560,
+        batch_size="auto",
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_memory_bytes=KV_BYTES,
+        max_num_seqs=16,
+        gpu_memory_utilization=0.5,
+        # The model is tiny: compiling or capturing it would take longer than the tasks.
+        enforce_eager=True,
+        disable_log_stats=False,
+        **options,
+    )
+
+
+def evaluate(engine: Any, limit: int) -> dict[str, Any]:
+    """Scores and answers of `limit` documents of each task, through lm_eval."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    report = simple_evaluate(
+        model=engine,
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(tasks_path()), include_defaults=False),
+        limit=limit,
+        log_samples=True,
+        verbosity="ERROR",
+    )
+    scores = {}
+    for task in TASKS:
+        values = report["results"][task]
+        scores[task] = {"exact_match": values["exact_match,none"], "stderr": values["exact_match_stderr,none"]}
+    answers = {
+        f"{task}/{sample['doc_id']}": sample["filtered_resps"][0]
+        for task in TASKS
+        for sample in report["samples"][task]
+    }
+    return {"scores": scores, "answers": answers}
+
+
+def sizes(llm: Any) -> dict[str, Any]:
+    """What a token and a block take, as the engine allocated them."""
+    from vllm_xlayer import compat
+
+    layers, page_bytes, rows, tokens, block_size = compat.current().cache_geometry(llm)
+    return {
+        "bytes_per_token": layers * page_bytes // block_size,
+        "tokens_per_256_mib": tokens,
+        "copies": 1 if rows else layers,
+        "copy_bytes": layers * page_bytes if rows else page_bytes,
+    }
+
+
+def restored_tokens(llm: Any) -> int:
+    """Prompt tokens that came from the connector so far."""
+    hits = [m.value for m in llm.get_metrics() if m.name == "vllm:external_prefix_cache_hits"]
+    return int(sum(hits))
+
+
+def time_to_first_token(llm: Any, rows: bool) -> dict[str, Any]:
+    """Median seconds to the first token of prompts of 2,000 tokens nobody has seen, then seen."""
+    from vllm import SamplingParams, TokensPrompt
+
+    one = SamplingParams(max_tokens=1, temperature=0.0)
+    prompts = [[97 + (7 * i + n * n) % 26 for i in range(2000)] for n in range(1, TIMED_PROMPTS + 2)]
+
+    def seconds(prompt: list[int]) -> float:
+        begin = time.perf_counter()
+        llm.generate([TokensPrompt(prompt_token_ids=prompt)], one, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    seconds(prompts.pop())
+    times = {"cold": [seconds(p) for p in prompts], "cached on device": [seconds(p) for p in prompts]}
+    if rows:
+        assert llm.reset_prefix_cache(), "the device's prefix cache could not be emptied"
+        times["restored"] = [seconds(p) for p in prompts]
+    return {"tokens": len(prompts[0]), **{name: statistics.median(t) for name, t in times.items()}}
+
+
+def hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU reference platform ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+if __name__ == "__main__":
+    main()

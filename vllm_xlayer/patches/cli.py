@@ -1,0 +1,90 @@
+"""``--kv-connector NAME``: the short form of ``--kv-transfer-config`` in vLLM's command line."""
+
+import argparse
+
+from .registry import FOUND, Finding, Patch, Phase, missing, not_needed
+from .wrapping import wrap
+
+FEATURE = "--kv-connector"
+
+
+def _probe() -> Finding:
+    from vllm.engine.arg_utils import EngineArgs
+
+    fields = EngineArgs.__dataclass_fields__
+    if "kv_connector" in fields:
+        return not_needed("vLLM has the flag")
+    return FOUND if "kv_transfer_config" in fields else missing("EngineArgs has no kv_transfer_config")
+
+
+def _apply() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    wrap(EngineArgs, "add_cli_args", add_kv_connector_flag, "vllm")
+    wrap(EngineArgs, "from_cli_args", read_kv_connector_flag, "vllm")
+
+
+def connector_name(text: str) -> str:
+    """argparse type: the name of a connector vLLM can create."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    known = sorted(KVConnectorFactory._registry)
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {text!r}")
+    return text
+
+
+def add_kv_connector_flag(original, parser):
+    parser = original(parser)
+    if "--kv-connector" not in parser._option_string_actions:
+        parser.add_argument_group("vllm-xlayer").add_argument(
+            "--kv-connector",
+            type=connector_name,
+            default=None,
+            metavar="NAME",
+            help="KV connector for this engine, e.g. XLayerConnector. Short for "
+            '--kv-transfer-config \'{"kv_connector": NAME, "kv_role": "kv_both"}\'; '
+            "with both given, they must agree.",
+        )
+    return parser
+
+
+def read_kv_connector_flag(original, cls, args):
+    name = getattr(args, "kv_connector", None)
+    if name is not None:
+        args.kv_transfer_config = merged(name, getattr(args, "kv_transfer_config", None))
+    return original(cls, args)
+
+
+def merged(name: str, config):
+    """The transfer config for a connector of this name.
+
+    Raises:
+        ValueError: ``config`` names another connector.
+    """
+    from vllm.config import KVTransferConfig
+
+    if config is None:
+        return KVTransferConfig(kv_connector=name, kv_role="kv_both")
+    if config.kv_connector not in (None, name):
+        raise ValueError(
+            f"--kv-connector and --kv-transfer-config: expected the same connector, got {name} and "
+            f"{config.kv_connector}; give one of the two"
+        )
+    config.kv_connector = name
+    config.kv_role = config.kv_role or "kv_both"
+    return config
+
+
+PATCHES = (
+    Patch(
+        target="vllm.engine.arg_utils.EngineArgs.add_cli_args, .from_cli_args",
+        why="a connector can only be named in a JSON argument",
+        how="adds --kv-connector to the parser, and turns it into a kv_transfer_config",
+        upstream="none",
+        remove_when="EngineArgs has a field kv_connector",
+        phase=Phase.PLUGIN,
+        probe=_probe,
+        apply=_apply,
+    ),
+)
