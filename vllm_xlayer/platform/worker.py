@@ -1,0 +1,65 @@
+"""The worker: vLLM's CPU worker, without its warm-up, NUMA and thread settings."""
+
+import psutil
+import torch
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+
+DEFAULT_KV_CACHE_BYTES = 2 << 30
+"""Most KV cache memory taken where the user asked for no size."""
+
+
+class CpuReferenceWorker(CPUWorker):
+    """One rank of a model, in float32 or 16 bit, on model runner V1."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        local_rank: int,
+        rank: int,
+        distributed_init_method: str,
+        is_driver_worker: bool = False,
+    ) -> None:
+        cache_config = vllm_config.cache_config
+        self.kv_cache_size_is_default = cache_config.kv_cache_memory_bytes is None
+        if self.kv_cache_size_is_default:
+            # Without a size the parent wants 92 % of the machine's memory to be free.
+            free = psutil.virtual_memory().available
+            cache_config.kv_cache_memory_bytes = min(DEFAULT_KV_CACHE_BYTES, free // 4)
+        super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
+
+    def init_device(self) -> None:
+        """Set up the process groups and the model runner.
+
+        Not the parent's: that one replaces torch.set_num_threads for the whole process and
+        warns about libraries that were not preloaded.
+        """
+        self.device = torch.device("cpu")
+        init_worker_distributed_environment(
+            self.vllm_config,
+            self.rank,
+            self.distributed_init_method,
+            self.local_rank,
+            current_platform.dist_backend,
+        )
+        set_random_seed(self.model_config.seed)
+        self.model_runner = CPUModelRunner(self.vllm_config, self.device)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: what was asked for, else what full batches can use, capped.
+
+        The parent first runs the model on a full batch to compile it. Nothing is compiled here.
+        """
+        limit = self.cache_config.kv_cache_memory_bytes
+        assert limit is not None, "kv_cache_memory_bytes: expected bytes, got None"
+        if not self.kv_cache_size_is_default:
+            return limit
+        # Allocating writes every byte: a small model's engine should not wait for gigabytes.
+        one_request = sum(
+            spec.max_memory_usage_bytes(self.vllm_config) for spec in self.get_kv_cache_spec().values()
+        )
+        return min(limit, one_request * (self.scheduler_config.max_num_seqs + 1))
