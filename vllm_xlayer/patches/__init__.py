@@ -1,1 +1,6 @@
 """Changes to vLLM where it has no extension point: a registry, and one file a target."""
+
+from . import attention, cli, rows
+
+FEATURES = {module.FEATURE: module.PATCHES for module in (attention, rows, cli)}
+"""Feature -> its patches; a feature is applied whole or not at all."""
