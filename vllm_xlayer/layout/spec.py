@@ -170,11 +170,13 @@ def model_problems(layout: Layout, specs: Sequence[CacheSpec]) -> Iterator[str]:
             yield f"{spec.label}: {problem}"
     if len({spec.page_step for spec in specs}) > 1:
         sizes = ", ".join(f"{spec.page_step} bytes for {spec.label}" for spec in specs)
-        yield f"pages of all groups share slots, so they must have one size: got {sizes}"
+        yield f"page size: expected one for all groups, since they share page slots, got {sizes}"
     for spec in specs:
         yield from (f"{spec.label}: {problem}" for problem in _order_problems(layout, spec))
     if not layout.page_is_dense and len({(*spec.shape, spec.dtype) for spec in specs}) > 1:
-        yield f"{layout.value} interleaves layers, so all groups need one shape and dtype"
+        yield (
+            f"shape and dtype: expected one for all groups, since {layout.value} interleaves layers, got several"
+        )
 
 
 def _order_problems(layout: Layout, spec: CacheSpec) -> Iterator[str]:

@@ -64,7 +64,8 @@ class Patch:
         remove_when: how to see that it can go.
         phase: when it is applied.
         probe: looks at vLLM without changing it. An exception counts as missing.
-        apply: makes the change, with ``wrap`` where something is wrapped; must be idempotent.
+        apply: makes the change; must be idempotent. What it does with ``wrap`` is undone if it, or a
+            later patch of the feature, fails; anything else is not, so add such a patch last.
     """
 
     target: str
@@ -201,7 +202,10 @@ class Registry:
 
 def _probe(patch: Patch) -> Finding:
     try:
-        return patch.probe()
+        finding = patch.probe()
+        if not isinstance(finding, Finding):
+            raise TypeError(f"probe: expected a Finding, got {finding!r}")
+        return finding
     except Exception as error:  # a probe that trips over a changed vLLM has found that it changed
         return missing(f"{type(error).__name__}: {error}")
 
