@@ -8,15 +8,24 @@ CONNECTOR = ("XLayerConnector", "vllm_xlayer.connector.connector", "XLayerConnec
 
 def register() -> None:
     """Applies the patches and registers the extension points. Called several times a process."""
-    # vLLM configures only its own loggers; as a child of "vllm" ours are shown the same way.
-    log = logging.getLogger("vllm.vllm_xlayer")
     try:
+        _log_as_vllm_does()
         _register()
     except Exception as error:  # an exception here would end every user's vLLM
-        log.warning(
+        logging.getLogger("vllm_xlayer").warning(
             "vllm_xlayer is not active: %s: %s. Nothing was changed; run `vllm-xlayer doctor` for details.",
             type(error).__name__, error,
         )  # fmt: skip
+
+
+def _log_as_vllm_does() -> None:
+    """vLLM configures only the logger "vllm": give ours its handlers and level."""
+    import vllm.logger  # noqa: F401  configures it
+
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_xlayer")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers, ours.propagate = theirs.handlers, theirs.propagate
+        ours.setLevel(theirs.level)
 
 
 def _register() -> None:

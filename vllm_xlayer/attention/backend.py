@@ -12,7 +12,7 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 
-from ..nvfp4 import GROUP, page_shape
+from ..nvfp4 import GROUP, content_bytes
 
 
 class NVFP4Backend(AttentionBackend):
@@ -52,7 +52,7 @@ class NVFP4Backend(AttentionBackend):
         cache_dtype_str: str = "nvfp4",
     ) -> tuple[int, ...]:
         """(B, H, N, C) bytes; see ``nvfp4.py`` for the order of the bytes inside a page."""
-        return page_shape(num_blocks, num_kv_heads, block_size, head_size)
+        return num_blocks, num_kv_heads, block_size, content_bytes(head_size)
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:

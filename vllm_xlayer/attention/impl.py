@@ -8,7 +8,7 @@ from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from .. import ops
-from ..config import Settings
+from ..config import Config
 from ..nvfp4 import ScaleOrder
 from .metadata import DevicePiece, NVFP4Metadata
 
@@ -42,9 +42,9 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self.shares_kv = kv_sharing_target_layer_name is not None
         self.fa_version = get_flash_attn_version(head_size=head_size)
         config = get_current_vllm_config()
-        settings = Settings.from_environment()
+        settings = Config.load()
         self.scale_choice = settings.scale_choice
-        self.capacity = self._workspace_tokens(config, settings.workspace_bytes)
+        self.capacity = self._workspace_tokens(config, settings.gather_workspace_bytes)
 
     def _workspace_tokens(self, config, workspace_bytes: int) -> int:
         """Tokens of K and V the workspace holds: what the setting buys, at least what one request's

@@ -40,7 +40,11 @@ def select_nvfp4_backend(original, cls, selected_backend, attn_selector_config, 
             f"--attention-backend: expected none (or {NVFP4Backend.get_name()}) with --kv-cache-dtype nvfp4 "
             f"on this GPU, got {selected_backend.name}, which has no NVFP4 kernels for it"
         )
-    ops.require_extension("cuda")
+    if not ops.build_info()["cuda"]:
+        raise ValueError(
+            "--kv-cache-dtype nvfp4: expected this package's CUDA ops, got a build without them; reinstall it "
+            "where nvcc is found (VLLM_XLAYER_CUDA=1 makes a missing one an error)"
+        )
     if refusal := NVFP4Backend.explain_refusal(cls.get_device_capability(), config):
         raise ValueError(refusal)
     return BACKEND
