@@ -72,7 +72,9 @@ def test_training_keys_are_distinct_and_not_held_out() -> None:
 
 
 def test_batches_follow_from_the_seed() -> None:
-    one, two, other = (batch(8, 128, random.Random(s), torch.Generator().manual_seed(s))[0] for s in (5, 5, 6))
+    one, two, other = (
+        batch(8, 128, random.Random(s), torch.Generator().manual_seed(s))[0] for s in (5, 5, 6)
+    )
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
 

@@ -11,6 +11,7 @@ so eight prompts begin with the same bytes, and prompts are from about 120 to 2,
 import json
 import random
 from pathlib import Path
+from typing import TypedDict
 
 from vllm_xlayer.eval.batches import CUE, HEADERS, HELD_OUT, HOPS, KEYS, QUERIES
 
@@ -20,7 +21,12 @@ EXAMPLES = 3
 QUESTIONS = 8
 TEST_SEED = 20260
 TASK_NAMES = tuple(HEADERS)
-Prefix = dict[str, object]
+
+
+class Prefix(TypedDict):
+    prefix: str
+    questions: list[tuple[str, str]]
+    """(question, answer) pairs: prefix + question is a prompt."""
 
 
 def _name(key: int) -> str:

@@ -39,9 +39,9 @@ def nvfp4_rounding(x: Tensor) -> Tensor:
     return ((y / step).round() * step * scale).flatten(-2).to(x.dtype)
 
 
-def _rows(groups: list[Prefix], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompt + answer of each question of ``groups``: (text [docs, length], answer bytes as bool)."""
-    docs = [(str(g["prefix"]) + q, a + "\n") for g in groups for q, a in g["questions"]]  # type: ignore[attr-defined]
+def _rows(group: Prefix, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompt + answer of each question of ``group``: (text [docs, length], answer bytes as bool)."""
+    docs = [(group["prefix"] + question, answer + "\n") for question, answer in group["questions"]]
     length = max(len(p) + len(a) for p, a in docs)
     text = torch.full((len(docs), length), PAD_ID)
     counted = torch.zeros_like(text, dtype=torch.bool)
@@ -52,17 +52,15 @@ def _rows(groups: list[Prefix], device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def exact_match(
-    model: Llama, task: str, seed: int, sizes: tuple[int, ...], change: KVChange | None = None
-) -> list[bool]:
-    """One bool a document of ``task``: does greedy decoding give its answer?
+def exact_match(model: Llama, groups: list[Prefix], change: KVChange | None = None) -> list[bool]:
+    """One bool a question of ``groups``: does greedy decoding give its answer?
 
     ``change`` damages K (after RoPE) and V of every token, the newest included, as a cache would.
     """
     device = next(model.parameters()).device
     right: list[bool] = []
-    for group in prefixes(task, seed, sizes):
-        text, counted = _rows([group], device)
+    for group in groups:
+        text, counted = _rows(group, device)
         logits = model(text[:, :-1], change, change).view(len(text), text.shape[1] - 1, -1)
         hit = (logits.argmax(-1) == text[:, 1:]) | ~counted[:, 1:]
         right += hit.all(1).tolist()
@@ -73,7 +71,7 @@ def score(
     model: Llama, seed: int, sizes: tuple[int, ...], change: KVChange | None = None
 ) -> dict[str, float | int]:
     """Exact match of each task and of all documents together, from 0 to 1, and the documents' number."""
-    right = {task: exact_match(model, task, seed, sizes, change) for task in TASK_NAMES}
+    right = {task: exact_match(model, prefixes(task, seed, sizes), change) for task in TASK_NAMES}
     together = [r for rights in right.values() for r in rights]
     scores: dict[str, float | int] = {task: sum(r) / len(r) for task, r in right.items()}
     return {**scores, "overall": sum(together) / len(together), "documents": len(together)}
