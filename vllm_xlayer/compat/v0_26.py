@@ -202,3 +202,11 @@ def cache_geometry(llm) -> tuple[int, int, bool, int, int]:
     spec = config.kv_cache_groups[0].kv_cache_spec
     rows = config.kv_cache_tensors[0].block_stride > 0
     return layers, spec.page_size_bytes, rows, config.num_blocks * spec.block_size, spec.block_size
+
+
+def rows_loaded() -> int:
+    """Rows that XLayerConnector has loaded from its host tier in this process."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    worker = get_kv_transfer_group().connector_worker.worker
+    return worker.rows_loaded

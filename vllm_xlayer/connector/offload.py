@@ -64,10 +64,13 @@ class _Direction:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.running: deque[_Transfer] = deque()
         self.done: list[TransferResult] = []
+        self.rows = 0
+        """Rows submitted so far."""
 
     def submit(self, job_id: int, src_ids: np.ndarray, dst_ids: np.ndarray) -> None:
         ids = torch.from_numpy(src_ids), torch.from_numpy(dst_ids)
         num_bytes = len(src_ids) * self.src.shape[1]
+        self.rows += len(src_ids)
         if self.stream is None:
             started = time.perf_counter()
             ops.copy_blocks(self.src, self.dst, *ids)
@@ -129,6 +132,14 @@ class RowOffloadingWorker(OffloadingWorker):
         self.host = _allocate_host(num_chunks * blocks_per_chunk, pool.shape[1], pinned=pool.is_cuda)
         self._store = _Direction(pool, self.host, pool.device)
         self._load = _Direction(self.host, pool, pool.device)
+
+    @property
+    def rows_stored(self) -> int:
+        return self._store.rows
+
+    @property
+    def rows_loaded(self) -> int:
+        return self._load.rows
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         assert isinstance(dst_spec, BlockIDsLoadStoreSpec)

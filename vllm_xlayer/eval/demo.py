@@ -75,7 +75,8 @@ def _run_engine(setup: Setup, limit: int, folder: Path) -> dict[str, Any] | None
         # The engine core in the same process: one start of Python less.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    code = subprocess.run(command, env={**quiet, **os.environ}, check=False).returncode
+    # Not in the current folder: `-m` would import a source tree there instead of the installed package.
+    code = subprocess.run(command, env={**quiet, **os.environ}, cwd=folder, check=False).returncode
     if code or not out.exists():
         print(f"the engine with {' '.join(setup.title.split())} ended with exit code {code}; "
               f"run it alone to see more: {' '.join(command)}", file=sys.stderr)  # fmt: skip

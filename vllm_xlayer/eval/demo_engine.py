@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .. import compat
 from . import TASKS, model_path, tasks_path
 
 KV_BYTES = 256 << 20
@@ -31,10 +32,11 @@ def main() -> None:
     result: dict[str, Any] = {**first, **sizes(llm)}
     if args.rows:
         assert llm.reset_prefix_cache(), "the device's prefix cache could not be emptied"
-        before = restored_tokens(llm)
+        before = compat.current().rows_loaded()
         again = evaluate(engine, args.limit)
         result.update(again)
-        result["restored_tokens"] = restored_tokens(llm) - before
+        rows = compat.current().rows_loaded() - before
+        result["restored_tokens"] = rows * result["block_size"]
         same = sum(again["answers"][key] == answer for key, answer in first["answers"].items())
         result["restored_identical"] = [same, len(first["answers"])]
     result["ttft"] = time_to_first_token(llm, args.rows)
@@ -66,7 +68,6 @@ def start(kv_cache_dtype: str, rows: bool) -> Any:
         gpu_memory_utilization=0.5,
         # The model is tiny: compiling or capturing it would take longer than the tasks.
         enforce_eager=True,
-        disable_log_stats=False,
         **options,
     )
 
@@ -98,21 +99,14 @@ def evaluate(engine: Any, limit: int) -> dict[str, Any]:
 
 def sizes(llm: Any) -> dict[str, Any]:
     """What a token and a block take, as the engine allocated them."""
-    from vllm_xlayer import compat
-
     layers, page_bytes, rows, tokens, block_size = compat.current().cache_geometry(llm)
     return {
         "bytes_per_token": layers * page_bytes // block_size,
         "tokens_per_256_mib": tokens,
         "copies": 1 if rows else layers,
         "copy_bytes": layers * page_bytes if rows else page_bytes,
+        "block_size": block_size,
     }
-
-
-def restored_tokens(llm: Any) -> int:
-    """Prompt tokens that came from the connector so far."""
-    hits = [m.value for m in llm.get_metrics() if m.name == "vllm:external_prefix_cache_hits"]
-    return int(sum(hits))
 
 
 def time_to_first_token(llm: Any, rows: bool) -> dict[str, Any]:
