@@ -128,6 +128,21 @@ def test_byte_map_of_nvfp4_is_a_bijection(layout):
     check_bijection(layout)
 
 
+@pytest.mark.parametrize("layout", Layout)
+def test_axes_lie_in_the_order_that_the_layout_is_named_by(layout):
+    """Against a dense torch tensor of those axes: C is innermost, and nothing else is assumed."""
+    layers = ("x", "y", "z")
+    sizes = {"L": 3, "B": BLOCKS, "H": 2, "N": 5, "C": 4 + 3}
+    bytes_of_items = 2 * torch.arange(math.prod(sizes.values())).view([sizes[axis] for axis in layout.value])
+    logical = bytes_of_items.permute([layout.value.index(axis) for axis in "LBHNC"])
+    descriptor = LayoutDescriptor(layout, (plain_spec(layers, 2, 4, 3, 5, "bfloat16"),))
+    region_bytes = BLOCKS * descriptor.block_stride
+    for i, block, head, token, content in itertools.product(*(range(sizes[axis]) for axis in "LBHNC")):
+        which, element = ("K", content) if content < 4 else ("V", content - 4)
+        place = byte_offset(descriptor, layers[i], block, head, token, which, element)
+        assert place.region * region_bytes + place.byte == logical[i, block, head, token, content]
+
+
 def region_of(layout, layer, blocks=BLOCKS, lead=0):
     """A region whose every byte is known, possibly in the middle of a larger storage."""
     size = blocks * layout.block_stride
@@ -315,3 +330,28 @@ def test_drawing_names_the_bytes_and_fits(layout, data):
     cell = math.floor(first * 64 / layout.block_stride)
     assert row[1 + cell] == "#"
     assert "V" in zoom
+
+
+def test_drawing_of_an_nvfp4_row():
+    layout = LayoutDescriptor(Layout.BLHNC, (nvfp4_spec("abcd", 2, 64, 16),), ScaleOrder.SWIZZLED)
+    assert draw(layout, "b", 1, 5).splitlines() == [
+        "BLHNC nvfp4 (swizzled scales): 4 page slots, 2 KV heads, 16 tokens in a block",
+        "slot 1, head 1, token 5 of b",
+        "",
+        "row: one block, all layers (9,216 bytes). = this layer, # this token's K",
+        "|" + "." * 16 + "====#==#========" + "." * 32 + "|",
+        "",
+        "of it, bytes 2,304 .. 4,607. K V this token's data, k v its scales",
+        "|" + "." * 18 + "KK" + "." * 10 + "k" + "." * 19 + "VV" + "." * 10 + "vv" + "|",
+        "",
+        "K data   bytes         2,976 ..         3,007      32 bytes",
+        "K scale  bytes         3,412 ..         3,415       4 bytes",
+        "V data   bytes         4,128 ..         4,159      32 bytes",
+        "V scale  bytes         4,560 ..         4,575      16 bytes (of 4 tokens, swizzled)",
+    ]
+
+
+def test_drawing_of_a_head_sliced_row_shows_each_heads_part():
+    layout = LayoutDescriptor(Layout.BHLNC, (plain_spec("abcd", 4, 64, 64, 16, "float16"),))
+    row = draw(layout, "b", 2, 15).splitlines()[4]
+    assert row == "|" + "....====........" * 2 + "....===#........" + "....====........" + "|"

@@ -146,7 +146,7 @@ def test_head_sliced_rows_need_one_shape_and_no_padding():
     decision = negotiate([BF16, wide], [FLASH], wish(Layout.BHLNC))
     assert decision.descriptor.layout is Layout.BLHNC
     assert refusals_of(decision, Layout.BHLNC) == [
-        (MODEL, "shape and dtype: expected one for all groups, since BHLNC interleaves layers, got several")
+        (MODEL, "shape and dtype: expected one for all groups, as BHLNC interleaves layers, got several")
     ]
     padded = CacheSpec(("c",), 2, 64, 64, 16, "bfloat16", BF16.page_bytes, 16384)
     (said,) = refusals_of(negotiate([padded], [FLASH], wish(Layout.BHLNC)), Layout.BHLNC)

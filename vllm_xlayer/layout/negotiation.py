@@ -113,11 +113,11 @@ def negotiate(
             f"got {len(specs)} and {len(backends)}"
         )
     wished = wish.layouts if wish else ()
+    order, no_order = _choose_scale_order(specs, backends)
     chosen: LayoutDescriptor | None = None
     refusals: list[Refusal] = []
     for layout in dict.fromkeys((*wished, *DEFAULT_ORDER)):
-        order, found = _choose_scale_order(specs, backends)
-        found = [*_refusals(layout, specs, backends, wish), *found]
+        found = [*_refusals(layout, specs, backends, wish), *no_order]
         refusals += [Refusal(layout, party, reason) for party, reason in found]
         if not found and chosen is None:
             chosen = LayoutDescriptor(layout, tuple(specs), order)

@@ -175,7 +175,7 @@ def model_problems(layout: Layout, specs: Sequence[CacheSpec]) -> Iterator[str]:
         yield from (f"{spec.label}: {problem}" for problem in _order_problems(layout, spec))
     if not layout.page_is_dense and len({(*spec.shape, spec.dtype) for spec in specs}) > 1:
         yield (
-            f"shape and dtype: expected one for all groups, since {layout.value} interleaves layers, got several"
+            f"shape and dtype: expected one for all groups, as {layout.value} interleaves layers, got several"
         )
 
 
