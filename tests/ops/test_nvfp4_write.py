@@ -14,7 +14,16 @@ from vllm_xlayer.nvfp4 import ScaleChoice, ScaleOrder
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def write(pool: Pool, key, value, slots, k_scale=1.0, v_scale=1.0, order=ScaleOrder.LINEAR, choice=ScaleChoice.AMAX_6):
+def write(
+    pool: Pool,
+    key,
+    value,
+    slots,
+    k_scale=1.0,
+    v_scale=1.0,
+    order=ScaleOrder.LINEAR,
+    choice=ScaleChoice.AMAX_6,
+):
     device = pool.raw.device
     slots = torch.as_tensor(slots, dtype=torch.int64).to(device)
     ops.reshape_and_cache_nvfp4(
@@ -27,7 +36,9 @@ def groups_of(x: torch.Tensor, global_scale: float) -> np.ndarray:
     return ref.scale_input(x.float().cpu().numpy(), global_scale).reshape(-1, ref.GROUP)
 
 
-def write_groups(device: torch.device, groups: torch.Tensor, choice: ScaleChoice) -> tuple[np.ndarray, np.ndarray]:
+def write_groups(
+    device: torch.device, groups: torch.Tensor, choice: ScaleChoice
+) -> tuple[np.ndarray, np.ndarray]:
     """Write groups [G, 16] as K and their negatives as V; returns K's (nibbles [G, 16], scale codes [G])."""
     count = groups.shape[0]
     pool = make_pool(device, blocks=-(-count // 16), heads=1, head_size=16, layers=1, layer=0)
@@ -44,7 +55,7 @@ def write_groups(device: torch.device, groups: torch.Tensor, choice: ScaleChoice
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pad", [16, 3], ids=["aligned", "odd-strides"])
 def test_every_byte_of_the_pool(device, head_size, dtype, pad):
-    """Cross-layer pool, gaps between heads, skipped slots, padding tokens: each byte is as the reference says."""
+    """Cross-layer pool, gaps between heads, skipped slots, padding tokens: each byte is as it must be."""
     generator = torch.Generator().manual_seed(head_size + pad)
     swizzled = head_size % 64 == 0
     pool = make_pool(device, head_size=head_size, block_size=32)
@@ -154,7 +165,10 @@ near_each_other = st.floats(min_value=-8, max_value=8, width=32)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(values=st.lists(any_float32, min_size=16, max_size=16) | st.lists(near_each_other, min_size=16, max_size=16))
+@given(
+    values=st.lists(any_float32, min_size=16, max_size=16)
+    | st.lists(near_each_other, min_size=16, max_size=16)
+)
 def test_any_float32_group(device, values):
     groups = torch.tensor([values], dtype=torch.float32)
     nibbles, scale = write_groups(device, groups, ScaleChoice.AMAX_6)

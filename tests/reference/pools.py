@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
 from reference import nvfp4_ref as ref
 
 POISON = 0xFF  # as an e4m3 scale: NaN
