@@ -122,6 +122,12 @@ class CMakeBuild(build_ext):
         torch_dir = find_torch()
         if torch_dir is None:
             raise SystemExit(f"expected torch >= 2.11 with {STABLE_HEADER}, found none")
+        python_header = Path(sysconfig.get_path("include")) / "Python.h"
+        if not python_header.is_file():
+            raise SystemExit(
+                f"expected Python's development headers, but {python_header} is not there "
+                "(on Debian and Ubuntu: apt install python3-dev)"
+            )
         say(f"torch headers from {torch_dir}")
         cuda = cuda_arguments()
         if "-DXLAYER_CUDA=ON" in cuda and not (torch_dir / "lib/libtorch_cuda.so").is_file():
