@@ -68,6 +68,14 @@ class CpuReferenceBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_combination(
+        cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *others: Any
+    ) -> str | None:
+        if kv_cache_dtype == "nvfp4" and head_size % GROUP != 0:
+            return f"nvfp4 needs a head size that is a multiple of {GROUP}, got {head_size}"
+        return None
+
+    @classmethod
     def get_required_kv_cache_layout(cls) -> Any:
         return "HND"
 
