@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from vllm_xlayer.eval import model_path
 from vllm_xlayer.eval.documents import TEST_SEED, prefixes

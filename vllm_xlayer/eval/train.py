@@ -152,7 +152,9 @@ def train(settings: Settings, shape: Shape) -> tuple[Llama, dict[str, Any]]:
     curriculum = Curriculum(settings.longest, rng)
     stop: list[int] = []
     old_handlers = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT)}
-    best, best_score, history, opened = as_shipped(model), -1.0, [], []
+    best, best_score = as_shipped(model), -1.0
+    history: list[dict[str, Any]] = []
+    opened: list[dict[str, int]] = []
     step, evaluated, started = 0, 0, time.monotonic()
     bar = tqdm(total=settings.steps, desc="train", unit="step", mininterval=5.0, file=sys.stdout)
     try:
