@@ -1,10 +1,10 @@
 """Builds the extension ``vllm_xlayer/_C.abi3.so`` with CMake and Ninja; metadata is in pyproject.toml.
 
 Environment:
-  VLLM_XLAYER_CUDA   1: CUDA ops are required (no nvcc is an error); 0: leave them out; unset: if nvcc is found
-  VLLM_XLAYER_ARCHS  CUDA architectures, e.g. "80;90" (default: this machine's GPUs, else all supported)
-  CUDACXX, CUDA_HOME where to look for nvcc first
-  MAX_JOBS           parallel compilations
+  VLLM_XLAYER_CUDA    1: CUDA ops are required (no nvcc is an error); 0: none; unset: if nvcc is found
+  VLLM_XLAYER_ARCHS   CUDA architectures, e.g. "80;90" (default: this machine's GPUs, else all supported)
+  CUDACXX, CUDA_HOME  where to look for nvcc first
+  MAX_JOBS            parallel compilations
 """
 
 import importlib.util
@@ -122,11 +122,17 @@ class CMakeBuild(build_ext):
         torch_dir = find_torch()
         if torch_dir is None:
             raise SystemExit(f"expected torch >= 2.11 with {STABLE_HEADER}, found none")
+        python_header = Path(sysconfig.get_path("include")) / "Python.h"
+        if not python_header.is_file():
+            raise SystemExit(
+                f"expected Python's development headers, but {python_header} is not there "
+                "(on Debian and Ubuntu: apt install python3-dev)"
+            )
         say(f"torch headers from {torch_dir}")
         cuda = cuda_arguments()
         if "-DXLAYER_CUDA=ON" in cuda and not (torch_dir / "lib/libtorch_cuda.so").is_file():
             if os.environ.get("VLLM_XLAYER_CUDA") == "1":
-                raise SystemExit(f"VLLM_XLAYER_CUDA=1: expected a torch with CUDA, got {torch_dir} without it")
+                raise SystemExit(f"VLLM_XLAYER_CUDA=1: expected a torch with CUDA, got {torch_dir}")
             say(f"CUDA ops LEFT OUT: the torch at {torch_dir} has no CUDA")
             cuda = ["-DXLAYER_CUDA=OFF"]
 

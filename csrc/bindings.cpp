@@ -31,8 +31,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CUDA, m) {
 
 // Importing vllm_xlayer._C runs the registrations above; the module itself only carries what was built.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                                   nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module != nullptr && PyModule_AddStringConstant(module, "build_info", XLAYER_BUILD_INFO) != 0) {
     Py_DECREF(module);

@@ -14,6 +14,7 @@ the bytes inside are ordered as above.
 
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import torch
 
@@ -167,7 +168,7 @@ def encode(
 
     s = e4m3_decode(scale).unsqueeze(-1)
     code = torch.zeros_like(magnitude, dtype=torch.uint8)
-    for i, (low, high) in enumerate(zip(E2M1_VALUES, E2M1_VALUES[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(E2M1_VALUES)):
         middle = s * ((low + high) / 2)  # exact; the tie goes to the even one of codes i and i + 1
         code += (magnitude > middle) if i % 2 == 0 else (magnitude >= middle)
     nibble = code | (torch.signbit(scaled).to(torch.uint8) << 3)

@@ -11,6 +11,7 @@ CPU they are always checked.
 
 import functools
 import importlib
+import itertools
 import json
 import os
 from typing import Any
@@ -33,9 +34,9 @@ def load() -> dict[str, Any]:
         extension = importlib.import_module("vllm_xlayer._C")
     except ImportError as error:
         raise ExtensionMissingError(
-            "vllm_xlayer/_C.abi3.so: expected the compiled extension of this package, but importing it failed: "
-            f"{error}. Install the package with `pip install .` in its source folder, or build in place with "
-            "`python setup.py build_ext --inplace`; torch must be 2.11 or newer."
+            "vllm_xlayer/_C.abi3.so: expected the compiled extension of this package, but importing it "
+            f"failed: {error}. Install the package with `pip install .` in its source folder, or build in "
+            "place with `python setup.py build_ext --inplace`; torch must be 2.11 or newer."
         ) from error
     for name in ("reshape_and_cache_nvfp4", "gather_nvfp4", "copy_blocks"):
         torch.library.register_fake(f"vllm_xlayer::{name}", _no_output)
@@ -98,7 +99,9 @@ def reshape_and_cache_nvfp4(
         slots = kv_cache.shape[0] * kv_cache.shape[2]
         low, high = (int(x) for x in slot_mapping.aminmax())
         if low < -1 or high >= slots:
-            raise RuntimeError(f"slot_mapping: expected -1 or slots below {slots}, got values from {low} to {high}")
+            raise RuntimeError(
+                f"slot_mapping: expected -1 or slots below {slots}, got values from {low} to {high}"
+            )
     torch.ops.vllm_xlayer.reshape_and_cache_nvfp4(
         key, value, kv_cache, slot_mapping, k_scale, v_scale, int(scale_order), int(scale_choice)
     )
@@ -152,9 +155,11 @@ def _check_gather_indices(
     """Debug mode's check of what lies in device memory; the CPU op does the same."""
     blocks, block_size = kv_cache.shape[0], kv_cache.shape[2]
     table, starts, cumulative = block_table.cpu(), seq_starts.tolist(), cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(cumulative, cumulative[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(cumulative)]
     if cumulative[0] != 0 or min(lengths, default=0) < 0 or cumulative[-1] > num_tokens:
-        raise RuntimeError(f"cu_seqlens: expected ascending values from 0 to at most {num_tokens}, got {cumulative}")
+        raise RuntimeError(
+            f"cu_seqlens: expected ascending values from 0 to at most {num_tokens}, got {cumulative}"
+        )
     for r, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         if length == 0:
             continue
@@ -181,11 +186,11 @@ def copy_blocks(src: torch.Tensor, dst: torch.Tensor, src_ids: torch.Tensor, dst
         dst_ids: int64 [P] on the CPU, each below m.
 
     Between CUDA memory: a kernel. Between CUDA and host: one submission to the copy engine. Both run on
-    torch's current stream; host memory must be pinned for the copy to be asynchronous, and must stay alive and
-    unchanged until the stream has got there. Between host memory: threads, done on return.
+    torch's current stream; host memory must be pinned for the copy to be asynchronous, and must stay alive
+    and unchanged until the stream has got there. Between host memory: threads, done on return.
 
-    The pairs are copied in no particular order. That no destination occurs twice and none overlaps a source of
-    another pair is the caller's duty; it is not checked.
+    The pairs are copied in no particular order. That no destination occurs twice and none overlaps a source
+    of another pair is the caller's duty; it is not checked.
     """
     _require_cuda_build("copy_blocks", src, dst)
     load()

@@ -46,11 +46,10 @@ std::string dtype_name(ScalarType dtype) {
 
 std::string shape_name(const Tensor& tensor) { return list(tensor.sizes()); }
 
-void check_device(const char* name, const Tensor& tensor, const char* reference_name, const Tensor& reference) {
-  const std::string expected = device_name(reference);
-  const std::string got = device_name(tensor);
-  STD_TORCH_CHECK(expected == got, name, ": expected ", expected, " (the device of ", reference_name, "), got ",
-                  got);
+void check_device(const char* name, const Tensor& tensor, const char* reference_name,
+                  const Tensor& reference) {
+  STD_TORCH_CHECK(tensor.device() == reference.device(), name, ": expected ", device_name(reference),
+                  " (the device of ", reference_name, "), got ", device_name(tensor));
 }
 
 void check_on_cpu(const char* name, const Tensor& tensor) {
@@ -83,14 +82,16 @@ void check_rows(const char* name, const Tensor& tensor, bool aligned) {
   if (!aligned || tensor.numel() == 0) return;
   const int64_t item = tensor.element_size();
   bool ok = address_aligned(tensor);
-  for (int64_t i = 0; i < last; ++i) ok = ok && (tensor.size(i) <= 1 || tensor.stride(i) * item % ALIGNMENT == 0);
+  for (int64_t i = 0; i < last; ++i) {
+    ok = ok && (tensor.size(i) <= 1 || tensor.stride(i) * item % ALIGNMENT == 0);
+  }
   STD_TORCH_CHECK(ok, name, ": expected rows that start at multiples of ", ALIGNMENT, " bytes, got address ",
                   tensor.data_ptr(), " and strides ", list(tensor.strides()), " of ", item, "-byte elements");
 }
 
 void check_size(const char* name, const Tensor& tensor, int64_t dim, int64_t expected, const char* why) {
-  STD_TORCH_CHECK(tensor.size(dim) == expected, name, ": expected size ", expected, " in dimension ", dim, " (",
-                  why, "), got shape ", shape_name(tensor));
+  STD_TORCH_CHECK(tensor.size(dim) == expected, name, ": expected size ", expected, " in dimension ", dim,
+                  " (", why, "), got shape ", shape_name(tensor));
 }
 
 void check_global_scale(const char* name, const Tensor& tensor, const Tensor& kv_cache) {
@@ -126,17 +127,20 @@ Page check_kv_cache(const Tensor& kv_cache) {
   check_rank("kv_cache", kv_cache, 4, "(blocks, heads, block_size, bytes a token and head)");
   const int64_t B = kv_cache.size(0), H = kv_cache.size(1), N = kv_cache.size(2), C = kv_cache.size(3);
   STD_TORCH_CHECK(C > 0 && C % (2 * (GROUP / 2 + 1)) == 0,
-                  "kv_cache: expected 9/8 * head_size bytes in dimension 3 with head_size a multiple of ", GROUP,
-                  " (a multiple of 18), got shape ", shape_name(kv_cache));
+                  "kv_cache: expected 9/8 * head_size bytes in dimension 3 with head_size a multiple of ",
+                  GROUP, " (a multiple of 18), got shape ", shape_name(kv_cache));
   STD_TORCH_CHECK(N > 0 && N % GROUP == 0, "kv_cache: expected a block size that is a multiple of ", GROUP,
                   ", got ", N);
-  STD_TORCH_CHECK(H > 0 && H <= INT32_MAX / (N * C), "kv_cache: expected at least one head and pages below 2 GiB, "
-                  "got shape ", shape_name(kv_cache));
-  const bool dense = kv_cache.stride(3) == 1 && kv_cache.stride(2) == C && (H == 1 || kv_cache.stride(1) == N * C);
-  STD_TORCH_CHECK(dense, "kv_cache: expected dense NVFP4 pages, strides (any, ", N * C, ", ", C,
-                  ", 1), got strides ", list(kv_cache.strides()),
-                  "; a page is [K data | K scale | V data | V scale] of all heads, so layouts that put tokens or "
-                  "layers between heads (NHD, BHLNC) cannot hold it");
+  STD_TORCH_CHECK(H > 0 && H <= INT32_MAX / (N * C),
+                  "kv_cache: expected at least one head and pages below 2 GiB, got shape ",
+                  shape_name(kv_cache));
+  const bool dense =
+      kv_cache.stride(3) == 1 && kv_cache.stride(2) == C && (H == 1 || kv_cache.stride(1) == N * C);
+  STD_TORCH_CHECK(
+      dense, "kv_cache: expected dense NVFP4 pages, strides (any, ", N * C, ", ", C, ", 1), got strides ",
+      list(kv_cache.strides()),
+      "; a page is [K data | K scale | V data | V scale] of all heads, so layouts that put tokens or "
+      "layers between heads (NHD, BHLNC) cannot hold it");
   STD_TORCH_CHECK(B <= 1 || kv_cache.stride(0) >= H * N * C, "kv_cache: expected a block stride of at least ",
                   H * N * C, " bytes (one page), got ", kv_cache.stride(0));
   STD_TORCH_CHECK(B == 0 || (address_aligned(kv_cache) && (B == 1 || kv_cache.stride(0) % ALIGNMENT == 0)),

@@ -19,7 +19,8 @@ std::string dtype_name(ScalarType dtype);
 std::string shape_name(const Tensor& tensor);
 
 // "cpu" or the device of `reference`.
-void check_device(const char* name, const Tensor& tensor, const char* reference_name, const Tensor& reference);
+void check_device(const char* name, const Tensor& tensor, const char* reference_name,
+                  const Tensor& reference);
 void check_on_cpu(const char* name, const Tensor& tensor);
 void check_dtype(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> expected);
 void check_rank(const char* name, const Tensor& tensor, int64_t rank, const char* axes);

@@ -13,8 +13,8 @@ namespace xlayer::api {
 namespace {
 
 Nvfp4GatherParams check(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
-                        const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale, const Tensor& k_out,
-                        const Tensor& v_out, int64_t scale_order) {
+                        const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
+                        const Tensor& k_out, const Tensor& v_out, int64_t scale_order) {
   check_device("block_table", block_table, "kv_cache", kv_cache);
   check_device("seq_starts", seq_starts, "kv_cache", kv_cache);
   check_device("cu_seqlens", cu_seqlens, "kv_cache", kv_cache);
@@ -82,12 +82,12 @@ void check_indices(const Nvfp4GatherParams& p, int64_t num_blocks) {
     const int64_t start = p.seq_starts[r];
     STD_TORCH_CHECK(start >= 0, "seq_starts: expected 0 or more, got ", start, " for request ", r);
     const int64_t last = (start + length - 1) / p.page.block_size;
-    STD_TORCH_CHECK(last < p.max_blocks, "block_table: expected at least ", last + 1, " blocks for request ", r,
-                    " (tokens ", start, " to ", start + length, "), got ", p.max_blocks);
+    STD_TORCH_CHECK(last < p.max_blocks, "block_table: expected at least ", last + 1, " blocks for request ",
+                    r, " (tokens ", start, " to ", start + length, "), got ", p.max_blocks);
     for (int64_t i = start / p.page.block_size; i <= last; ++i) {
       const int64_t block = p.block_table[r * p.block_table_stride + i];
-      STD_TORCH_CHECK(block >= 0 && block < num_blocks, "block_table: expected blocks from 0 to ", num_blocks - 1,
-                      ", got ", block, " for request ", r, " at ", i);
+      STD_TORCH_CHECK(block >= 0 && block < num_blocks, "block_table: expected blocks from 0 to ",
+                      num_blocks - 1, ", got ", block, " for request ", r, " at ", i);
     }
   }
   STD_TORCH_CHECK(p.cu_seqlens[p.num_requests] <= p.num_tokens, "cu_seqlens: expected at most ", p.num_tokens,
@@ -97,8 +97,8 @@ void check_indices(const Nvfp4GatherParams& p, int64_t num_blocks) {
 }  // namespace
 
 void gather_nvfp4_cpu(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
-                      const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale, const Tensor& k_out,
-                      const Tensor& v_out, int64_t scale_order) {
+                      const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
+                      const Tensor& k_out, const Tensor& v_out, int64_t scale_order) {
   const Nvfp4GatherParams p =
       check(kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, scale_order);
   check_indices(p, kv_cache.size(0));
@@ -114,9 +114,8 @@ void gather_nvfp4_cpu(const Tensor& kv_cache, const Tensor& block_table, const T
 
 #if defined(XLAYER_WITH_CUDA)
 void gather_nvfp4_cuda(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
-                       const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale, const Tensor& k_out,
-                       const Tensor& v_out, int64_t scale_order) {
-  STD_TORCH_CHECK(kv_cache.is_cuda(), "kv_cache: expected a CUDA device, got ", device_name(kv_cache));
+                       const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
+                       const Tensor& k_out, const Tensor& v_out, int64_t scale_order) {
   const Nvfp4GatherParams p =
       check(kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, scale_order);
   if (p.num_tokens == 0 || p.num_requests == 0) return;

@@ -12,8 +12,9 @@
 namespace xlayer::api {
 namespace {
 
-Nvfp4WriteParams check(const Tensor& key, const Tensor& value, const Tensor& kv_cache, const Tensor& slot_mapping,
-                       const Tensor& k_scale, const Tensor& v_scale, int64_t scale_order, int64_t scale_choice) {
+Nvfp4WriteParams check(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
+                       const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
+                       int64_t scale_order, int64_t scale_choice) {
   check_device("key", key, "kv_cache", kv_cache);
   check_device("value", value, "kv_cache", kv_cache);
   check_device("slot_mapping", slot_mapping, "kv_cache", kv_cache);
@@ -66,8 +67,8 @@ void reshape_and_cache_nvfp4_cpu(const Tensor& key, const Tensor& value, const T
       check(key, value, kv_cache, slot_mapping, k_scale, v_scale, scale_order, scale_choice);
   const int64_t slots = kv_cache.size(0) * p.page.block_size;
   for (int64_t i = 0; i < p.num_slots; ++i) {
-    STD_TORCH_CHECK(p.slots[i] >= -1 && p.slots[i] < slots, "slot_mapping: expected -1 or slots below ", slots,
-                    ", got ", p.slots[i], " at ", i);
+    STD_TORCH_CHECK(p.slots[i] >= -1 && p.slots[i] < slots, "slot_mapping: expected -1 or slots below ",
+                    slots, ", got ", p.slots[i], " at ", i);
   }
   const int64_t grain = ceil_div(4096, int64_t(p.page.heads) * p.page.head_size);
   torch::stable::parallel_for(0, p.num_slots, grain,
@@ -78,7 +79,6 @@ void reshape_and_cache_nvfp4_cpu(const Tensor& key, const Tensor& value, const T
 void reshape_and_cache_nvfp4_cuda(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                                   const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
                                   int64_t scale_order, int64_t scale_choice) {
-  STD_TORCH_CHECK(kv_cache.is_cuda(), "kv_cache: expected a CUDA device, got ", device_name(kv_cache));
   const Nvfp4WriteParams p =
       check(key, value, kv_cache, slot_mapping, k_scale, v_scale, scale_order, scale_choice);
   if (p.num_slots == 0) return;

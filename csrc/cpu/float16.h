@@ -19,8 +19,8 @@ inline float to_float(BF16 x) { return bits_float(uint32_t(x.bits) << 16); }
 inline float to_float(F16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t mag = x.bits & 0x7FFFu;
-  const uint32_t normal = (mag << 13) + (112u << 23);  // bias 15 -> 127
-  const uint32_t special = (mag << 13) | 0x7F800000u;  // Inf and NaN
+  const uint32_t normal = (mag << 13) + (112u << 23);                                   // bias 15 -> 127
+  const uint32_t special = (mag << 13) | 0x7F800000u;                                   // Inf and NaN
   const uint32_t subnormal = float_bits(float(int32_t(mag)) * 5.9604644775390625e-8f);  // 2^-24
   return bits_float(sign | (mag < 0x400u ? subnormal : mag < 0x7C00u ? normal : special));
 }

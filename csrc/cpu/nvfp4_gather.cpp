@@ -58,7 +58,8 @@ void gather(const Nvfp4GatherParams& p, const T* k_table, const T* v_table, int6
 }
 
 template <typename T>
-void gather(const Nvfp4GatherParams& p, const DecodeTable& k, const DecodeTable& v, int64_t begin, int64_t end) {
+void gather(const Nvfp4GatherParams& p, const DecodeTable& k, const DecodeTable& v, int64_t begin,
+            int64_t end) {
   gather(p, static_cast<const T*>(k.entries()), static_cast<const T*>(v.entries()), begin, end);
 }
 

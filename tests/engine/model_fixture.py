@@ -1,46 +1,46 @@
-"""Tiny models with random weights, saved as checkpoints that vLLM and transformers both load."""
+"""Tiny models with random weights, and what transformers says about them."""
 
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 VOCAB = 256
 
+SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=1024,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+"""Settings that every decoder's config takes: grouped-query attention with two heads a group."""
+
 
 def llama_config(**overrides) -> LlamaConfig:
-    """Grouped-query Llama: 2 layers, 4 query heads, 2 KV heads, head_dim 32."""
-    settings = dict(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
-    return LlamaConfig(**(settings | overrides))
+    return LlamaConfig(**(SHAPE | overrides))
 
 
-def save_random_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Save a model of random weights, large enough that its greedy tokens are no ties.
+def save_random_model(config: PretrainedConfig, folder: Path) -> Path:
+    """Save a float32 model with random weights, so large that attention is far from uniform.
 
-    transformers initialises with a standard deviation of 0.02, where attention is nearly
-    uniform: a cache that returned the wrong tokens would go unnoticed.
+    With the standard deviation of 0.02 that transformers initialises with, a cache that
+    returned other tokens than asked for would change no greedy token.
     """
-    set_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
-            std = gain if "embed" in name else gain / weight.shape[1] ** 0.5
-            weight.data.normal_(0.0, std, generator=generator)
+            fan_in = 1 if "embed" in name else weight.shape[1]
+            weight.data.normal_(0.0, gain * fan_in**-0.5, generator=generator)
     model.save_pretrained(folder)
     return folder
 
@@ -48,3 +48,29 @@ def save_random_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def transformers_greedy(folder: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """Greedy continuations by transformers in float32, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    answers = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        answer = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_tokens, do_sample=False
+        )
+        answers.append(answer[0, len(prompt) :].tolist())
+    return answers
+
+
+def vllm_outputs(llm, prompts: list[list[int]], num_tokens: int) -> list:
+    """vLLM's RequestOutputs of greedy continuations of exactly num_tokens, in one batch."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+    return llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+
+
+def vllm_greedy(llm, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """vLLM's greedy continuations, in one batch."""
+    return [list(output.outputs[0].token_ids) for output in vllm_outputs(llm, prompts, num_tokens)]

@@ -13,7 +13,7 @@ DIVISORS = {0: [6.0], 1: [6.0, 4.0], 2: [6.0, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.5,
 
 
 def e4m3_value(code: int) -> float:
-    """Sign, 4 exponent bits of bias 7, 3 mantissa bits; exponent and mantissa all ones are NaN, there is no Inf."""
+    """Sign, 4 exponent bits of bias 7, 3 mantissa bits; all ones are NaN, there is no Inf."""
     sign = -1.0 if code & 0x80 else 1.0
     exponent, mantissa = (code >> 3) & 15, code & 7
     if (exponent, mantissa) == (15, 7):
@@ -81,7 +81,9 @@ def encode_amax_6(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     clean = np.where(has_nan[:, None], np.float32(0), scaled)
     scale = candidate_scales(clean, 0)[0]
     nibbles = quantise(clean, scale)
-    return np.where(has_nan[:, None], 0, nibbles).astype(np.uint8), np.where(has_nan, 0x7F, scale).astype(np.uint8)
+    return np.where(has_nan[:, None], 0, nibbles).astype(np.uint8), np.where(has_nan, 0x7F, scale).astype(
+        np.uint8
+    )
 
 
 def data_byte(heads: int, block_size: int, head_size: int, is_v: bool, h: int, n: int, i: int) -> int:

@@ -133,7 +133,7 @@ def test_nvfp4_rounding_keeps_what_it_can_write() -> None:
     assert 0.08 < error < 0.12
 
 
-def test_curriculum_opens_lengths_on_accuracy_or_at_half_time() -> None:
+def test_curriculum_opens_lengths_on_accuracy_or_in_time() -> None:
     curriculum = Curriculum(512, random.Random(0))
     assert {curriculum.draw() for _ in range(50)} == {128}
     assert not curriculum.update(0.5, 0.1)
@@ -142,7 +142,8 @@ def test_curriculum_opens_lengths_on_accuracy_or_at_half_time() -> None:
         if opened:
             break
     assert opened and {curriculum.draw() for _ in range(50)} == {128, 256}
-    assert curriculum.update(0.0, 0.51), "half of the time is up"
+    assert not curriculum.update(0.0, 0.29)
+    assert curriculum.update(0.0, 0.31), "30 % of the time is up"
     assert not curriculum.update(1.0, 0.6) and not curriculum.update(1.0, 0.6), "512 is the longest"
     drawn = [curriculum.draw() for _ in range(400)]
     assert 150 < drawn.count(512) < 250

@@ -5,14 +5,15 @@ tensor of its own or a view of cross-layer rows. A 16-bit (or float32) page hold
 token and head, D elements of K and then D of V. An NVFP4 page is laid out as
 ``vllm_xlayer.nvfp4`` says, and only the extension's ops look inside.
 
-How a step attends: the K and V that are visible to the step's queries are gathered from the
-cache to one ragged float32 tensor (``VisibleTokens``), the rows of the step's own tokens are
-replaced by the K and V at hand, and each request attends to its rows. So a token sees the
-cached, rounded form of the earlier chunks of its prompt and the exact form of its own chunk.
-Nothing but valid tokens is ever read: unused cache memory may hold NaN.
+How a step attends: for each request the visible part of its sequence is read from the cache
+as float32, the rows of the step's own tokens are replaced by the K and V at hand, and the
+request's queries attend to that. So a token sees the cached, rounded form of earlier chunks
+of its prompt and the exact form of its own chunk. Nothing but valid tokens enters a product:
+unused cache memory may hold NaN.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_xlayer.nvfp4 import GROUP, ScaleChoice, ScaleOrder
 
-QUERY_TILE = 256
+QUERY_TILE = 128
 """Queries attended at once: bounds the scores to heads * QUERY_TILE * context floats."""
 
 
@@ -67,6 +68,14 @@ class CpuReferenceBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_combination(
+        cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *others: Any
+    ) -> str | None:
+        if kv_cache_dtype == "nvfp4" and head_size % GROUP != 0:
+            return f"nvfp4 needs a head size that is a multiple of {GROUP}, got {head_size}"
+        return None
+
+    @classmethod
     def get_required_kv_cache_layout(cls) -> Any:
         return "HND"
 
@@ -86,72 +95,27 @@ class CpuReferenceBackend(AttentionBackend):
         return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
 
 
-@dataclass(frozen=True)
-class VisibleTokens:
-    """Which cached tokens a step reads in a layer: a ragged list over the step's requests.
-
-    Request r reads its tokens starts[r] .. starts[r] + len_r, which become the rows
-    cu_lens[r] : cu_lens[r + 1].
-    """
-
-    starts: torch.Tensor  # int32 [R]
-    cu_lens: torch.Tensor  # int32 [R + 1]
-    row_ranges: list[tuple[int, int]]  # R pairs: cu_lens as Python ints
-    blocks: torch.Tensor  # int64 [rows]: the cache block of each row
-    offsets: torch.Tensor  # int64 [rows]: the token's place in that block
-    chunk_rows: torch.Tensor  # int64 [T]: the row of each of the step's own tokens
-
-
 @dataclass
 class CpuReferenceMetadata(AttentionMetadata):
-    """One step of one KV cache group: R requests, T tokens."""
+    """One step of one KV cache group: which tokens of the batch belong to which request."""
 
-    num_tokens: int
-    query_lens: torch.Tensor  # int32 [R]
-    query_ranges: list[tuple[int, int]]  # R pairs: each request's tokens in the batch
-    computed: list[int]  # R: tokens before this step
-    seq_lens: torch.Tensor  # int32 [R]: tokens after this step
-    block_table: torch.Tensor  # int32 [R, M]
-    block_size: int
-    _visible: dict[int | None, VisibleTokens] = field(default_factory=dict)
-
-    def visible(self, window: int | None) -> VisibleTokens:
-        """The tokens a layer with that sliding window reads; computed once a step."""
-        if window not in self._visible:
-            self._visible[window] = self._find_visible(window)
-        return self._visible[window]
-
-    def _find_visible(self, window: int | None) -> VisibleTokens:
-        computed = self.seq_lens - self.query_lens
-        starts = torch.zeros_like(computed) if window is None else (computed - window + 1).clamp_(min=0)
-        lens = self.seq_lens - starts
-        cu_lens = torch.zeros(len(lens) + 1, dtype=torch.int32)
-        torch.cumsum(lens, 0, out=cu_lens[1:])
-        ends = cu_lens.tolist()
-        request, position = _ragged_positions(starts, lens)
-        chunk_request, chunk_position = _ragged_positions(computed, self.query_lens)
-        return VisibleTokens(
-            starts=starts,
-            cu_lens=cu_lens,
-            row_ranges=list(zip(ends[:-1], ends[1:], strict=True)),
-            blocks=self.block_table[request, position // self.block_size].to(torch.int64),
-            offsets=position % self.block_size,
-            chunk_rows=(cu_lens[:-1] - starts)[chunk_request] + chunk_position,
-        )
-
-
-def _ragged_positions(starts: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For request r the positions starts[r] .. starts[r] + lens[r]: (request, position) of each."""
-    request = torch.repeat_interleave(lens)
-    first = torch.cumsum(lens, 0) - lens
-    return request, torch.arange(len(request)) + (starts - first)[request]
+    query_ranges: list[tuple[int, int]]
+    """For each request, its tokens in the batch: first, and one past the last."""
+    seq_lens: list[int]
+    """For each request, its tokens in the cache once this step's are written."""
+    block_table: torch.Tensor
+    """int32 [requests, max blocks]: each request's blocks in order."""
 
 
 class CpuReferenceMetadataBuilder(AttentionMetadataBuilder[CpuReferenceMetadata]):
     """Turns vLLM's description of a step into ``CpuReferenceMetadata``."""
 
     def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract in vLLM
 
@@ -165,18 +129,10 @@ class CpuReferenceMetadataBuilder(AttentionMetadataBuilder[CpuReferenceMetadata]
             raise NotImplementedError(
                 f"CPU reference attention: expected a causal step, got causal={common_attn_metadata.causal}"
             )
-        query_starts = common_attn_metadata.query_start_loc_cpu
-        query_lens = query_starts.diff()
-        seq_lens = common_attn_metadata.seq_lens
-        bounds = query_starts.tolist()
         return CpuReferenceMetadata(
-            num_tokens=common_attn_metadata.num_actual_tokens,
-            query_lens=query_lens,
-            query_ranges=list(zip(bounds[:-1], bounds[1:], strict=True)),
-            computed=(seq_lens - query_lens).tolist(),
-            seq_lens=seq_lens,
+            query_ranges=list(pairwise(common_attn_metadata.query_start_loc_cpu.tolist())),
+            seq_lens=common_attn_metadata.seq_lens.tolist(),
             block_table=common_attn_metadata.block_table_tensor,
-            block_size=self.kv_cache_spec.block_size,
         )
 
 
@@ -260,79 +216,90 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
             raise NotImplementedError("CPU reference attention: fused output quantisation is not supported")
         if attn_metadata is None:  # a profiling run
             return output.zero_()
-        num_tokens = attn_metadata.num_tokens
-        visible = attn_metadata.visible(self.window)
-        keys, values = self._gather(layer, kv_cache, attn_metadata.block_table, visible)
-        keys[visible.chunk_rows] = key[:num_tokens].float()
-        values[visible.chunk_rows] = value[:num_tokens].float()
-        starts = visible.starts.tolist()
-        for (q0, q1), (k0, k1), computed, start in zip(
-            attn_metadata.query_ranges, visible.row_ranges, attn_metadata.computed, starts, strict=True
+        for (q0, q1), seq_len, blocks in zip(
+            attn_metadata.query_ranges, attn_metadata.seq_lens, attn_metadata.block_table, strict=True
         ):
-            output[q0:q1] = self._attend(query[q0:q1].float(), keys[k0:k1], values[k0:k1], computed - start)
+            if q0 == q1:
+                continue
+            computed = seq_len - (q1 - q0)
+            start = 0 if self.window is None else max(0, computed - self.window + 1)
+            own_keys, own_values = key[q0:q1].transpose(0, 1).float(), value[q0:q1].transpose(0, 1).float()
+            if computed == 0:
+                keys, values = own_keys, own_values
+            else:
+                keys, values = self._read(layer, kv_cache, blocks, start, seq_len)
+                keys[:, computed - start :] = own_keys
+                values[:, computed - start :] = own_values
+            output[q0:q1] = self._attend(query[q0:q1].float(), keys, values, computed - start)
         return output
 
-    def _gather(
-        self, layer: AttentionLayer, kv_cache: torch.Tensor, block_table: torch.Tensor, visible: VisibleTokens
+    def _read(
+        self, layer: AttentionLayer, kv_cache: torch.Tensor, blocks: torch.Tensor, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The visible tokens' K and V, each float32 [rows, H, D]."""
-        rows = visible.row_ranges[-1][1]
+        """K and V of the tokens start .. stop of the request with those blocks: float32 [H, n, D]."""
         if self.is_nvfp4:
             from vllm_xlayer import ops
 
-            keys = torch.empty(rows, self.num_kv_heads, self.head_size)
+            keys = torch.empty(stop - start, self.num_kv_heads, self.head_size)
             values = torch.empty_like(keys)
             ops.gather_nvfp4(
                 kv_cache,
-                block_table,
-                visible.starts,
-                visible.cu_lens,
+                blocks.unsqueeze(0),
+                torch.tensor([start], dtype=torch.int32),
+                torch.tensor([0, stop - start], dtype=torch.int32),
                 layer._k_scale,
                 layer._v_scale,
                 keys,
                 values,
                 ScaleOrder.LINEAR,
             )
-            return keys, values
-        content = kv_cache[visible.blocks, :, visible.offsets].float()
-        return content[..., : self.head_size], content[..., self.head_size :]
+            return keys.transpose(0, 1), values.transpose(0, 1)
+        block_size = kv_cache.shape[2]
+        first_block = start // block_size
+        pages = kv_cache.index_select(0, blocks[first_block : -(-stop // block_size)])
+        tokens = pages.transpose(0, 1).float().flatten(1, 2)  # [H, tokens of these blocks, 2 * D]
+        first = first_block * block_size
+        tokens = tokens[:, start - first : stop - first]
+        return tokens[..., : self.head_size], tokens[..., self.head_size :]
 
     def _attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int
     ) -> torch.Tensor:
-        """Causal attention of one request: query [n, Hq, D] to keys, values [m, H, D], all float32.
+        """Causal attention of one request: query [n, Hq, D] to keys, values [H, m, D], all float32.
 
         Query i sees the keys up to first + i, and no further back than the window.
+        Returns [n, Hq, D].
         """
         num_queries = query.shape[0]
-        group = self.num_heads // self.num_kv_heads
-        query = query.view(num_queries, self.num_kv_heads, group, self.head_size).permute(1, 2, 0, 3)
-        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+        grouped = (query * self.scale).view(num_queries, self.num_kv_heads, -1, self.head_size)
         tiles = []
         for q0 in range(0, num_queries, QUERY_TILE):
             q1 = min(q0 + QUERY_TILE, num_queries)
             k0 = 0 if self.window is None else max(0, first + q0 - self.window + 1)
             k1 = first + q1
-            tile = query[:, :, q0:q1].reshape(self.num_kv_heads, group * (q1 - q0), self.head_size)
-            scores = torch.matmul(tile, keys[:, k0:k1].transpose(1, 2)).mul_(self.scale)
-            scores = scores.view(self.num_kv_heads, group, q1 - q0, k1 - k0)
-            weights = self._weights(scores, torch.arange(first + q0, first + q1), torch.arange(k0, k1))
-            tiles.append(torch.matmul(weights.flatten(1, 2), values[:, k0:k1]).view(*scores.shape[:3], -1))
-        return torch.cat(tiles, dim=2).permute(2, 0, 1, 3).reshape(num_queries, self.num_heads, -1)
+            tile = grouped[q0:q1].permute(1, 2, 0, 3)  # [H, group, queries, D]
+            scores = torch.matmul(tile.flatten(1, 2), keys[:, k0:k1].transpose(1, 2))
+            weights = self._weights(scores.view(*tile.shape[:3], k1 - k0), first + q0, k0)
+            tiles.append(torch.matmul(weights.flatten(1, 2), values[:, k0:k1]).view(tile.shape))
+        return torch.cat(tiles, dim=2).permute(2, 0, 1, 3).reshape(query.shape)
 
-    def _weights(
-        self, scores: torch.Tensor, query_positions: torch.Tensor, key_positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Softmax over scores [H, group, n, m] after soft cap and mask, with the sinks' share left out."""
+    def _weights(self, scores: torch.Tensor, first_query: int, first_key: int) -> torch.Tensor:
+        """Softmax over scores [H, group, n, m] after soft cap and mask; overwrites the scores.
+
+        Row i is position first_query + i, column j position first_key + j. A sink takes its
+        share of each row's weight and attends to nothing.
+        """
         if self.soft_cap is not None:
             scores = scores.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
-        if len(query_positions) > 1:  # a single query's range is exact
-            distance = query_positions[:, None] - key_positions
-            hidden = distance < 0
+        num_queries, num_keys = scores.shape[2:]
+        if num_queries > 1:  # the columns are exactly what a single query sees
+            query_positions = torch.arange(first_query, first_query + num_queries).unsqueeze(1)
+            key_positions = torch.arange(first_key, first_key + num_keys)
+            hidden = key_positions > query_positions
             if self.window is not None:
-                hidden |= distance >= self.window
+                hidden |= key_positions <= query_positions - self.window
             scores = scores.masked_fill_(hidden, float("-inf"))
         if self.sinks is None:
             return scores.softmax(-1)
-        sinks = self.sinks.float().view(scores.shape[0], scores.shape[1], 1, 1)
-        return torch.cat((scores, sinks.expand(*scores.shape[:3], 1)), dim=-1).softmax(-1)[..., :-1]
+        sinks = self.sinks.float().view(scores.shape[0], -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]

@@ -5,9 +5,10 @@ row length of a curriculum. ``export`` writes a folder that transformers and vLL
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
         self.norm = RMSNorm(s.hidden, s.eps)
 
+    def decoder_layers(self) -> Iterator[Layer]:
+        """The layers with their type, which a ModuleList does not keep."""
+        return (cast(Layer, layer) for layer in self.layers)
+
 
 class Llama(nn.Module):
     """Causal language model with tied embeddings; parameters carry transformers' names."""
@@ -134,7 +139,7 @@ class Llama(nn.Module):
         batch, length = ids.shape
         x = self.model.embed_tokens(ids.flatten())
         cos, sin = (t[:length].to(x.dtype).repeat(batch, 1)[:, None] for t in (self.cos, self.sin))
-        for layer in self.model.layers:
+        for layer in self.model.decoder_layers():
             q, k, v = (
                 t.view(batch, length, -1, t.shape[-1]).transpose(1, 2) for t in layer.before(x, cos, sin)
             )
@@ -151,7 +156,7 @@ class Llama(nn.Module):
 
     def compile_parts(self) -> None:
         """Compiles all but attention. Shapes stay the same as long as batch * length does."""
-        for layer in self.model.layers:
+        for layer in self.model.decoder_layers():
             layer.before = torch.compile(layer.before, dynamic=False)  # type: ignore[method-assign]
             layer.after = torch.compile(layer.after, dynamic=False)  # type: ignore[method-assign]
 

@@ -32,7 +32,7 @@ from vllm_xlayer.eval.score import gaussian_noise, nvfp4_rounding, score
 
 LENGTHS = (128, 256, 512, 1280, 2560)
 """The curriculum: the next length opens when answers at the longest open one are right."""
-OPEN_AT = 0.95
+OPEN_AT = 0.9
 """Share of answer bytes right at which the next length opens."""
 CHECK_EVERY = 20
 """Steps between looks at the running accuracy (each waits for the device)."""
@@ -60,7 +60,7 @@ class Settings:
 class Curriculum:
     """Draws a row length for each step; opens longer ones as the answers get right.
 
-    Half of the way through the schedule every length is open, come what may.
+    Come what may, the second is open once 20 % of the schedule is over, the third at 30 % and so on.
     """
 
     def __init__(self, longest: int, rng: random.Random):
@@ -79,7 +79,7 @@ class Curriculum:
     def update(self, accuracy: float, progress: float) -> bool:
         """Takes in the accuracy at the longest open length; says whether a length was opened."""
         self.right = 0.5 * self.right + 0.5 * accuracy
-        if self.open < len(self.lengths) and (self.right > OPEN_AT or progress > 0.5):
+        if self.open < len(self.lengths) and (self.right > OPEN_AT or progress > 0.1 * (self.open + 1)):
             self.open += 1
             self.right = 0.0
             return True
@@ -152,9 +152,11 @@ def train(settings: Settings, shape: Shape) -> tuple[Llama, dict[str, Any]]:
     curriculum = Curriculum(settings.longest, rng)
     stop: list[int] = []
     old_handlers = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT)}
-    best, best_score, history, opened = as_shipped(model), -1.0, [], []
+    best, best_score = as_shipped(model), -1.0
+    history: list[dict[str, Any]] = []
+    opened: list[dict[str, int]] = []
     step, evaluated, started = 0, 0, time.monotonic()
-    bar = tqdm(total=settings.steps, desc="train", unit="step", mininterval=2.0, file=sys.stdout)
+    bar = tqdm(total=settings.steps, desc="train", unit="step", mininterval=5.0, file=sys.stdout)
     try:
         for step, progress in progress_of(settings, started):
             if stop:

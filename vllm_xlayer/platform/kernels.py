@@ -1,6 +1,10 @@
 """The ops that vLLM's CPU code asks for and its CUDA wheel lacks, as torch library fragments."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+from torch.nn import functional
 
 PAD_SLOT = -1
 
@@ -12,22 +16,36 @@ def init_cpu_memory_env(node_ids: list[int]) -> None:
     """vLLM binds memory to NUMA nodes here; the reference platform leaves that to the system."""
 
 
-def silu_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
-    """out [..., d] = silu(x[..., :d]) * x[..., d:] for x [..., 2d]."""
-    gate, up = x.chunk(2, dim=-1)
-    torch.mul(torch.nn.functional.silu(gate), up, out=out)
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
 
 
-def gelu_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
-    """out [..., d] = gelu(x[..., :d]) * x[..., d:] for x [..., 2d]."""
-    gate, up = x.chunk(2, dim=-1)
-    torch.mul(torch.nn.functional.gelu(gate), up, out=out)
+_gelu_tanh = partial(functional.gelu, approximate="tanh")
+
+ACTIVATIONS = {"gelu_new": _gelu_tanh, "gelu_fast": _gelu_tanh, "gelu_quick": _quick_gelu}
+"""Op names of activations: out [..., d] = f(x [..., d])."""
+
+GATED_ACTIVATIONS = {
+    "silu_and_mul": functional.silu,
+    "gelu_and_mul": functional.gelu,
+    "gelu_tanh_and_mul": _gelu_tanh,
+}
+"""Op names of gated activations: out [..., d] = f(x[..., :d]) * x[..., d:], x [..., 2d]."""
 
 
-def gelu_tanh_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
-    """out [..., d] = gelu_tanh(x[..., :d]) * x[..., d:] for x [..., 2d]."""
-    gate, up = x.chunk(2, dim=-1)
-    torch.mul(torch.nn.functional.gelu(gate, approximate="tanh"), up, out=out)
+def _activation(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:
+    def op(out: torch.Tensor, x: torch.Tensor) -> None:
+        out.copy_(function(x))
+
+    return op
+
+
+def _gated_activation(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:
+    def op(out: torch.Tensor, x: torch.Tensor) -> None:
+        gate, up = x.chunk(2, dim=-1)
+        torch.mul(function(gate), up, out=out)
+
+    return op
 
 
 def compute_slot_mapping(
@@ -53,13 +71,14 @@ def compute_slot_mapping(
     slot_mapping[num_tokens:] = PAD_SLOT
 
 
-_OPS = {
+_OPS: dict[str, Callable[..., None]] = {
     "init_cpu_memory_env(SymInt[] node_ids) -> ()": init_cpu_memory_env,
-    "silu_and_mul(Tensor(a!) out, Tensor x) -> ()": silu_and_mul,
-    "gelu_and_mul(Tensor(a!) out, Tensor x) -> ()": gelu_and_mul,
-    "gelu_tanh_and_mul(Tensor(a!) out, Tensor x) -> ()": gelu_tanh_and_mul,
     "compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, Tensor block_table, "
     "Tensor(a!) slot_mapping, SymInt block_size) -> ()": compute_slot_mapping,
+}
+_OPS |= {f"{name}(Tensor(a!) out, Tensor x) -> ()": _activation(f) for name, f in ACTIVATIONS.items()}
+_OPS |= {
+    f"{name}(Tensor(a!) out, Tensor x) -> ()": _gated_activation(f) for name, f in GATED_ACTIVATIONS.items()
 }
 
 

@@ -3,7 +3,6 @@
 import os
 from typing import TYPE_CHECKING
 
-from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
 from vllm_xlayer.platform.kernels import define_missing_ops
@@ -13,11 +12,9 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-logger = init_logger(__name__)
-
-ATTENTION_BACKEND = "vllm_xlayer.attention.cpu.CpuReferenceBackend"
 WORKER = "vllm_xlayer.platform.worker.CpuReferenceWorker"
 BLOCK_SIZE = 16
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "nvfp4")
 
 
 class CpuReferencePlatform(CpuPlatform):
@@ -34,22 +31,36 @@ class CpuReferencePlatform(CpuPlatform):
         attn_selector_config: "AttentionSelectorConfig",
         num_heads: int | None = None,
     ) -> str:
-        return ATTENTION_BACKEND
+        """The class path of this package's attention; ValueError where that cannot serve a layer."""
+        from vllm_xlayer.attention.cpu import CpuReferenceBackend
+
+        reasons = CpuReferenceBackend.validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if selected_backend is not None and selected_backend.name != CpuReferenceBackend.get_name():
+            reasons.append(f"attention backend {selected_backend.name} needs a GPU")
+        if reasons:
+            raise ValueError(f"CPU reference platform: {'; '.join(reasons)} ({attn_selector_config})")
+        return f"{CpuReferenceBackend.__module__}.{CpuReferenceBackend.__qualname__}"
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         from vllm.config import CompilationMode
 
-        parallel_config = vllm_config.parallel_config
+        refusal = _refusal(vllm_config)
+        if refusal is not None:
+            raise ValueError(f"CPU reference platform: {refusal}")
+        parallel_config, cache_config = vllm_config.parallel_config, vllm_config.cache_config
         executor, preload = parallel_config.distributed_executor_backend, os.environ.get("LD_PRELOAD")
         if parallel_config.worker_cls == "auto":
             parallel_config.worker_cls = WORKER
-        cache_config = vllm_config.cache_config
+        cache_config.mamba_ssm_cache_dtype = "float32"  # else the parent warns about it with AMX
         super().check_and_update_config(vllm_config)
 
-        # The parent serves thread binding: a process of its own for the worker, and libraries
-        # preloaded into it. Nothing is bound here.
+        # The parent prepares thread binding: a process of its own for the worker, with libraries
+        # preloaded. Nothing is bound here.
         parallel_config.distributed_executor_backend = executor
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if preload is None:
             os.environ.pop("LD_PRELOAD", None)
         else:
@@ -57,7 +68,30 @@ class CpuReferencePlatform(CpuPlatform):
 
         if not cache_config.user_specified_block_size:
             cache_config.block_size = BLOCK_SIZE
+        vllm_config.compilation_config.mode = CompilationMode.NONE
+        vllm_config.compilation_config.custom_ops = ["none"]
 
-        compilation_config = vllm_config.compilation_config
-        compilation_config.mode = CompilationMode.NONE
-        compilation_config.custom_ops = ["none"]
+
+def _refusal(vllm_config: "VllmConfig") -> str | None:
+    """Why this platform cannot run that configuration, or None."""
+    cache_config, parallel_config = vllm_config.cache_config, vllm_config.parallel_config
+    if cache_config.cache_dtype not in KV_CACHE_DTYPES:
+        return f"kv_cache_dtype: expected one of {', '.join(KV_CACHE_DTYPES)}, got {cache_config.cache_dtype}"
+    if cache_config.block_size is not None and cache_config.block_size % BLOCK_SIZE != 0:
+        return f"block_size: expected a multiple of {BLOCK_SIZE}, got {cache_config.block_size}"
+    if parallel_config.decode_context_parallel_size > 1 or parallel_config.prefill_context_parallel_size > 1:
+        return "context parallelism is not supported"
+    if vllm_config.speculative_config is not None:
+        return "speculative decoding is not supported (its kernels need Triton)"
+    model_config = vllm_config.model_config
+    if model_config is None:
+        return None
+    if model_config.use_mla:
+        return "multi-head latent attention (MLA) is not supported"
+    if model_config.is_hybrid or model_config.is_attention_free:
+        return "Mamba and linear attention layers are not supported (their kernels need Triton)"
+    if model_config.is_encoder_decoder:
+        return "encoder-decoder models are not supported"
+    if vllm_config.use_v2_model_runner:
+        return "model runner V2 is not supported (it needs Triton): unset VLLM_USE_V2_MODEL_RUNNER"
+    return None

@@ -10,6 +10,16 @@
 #define XLAYER_HD inline __attribute__((always_inline))
 #endif
 
+// Before a short loop over a group's elements: registers on the device, vector instructions on the host
+// (which would otherwise unroll such a loop completely, and then not find the vectors).
+#if defined(__CUDA_ARCH__)
+#define XLAYER_LANES _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define XLAYER_LANES  // nvcc's host pass: never run
+#else
+#define XLAYER_LANES _Pragma("omp simd")
+#endif
+
 namespace xlayer {
 
 enum class Dtype : int { BF16, F16, F32 };

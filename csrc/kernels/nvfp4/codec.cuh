@@ -58,22 +58,22 @@ XLAYER_HD uint32_t e2m1_magnitude(float a, float s) {
 // order of i, then (p0 + p1) + (p2 + p3). Fixed, so that CPU and GPU choose the same scale.
 XLAYER_HD float group_error(const float (&a)[GROUP], float s) {
   const float r = s > 0.0f ? div_rn(1.0f, s) : 0.0f;
-  float p[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-#endif
-  for (int i = 0; i < GROUP; i += 4) {
-    for (int j = 0; j < 4; ++j) {
-      float y = mul_rn(a[i + j], r);
-      y = y < 6.0f ? y : 6.0f;
-      // Round y to e2m1: its grid is 0.5 below 2, 1 in [2, 4), 2 above. Adding 1.5 * 2^22 times the
-      // power of two under y (at least 1) leaves exactly that many fraction bits.
-      const float pow2 = bits_float(float_bits(y) & 0x7F800000u);
-      const float magic = mul_rn(pow2 > 1.0f ? pow2 : 1.0f, 6291456.0f);
-      const float q = add_rn(add_rn(y, magic), -magic);
-      const float e = add_rn(a[i + j], -mul_rn(q, s));
-      p[j] = add_rn(p[j], mul_rn(e, e));
-    }
+  float squares[GROUP];
+  XLAYER_LANES
+  for (int i = 0; i < GROUP; ++i) {
+    float y = mul_rn(a[i], r);
+    y = y < 6.0f ? y : 6.0f;
+    // Round y to e2m1: its grid is 0.5 below 2, 1 in [2, 4), 2 above. Adding 1.5 * 2^22 times the
+    // power of two under y (at least 1) leaves exactly that many fraction bits.
+    const float pow2 = bits_float(float_bits(y) & 0x7F800000u);
+    const float magic = mul_rn(pow2 > 1.0f ? pow2 : 1.0f, 6291456.0f);
+    const float q = add_rn(add_rn(y, magic), -magic);
+    const float e = add_rn(a[i], -mul_rn(q, s));
+    squares[i] = mul_rn(e, e);
+  }
+  float p[4];
+  for (int j = 0; j < 4; ++j) {
+    p[j] = add_rn(add_rn(add_rn(squares[j], squares[4 + j]), squares[8 + j]), squares[12 + j]);
   }
   return add_rn(add_rn(p[0], p[1]), add_rn(p[2], p[3]));
 }
@@ -86,15 +86,16 @@ struct Group {
 // x: 16 elements, already multiplied by 1/global scale.
 template <ScaleChoice CHOICE>
 XLAYER_HD Group encode_group(const float (&x)[GROUP]) {
+  // The bits of |x|: as integers they compare like the floats, with Inf below every NaN.
   float a[GROUP];
-  float amax = 0.0f;
-  bool nan = false;
+  int32_t max_bits = 0;
   for (int i = 0; i < GROUP; ++i) {
-    a[i] = bits_float(float_bits(x[i]) & 0x7FFFFFFFu);
-    nan |= !(a[i] == a[i]);
-    amax = a[i] > amax ? a[i] : amax;
+    const auto bits = int32_t(float_bits(x[i]) & 0x7FFFFFFFu);
+    a[i] = bits_float(uint32_t(bits));
+    max_bits = bits > max_bits ? bits : max_bits;
   }
-  if (nan) return {0, E4M3_NAN};
+  if (max_bits > 0x7F800000) return {0, E4M3_NAN};
+  const float amax = bits_float(uint32_t(max_bits));
 
   uint8_t scale = e4m3_encode(div_rn(amax, 6.0f));
   if constexpr (CHOICE == ScaleChoice::FOUR_OVER_SIX) {
@@ -120,11 +121,13 @@ XLAYER_HD Group encode_group(const float (&x)[GROUP]) {
 
   if (scale == 0) return {0, 0};
   const float s = e4m3_decode(scale);
-  uint32_t words[2] = {0, 0};
+  uint32_t nibbles[GROUP];
+  XLAYER_LANES
   for (int i = 0; i < GROUP; ++i) {
-    const uint32_t nibble = e2m1_magnitude(a[i], s) | ((float_bits(x[i]) >> 28) & 8u);
-    words[i / 8] |= nibble << (4 * (i % 8));
+    nibbles[i] = e2m1_magnitude(a[i], s) | ((float_bits(x[i]) >> 28) & 8u);
   }
+  uint32_t words[2] = {0, 0};
+  for (int i = 0; i < GROUP; ++i) words[i / 8] |= nibbles[i] << (4 * (i % 8));
   return {uint64_t(words[0]) | (uint64_t(words[1]) << 32), scale};
 }
 

@@ -83,9 +83,12 @@ __global__ void __launch_bounds__(GATHER_WARPS * 32) nvfp4_gather_kernel(const N
     const int h = c / chunks_per_head;
     const int j = c - h * chunks_per_head;
     const int s = j / (GROUP / CHUNK);
-    const uint32_t k_word = __ldg(reinterpret_cast<const uint32_t*>(page + p.page.data_offset(false, h, n)) + j);
-    const uint32_t v_word = __ldg(reinterpret_cast<const uint32_t*>(page + p.page.data_offset(true, h, n)) + j);
-    const uint8_t k_s = __ldg(page + p.page.scale_base(false, h) + p.page.scale_index(ScaleOrder::LINEAR, n, s));
+    const uint32_t k_word =
+        __ldg(reinterpret_cast<const uint32_t*>(page + p.page.data_offset(false, h, n)) + j);
+    const uint32_t v_word =
+        __ldg(reinterpret_cast<const uint32_t*>(page + p.page.data_offset(true, h, n)) + j);
+    const uint8_t k_s =
+        __ldg(page + p.page.scale_base(false, h) + p.page.scale_index(ScaleOrder::LINEAR, n, s));
     const uint8_t v_s = __ldg(page + p.page.scale_base(true, h) + p.page.scale_index(p.v_order, n, s));
     float x[CHUNK];
     decode_chunk(k_word, k_s, k_global, x);

@@ -12,8 +12,8 @@ cudaError_t launch(const Nvfp4WriteParams& p, cudaStream_t stream) {
     return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride_t * int64_t(sizeof(T)) % 16 == 0 &&
            stride_h * int64_t(sizeof(T)) % 16 == 0;
   };
-  const bool wide = aligned(p.key, p.key_stride_t, p.key_stride_h) &&
-                    aligned(p.value, p.value_stride_t, p.value_stride_h);
+  const bool wide =
+      aligned(p.key, p.key_stride_t, p.key_stride_h) && aligned(p.value, p.value_stride_t, p.value_stride_h);
   const dim3 grid(unsigned(ceil_div(p.num_slots, tokens_per_block)),
                   unsigned(ceil_div(groups * tokens_per_block, WRITE_THREADS)));
   nvfp4_write_kernel<T, CHOICE><<<grid, WRITE_THREADS, 0, stream>>>(p, tokens_per_block, wide);

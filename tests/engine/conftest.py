@@ -1,0 +1,67 @@
+"""Engines for the tests: real vLLM, in this process, on the CPU reference platform."""
+
+import os
+
+# Before vLLM is imported. In one process a test can look into the engine and start many cheaply.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import pytest
+import torch
+
+ENGINE_DEFAULTS = dict(
+    skip_tokenizer_init=True,
+    dtype="float32",
+    max_model_len=512,
+    kv_cache_memory_bytes=32 << 20,
+    seed=0,
+)
+
+
+@pytest.fixture(scope="session")
+def reference_platform():
+    """vLLM's current platform, which must be the CPU reference platform on a machine without GPU."""
+    from vllm.platforms import current_platform
+
+    from vllm_xlayer.platform import PLATFORM_CLASS
+
+    if not current_platform.is_cpu():
+        if current_platform.is_unspecified():
+            pytest.fail("vLLM found no platform: install this package, so that its entry points are found")
+        pytest.skip("needs a machine without GPU")
+    found = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
+    assert found == PLATFORM_CLASS
+    torch.set_num_threads(1)  # the models are too small to share among threads
+    return current_platform
+
+
+@pytest.fixture(scope="session")
+def make_llm(reference_platform):
+    """make_llm(model_folder, **settings) -> vllm.LLM.
+
+    The settings override ENGINE_DEFAULTS. One engine lives at a time: making the next shuts
+    the last one down.
+    """
+    from vllm import LLM
+
+    live = []
+
+    def shut_down():
+        while live:
+            live.pop().llm_engine.engine_core.shutdown()
+
+    def make(model, **settings):
+        shut_down()
+        live.append(LLM(str(model), **(ENGINE_DEFAULTS | settings)))
+        return live[-1]
+
+    yield make
+    shut_down()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """Folder of a two-layer grouped-query Llama with random float32 weights."""
+    from model_fixture import llama_config, save_random_model
+
+    return save_random_model(llama_config(), tmp_path_factory.mktemp("tiny_llama"))

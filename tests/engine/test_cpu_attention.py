@@ -1,0 +1,252 @@
+"""The reference platform's attention and ops alone, against float64 loops written here."""
+
+import math
+import types
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("reference_platform")
+
+HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 6, 2, 32, 16
+SCALE = 0.3
+
+
+def expected_attention(query, keys, values, first, window=None, soft_cap=None, sinks=None):
+    """One request, one query and head at a time: query [n, Hq, D], keys and values [m, H, D]."""
+    query, keys, values = query.double(), keys.double(), values.double()
+    out = torch.zeros_like(query)
+    for i in range(query.shape[0]):
+        position = first + i
+        start = 0 if window is None else max(0, position - window + 1)
+        for head in range(query.shape[1]):
+            kv_head = head * keys.shape[1] // query.shape[1]
+            logits = keys[start : position + 1, kv_head] @ query[i, head] * SCALE
+            if soft_cap is not None:
+                logits = soft_cap * torch.tanh(logits / soft_cap)
+            weights = logits.exp()
+            total = weights.sum() + (0.0 if sinks is None else sinks[head].double().exp())
+            out[i, head] = (weights / total) @ values[start : position + 1, kv_head]
+    return out
+
+
+class Step:
+    """A mixed batch in cross-layer rows whose every unused byte is NaN.
+
+    Requests (cached tokens, new tokens): a decode, a chunk behind a prefix, a fresh prompt
+    longer than a query tile, a decode at the end of a block, a single-token prompt.
+    """
+
+    requests = ((37, 1), (50, 21), (0, 150), (31, 1), (0, 1))
+
+    def __init__(self, impl, kv_cache_dtype="auto", dtype=torch.float32):
+        from vllm_xlayer.attention.cpu import CpuReferenceBackend, CpuReferenceMetadata
+
+        torch.manual_seed(0)
+        lens = [computed + new for computed, new in self.requests]
+        blocks_needed = [math.ceil(n / BLOCK) for n in lens]
+        ids = (1 + torch.randperm(sum(blocks_needed))).split(blocks_needed)
+        self.block_table = torch.zeros(len(lens), max(blocks_needed), dtype=torch.int32)
+        for row, blocks in zip(self.block_table, ids, strict=True):
+            row[: len(blocks)] = blocks
+        shape = CpuReferenceBackend.get_kv_cache_shape(
+            1 + sum(blocks_needed), BLOCK, KV_HEADS, HEAD_SIZE, kv_cache_dtype
+        )
+        layers = (shape[0], 3, *shape[1:])
+        if kv_cache_dtype == "nvfp4":
+            rows = torch.full(layers, 0xFF, dtype=torch.uint8)  # scales that are NaN
+        else:
+            rows = torch.full(layers, float("nan"), dtype=dtype)
+        self.other_layers = rows[:, [0, 2]].clone()
+        self.rows, self.cache = rows, rows[:, 1]
+        self.impl = impl
+        self.layer = types.SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(2.0))
+        self.keys = [torch.randn(n, KV_HEADS, HEAD_SIZE).to(dtype) for n in lens]
+        self.values = [torch.randn(n, KV_HEADS, HEAD_SIZE).to(dtype) for n in lens]
+        self.queries = [torch.randn(new, HEADS, HEAD_SIZE).to(dtype) for _, new in self.requests]
+        bounds = torch.tensor([0] + [new for _, new in self.requests]).cumsum(0).tolist()
+        self.metadata = CpuReferenceMetadata(
+            query_ranges=list(pairwise(bounds)),
+            seq_lens=lens,
+            block_table=self.block_table,
+        )
+
+    def slots(self, request, start, stop):
+        positions = torch.arange(start, stop)
+        return self.block_table[request].long()[positions // BLOCK] * BLOCK + positions % BLOCK
+
+    def write(self, start_stop):
+        """Write tokens start .. stop of every request, and padding that must be skipped."""
+        slots, keys, values = [torch.tensor([-1])], [], []
+        for r, (computed, new) in enumerate(self.requests):
+            start, stop = start_stop(computed, new)
+            slots.append(self.slots(r, start, stop))
+            keys.append(self.keys[r][start:stop])
+            values.append(self.values[r][start:stop])
+        pad = torch.full((1, KV_HEADS, HEAD_SIZE), float("nan"), dtype=self.keys[0].dtype)
+        self.impl.do_kv_cache_update(
+            self.layer, torch.cat([pad, *keys]), torch.cat([pad, *values]), self.cache, torch.cat(slots)
+        )
+
+    def run(self):
+        """Write the prefixes, then the chunks, and attend; returns the outputs per request."""
+        self.write(lambda computed, new: (0, computed))
+        self.write(lambda computed, new: (computed, computed + new))
+        assert torch.equal(self.rows[:, [0, 2]].view(torch.uint8), self.other_layers.view(torch.uint8))
+        query = torch.cat(self.queries)
+        new = [n for _, n in self.requests]
+        own_keys = torch.cat([k[-n:] for k, n in zip(self.keys, new, strict=True)])
+        own_values = torch.cat([v[-n:] for v, n in zip(self.values, new, strict=True)])
+        output = torch.full_like(query, float("nan"))
+        self.impl.forward(self.layer, query, own_keys, own_values, self.cache, self.metadata, output)
+        return output.split(new)
+
+
+def make_impl(**settings):
+    from vllm_xlayer.attention.cpu import CpuReferenceImpl
+
+    return CpuReferenceImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(sliding_window=1),
+        dict(sliding_window=20),
+        dict(sliding_window=140),
+        dict(logits_soft_cap=2.0),
+        dict(sinks=torch.linspace(-2, 2, HEADS)),
+        dict(sliding_window=33, logits_soft_cap=3.0, sinks=torch.linspace(2, -2, HEADS)),
+    ],
+    ids=lambda settings: "-".join(settings) or "plain",
+)
+def test_mixed_batch(settings):
+    step = Step(make_impl(**settings))
+    outputs = step.run()
+    reference = dict(
+        window=settings.get("sliding_window"),
+        soft_cap=settings.get("logits_soft_cap"),
+        sinks=settings.get("sinks"),
+    )
+    for r, (computed, _) in enumerate(step.requests):
+        expected = expected_attention(step.queries[r], step.keys[r], step.values[r], computed, **reference)
+        # float32 sums of at most 150 terms of magnitude 1: errors near 150 * 2**-24 = 1e-5.
+        torch.testing.assert_close(outputs[r].double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_output_is_rounded_once(dtype):
+    """Inputs are 16-bit, everything between is float32: the output is off by one rounding."""
+    step = Step(make_impl(), dtype=dtype)
+    outputs = step.run()
+    for r, (computed, _) in enumerate(step.requests):
+        expected = expected_attention(step.queries[r], step.keys[r], step.values[r], computed)
+        half_unit = torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(outputs[r].double(), expected, rtol=half_unit * 1.01, atol=1e-5)
+
+
+def test_own_chunk_is_not_rounded_by_a_narrower_cache():
+    """A float32 model with a bfloat16 cache: earlier tokens are rounded, the step's own are not."""
+    step = Step(make_impl())
+    step.rows = step.rows.to(torch.bfloat16)
+    step.other_layers, step.cache = step.rows[:, [0, 2]].clone(), step.rows[:, 1]
+    outputs = step.run()
+    for r, (computed, _) in enumerate(step.requests):
+        keys, values = step.keys[r].clone(), step.values[r].clone()
+        keys[:computed] = keys[:computed].bfloat16()
+        values[:computed] = values[:computed].bfloat16()
+        expected = expected_attention(step.queries[r], keys, values, computed)
+        torch.testing.assert_close(outputs[r].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_shape_and_orders():
+    from vllm_xlayer.attention.cpu import CpuReferenceBackend as Backend
+
+    assert Backend.get_kv_cache_shape(7, 16, 2, 128) == (7, 2, 16, 256)
+    assert Backend.get_kv_cache_shape(7, 16, 2, 128, "nvfp4") == (7, 2, 16, 144)
+    assert Backend.get_kv_cache_stride_order() == (0, 1, 2, 3)
+    # Logical (L, B, H, N, C) stored as B, L, H, N, C: cross-layer rows with dense pages.
+    assert Backend.get_kv_cache_stride_order(include_num_layers_dimension=True) == (1, 0, 2, 3, 4)
+    assert Backend.indexes_kv_by_block_stride()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (dict(alibi_slopes=[0.5] * HEADS), "ALiBi"),
+        (dict(kv_sharing_target_layer_name="layers.0"), "share another layer's KV cache"),
+    ],
+)
+def test_refused_layers(settings, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        make_impl(**settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(use_mla=True), "MLA not supported"),
+        (dict(attn_type="encoder_only"), "attention type encoder_only not supported"),
+        (dict(kv_cache_dtype="fp8"), "kv_cache_dtype not supported"),
+        (dict(kv_cache_dtype="nvfp4", head_size=72), "multiple of 16"),
+        (dict(use_non_causal=True), "non-causal attention not supported"),
+    ],
+)
+def test_refused_selections(reference_platform, changes, reason):
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    plain = AttentionSelectorConfig(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=16)
+    assert reference_platform.get_attn_backend_cls(None, plain).endswith("CpuReferenceBackend")
+    with pytest.raises(ValueError, match=reason):
+        reference_platform.get_attn_backend_cls(None, plain._replace(**changes))
+
+
+@pytest.fixture
+def missing_ops(reference_platform):
+    reference_platform.import_kernels()
+
+
+def test_slot_mapping_op(missing_ops):
+    starts = torch.tensor([0, 3, 3, 40], dtype=torch.int32)
+    positions = torch.cat([torch.arange(14, 17), torch.arange(37)])
+    block_table = torch.tensor([[5, 9, 0], [1, 1, 1], [2, 8, 4], [7, 7, 7]], dtype=torch.int32)
+    slots = torch.full((50,), 123)
+    torch.ops._C.compute_slot_mapping_kernel_impl(starts, positions, block_table, slots, 16)
+    expected = [5 * 16 + 14, 5 * 16 + 15, 9 * 16]
+    expected += [(2, 8, 4)[p // 16] * 16 + p % 16 for p in range(37)]
+    assert slots.tolist() == expected + [-1] * 10
+
+
+@pytest.mark.parametrize(
+    ("op", "layer"),
+    [
+        ("silu_and_mul", "SiluAndMul"),
+        ("gelu_and_mul", "GeluAndMul"),
+        ("gelu_tanh_and_mul", "GeluAndMul-tanh"),
+        ("gelu_new", "NewGELU"),
+        ("gelu_fast", "FastGELU"),
+        ("gelu_quick", "QuickGELU"),
+    ],
+)
+def test_activation_ops(missing_ops, op, layer):
+    """Each op against the native forward of the vLLM layer that asks for it."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers import activation
+
+    name, _, approximate = layer.partition("-")
+    with set_current_vllm_config(VllmConfig()):
+        module = getattr(activation, name)(*filter(None, [approximate]))
+    x = torch.linspace(-6, 6, 320).view(5, 64)
+    expected = module.forward_native(x)
+    out = torch.full_like(expected, float("nan"))
+    getattr(torch.ops._C, op)(out, x)
+    # gelu_fast's constant 0.7978845608 is sqrt(2 / pi) to 10 digits: only rounding differs.
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ops_are_defined_once(missing_ops):
+    from vllm_xlayer.platform.kernels import define_missing_ops
+
+    assert define_missing_ops() == []
