@@ -1,0 +1,219 @@
+"""XLayerConnector in vLLM's engine: rows, restored prompts, refusals. Runner V1, CPU reference platform."""
+
+import itertools
+
+import pytest
+import torch
+from model_fixture import (
+    SHAPE,
+    llama_config,
+    random_prompts,
+    save_random_model,
+    transformers_greedy,
+    vllm_greedy,
+    vllm_outputs,
+)
+from transformers import Gemma2Config, MambaConfig
+
+from vllm_xlayer.layout import NegotiationError
+
+NUM_TOKENS = 16
+PROMPTS = random_prompts([5, 100, 16, 33, 300, 1])
+
+
+def connector(**extra):
+    """kv_transfer_config for LLM(...)."""
+    extra = {"cpu_bytes_to_use": 16 << 20} | extra
+    return dict(kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=extra)
+
+
+def live_connector():
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()
+
+
+def layer_caches(llm):
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    return {name: layer.kv_cache for name, layer in context.items()}
+
+
+def tokens(outputs):
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def llama_answers(tiny_llama):
+    return transformers_greedy(tiny_llama, PROMPTS, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "bfloat16", "nvfp4"])
+def test_the_cache_lies_in_rows(make_llm, tiny_llama, kv_cache_dtype):
+    llm = make_llm(tiny_llama, kv_cache_dtype=kv_cache_dtype, kv_transfer_config=connector())
+    layout, pool = live_connector().layout, live_connector().pool
+    caches = layer_caches(llm)
+    page = {"auto": 2 * 2 * 16 * 32 * 4, "bfloat16": 2 * 2 * 16 * 32 * 2, "nvfp4": 2 * 16 * 36}[kv_cache_dtype]
+    assert layout.layout.value == "BLHNC" and layout.row_bytes == 2 * page
+    assert pool.shape == (llm.llm_engine.vllm_config.cache_config.num_gpu_blocks, 2 * page)
+    for i, cache in enumerate(caches.values()):
+        size = cache.element_size()
+        assert cache.untyped_storage().data_ptr() == pool.data_ptr()
+        assert cache.storage_offset() * size == i * page
+        assert cache.stride(0) * size == 2 * page and cache[0].is_contiguous()
+
+
+def test_greedy_tokens_are_those_of_the_stock_cache(make_llm, tiny_llama, llama_answers):
+    llm = make_llm(tiny_llama, kv_transfer_config=connector())
+    for cache in layer_caches(llm).values():
+        cache.fill_(float("nan"))
+    assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == llama_answers
+
+
+@pytest.mark.parametrize("blocks_per_chunk", [1, 3])
+def test_restored_prompts_give_the_computed_tokens(make_llm, tiny_llama, llama_answers, blocks_per_chunk):
+    extra = connector(blocks_per_chunk=blocks_per_chunk)
+    llm = make_llm(tiny_llama, kv_transfer_config=extra)
+    assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == llama_answers
+    assert llm.reset_prefix_cache()
+    for cache in layer_caches(llm).values():
+        cache.fill_(float("nan"))  # so that what is not restored shows
+    restored = vllm_outputs(llm, PROMPTS, NUM_TOKENS)
+    assert tokens(restored) == llama_answers
+    span = 16 * blocks_per_chunk
+    # Whole chunks. (A prompt of exactly one is restored whole; its last token is computed again.)
+    assert [output.num_cached_tokens for output in restored] == [len(p) // span * span for p in PROMPTS]
+    assert live_connector().connector_worker.worker.rows_loaded > 0
+
+
+def test_restored_rows_are_the_stored_bytes(make_llm, tiny_llama):
+    """NVFP4: a restored prompt answers as one cached on the device, bit for bit (both read the same pages)."""
+    llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", kv_transfer_config=connector())
+    pool = live_connector().pool
+    pool.fill_(0xFF)  # scales of 0xFF are NaN
+    vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    cached = vllm_outputs(llm, PROMPTS, NUM_TOKENS)
+    assert llm.reset_prefix_cache()
+    pool.fill_(0xFF)
+    restored = vllm_outputs(llm, PROMPTS, NUM_TOKENS)
+    assert tokens(restored) == tokens(cached)
+    assert live_connector().connector_worker.worker.rows_loaded == sum(len(p) // 16 for p in PROMPTS)
+
+
+def test_nvfp4_tokens_do_not_depend_on_the_layout(make_llm, tiny_llama):
+    stock = vllm_greedy(make_llm(tiny_llama, kv_cache_dtype="nvfp4"), PROMPTS, NUM_TOKENS)
+    llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", kv_transfer_config=connector())
+    assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == stock
+
+
+def test_hybrid_models_share_page_slots(make_llm, tmp_path):
+    config = Gemma2Config(
+        **(SHAPE | dict(tie_word_embeddings=True, num_hidden_layers=4)),
+        sliding_window=48,
+        query_pre_attn_scalar=32,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    save_random_model(config, tmp_path)
+    answers = transformers_greedy(tmp_path, PROMPTS, NUM_TOKENS)
+    llm = make_llm(tmp_path, kv_transfer_config=connector())
+    layout = live_connector().layout
+    assert len(layout.groups) == 2 and [len(slot.layers) for slot in layout.slots] == [2, 2]
+    assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == answers
+    assert llm.reset_prefix_cache()
+    for cache in layer_caches(llm).values():
+        cache.fill_(float("nan"))
+    assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == answers
+    assert live_connector().connector_worker.worker.rows_loaded > 0
+
+
+def test_preemption_and_a_tiny_host_tier(make_llm, tiny_llama):
+    """Neither cache holds all prompts: blocks are preempted, evicted, stored and restored all the time."""
+    prompts = random_prompts([60, 61, 62, 63, 90, 91, 92, 93])
+    answers = transformers_greedy(tiny_llama, prompts, 24)
+    row = 2 * 2 * 2 * 16 * 32 * 4
+    llm = make_llm(
+        tiny_llama,
+        num_gpu_blocks_override=24,
+        max_model_len=128,
+        kv_transfer_config=connector(cpu_bytes_to_use=10 * row),
+    )
+    for order in itertools.islice(itertools.permutations(range(8)), 0, 40320, 9000):
+        assert vllm_greedy(llm, [prompts[i] for i in order], 24) == [answers[i] for i in order]
+
+
+def test_aborted_requests_leave_nothing_behind(make_llm, tiny_llama, llama_answers):
+    from vllm import SamplingParams
+
+    llm = make_llm(tiny_llama, kv_transfer_config=connector())
+    engine = llm.llm_engine
+    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    free_blocks = pool.get_num_free_blocks()
+    vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    assert llm.reset_prefix_cache()
+    sampling = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, detokenize=False)
+    for steps in range(4):  # while waiting for rows, while computing, while decoding
+        for i, prompt in enumerate(PROMPTS):
+            engine.add_request(f"{steps}-{i}", {"prompt_token_ids": prompt}, sampling)
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request([f"{steps}-{i}" for i in range(len(PROMPTS))])
+        while engine.has_unfinished_requests():
+            engine.step()
+    assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == llama_answers
+    assert pool.get_num_free_blocks() == free_blocks
+
+
+def test_checkpoint_scales_reach_the_cache(make_llm, tiny_llama):
+    """The writer divides by the layer's global scales, the reader multiplies: powers of two change nothing."""
+    llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", enable_prefix_caching=False)
+    plain = vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    before = next(iter(layer_caches(llm).values())).clone()
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    for layer in context.values():
+        layer._k_scale.fill_(0.25)
+        layer._v_scale.fill_(2.0)
+    assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == plain
+    assert not torch.equal(next(iter(layer_caches(llm).values())), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (dict(kv_transfer_config=connector() | dict(kv_connector="NoSuchConnector")), "NoSuchConnector"),
+        (dict(kv_transfer_config=connector(cpu_bytes_to_use=1 << 50)), "Set cpu_bytes_to_use"),
+    ],
+)
+def test_refused_at_start(make_llm, tiny_llama, settings, reason):
+    with pytest.raises((ValueError, MemoryError), match=reason):
+        make_llm(tiny_llama, **settings)
+
+
+def test_head_size_is_refused_with_nvfp4(make_llm, tmp_path):
+    save_random_model(llama_config(head_dim=24), tmp_path)
+    with pytest.raises(ValueError, match="24"):
+        make_llm(tmp_path, kv_cache_dtype="nvfp4")
+
+
+def test_mamba_is_refused(make_llm, tmp_path):
+    config = MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, state_size=8)
+    save_random_model(config, tmp_path)
+    with pytest.raises(ValueError, match="Mamba"):
+        make_llm(tmp_path, kv_transfer_config=connector())
+
+
+def test_an_allocation_that_differs_is_refused(make_llm, tiny_llama, monkeypatch):
+    """If vLLM ever allocated something else than was negotiated, nothing may be stored from it."""
+    from vllm.v1.core import kv_cache_utils
+
+    from vllm_xlayer.layout import AllocationError
+
+    monkeypatch.setattr(kv_cache_utils, "_use_packed_kv_cache_config", lambda *_: False)
+    with pytest.raises(AllocationError, match=r"expected shape .* strides \(16384, .* got shape"):
+        make_llm(tiny_llama, kv_transfer_config=connector())
+
+
+def test_a_backend_without_block_strides_is_named(make_llm, tiny_llama, monkeypatch):
+    from vllm_xlayer.attention.cpu import CpuReferenceBackend
+
+    monkeypatch.setattr(CpuReferenceBackend, "indexes_kv_by_block_stride", classmethod(lambda cls: False))
+    with pytest.raises(NegotiationError, match="BLHNC refused by attention backend .* block stride"):
+        make_llm(tiny_llama, kv_transfer_config=connector())
