@@ -160,6 +160,34 @@ def test_all_fp16_values_with_search_equal_the_torch_codec(device, choice):
     assert np.array_equal(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), data.numpy())
 
 
+def with_neighbours(x: np.ndarray) -> np.ndarray:
+    """[..., 3] float32: the value below, the value, the value above."""
+    x = x.astype(np.float32)
+    return np.stack((np.nextafter(x, np.float32(0)), x, np.nextafter(x, np.float32(np.inf))), -1)
+
+
+def test_scales_at_every_tie(device):
+    """Largest elements at 6 times each midpoint of two e4m3 values, and one float32 step beside it."""
+    midpoints = (ref.E4M3_POSITIVE[1:] + ref.E4M3_POSITIVE[:-1]) / 2
+    largest = with_neighbours(6 * midpoints).reshape(-1, 1)
+    groups = np.concatenate((largest, np.zeros((largest.size, 15), np.float32)), 1)
+    nibbles, scale = write_groups(device, torch.from_numpy(groups), ScaleChoice.AMAX_6)
+    expected_nibbles, expected_scale = ref.encode_amax_6(groups)
+    assert np.array_equal(scale, expected_scale)
+    assert np.array_equal(nibbles, expected_nibbles)
+
+
+def test_data_at_every_tie(device):
+    """Under each e4m3 scale: elements at each midpoint of two e2m1 values, and one float32 step beside it."""
+    scales = ref.E4M3_POSITIVE[1:]
+    midpoints = np.outer(scales, (ref.E2M1[1:] + ref.E2M1[:-1]) / 2)  # exact in float32
+    elements = np.pad(with_neighbours(midpoints).reshape(len(scales), 21), ((0, 0), (0, 9))).reshape(-1, 15)
+    groups = np.concatenate((np.repeat(6 * scales, 2).reshape(-1, 1), elements), 1).astype(np.float32)
+    nibbles, scale = write_groups(device, torch.from_numpy(groups), ScaleChoice.AMAX_6)
+    assert np.array_equal(ref.E4M3[scale], np.repeat(scales, 2))
+    assert np.array_equal(nibbles, ref.quantise(groups, scale))
+
+
 any_float32 = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
 near_each_other = st.floats(min_value=-8, max_value=8, width=32)
 
