@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from reference import nvfp4_ref as ref
+from reference.groups import write_groups
 from reference.pools import POISON, Pool, make_pool, put_token, scalar, strided_rows
 
 from vllm_xlayer import nvfp4, ops
@@ -34,21 +33,6 @@ def write(
 def groups_of(x: torch.Tensor, global_scale: float) -> np.ndarray:
     """Scaled inputs of x [T, H, D] as the reference wants them: [groups, 16]."""
     return ref.scale_input(x.float().cpu().numpy(), global_scale).reshape(-1, ref.GROUP)
-
-
-def write_groups(
-    device: torch.device, groups: torch.Tensor, choice: ScaleChoice
-) -> tuple[np.ndarray, np.ndarray]:
-    """Write groups [G, 16] as K and their negatives as V; returns K's (nibbles [G, 16], scale codes [G])."""
-    count = groups.shape[0]
-    pool = make_pool(device, blocks=-(-count // 16), heads=1, head_size=16, layers=1, layer=0)
-    key = groups.to(device).unsqueeze(1)
-    write(pool, key, -key, range(count), choice=choice)
-    views = nvfp4.page_views(pool.cache)
-    data = views.k_data.flatten(0, 2)[:count].cpu().numpy()
-    k_scale = views.k_scale.flatten()[:count].cpu().numpy()
-    assert np.array_equal(k_scale, views.v_scale.flatten()[:count].cpu().numpy())
-    return np.stack((data & 15, data >> 4), -1).reshape(count, 16), k_scale
 
 
 @pytest.mark.parametrize("head_size", [16, 64, 80, 128, 256])
@@ -186,23 +170,6 @@ def test_data_at_every_tie(device):
     nibbles, scale = write_groups(device, torch.from_numpy(groups), ScaleChoice.AMAX_6)
     assert np.array_equal(ref.E4M3[scale], np.repeat(scales, 2))
     assert np.array_equal(nibbles, ref.quantise(groups, scale))
-
-
-any_float32 = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
-near_each_other = st.floats(min_value=-8, max_value=8, width=32)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    values=st.lists(any_float32, min_size=16, max_size=16)
-    | st.lists(near_each_other, min_size=16, max_size=16)
-)
-def test_any_float32_group(device, values):
-    groups = torch.tensor([values], dtype=torch.float32)
-    nibbles, scale = write_groups(device, groups, ScaleChoice.AMAX_6)
-    expected_nibbles, expected_scale = ref.encode_amax_6(groups.numpy())
-    assert scale.tolist() == expected_scale.tolist()
-    assert nibbles.tolist() == expected_nibbles.tolist()
 
 
 @pytest.mark.parametrize("choice", list(ScaleChoice))
