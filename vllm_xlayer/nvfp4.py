@@ -12,10 +12,23 @@ vLLM sees a page as (H, N, C) bytes with C = 2 * (D/2 + D/16): the shape says th
 the bytes inside are ordered as above.
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
+
+import torch
 
 GROUP = 16
 """Elements that share one e4m3 block scale."""
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Values of the magnitude codes 0..7; bit 3 of a nibble is the sign."""
+
+E4M3_MAX = 448.0
+E4M3_NAN = 0x7F
+
+MAX_MAGNITUDE = 6.0 * E4M3_MAX
+"""The largest value of the format under a global scale of 1; larger ones saturate."""
 
 
 class ScaleOrder(IntEnum):
@@ -35,3 +48,168 @@ class ScaleChoice(IntEnum):
     """The better of amax/6 and amax/4 by squared error (ties: amax/6)."""
     BEST_OF_9 = 2
     """The best of the divisors 3, 3.5, ..., 7 by squared error."""
+
+
+def content_bytes(head_size: int) -> int:
+    """Bytes of one token and head, K and V, data and scale: the C of an NVFP4 cache."""
+    _check_head_size(head_size)
+    return 2 * (head_size // 2 + head_size // GROUP)
+
+
+def head_size_of(content: int) -> int:
+    """The head size D of a cache with C = ``content`` bytes a token and head."""
+    unit = content_bytes(GROUP)
+    if content <= 0 or content % unit:
+        raise ValueError(f"content: expected a positive multiple of {unit} bytes, got {content}")
+    return content // unit * GROUP
+
+
+def page_bytes(heads: int, block_size: int, head_size: int) -> int:
+    """Bytes of one dense page of H heads and N = ``block_size`` tokens."""
+    return heads * block_size * content_bytes(head_size)
+
+
+def _check_head_size(head_size: int) -> None:
+    if head_size <= 0 or head_size % GROUP:
+        raise ValueError(f"head_size: expected a positive multiple of {GROUP}, got {head_size}")
+
+
+@dataclass(frozen=True)
+class PageViews:
+    """The four parts of every page of a cache, as uint8 views that share its memory."""
+
+    k_data: torch.Tensor
+    """(B, H, N, D/2)"""
+    k_scale: torch.Tensor
+    """(B, H, N, D/16)"""
+    v_data: torch.Tensor
+    """(B, H, N, D/2)"""
+    v_scale: torch.Tensor
+    """(B, H, N, D/16) in memory order: swizzled caches need ``unswizzle``."""
+
+
+def page_views(kv_cache: torch.Tensor) -> PageViews:
+    """Views of the parts of a (B, H, N, 9D/8) uint8 cache with dense pages and any block stride."""
+    if kv_cache.dtype != torch.uint8 or kv_cache.dim() != 4:
+        raise ValueError(
+            "kv_cache: expected uint8 (blocks, heads, block_size, bytes), "
+            f"got {kv_cache.dtype} of shape {tuple(kv_cache.shape)}"
+        )
+    blocks, heads, block_size, content = kv_cache.shape
+    head_size = head_size_of(content)
+    inner = kv_cache.stride()[1:]
+    if inner[1:] != (content, 1) or (heads > 1 and inner[0] != block_size * content):
+        raise ValueError(
+            f"kv_cache: expected dense pages, strides (any, {block_size * content}, {content}, 1), "
+            f"got {kv_cache.stride()}"
+        )
+    offset = kv_cache.storage_offset()
+    views = []
+    for width in (head_size // 2, head_size // GROUP) * 2:
+        shape = (blocks, heads, block_size, width)
+        strides = (kv_cache.stride(0), block_size * width, width, 1)
+        views.append(kv_cache.as_strided(shape, strides, offset))
+        offset += heads * block_size * width
+    return PageViews(*views)
+
+
+def swizzle(scale: torch.Tensor) -> torch.Tensor:
+    """Block scales (..., N, S) from LINEAR to SWIZZLED order; N and S multiples of 4. A copy."""
+    tokens, scales = _check_swizzle(scale)
+    # (group of 4 tokens, t%4, s//(S/4), s%(S/4)) -> (group, s//(S/4), s%(S/4), t%4)
+    parts = scale.unflatten(-1, (4, scales // 4)).unflatten(-3, (tokens // 4, 4))
+    return parts.movedim(-3, -1).reshape(scale.shape)
+
+
+def unswizzle(scale: torch.Tensor) -> torch.Tensor:
+    """Block scales (..., N, S) from SWIZZLED to LINEAR order: the inverse of ``swizzle``. A copy."""
+    tokens, scales = _check_swizzle(scale)
+    parts = scale.unflatten(-1, (scales // 4, 4)).unflatten(-3, (tokens // 4, 4))
+    return parts.movedim(-1, -3).reshape(scale.shape)
+
+
+def _check_swizzle(scale: torch.Tensor) -> tuple[int, int]:
+    tokens, scales = scale.shape[-2:]
+    if tokens % 4 or scales % 4:
+        raise ValueError(
+            "scale: expected tokens and scales a token that are multiples of 4 (head sizes of 64), "
+            f"got shape {tuple(scale.shape)}"
+        )
+    return tokens, scales
+
+
+def encode(
+    x: torch.Tensor,
+    global_scale: float | torch.Tensor = 1.0,
+    choice: ScaleChoice = ScaleChoice.BEST_OF_9,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise x [..., D] to (data [..., D/2], scale [..., D/16]) uint8, bit for bit as the ops do.
+
+    Plain torch operations on x's device: for tests, tools and explanation. The rounding is defined in
+    csrc/kernels/nvfp4/codec.cuh.
+    """
+    _check_head_size(x.shape[-1])
+    inverse = 1.0 / torch.as_tensor(global_scale, dtype=torch.float32, device=x.device)
+    scaled = (x.float() * inverse).unflatten(-1, (-1, GROUP))
+    magnitude = scaled.abs()
+    amax = magnitude.amax(-1)  # NaN where the group has one
+    is_nan = amax.isnan()
+    amax = amax.nan_to_num(nan=0.0, posinf=torch.inf)
+
+    scale = e4m3_encode(amax / 6.0)
+    if choice != ScaleChoice.AMAX_6:
+        best = _group_error(magnitude, e4m3_decode(scale))
+        for divisor in (4.0,) if choice == ScaleChoice.FOUR_OVER_SIX else (3, 3.5, 4, 4.5, 5, 5.5, 6.5, 7):
+            candidate = e4m3_encode(amax / divisor)
+            error = _group_error(magnitude, e4m3_decode(candidate))
+            better = error < best
+            scale = torch.where(better, candidate, scale)
+            best = torch.where(better, error, best)
+
+    s = e4m3_decode(scale).unsqueeze(-1)
+    code = torch.zeros_like(magnitude, dtype=torch.uint8)
+    for i, (low, high) in enumerate(pairwise(E2M1_VALUES)):
+        middle = s * ((low + high) / 2)  # exact; the tie goes to the even one of codes i and i + 1
+        code += (magnitude > middle) if i % 2 == 0 else (magnitude >= middle)
+    nibble = code | (torch.signbit(scaled).to(torch.uint8) << 3)
+    empty = is_nan | (scale == 0)
+    nibble = nibble.masked_fill(empty.unsqueeze(-1), 0).flatten(-2)
+    data = nibble[..., 0::2] | (nibble[..., 1::2] << 4)
+    return data, scale.masked_fill(is_nan, E4M3_NAN)
+
+
+def decode(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    global_scale: float | torch.Tensor = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Dequantise (data [..., D/2], scale [..., D/16]) to [..., D] of dtype, bit for bit as the ops do."""
+    table = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), device=data.device)
+    nibbles = torch.stack((data & 15, data >> 4), -1).flatten(-2)
+    values = table[nibbles.long()].unflatten(-1, (-1, GROUP)) * e4m3_decode(scale).unsqueeze(-1)
+    factor = torch.as_tensor(global_scale, dtype=torch.float32, device=data.device)
+    return (values.flatten(-2) * factor).to(dtype)
+
+
+def e4m3_encode(x: torch.Tensor) -> torch.Tensor:
+    """Non-negative float32 to e4m3 bytes: round to nearest even, saturating at 448."""
+    return x.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def e4m3_decode(x: torch.Tensor) -> torch.Tensor:
+    """e4m3 bytes to float32."""
+    return x.view(torch.float8_e4m3fn).float()
+
+
+def _group_error(magnitude: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """Squared error of groups [..., 16] under block scales s [...], in the ops' order of operations."""
+    inverse = torch.where(s > 0, 1.0 / s, 0.0).unsqueeze(-1)
+    y = (magnitude * inverse).clamp(max=6.0)
+    step = torch.where(y < 2, 0.5, torch.where(y < 4, 1.0, 2.0))
+    q = torch.round(y / step) * step
+    squares = (magnitude - q * s.unsqueeze(-1)).square()
+    parts = squares[..., 0:4]
+    for i in (4, 8, 12):
+        parts = parts + squares[..., i : i + 4]
+    return (parts[..., 0] + parts[..., 1]) + (parts[..., 2] + parts[..., 3])

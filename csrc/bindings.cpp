@@ -1,0 +1,42 @@
+// Op schemas and the module's init. No logic.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "api/ops.h"
+#include "build_info.h"
+
+STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
+  m.def(
+      "reshape_and_cache_nvfp4(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
+      "Tensor k_scale, Tensor v_scale, int scale_order, int scale_choice) -> ()");
+  m.def(
+      "gather_nvfp4(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seqlens, "
+      "Tensor k_scale, Tensor v_scale, Tensor(a!) k_out, Tensor(b!) v_out, int scale_order) -> ()");
+  m.def("copy_blocks(Tensor src, Tensor(a!) dst, Tensor src_ids, Tensor dst_ids) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CPU, m) {
+  m.impl("reshape_and_cache_nvfp4", TORCH_BOX(&xlayer::api::reshape_and_cache_nvfp4_cpu));
+  m.impl("gather_nvfp4", TORCH_BOX(&xlayer::api::gather_nvfp4_cpu));
+  m.impl("copy_blocks", TORCH_BOX(&xlayer::api::copy_blocks_cpu));
+}
+
+#if defined(XLAYER_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CUDA, m) {
+  m.impl("reshape_and_cache_nvfp4", TORCH_BOX(&xlayer::api::reshape_and_cache_nvfp4_cuda));
+  m.impl("gather_nvfp4", TORCH_BOX(&xlayer::api::gather_nvfp4_cuda));
+  m.impl("copy_blocks", TORCH_BOX(&xlayer::api::copy_blocks_cuda));
+}
+#endif
+
+// Importing vllm_xlayer._C runs the registrations above; the module itself only carries what was built.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr && PyModule_AddStringConstant(module, "build_info", XLAYER_BUILD_INFO) != 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}

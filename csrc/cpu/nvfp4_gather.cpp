@@ -1,0 +1,84 @@
+#include "nvfp4_gather.h"
+
+#include <algorithm>
+
+#include "float16.h"
+
+namespace xlayer::cpu {
+namespace {
+
+constexpr int SCALES = 256;
+constexpr int NIBBLES = 16;
+
+template <typename T>
+void fill_table(float global_scale, T* out) {
+  for (int scale = 0; scale < SCALES; ++scale) {
+    const float s = e4m3_decode(uint8_t(scale));
+    for (int nibble = 0; nibble < NIBBLES; ++nibble) {
+      out[scale * NIBBLES + nibble] = from_float<T>(e2m1_decode(uint32_t(nibble)) * s * global_scale);
+    }
+  }
+}
+
+template <typename T>
+void gather_token(const Page& page, const uint8_t* page_bytes, bool is_v, int n, ScaleOrder order,
+                  const T* table, T* out, int64_t stride_h) {
+  for (int h = 0; h < page.heads; ++h) {
+    const uint8_t* data = page_bytes + page.data_offset(is_v, h, n);
+    const uint8_t* scales = page_bytes + page.scale_base(is_v, h);
+    T* head = out + h * stride_h;
+    for (int s = 0; s < page.scales(); ++s) {
+      const T* values = table + scales[page.scale_index(order, n, s)] * NIBBLES;
+      for (int i = 0; i < GROUP / 2; ++i) {
+        const uint8_t byte = data[s * (GROUP / 2) + i];
+        head[s * GROUP + 2 * i] = values[byte & 15];
+        head[s * GROUP + 2 * i + 1] = values[byte >> 4];
+      }
+    }
+  }
+}
+
+template <typename T>
+void gather(const Nvfp4GatherParams& p, const T* k_table, const T* v_table, int64_t begin, int64_t end) {
+  T* k_out = static_cast<T*>(p.k_out);
+  T* v_out = static_cast<T*>(p.v_out);
+  // The request of the first token; the following ones are found by walking on.
+  int r = int(std::upper_bound(p.cu_seqlens, p.cu_seqlens + p.num_requests + 1, begin) - p.cu_seqlens) - 1;
+  for (int64_t t = begin; t < end; ++t) {
+    while (t >= p.cu_seqlens[r + 1]) ++r;
+    const int64_t position = p.seq_starts[r] + (t - p.cu_seqlens[r]);
+    const int64_t block = p.block_table[r * p.block_table_stride + position / p.page.block_size];
+    const int n = int(position % p.page.block_size);
+    const uint8_t* page = p.cache + block * p.block_stride;
+    gather_token(p.page, page, false, n, ScaleOrder::LINEAR, k_table, k_out + t * p.k_stride_t, p.k_stride_h);
+    gather_token(p.page, page, true, n, p.v_order, v_table, v_out + t * p.v_stride_t, p.v_stride_h);
+  }
+}
+
+template <typename T>
+void gather(const Nvfp4GatherParams& p, const DecodeTable& k, const DecodeTable& v, int64_t begin,
+            int64_t end) {
+  gather(p, static_cast<const T*>(k.entries()), static_cast<const T*>(v.entries()), begin, end);
+}
+
+}  // namespace
+
+DecodeTable::DecodeTable(float global_scale, Dtype dtype)
+    : entries_(new uint32_t[SCALES * NIBBLES * dtype_bytes(dtype) / sizeof(uint32_t)]) {
+  switch (dtype) {
+    case Dtype::BF16: fill_table(global_scale, reinterpret_cast<BF16*>(entries_.get())); break;
+    case Dtype::F16: fill_table(global_scale, reinterpret_cast<F16*>(entries_.get())); break;
+    case Dtype::F32: fill_table(global_scale, reinterpret_cast<float*>(entries_.get())); break;
+  }
+}
+
+void nvfp4_gather(const Nvfp4GatherParams& params, const DecodeTable& k_table, const DecodeTable& v_table,
+                  int64_t begin, int64_t end) {
+  switch (params.dtype) {
+    case Dtype::BF16: return gather<BF16>(params, k_table, v_table, begin, end);
+    case Dtype::F16: return gather<F16>(params, k_table, v_table, begin, end);
+    case Dtype::F32: return gather<float>(params, k_table, v_table, begin, end);
+  }
+}
+
+}  // namespace xlayer::cpu

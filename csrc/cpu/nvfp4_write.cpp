@@ -1,0 +1,63 @@
+#include "nvfp4_write.h"
+
+#include "float16.h"
+
+namespace xlayer::cpu {
+namespace {
+
+// One token's K or V of all heads into its page.
+template <typename T, ScaleChoice CHOICE>
+void write_token(const Page& page, uint8_t* page_bytes, bool is_v, int n, const T* in, int64_t stride_h,
+                 float inv, ScaleOrder order) {
+  for (int h = 0; h < page.heads; ++h) {
+    uint8_t* data = page_bytes + page.data_offset(is_v, h, n);
+    uint8_t* scales = page_bytes + page.scale_base(is_v, h);
+    for (int s = 0; s < page.scales(); ++s) {
+      float x[GROUP];
+      for (int i = 0; i < GROUP; ++i) x[i] = to_float(in[h * stride_h + s * GROUP + i]) * inv;
+      const Group group = encode_group<CHOICE>(x);
+      std::memcpy(data + s * sizeof group.data, &group.data, sizeof group.data);
+      scales[page.scale_index(order, n, s)] = group.scale;
+    }
+  }
+}
+
+template <typename T, ScaleChoice CHOICE>
+void write(const Nvfp4WriteParams& p, int64_t begin, int64_t end) {
+  const float k_inv = 1.0f / *p.k_scale;
+  const float v_inv = 1.0f / *p.v_scale;
+  const T* key = static_cast<const T*>(p.key);
+  const T* value = static_cast<const T*>(p.value);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t slot = p.slots[t];
+    if (slot < 0) continue;
+    const int64_t block = slot / p.page.block_size;
+    const int n = int(slot % p.page.block_size);
+    uint8_t* page = p.cache + block * p.block_stride;
+    write_token<T, CHOICE>(p.page, page, false, n, key + t * p.key_stride_t, p.key_stride_h, k_inv,
+                           ScaleOrder::LINEAR);
+    write_token<T, CHOICE>(p.page, page, true, n, value + t * p.value_stride_t, p.value_stride_h, v_inv,
+                           p.v_order);
+  }
+}
+
+template <typename T>
+void write(const Nvfp4WriteParams& p, int64_t begin, int64_t end) {
+  switch (p.choice) {
+    case ScaleChoice::AMAX_6: return write<T, ScaleChoice::AMAX_6>(p, begin, end);
+    case ScaleChoice::FOUR_OVER_SIX: return write<T, ScaleChoice::FOUR_OVER_SIX>(p, begin, end);
+    case ScaleChoice::BEST_OF_9: return write<T, ScaleChoice::BEST_OF_9>(p, begin, end);
+  }
+}
+
+}  // namespace
+
+void nvfp4_write(const Nvfp4WriteParams& params, int64_t begin, int64_t end) {
+  switch (params.dtype) {
+    case Dtype::BF16: return write<BF16>(params, begin, end);
+    case Dtype::F16: return write<F16>(params, begin, end);
+    case Dtype::F32: return write<float>(params, begin, end);
+  }
+}
+
+}  // namespace xlayer::cpu

@@ -1,0 +1,25 @@
+#include "kernel.cuh"
+#include "launch.h"
+
+namespace xlayer {
+namespace {
+
+template <typename T>
+cudaError_t launch(const Nvfp4GatherParams& p, cudaStream_t stream) {
+  const unsigned grid = unsigned(ceil_div(p.num_tokens, GATHER_WARPS));
+  nvfp4_gather_kernel<T><<<grid, GATHER_WARPS * 32, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_nvfp4_gather(const Nvfp4GatherParams& params, cudaStream_t stream) {
+  switch (params.dtype) {
+    case Dtype::BF16: return launch<__nv_bfloat16>(params, stream);
+    case Dtype::F16: return launch<__half>(params, stream);
+    case Dtype::F32: return launch<float>(params, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace xlayer

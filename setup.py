@@ -1,0 +1,177 @@
+"""Builds the extension ``vllm_xlayer/_C.abi3.so`` with CMake and Ninja; metadata is in pyproject.toml.
+
+Environment:
+  VLLM_XLAYER_CUDA    1: CUDA ops are required (no nvcc is an error); 0: none; unset: if nvcc is found
+  VLLM_XLAYER_ARCHS   CUDA architectures, e.g. "80;90" (default: this machine's GPUs, else all supported)
+  CUDACXX, CUDA_HOME  where to look for nvcc first
+  MAX_JOBS            parallel compilations
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).resolve().parent
+TORCH_REQUIREMENT = "torch==2.11.0"
+STABLE_HEADER = "include/torch/csrc/stable/library.h"
+ALL_ARCHS = "80;86;89;90;100f;120f"
+
+
+def say(message: str) -> None:
+    """Report a build decision: shown by ``pip install -v`` and always by ``python setup.py``."""
+    print(f"vllm_xlayer: {message}", file=sys.stderr, flush=True)
+
+
+def torch_version(torch_dir: Path) -> tuple[int, int]:
+    """(major, minor) of an installed torch, (0, 0) if it cannot be read. Does not import torch."""
+    version_file = torch_dir / "version.py"
+    if version_file.is_file():
+        for line in version_file.read_text().splitlines():
+            if line.startswith("__version__ ="):
+                major, minor = line.split("'")[1].split(".")[:2]
+                return int(major), int(minor)
+    return 0, 0
+
+
+def find_torch() -> Path | None:
+    """The folder of an installed torch >= 2.11, without importing it.
+
+    pip's build isolation hides the site-packages of the environment that is installed into, but runs that
+    environment's interpreter: sysconfig still names the folders, so torch need not be downloaded again.
+    """
+    candidates = []
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        candidates.append(Path(spec.origin).parent)
+    candidates += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    for torch_dir in candidates:
+        if (torch_dir / STABLE_HEADER).is_file() and torch_version(torch_dir) >= (2, 11):
+            return torch_dir
+    return None
+
+
+def find_nvcc() -> Path | None:
+    candidates = [os.environ.get("CUDACXX")]
+    candidates += [f"{home}/bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    candidates += [shutil.which("nvcc")]
+    for candidate in candidates:
+        path = shutil.which(candidate) if candidate else None
+        if path is not None:
+            return Path(path)
+    return None
+
+
+def local_archs() -> str | None:
+    """Architectures of the GPUs of this machine, None without one."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        result = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    archs = set()
+    for capability in result.stdout.split():
+        major, _, minor = capability.partition(".")
+        if not (major.isdigit() and minor.isdigit()) or int(major) < 8:
+            say(f"GPU with compute capability {capability}: not supported, expected 8.0 or newer")
+        elif int(major) in (10, 12):
+            archs.add(f"{major}0f")  # the family: 10.0 and 10.3, 12.0 and 12.1
+        else:
+            archs.add(major + minor)
+    return ";".join(sorted(archs)) or None
+
+
+def cuda_arguments() -> list[str]:
+    """CMake arguments for the CUDA part, after saying what was decided and why."""
+    wish = os.environ.get("VLLM_XLAYER_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"VLLM_XLAYER_CUDA: expected 0, 1 or unset, got {wish!r}")
+    if wish == "0":
+        say("CUDA ops left out: VLLM_XLAYER_CUDA=0")
+        return ["-DXLAYER_CUDA=OFF"]
+    nvcc = find_nvcc()
+    if nvcc is None:
+        where = "CUDACXX, CUDA_HOME, /usr/local/cuda or PATH"
+        if wish == "1":
+            raise SystemExit(f"VLLM_XLAYER_CUDA=1: expected nvcc in {where}, found none")
+        say(f"CUDA ops LEFT OUT: no nvcc in {where}. Only CPU ops are built.")
+        return ["-DXLAYER_CUDA=OFF"]
+    archs = os.environ.get("VLLM_XLAYER_ARCHS")
+    source = "VLLM_XLAYER_ARCHS"
+    if not archs:
+        archs, source = local_archs(), "the GPUs of this machine"
+    if not archs:
+        archs, source = ALL_ARCHS, "no GPU visible: all supported"
+    say(f"CUDA ops with {nvcc} for {archs} ({source})")
+    return ["-DXLAYER_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DXLAYER_ARCHS={archs}"]
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        torch_dir = find_torch()
+        if torch_dir is None:
+            raise SystemExit(f"expected torch >= 2.11 with {STABLE_HEADER}, found none")
+        python_header = Path(sysconfig.get_path("include")) / "Python.h"
+        if not python_header.is_file():
+            raise SystemExit(
+                f"expected Python's development headers, but {python_header} is not there "
+                "(on Debian and Ubuntu: apt install python3-dev)"
+            )
+        say(f"torch headers from {torch_dir}")
+        cuda = cuda_arguments()
+        if "-DXLAYER_CUDA=ON" in cuda and not (torch_dir / "lib/libtorch_cuda.so").is_file():
+            if os.environ.get("VLLM_XLAYER_CUDA") == "1":
+                raise SystemExit(f"VLLM_XLAYER_CUDA=1: expected a torch with CUDA, got {torch_dir}")
+            say(f"CUDA ops LEFT OUT: the torch at {torch_dir} has no CUDA")
+            cuda = ["-DXLAYER_CUDA=OFF"]
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # Kept apart from CMake caches of other interpreters, and kept between in-place builds.
+        build_dir = Path(self.build_temp).resolve() / "cmake"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            *("-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DXLAYER_TORCH_DIR={torch_dir}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            *cuda,
+        ]
+        build = ["cmake", "--build", str(build_dir)]
+        if jobs := os.environ.get("MAX_JOBS"):
+            build += ["-j", jobs]
+        for command in (configure, build):
+            try:
+                subprocess.run(command, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise SystemExit(f"the build of vllm_xlayer._C failed (see above): {error}") from error
+        if not target.is_file():
+            raise SystemExit(f"the build ran, but {target} is not there")
+        say(f"built {target.name} ({target.stat().st_size / 1e6:.1f} MB)")
+
+
+class Abi3Wheel(bdist_wheel):
+    """One wheel for every CPython from 3.10 on."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "cp310", "abi3", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("vllm_xlayer._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Abi3Wheel},
+    # Asked for only where no torch is installed; under PEP 517 this becomes a build requirement.
+    setup_requires=[] if find_torch() else [TORCH_REQUIREMENT],
+)

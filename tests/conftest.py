@@ -1,0 +1,38 @@
+"""Devices and the ``gpu`` mark.
+
+A test that takes ``device`` runs once on the CPU and, under the mark ``gpu``, once on the first NVIDIA GPU.
+Where no GPU is visible the marked ones are skipped, with what was looked for.
+"""
+
+import functools
+
+import pytest
+import torch
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """The reason why tests marked gpu cannot run here, None if they can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    count = torch.cuda.device_count()
+    if count == 0:
+        return "no NVIDIA GPU visible: torch.cuda.device_count() is 0"
+    capability = torch.cuda.get_device_capability(0)
+    if capability < (8, 0):
+        return f"expected a GPU of compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+    reason = why_no_gpu() if marked else None
+    if reason is not None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device to put tensors on."""
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")

@@ -1,0 +1,73 @@
+"""The ops as torch sees them: schemas, fake versions, and an extension that is missing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from reference.pools import make_pool, scalar
+
+from vllm_xlayer import ops
+
+
+def arguments_of(name: str, device: torch.device) -> tuple:
+    pool = make_pool(device, blocks=3, head_size=64)
+    one = scalar(1.0, device)
+    key = torch.randn(5, 2, 64, dtype=torch.bfloat16, device=device)
+    if name == "reshape_and_cache_nvfp4":
+        return key, key.clone(), pool.cache, torch.arange(5, device=device), one, one, 0, 2
+    if name == "gather_nvfp4":
+        table = torch.tensor([[2, 0]], dtype=torch.int32, device=device)
+        starts = torch.tensor([14], dtype=torch.int32, device=device)
+        cumulative = torch.tensor([0, 5], dtype=torch.int32, device=device)
+        pool.raw.fill_(0x38)  # finite, so that results can be compared
+        return pool.cache, table, starts, cumulative, one, one, key, key.clone(), 0
+    ids = torch.tensor([0, 2])
+    return pool.raw, pool.raw.clone(), ids, ids.flip(0)
+
+
+@pytest.mark.parametrize("name", ["reshape_and_cache_nvfp4", "gather_nvfp4", "copy_blocks"])
+def test_opcheck(device, name):
+    ops.load()
+    torch.library.opcheck(getattr(torch.ops.vllm_xlayer, name).default, arguments_of(name, device))
+
+
+def test_build_info():
+    info = ops.build_info()
+    assert set(info) == {"cuda", "nvcc", "archs", "kernels", "cxx"}
+    assert info["cuda"] is bool(info["archs"]) is bool(info["nvcc"])
+    assert set(info["kernels"]) == {"nvfp4_write", "nvfp4_gather", "block_copy"}
+
+
+def test_a_missing_extension_is_reported_at_first_use():
+    """Importing works; the first op says what to do."""
+    code = (
+        "import sys; sys.modules['vllm_xlayer._C'] = None\n"
+        "import torch\n"
+        "from vllm_xlayer import ops\n"
+        "rows = torch.zeros(1, 16, dtype=torch.uint8); ids = torch.tensor([0])\n"
+        "try:\n"
+        "    ops.copy_blocks(rows, rows, ids, ids)\n"
+        "except ImportError as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stdout.startswith(
+        "ExtensionMissingError vllm_xlayer/_C.abi3.so: expected the compiled extension"
+    )
+    assert "pip install ." in result.stdout
+
+
+def test_a_cpu_only_build_refuses_cuda_tensors(monkeypatch):
+    """The wrapper names the cause, where the dispatcher would only name a missing backend."""
+    monkeypatch.setattr(ops, "load", lambda: {"cuda": False})
+
+    class OnCuda:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    with pytest.raises(
+        RuntimeError, match="got a tensor on cuda:0, but this build of vllm_xlayer has CPU ops only"
+    ):
+        ops.copy_blocks(OnCuda(), OnCuda(), None, None)

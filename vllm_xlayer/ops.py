@@ -1,0 +1,197 @@
+"""The compiled ops: one thin typed wrapper each, over ``torch.ops.vllm_xlayer``.
+
+Importing this module never fails. The extension is loaded at the first call of an op, or by ``load()``;
+where it is missing, that raises ``ExtensionMissingError`` with what to do.
+
+Every op checks its arguments (device, dtype, layout, shape, in this order) before it writes anything, and
+raises ``RuntimeError`` with what was expected and what came. Values that lie in device memory (slots, block
+tables, lengths) are checked only with ``VLLM_XLAYER_DEBUG=1``, since reading them waits for the GPU; on the
+CPU they are always checked.
+"""
+
+import functools
+import importlib
+import itertools
+import json
+import os
+from typing import Any
+
+import torch
+
+from vllm_xlayer.nvfp4 import ScaleChoice, ScaleOrder
+
+DEBUG_ENV = "VLLM_XLAYER_DEBUG"
+
+
+class ExtensionMissingError(ImportError):
+    """The compiled extension cannot be imported."""
+
+
+@functools.cache
+def load() -> dict[str, Any]:
+    """Load the extension, register the ops' fake versions, and return ``build_info()``."""
+    try:
+        extension = importlib.import_module("vllm_xlayer._C")
+    except ImportError as error:
+        raise ExtensionMissingError(
+            "vllm_xlayer/_C.abi3.so: expected the compiled extension of this package, but importing it "
+            f"failed: {error}. Install the package with `pip install .` in its source folder, or build in "
+            "place with `python setup.py build_ext --inplace`; torch must be 2.11 or newer."
+        ) from error
+    for name in ("reshape_and_cache_nvfp4", "gather_nvfp4", "copy_blocks"):
+        torch.library.register_fake(f"vllm_xlayer::{name}", _no_output)
+    info: dict[str, Any] = json.loads(extension.build_info)
+    return info
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built for: keys cuda (bool), nvcc, archs, kernels, cxx."""
+    return dict(load())
+
+
+def _no_output(*_args: object) -> None:
+    """Fake version of the ops: they write into their arguments and return nothing."""
+
+
+def _require_cuda_build(op: str, *tensors: torch.Tensor) -> None:
+    device = next((t.device for t in tensors if t.is_cuda), None)
+    if device is not None and not load()["cuda"]:
+        raise RuntimeError(
+            f"{op}: got a tensor on {device}, but this build of vllm_xlayer has CPU ops only. "
+            "Reinstall it with nvcc in CUDA_HOME or PATH (VLLM_XLAYER_CUDA=1 makes a missing nvcc an error)."
+        )
+
+
+def _debug() -> bool:
+    return os.environ.get(DEBUG_ENV, "0") not in ("", "0")
+
+
+def reshape_and_cache_nvfp4(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    scale_order: int = ScaleOrder.LINEAR,
+    scale_choice: int = ScaleChoice.BEST_OF_9,
+) -> None:
+    """Quantise new tokens and write them into their slots of one layer's NVFP4 cache.
+
+    Args:
+        key: [T, H, D] bfloat16, float16 or float32; D dense, any strides in T and H. D a multiple of 16.
+        value: as key, same shape and dtype.
+        kv_cache: (B, H, N, 9D/8) uint8, strides (block stride, N*C, C, 1): dense pages, any block stride
+            that is a multiple of 16 bytes. N a multiple of 16. Written in place.
+        slot_mapping: int64 [t], t <= T: slot = block * N + offset of the first t tokens; -1 skips a token.
+            Two tokens must not have the same slot.
+        k_scale: float32, one element: K's global decode scale; what is stored is key / k_scale.
+        v_scale: the same for V.
+        scale_order: a ``ScaleOrder``, of V's block scales. SWIZZLED needs D to be a multiple of 64.
+        scale_choice: a ``ScaleChoice``.
+
+    A NaN makes its group of 16 elements NaN; Inf and values beyond 2688 * global scale become +-2688 *
+    global scale. Neither changes another group.
+    """
+    _require_cuda_build("reshape_and_cache_nvfp4", key, value, kv_cache)
+    load()
+    if _debug() and slot_mapping.is_cuda and slot_mapping.numel() and kv_cache.dim() == 4:
+        slots = kv_cache.shape[0] * kv_cache.shape[2]
+        low, high = (int(x) for x in slot_mapping.aminmax())
+        if low < -1 or high >= slots:
+            raise RuntimeError(
+                f"slot_mapping: expected -1 or slots below {slots}, got values from {low} to {high}"
+            )
+    torch.ops.vllm_xlayer.reshape_and_cache_nvfp4(
+        key, value, kv_cache, slot_mapping, k_scale, v_scale, int(scale_order), int(scale_choice)
+    )
+
+
+def gather_nvfp4(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_starts: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    scale_order: int = ScaleOrder.LINEAR,
+) -> None:
+    """Dequantise tokens of one layer's NVFP4 cache into dense K and V.
+
+    Request r's tokens seq_starts[r] ... seq_starts[r] + len_r - 1, len_r = cu_seqlens[r+1] - cu_seqlens[r],
+    go to rows cu_seqlens[r] ... of the outputs. Other rows of the outputs are not touched.
+
+    Args:
+        kv_cache: (B, H, N, 9D/8) uint8 as in ``reshape_and_cache_nvfp4``.
+        block_table: int32 [R, M], a request's blocks in order; entries past its tokens are not read.
+        seq_starts: int32 [R].
+        cu_seqlens: int32 [R + 1], ascending from 0, its last value at most T.
+        k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
+        k_out: [T, H, D] bfloat16, float16 or float32; D dense, rows start at multiples of 16 bytes.
+        v_out: as k_out, same shape and dtype.
+        scale_order: the ``ScaleOrder`` the pages were written with.
+
+    The result is exact for a global scale of 1 (e2m1 * e4m3 fits both 16-bit types); else the exact product
+    is multiplied by the global scale in float32 and rounded to the output's dtype.
+    """
+    _require_cuda_build("gather_nvfp4", kv_cache, k_out, v_out)
+    load()
+    if _debug() and kv_cache.is_cuda:
+        _check_gather_indices(kv_cache, block_table, seq_starts, cu_seqlens, k_out.shape[0])
+    torch.ops.vllm_xlayer.gather_nvfp4(
+        kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, int(scale_order)
+    )
+
+
+def _check_gather_indices(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_starts: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    num_tokens: int,
+) -> None:
+    """Debug mode's check of what lies in device memory; the CPU op does the same."""
+    blocks, block_size = kv_cache.shape[0], kv_cache.shape[2]
+    table, starts, cumulative = block_table.cpu(), seq_starts.tolist(), cu_seqlens.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(cumulative)]
+    if cumulative[0] != 0 or min(lengths, default=0) < 0 or cumulative[-1] > num_tokens:
+        raise RuntimeError(
+            f"cu_seqlens: expected ascending values from 0 to at most {num_tokens}, got {cumulative}"
+        )
+    for r, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        if length == 0:
+            continue
+        last = (start + length - 1) // block_size
+        if start < 0 or last >= table.shape[1]:
+            raise RuntimeError(
+                f"block_table: expected blocks for tokens {start} to {start + length} of request {r}, "
+                f"got {table.shape[1]} blocks of {block_size} tokens"
+            )
+        used = table[r, start // block_size : last + 1]
+        if int(used.min()) < 0 or int(used.max()) >= blocks:
+            raise RuntimeError(
+                f"block_table: expected blocks from 0 to {blocks - 1}, got {used.tolist()} for request {r}"
+            )
+
+
+def copy_blocks(src: torch.Tensor, dst: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
+    """Copy equal-sized pieces: dst[dst_ids[i]] = src[src_ids[i]] for every i.
+
+    Args:
+        src: uint8 [n, piece], each piece dense, any stride between pieces; CPU or CUDA.
+        dst: uint8 [m, piece], the same piece size; CPU or the CUDA device of src.
+        src_ids: int64 [P] on the CPU, each below n.
+        dst_ids: int64 [P] on the CPU, each below m.
+
+    Between CUDA memory: a kernel. Between CUDA and host: one submission to the copy engine. Both run on
+    torch's current stream; host memory must be pinned for the copy to be asynchronous, and must stay alive
+    and unchanged until the stream has got there. Between host memory: threads, done on return.
+
+    The pairs are copied in no particular order. That no destination occurs twice and none overlaps a source
+    of another pair is the caller's duty; it is not checked.
+    """
+    _require_cuda_build("copy_blocks", src, dst)
+    load()
+    torch.ops.vllm_xlayer.copy_blocks(src, dst, src_ids, dst_ids)
