@@ -215,12 +215,7 @@ def test_engine_in_a_process_of_its_own(reference_platform, tiny_llama, tmp_path
     assert f"TOKENS {expected}" in done.stdout
 
 
-@pytest.fixture
-def extension():
-    return pytest.importorskip("vllm_xlayer._C")
-
-
-def test_nvfp4_cache(make_llm, tiny_llama, llama_answers, extension):
+def test_nvfp4_cache(make_llm, tiny_llama, llama_answers):
     llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", enable_prefix_caching=False)
     for cache in kv_caches(llm):
         assert (cache.dtype, cache.shape[1:]) == (torch.uint8, (2, 16, 36))
@@ -233,7 +228,7 @@ def test_nvfp4_cache(make_llm, tiny_llama, llama_answers, extension):
     assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == answers
 
 
-def test_nvfp4_prefix_hit_equals_a_chunk_boundary(make_llm, tiny_llama, extension):
+def test_nvfp4_prefix_hit_equals_a_chunk_boundary(make_llm, tiny_llama):
     """64 tokens from the cache, whether an earlier request or an earlier chunk wrote them."""
     (prompt,) = random_prompts([100], seed=1)
     chunked = make_llm(tiny_llama, kv_cache_dtype="nvfp4", max_num_batched_tokens=64, max_num_seqs=4)
@@ -245,7 +240,28 @@ def test_nvfp4_prefix_hit_equals_a_chunk_boundary(make_llm, tiny_llama, extensio
     assert list(output.outputs[0].token_ids) == expected
 
 
-def test_nvfp4_sliding_window(make_llm, tmp_path, extension):
+def test_nvfp4_without_some_layers(make_llm, tiny_llama, llama_answers):
+    settings = dict(kv_cache_dtype="nvfp4", kv_cache_dtype_skip_layers=["0"])
+    llm = make_llm(tiny_llama, **settings)
+    assert [cache.dtype for cache in kv_caches(llm)] == [torch.float32, torch.uint8]
+    answers = vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    assert [answer[0] for answer in answers] == [answer[0] for answer in llama_answers]
+    settings["kv_cache_dtype_skip_layers"] = ["0", "1"]
+    assert vllm_greedy(make_llm(tiny_llama, **settings), PROMPTS, NUM_TOKENS) == llama_answers
+
+
+def test_nvfp4_needs_the_extension(make_llm, tiny_llama, monkeypatch):
+    from vllm_xlayer import ops
+
+    def missing():
+        raise ops.ExtensionMissingError("expected the compiled extension")
+
+    monkeypatch.setattr(ops, "load", missing)
+    with pytest.raises(ops.ExtensionMissingError, match="expected the compiled extension"):
+        make_llm(tiny_llama, kv_cache_dtype="nvfp4")
+
+
+def test_nvfp4_sliding_window(make_llm, tmp_path):
     save_random_model(MistralConfig(**SHAPE, sliding_window=24), tmp_path)
     answers = vllm_greedy(make_llm(tmp_path, kv_cache_dtype="nvfp4"), PROMPTS, NUM_TOKENS)
     expected = transformers_greedy(tmp_path, PROMPTS, NUM_TOKENS)
