@@ -63,6 +63,9 @@ class CpuReferencePlatform(CpuPlatform):
         # preloaded. Nothing is bound here.
         parallel_config.distributed_executor_backend = executor
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # Threads that spin while they wait make small models ten times slower on a busy machine.
+        # This process has read the setting already: it is for the engine's own processes.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if preload is None:
             os.environ.pop("LD_PRELOAD", None)
         else:
