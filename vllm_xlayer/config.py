@@ -1,14 +1,15 @@
 """The package's own settings, read from the environment. (The connector's are vLLM's: kv_connector_extra_config.)
 
-    variable                             default      meaning
-    VLLM_XLAYER_DEBUG                    0            1: check slots, tables and tiers where that costs time
-    VLLM_XLAYER_GATHER_WORKSPACE_BYTES   256 MiB      buffer that cached NVFP4 tokens are dequantised into
-    VLLM_XLAYER_SCALE_CHOICE             best_of_9    how the writer picks block scales: amax_6, four_over_six
+variable                             default      meaning
+VLLM_XLAYER_DEBUG                    0            1: check slots, tables and tiers where that costs time
+VLLM_XLAYER_GATHER_WORKSPACE_BYTES   256 MiB      buffer that cached NVFP4 tokens are dequantised into
+VLLM_XLAYER_SCALE_CHOICE             best_of_9    how the writer picks block scales: amax_6, four_over_six
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .nvfp4 import ScaleChoice
 
@@ -37,7 +38,7 @@ class Config:
             ConfigError: an unknown VLLM_XLAYER_ variable, or a bad value.
         """
         env = os.environ if env is None else env
-        parsers = {
+        parsers: dict[str, Callable[[str, str], Any]] = {
             "debug": _parse_bool,
             "gather_workspace_bytes": _parse_bytes,
             "scale_choice": _parse_scale_choice,

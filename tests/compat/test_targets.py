@@ -1,6 +1,7 @@
 """Every patch still fits the installed vLLM, and is still needed."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -39,8 +40,8 @@ def test_the_cuda_platform_has_what_the_attention_patch_wraps():
     import ast
     import importlib.util
 
-    path = importlib.util.find_spec("vllm").submodule_search_locations[0] + "/platforms/cuda.py"
-    tree = ast.parse(open(path, encoding="utf-8").read())
+    folder = Path(importlib.util.find_spec("vllm").submodule_search_locations[0])
+    tree = ast.parse((folder / "platforms/cuda.py").read_text(encoding="utf-8"))
     methods = [
         [a.arg for a in node.args.args]
         for node in ast.walk(tree)

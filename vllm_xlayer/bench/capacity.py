@@ -20,6 +20,10 @@ from rich.table import Table
 
 from .record import RESULTS, write
 
+LLAMA = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", rms_norm_eps=1e-5, rope_theta=500000.0,
+    hidden_act="silu", dtype="bfloat16",
+)  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": dict(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -49,13 +53,13 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-capacity-") as folder:
         model = Path(folder) / args.shape
         model.mkdir()
-        config = dict(architectures=["LlamaForCausalLM"], model_type="llama", rms_norm_eps=1e-5,
-                      rope_theta=500000.0, hidden_act="silu", dtype="bfloat16") | SHAPES[args.shape]  # fmt: skip
-        (model / "config.json").write_text(json.dumps(config))
+        (model / "config.json").write_text(json.dumps(LLAMA | SHAPES[args.shape]))
         for name, dtype, rows in CACHES:
             out = Path(folder) / "out.json"
-            job = dict(model=str(model), dtype=dtype, rows=rows, prompt=args.prompt, repeats=args.repeats,
-                       utilization=args.gpu_memory_utilization, host_bytes=args.host_bytes, out=str(out))  # fmt: skip
+            job = dict(
+                model=str(model), dtype=dtype, rows=rows, prompt=args.prompt, repeats=args.repeats,
+                utilization=args.gpu_memory_utilization, host_bytes=args.host_bytes, out=str(out),
+            )  # fmt: skip
             env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"} | os.environ
             code = f"from {__name__} import engine; engine({json.dumps(json.dumps(job))})"
             print(f"{name}: starting", flush=True)
@@ -134,7 +138,9 @@ def _table(results: dict[str, dict[str, Any]]) -> Table:
         "row, bytes": lambda r: "-" if r["row_bytes"] is None else f"{r['row_bytes']:,}",
         "first token cold, ms": lambda r: f"{r['ttft_cold'] * 1e3:.1f}",
         "first token cached, ms": lambda r: f"{r['ttft_cached'] * 1e3:.1f}",
-        "first token restored, ms": lambda r: f"{r['ttft_restored'] * 1e3:.1f}" if "ttft_restored" in r else "-",
+        "first token restored, ms": lambda r: (
+            f"{r['ttft_restored'] * 1e3:.1f}" if "ttft_restored" in r else "-"
+        ),
     }
     for label, text in rows.items():
         grid.add_row(label, *(text(r) for r in results.values()))

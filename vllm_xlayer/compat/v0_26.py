@@ -1,8 +1,10 @@
 """vLLM 0.26: how its KV cache groups, backends and connectors translate to `layout`'s terms."""
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from vllm.config import VllmConfig
@@ -35,6 +37,36 @@ from ..nvfp4 import ScaleOrder
 CONNECTOR = "XLayerConnector"
 
 
+def share_loggers() -> None:
+    """vLLM configures only the logger "vllm": gives ours its handlers and level."""
+    import vllm.logger  # noqa: F401  configures it
+
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_xlayer")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers, ours.propagate = theirs.handlers, theirs.propagate
+        ours.setLevel(theirs.level)
+
+
+def register_connector() -> None:
+    """Makes XLayerConnector known by name; does nothing where it is."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, "vllm_xlayer.connector.connector", CONNECTOR)
+
+
+def extension_points() -> dict[str, str]:
+    """What this package registered with vLLM, and the platform vLLM chose, for `doctor`."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.platforms import current_platform
+
+    known = CONNECTOR in KVConnectorFactory._registry
+    return {
+        "platform": type(current_platform).__name__,
+        "connector": f"{CONNECTOR}: {'registered' if known else 'not registered'}",
+    }
+
+
 def asks_for_rows(vllm_config: VllmConfig) -> bool:
     """Whether the user configured XLayerConnector, directly or inside a MultiConnector."""
     transfer = vllm_config.kv_transfer_config
@@ -53,11 +85,9 @@ def negotiate_rows(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec]) 
     wish = ConnectorWish(CONNECTOR, (Layout.BLHNC, Layout.BLNHC), required=True)
     if unsupported := [g for g in groups if not _is_plain_attention(g.kv_cache_spec)]:
         kinds = sorted({type(g.kv_cache_spec).__name__ for g in unsupported})
-        raise NegotiationError(
-            [Refusal(Layout.BLHNC, "model", f"rows hold pages of full or sliding-window attention, got {kind}")
-             for kind in kinds]
-        )  # fmt: skip
-    return negotiate([cache_spec(g.layer_names, g.kv_cache_spec) for g in groups], [offer_of(groups)], wish)
+        reason = "rows hold pages of full or sliding-window attention, got "
+        raise NegotiationError([Refusal(Layout.BLHNC, "model", reason + kind) for kind in kinds])
+    return negotiate([group_spec(group) for group in groups], [offer_of(groups)], wish)
 
 
 def groups_with_own_pages(kv_cache_config: KVCacheConfig) -> list[KVCacheGroupSpec]:
@@ -69,9 +99,7 @@ def groups_with_own_pages(kv_cache_config: KVCacheConfig) -> list[KVCacheGroupSp
     ]
 
 
-def allocations(
-    layout: LayoutDescriptor, kv_caches: Mapping[str, torch.Tensor]
-) -> dict[str, Allocation]:
+def allocations(layout: LayoutDescriptor, kv_caches: Mapping[str, torch.Tensor]) -> dict[str, Allocation]:
     """What the engine allocated for each layer, as `layout.check_allocation` compares it."""
     return {name: allocation_of(_as_bhnc(layout, name, tensor)) for name, tensor in kv_caches.items()}
 
@@ -86,6 +114,12 @@ def _as_bhnc(layout: LayoutDescriptor, name: str, tensor: torch.Tensor) -> torch
 
 def _is_plain_attention(spec: KVCacheSpec) -> bool:
     return isinstance(spec, FullAttentionSpec | SlidingWindowSpec) and not isinstance(spec, MLAAttentionSpec)
+
+
+def group_spec(group: KVCacheGroupSpec) -> CacheSpec:
+    """vLLM's spec of one group of attention layers, in this package's terms."""
+    assert isinstance(group.kv_cache_spec, AttentionSpec)
+    return cache_spec(group.layer_names, group.kv_cache_spec)
 
 
 def cache_spec(layers: Iterable[str], spec: AttentionSpec) -> CacheSpec:
@@ -120,9 +154,9 @@ def offer_of(groups: Sequence[KVCacheGroupSpec]) -> BackendOffer:
     accepts: dict[str, frozenset[Layout]] = {}
     refuses = {}
     for group in groups:
-        spec = cache_spec(group.layer_names, group.kv_cache_spec)
+        spec = group_spec(group)
         layer_major, rows = physical_orders(spec.dtype)
-        by_stride = group.kv_cache_spec.indexes_kv_by_block_stride
+        by_stride = cast(AttentionSpec, group.kv_cache_spec).indexes_kv_by_block_stride
         accepts[spec.dtype] = frozenset({layer_major, rows} if by_stride else {layer_major})
         if not by_stride:
             refuses[spec.dtype, rows] = "does not read pages by the block stride"
@@ -161,24 +195,25 @@ def negotiate_for_model(
         ValueError: vLLM refuses the model or the dtype, or there is no such layer.
         NegotiationError: a party refuses rows.
     """
-    from vllm.config import set_current_vllm_config
+    from vllm.config import KVTransferConfig, set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
     from vllm.v1.attention.selector import get_attn_backend
     from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
-    args = EngineArgs(
+    settings: dict[str, Any] = dict(
         model=model, kv_cache_dtype=kv_cache_dtype, block_size=block_size, skip_tokenizer_init=True,
-        kv_transfer_config={"kv_connector": CONNECTOR, "kv_role": "kv_both"},
+        kv_transfer_config=KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_both"),
     )  # fmt: skip
-    config = args.create_engine_config()
+    config = EngineArgs(**settings).create_engine_config()
     model_config, parallel = config.model_config, config.parallel_config
     names = [f"layer {i}" for i in range(model_config.get_num_layers(parallel))]
     if not 0 <= layer < len(names):
         raise ValueError(f"--layer: expected 0 to {len(names) - 1}, got {layer}")
     with set_current_vllm_config(config):
         backend = get_attn_backend(
-            model_config.get_head_size(), model_config.dtype, config.cache_config.cache_dtype,
+            model_config.get_head_size(), cast(torch.dtype, model_config.dtype),
+            config.cache_config.cache_dtype,
             use_mla=model_config.use_mla,
         )  # fmt: skip
         spec = FullAttentionSpec(
@@ -208,5 +243,5 @@ def rows_loaded() -> int:
     """Rows that XLayerConnector has loaded from its host tier in this process."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    worker = get_kv_transfer_group().connector_worker.worker
-    return worker.rows_loaded
+    connector: Any = get_kv_transfer_group()
+    return connector.connector_worker.worker.rows_loaded

@@ -40,6 +40,8 @@ def default_host_bytes() -> int:
 class RowOffloadingSpec(CPUOffloadingSpec):
     """vLLM's CPU offloading with our worker, which also runs where there is no GPU."""
 
+    _worker: OffloadingWorker | None  # type: ignore[assignment]
+
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self._worker is None:
             self._worker = RowOffloadingWorker(kv_caches, self.num_blocks, self.blocks_per_chunk)
