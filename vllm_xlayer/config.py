@@ -1,4 +1,4 @@
-"""The package's own settings, read from the environment. (The connector's are vLLM's: kv_connector_extra_config.)
+"""The package's own settings, from the environment. (The connector's are vLLM's: kv_connector_extra_config.)
 
 variable                             default      meaning
 VLLM_XLAYER_DEBUG                    0            1: check slots, tables and tiers where that costs time

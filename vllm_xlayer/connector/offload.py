@@ -190,8 +190,8 @@ def _allocate_host(rows: int, row_bytes: int, pinned: bool) -> torch.Tensor:
         host = torch.empty((rows, row_bytes), dtype=torch.uint8, pin_memory=pinned)
     except RuntimeError as error:
         raise MemoryError(
-            f"XLayerConnector: expected {rows * row_bytes / GIB:.2f} GiB of {'pinned ' if pinned else ''}host "
-            f"memory for its tier, got: {error}. Set cpu_bytes_to_use in kv_connector_extra_config to less."
+            f"XLayerConnector: expected {rows * row_bytes / GIB:.2f} GiB of host memory for its tier, "
+            f"got: {error}. Set cpu_bytes_to_use in kv_connector_extra_config to less."
         ) from error
     logger.info(
         "XLayerConnector: host tier of %d rows x %d bytes (%.2f GiB%s) in %.1f s",
