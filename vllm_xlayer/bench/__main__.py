@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from . import capacity
+from . import capacity, suite
 
-QUESTIONS = {"capacity": capacity}
+QUESTIONS = {"capacity": capacity, "suite": suite}
 
 
 def main() -> int:

@@ -26,7 +26,6 @@ from ..layout import (
     ConnectorWish,
     Decision,
     Layout,
-    LayoutDescriptor,
     NegotiationError,
     Refusal,
     allocation_of,
@@ -99,17 +98,9 @@ def groups_with_own_pages(kv_cache_config: KVCacheConfig) -> list[KVCacheGroupSp
     ]
 
 
-def allocations(layout: LayoutDescriptor, kv_caches: Mapping[str, torch.Tensor]) -> dict[str, Allocation]:
+def allocations(kv_caches: Mapping[str, torch.Tensor]) -> dict[str, Allocation]:
     """What the engine allocated for each layer, as `layout.check_allocation` compares it."""
-    return {name: allocation_of(_as_bhnc(layout, name, tensor)) for name, tensor in kv_caches.items()}
-
-
-def _as_bhnc(layout: LayoutDescriptor, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Upstream's NVFP4 view on sm_100 has K and V as 2H heads of C/2 bytes; the bytes are the same."""
-    h, n, c = layout.spec_of(name).shape
-    if tuple(tensor.shape[1:]) == (2 * h, n, c // 2) and tensor[0].is_contiguous():
-        return tensor.as_strided((tensor.shape[0], h, n, c), (tensor.stride(0), n * c, c, 1))
-    return tensor
+    return {name: allocation_of(tensor) for name, tensor in kv_caches.items()}
 
 
 def _is_plain_attention(spec: KVCacheSpec) -> bool:
@@ -151,16 +142,33 @@ def physical_orders(dtype: str) -> tuple[Layout, Layout]:
 
 def offer_of(groups: Sequence[KVCacheGroupSpec]) -> BackendOffer:
     """What the attention backends said of their kernels when they filled in the specs."""
+    strides = {
+        group_spec(group).dtype: cast(AttentionSpec, group.kv_cache_spec).indexes_kv_by_block_stride
+        for group in groups
+    }
+    return _offer("of " + groups[0].layer_names[0], strides)
+
+
+def offer_of_backend(backend: type[AttentionBackend], dtype: str) -> BackendOffer:
+    """What a backend class accepts (for `doctor`, where no engine has filled in specs)."""
+    return _offer(backend.__name__, {dtype: backend.indexes_kv_by_block_stride()})
+
+
+def _offer(name: str, by_block_stride: Mapping[str, bool]) -> BackendOffer:
+    """``by_block_stride``: for each dtype, whether the kernels read pages by the block stride."""
     accepts: dict[str, frozenset[Layout]] = {}
     refuses = {}
-    for group in groups:
-        spec = group_spec(group)
-        layer_major, rows = physical_orders(spec.dtype)
-        by_stride = cast(AttentionSpec, group.kv_cache_spec).indexes_kv_by_block_stride
-        accepts[spec.dtype] = frozenset({layer_major, rows} if by_stride else {layer_major})
-        if not by_stride:
-            refuses[spec.dtype, rows] = "does not read pages by the block stride"
-    return BackendOffer("of " + groups[0].layer_names[0], accepts, refuses, (scale_order(),))
+    for dtype, by_stride in by_block_stride.items():
+        layer_major, rows = physical_orders(dtype)
+        reason = None if by_stride else "does not read pages by the block stride"
+        if dtype == "nvfp4" and scale_order() is ScaleOrder.SWIZZLED:
+            reason = (
+                "rows of NVFP4 pages have not been tried with upstream's kernels for compute capability 10.x"
+            )
+        accepts[dtype] = frozenset({layer_major} if reason else {layer_major, rows})
+        if reason:
+            refuses[dtype, rows] = reason
+    return BackendOffer(name, accepts, refuses, (scale_order(),))
 
 
 def scale_order() -> ScaleOrder:
@@ -169,15 +177,6 @@ def scale_order() -> ScaleOrder:
 
     sm_100 = current_platform.is_cuda() and current_platform.is_device_capability_family(100)
     return ScaleOrder.SWIZZLED if sm_100 else ScaleOrder.LINEAR
-
-
-def offer_of_backend(backend: type[AttentionBackend], dtype: str) -> BackendOffer:
-    """What a backend class accepts (for `doctor`, where no engine has filled in specs)."""
-    layer_major, rows = physical_orders(dtype)
-    by_stride = backend.indexes_kv_by_block_stride()
-    refuses = {} if by_stride else {(dtype, rows): "does not read pages by the block stride"}
-    accepts = frozenset({layer_major, rows} if by_stride else {layer_major})
-    return BackendOffer(backend.__name__, {dtype: accepts}, refuses, (scale_order(),))
 
 
 def negotiate_for_model(
