@@ -187,6 +187,14 @@ def test_training_ends_in_time_and_says_so() -> None:
     assert record["ended"] == "out of time" and record["steps"] < 10**5
 
 
+def test_training_keeps_the_best_while_it_runs() -> None:
+    settings = Settings(steps=4, batch_bytes=512, longest=128, evaluations=2, device="cpu")
+    kept: list[Llama] = []
+    best, record = training.train(settings, SMALL, kept.append)
+    assert len(kept) == len(record["history"]) >= 2
+    assert kept[-1] is best and kept[0] is not best, "equal scores: the later weights"
+
+
 def test_batch_bytes_must_fit_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--batch-bytes", "1000", "--longest", "128"])

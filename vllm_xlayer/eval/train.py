@@ -14,7 +14,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,13 @@ def progress_of(settings: Settings, started: float) -> Iterator[tuple[int, float
         yield step, progress
 
 
-def train(settings: Settings, shape: Shape) -> tuple[Llama, dict[str, Any]]:
-    """Trains; returns the best weights (bf16) by documents of their own seed, and the run's record."""
+def train(
+    settings: Settings, shape: Shape, keep: Callable[[Llama], None] = lambda model: None
+) -> tuple[Llama, dict[str, Any]]:
+    """Trains; returns the best weights (bf16) by documents of their own seed, and the run's record.
+
+    ``keep`` gets each new best at once, so that a killed run leaves something behind.
+    """
     device = torch.device(settings.device)
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
@@ -185,7 +190,9 @@ def train(settings: Settings, shape: Shape) -> tuple[Llama, dict[str, Any]]:
             if progress * settings.evaluations >= evaluated + 1:
                 evaluated = int(progress * settings.evaluations)
                 best, best_score = better(model, best, best_score, settings, history, step, loss.item())
+                keep(best)
         best, best_score = better(model, best, best_score, settings, history, step, loss.item())
+        keep(best)
     finally:
         bar.close()
         for number, handler in old_handlers.items():
@@ -260,8 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--batch-bytes: expected a multiple of {settings.longest}, got {settings.batch_bytes}")
     print(f"at most {settings.steps} steps and {settings.minutes} minutes on {settings.device}, to {out}")
     out.mkdir(parents=True, exist_ok=True)
-    model, record = train(settings, Shape())
-    export(model, out)
+    model, record = train(settings, Shape(), lambda best: export(best, out))
     results = report(model, settings, record)
     (out / "train.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"written to {out}")
