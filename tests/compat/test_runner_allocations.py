@@ -1,4 +1,4 @@
-"""What both model runners allocate, byte for byte, against the negotiated layout: their own code, on CPU tensors.
+"""What both model runners allocate, byte for byte, against the negotiated layout: their own code, on the CPU.
 
 The engine tests run V1 only (V2 needs Triton); V2's allocation functions run without it.
 """

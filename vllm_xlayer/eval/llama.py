@@ -27,7 +27,7 @@ class Shape:
 
     layers: int = 4
     hidden: int = 192
-    heads: int = 4
+    heads: int = 8
     kv_heads: int = 2
     head_size: int = 128
     mlp: int = 384

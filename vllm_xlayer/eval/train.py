@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -135,7 +136,10 @@ def progress_of(settings: Settings, started: float) -> Iterator[tuple[int, float
 
 
 def train(
-    settings: Settings, shape: Shape, keep: Callable[[Llama], None] = lambda model: None
+    settings: Settings,
+    shape: Shape,
+    keep: Callable[[Llama], None] = lambda model: None,
+    weights: Path | None = None,
 ) -> tuple[Llama, dict[str, Any]]:
     """Trains; returns the best weights (bf16) by documents of their own seed, and the run's record.
 
@@ -147,7 +151,10 @@ def train(
     rng = random.Random(settings.seed)
     generator = torch.Generator(device).manual_seed(settings.seed + 1)
     model = Llama(shape)
-    start_as_induction(model)
+    if weights is None:
+        start_as_induction(model)
+    else:
+        model.load_state_dict(load_file(weights))
     model = model.to(device)
     cuda = device.type == "cuda"
     if cuda:
@@ -158,6 +165,8 @@ def train(
         parameter_groups(model, settings.weight_decay), betas=(0.9, 0.98), lr=0.0, fused=cuda
     )
     curriculum = Curriculum(settings.longest, rng)
+    if weights is not None:
+        curriculum.open = len(curriculum.lengths)
     stop: list[int] = []
     old_handlers = {s: signal.signal(s, lambda n, _: stop.append(n)) for s in (signal.SIGTERM, signal.SIGINT)}
     best, best_score = as_shipped(model), -1.0
@@ -263,15 +272,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--longest", type=int, choices=LENGTHS, default=defaults.longest, help="longest row")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--device", default=defaults.device)
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on from the model there, all lengths open"
+    )
     given = vars(parser.parse_args(arguments))
-    out = given.pop("out")
+    out, resumed = given.pop("out"), given.pop("resume")
     settings = replace(defaults, **given)
     if settings.batch_bytes % settings.longest:
         parser.error(f"--batch-bytes: expected a multiple of {settings.longest}, got {settings.batch_bytes}")
     print(f"at most {settings.steps} steps and {settings.minutes} minutes on {settings.device}, to {out}")
     out.mkdir(parents=True, exist_ok=True)
-    model, record = train(settings, Shape(), lambda best: export(best, out))
+    weights = None if resumed is None else resumed / "model.safetensors"
+    model, record = train(settings, Shape(), lambda best: export(best, out), weights)
     results = report(model, settings, record)
+    if resumed is not None:
+        results["resumed"] = json.loads((resumed / "train.json").read_text())
     (out / "train.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"written to {out}")
 
