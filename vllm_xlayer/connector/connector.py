@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
@@ -22,6 +23,10 @@ from ..layout import LayoutDescriptor, check_allocation
 from ..patches.registry import REGISTRY
 from ..patches.rows import FEATURE as ROWS
 from .offload import RowOffloadingSpec, default_host_bytes
+from .scheduler import RowConnectorScheduler
+from .worker import RowConnectorWorker
+
+logger = init_logger(__name__)
 
 
 class XLayerConnector(OffloadingConnector):
@@ -45,10 +50,15 @@ class XLayerConnector(OffloadingConnector):
         spec = _offloading_spec(vllm_config, kv_cache_config)
         self.connector_scheduler = None
         self.connector_worker = None
+        ours = isinstance(spec, RowOffloadingSpec)
         if role == KVConnectorRole.SCHEDULER:
-            self.connector_scheduler = OffloadingConnectorScheduler(spec, vllm_config, kv_cache_config)
+            scheduler = RowConnectorScheduler if ours else OffloadingConnectorScheduler
+            self.connector_scheduler = scheduler(spec, vllm_config, kv_cache_config)
+            if ours:
+                _recompute_failed_loads(vllm_config)
         else:
-            self.connector_worker = OffloadingConnectorWorker(spec, kv_cache_config)
+            worker = RowConnectorWorker if ours else OffloadingConnectorWorker
+            self.connector_worker = worker(spec, kv_cache_config)
 
     @property
     def prefer_cross_layer_blocks(self) -> bool:
@@ -65,6 +75,23 @@ class XLayerConnector(OffloadingConnector):
         self.pool = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.pool = self.pool.view(-1, self.layout.row_bytes)
         self.connector_worker.register_kv_caches(kv_caches)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        if isinstance(self.connector_worker, RowConnectorWorker):
+            return self.connector_worker.take_invalid_blocks()
+        return set()
+
+
+def _recompute_failed_loads(vllm_config: VllmConfig) -> None:
+    """vLLM ends requests whose load failed, unless told otherwise. It reads the policy after this."""
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    if transfer.kv_load_failure_policy != "recompute":
+        logger.info(
+            "XLayerConnector: kv_load_failure_policy is recompute (was %s): no request ends because "
+            "its KV could not be loaded", transfer.kv_load_failure_policy,
+        )  # fmt: skip
+        transfer.kv_load_failure_policy = "recompute"
 
 
 def _offloading_spec(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> OffloadingSpec:
