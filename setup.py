@@ -26,6 +26,8 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 TORCH_REQUIREMENT = "torch==2.11.0"
 STABLE_HEADER = "include/torch/csrc/stable/library.h"
+# What a source distribution must have beside the Python files.
+SOURCES = ["CMakeLists.txt", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*"))]
 ALL_ARCHS = "80;86;89;90;100f;120f"
 
 
@@ -170,7 +172,7 @@ class Abi3Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("vllm_xlayer._C", sources=[], py_limited_api=True)],
+    ext_modules=[Extension("vllm_xlayer._C", sources=[], depends=SOURCES, py_limited_api=True)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Abi3Wheel},
     # Asked for only where no torch is installed; under PEP 517 this becomes a build requirement.
     setup_requires=[] if find_torch() else [TORCH_REQUIREMENT],

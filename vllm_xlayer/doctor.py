@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 from typing import Any
 
@@ -14,6 +15,7 @@ PACKAGES = ("vllm-xlayer", "vllm", "torch", "flashinfer-python", "lm-eval", "nix
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report. Returns 0 if everything asked for works, else 1."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the report says what the log would
     report: dict[str, Any] = {
         "versions": _versions(),
         "gpus": _gpus(),

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "build_info.h"
+
 namespace xlayer::api {
 
 inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
@@ -14,6 +16,9 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
 }
 
 inline void check_cuda(const char* what, cudaError_t error) {
+  STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice, what, ": expected a GPU of the architectures ",
+                  XLAYER_BUILT_ARCHS, " that this build has kernels for, got another; reinstall with ",
+                  "VLLM_XLAYER_ARCHS set to that GPU's");
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
 }
 

@@ -42,8 +42,6 @@ template <typename T>
 void gather(const Nvfp4GatherParams& p, const T* k_table, const T* v_table, int64_t begin, int64_t end) {
   T* k_out = static_cast<T*>(p.k_out);
   T* v_out = static_cast<T*>(p.v_out);
-  begin = std::max<int64_t>(begin, p.cu_seqlens[0]);
-  end = std::min<int64_t>(end, p.cu_seqlens[p.num_requests]);
   // The request of the first token; the following ones are found by walking on.
   int r = int(std::upper_bound(p.cu_seqlens, p.cu_seqlens + p.num_requests + 1, begin) - p.cu_seqlens) - 1;
   for (int64_t t = begin; t < end; ++t) {

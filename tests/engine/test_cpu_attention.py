@@ -250,3 +250,42 @@ def test_ops_are_defined_once(missing_ops):
     from vllm_xlayer.platform.kernels import define_missing_ops
 
     assert define_missing_ops() == []
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+def decode_nvfp4(page, scales):
+    """K and V of one page, float64 [N, H, D] each, straight from the format's description.
+
+    page: uint8 (H, N, C), dense: [K data][K scale][V data][V scale], scales linear.
+    """
+    data_bytes = KV_HEADS * BLOCK * HEAD_SIZE // 2
+    half = data_bytes + KV_HEADS * BLOCK * HEAD_SIZE // 16
+    decoded = []
+    for part, scale in zip(page.reshape(2, half), scales, strict=True):
+        nibbles = torch.stack((part[:data_bytes] & 15, part[:data_bytes] >> 4), dim=-1).long()
+        groups = E2M1[nibbles].view(KV_HEADS, BLOCK, HEAD_SIZE // 16, 16)
+        block_scales = part[data_bytes:].view(torch.float8_e4m3fn).double()
+        values = groups * block_scales.view(KV_HEADS, BLOCK, HEAD_SIZE // 16, 1) * scale.double()
+        decoded.append(values.flatten(2).transpose(0, 1))
+    return decoded
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(sliding_window=20)], ids=["plain", "window"])
+def test_nvfp4_mixed_batch(settings):
+    """Earlier tokens come from the cache's bytes, the step's own are exact."""
+    step = Step(make_impl(kv_cache_dtype="nvfp4", **settings), kv_cache_dtype="nvfp4")
+    outputs = step.run()
+    scales = (step.layer._k_scale, step.layer._v_scale)
+    for r, (computed, new) in enumerate(step.requests):
+        blocks = step.block_table[r, : math.ceil((computed + new) / BLOCK)]
+        pages = [decode_nvfp4(step.cache[block], scales) for block in blocks]
+        keys, values = (torch.cat(parts)[: computed + new] for parts in zip(*pages, strict=True))
+        for cached, written in ((keys, step.keys[r]), (values, step.values[r])):
+            assert (cached - written).norm() <= 0.12 * written.norm()  # the format's error on Gaussian data
+        keys[computed:], values[computed:] = step.keys[r][computed:], step.values[r][computed:]
+        expected = expected_attention(
+            step.queries[r], keys, values, computed, window=settings.get("sliding_window")
+        )
+        torch.testing.assert_close(outputs[r].double(), expected, rtol=0, atol=1e-5)

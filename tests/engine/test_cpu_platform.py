@@ -16,7 +16,7 @@ from model_fixture import (
     vllm_greedy,
     vllm_outputs,
 )
-from transformers import Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 NUM_TOKENS = 24
 PROMPTS = random_prompts([5, 100, 16, 33, 300, 1])
@@ -48,6 +48,12 @@ def kv_caches(llm):
             query_pre_attn_scalar=32,
             attn_logit_softcapping=5.0,
             layer_types=["sliding_attention", "full_attention"],
+        ),
+        Gemma3TextConfig(
+            **(SHAPE | dict(tie_word_embeddings=True, num_hidden_layers=4)),
+            sliding_window=24,
+            query_pre_attn_scalar=32,
+            layer_types=["sliding_attention"] * 3 + ["full_attention"],
         ),
     ],
     ids=lambda config: config.model_type,
@@ -207,3 +213,56 @@ def test_engine_in_a_process_of_its_own(reference_platform, tiny_llama, tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     expected = transformers_greedy(tiny_llama, random_prompts([5, 100]), 8)
     assert f"TOKENS {expected}" in done.stdout
+
+
+def test_nvfp4_cache(make_llm, tiny_llama, llama_answers):
+    llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", enable_prefix_caching=False)
+    for cache in kv_caches(llm):
+        assert (cache.dtype, cache.shape[1:]) == (torch.uint8, (2, 16, 36))
+        assert cache.shape[0] == (32 << 20) // (2 * 2 * 16 * 36)  # 3.56 times float16's blocks
+        cache.fill_(0xFF)  # unused memory: block scales that are NaN
+    answers = vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    # A whole prompt in one chunk attends to nothing that was quantised.
+    assert [answer[0] for answer in answers] == [answer[0] for answer in llama_answers]
+    assert answers != llama_answers
+    assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == answers
+
+
+def test_nvfp4_prefix_hit_equals_a_chunk_boundary(make_llm, tiny_llama):
+    """64 tokens from the cache, whether an earlier request or an earlier chunk wrote them."""
+    (prompt,) = random_prompts([100], seed=1)
+    chunked = make_llm(tiny_llama, kv_cache_dtype="nvfp4", max_num_batched_tokens=64, max_num_seqs=4)
+    (expected,) = vllm_greedy(chunked, [prompt], NUM_TOKENS)
+    llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4")
+    vllm_greedy(llm, [prompt[:64]], 1)
+    (output,) = vllm_outputs(llm, [prompt], NUM_TOKENS)
+    assert output.num_cached_tokens == 64
+    assert list(output.outputs[0].token_ids) == expected
+
+
+def test_nvfp4_without_some_layers(make_llm, tiny_llama, llama_answers):
+    settings = dict(kv_cache_dtype="nvfp4", kv_cache_dtype_skip_layers=["0"])
+    llm = make_llm(tiny_llama, **settings)
+    assert [cache.dtype for cache in kv_caches(llm)] == [torch.float32, torch.uint8]
+    answers = vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    assert [answer[0] for answer in answers] == [answer[0] for answer in llama_answers]
+    settings["kv_cache_dtype_skip_layers"] = ["0", "1"]
+    assert vllm_greedy(make_llm(tiny_llama, **settings), PROMPTS, NUM_TOKENS) == llama_answers
+
+
+def test_nvfp4_needs_the_extension(make_llm, tiny_llama, monkeypatch):
+    from vllm_xlayer import ops
+
+    def missing():
+        raise ops.ExtensionMissingError("expected the compiled extension")
+
+    monkeypatch.setattr(ops, "load", missing)
+    with pytest.raises(ops.ExtensionMissingError, match="expected the compiled extension"):
+        make_llm(tiny_llama, kv_cache_dtype="nvfp4")
+
+
+def test_nvfp4_sliding_window(make_llm, tmp_path):
+    save_random_model(MistralConfig(**SHAPE, sliding_window=24), tmp_path)
+    answers = vllm_greedy(make_llm(tmp_path, kv_cache_dtype="nvfp4"), PROMPTS, NUM_TOKENS)
+    expected = transformers_greedy(tmp_path, PROMPTS, NUM_TOKENS)
+    assert [answer[0] for answer in answers] == [answer[0] for answer in expected]

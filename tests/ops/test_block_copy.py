@@ -63,12 +63,12 @@ def test_a_row_of_an_8b_model(devices):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
 @pytest.mark.parametrize("pair", GPU_PAIRS)
-def test_on_a_side_stream(pair):
+def test_on_a_side_stream(pair, pinned):
     """On torch's current stream, after what is already queued there: here the batched submission is used."""
-    shape = (64, 1 << 20)
     src, dst = (
-        torch.zeros(shape, dtype=torch.uint8, device=place, pin_memory=place == "cpu")
+        torch.zeros(64, 1 << 20, dtype=torch.uint8, device=place, pin_memory=pinned and place == "cpu")
         for place in pair.split("-")
     )
     ids = torch.arange(64)
@@ -77,10 +77,12 @@ def test_on_a_side_stream(pair):
     with torch.cuda.stream(stream):
         if src.is_cuda:
             torch.cuda._sleep(10_000_000)  # cycles: a copy on another stream would be too early
-        src.fill_(9)
+        src.copy_(torch.arange(64, dtype=torch.uint8).unsqueeze(1))
         ops.copy_blocks(src, dst, ids, ids.flip(0))
     stream.synchronize()
-    assert (dst == 9).all()
+    assert torch.equal(
+        dst.cpu(), torch.arange(64, dtype=torch.uint8).flip(0).unsqueeze(1).expand(64, 1 << 20)
+    )
 
 
 def test_nothing_to_copy(devices):

@@ -39,13 +39,15 @@ def fill(pool: Pool, order: ScaleOrder, seed: int = 0) -> tuple[np.ndarray, np.n
 
 def expected_output(exact: np.ndarray, global_scale: float, dtype: torch.dtype) -> torch.Tensor:
     """float32(exact product) * global in float32, rounded once to dtype."""
-    assert np.array_equal(exact.astype(np.float32).astype(np.float64), exact)
+    assert np.array_equal(exact.astype(np.float32), exact, equal_nan=True)
     return torch.from_numpy(exact.astype(np.float32) * np.float32(global_scale)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_scale_byte_with_every_nibble_is_exact(device, dtype):
-    """256 tokens of one group: token t has scale byte t and all 16 nibbles. Exact in both 16-bit types."""
+def gather_every_byte(
+    device, dtype: torch.dtype, global_scale: float
+) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """256 tokens of one group: token t has scale byte t and all 16 nibbles. Returns their exact values
+    [256, 16] without the global scale, and what the op made of them as K and as V."""
     pool = make_pool(device, blocks=1, heads=1, block_size=256, head_size=16, layers=1, layer=0)
     page = pool.raw.cpu().numpy()[0]
     nibbles = np.arange(16, dtype=np.uint8).reshape(1, 16)
@@ -54,16 +56,45 @@ def test_every_scale_byte_with_every_nibble_is_exact(device, dtype):
             put_token(page, pool, is_v, t, nibbles, np.array([[t]], np.uint8), False)
     pool.raw[0] = torch.from_numpy(page)
     out = torch.zeros(2, 256, 1, 16, dtype=dtype, device=device)
-    one = scalar(1.0, device)
-    ops.gather_nvfp4(
-        pool.cache, int32([[0]], device), int32([0], device), int32([0, 256], device), one, one, *out
-    )
-    expected = ref.dequantise(np.tile(nibbles, (256, 1)), np.arange(256))
-    for part in out:
-        got = part.double().cpu().numpy().reshape(256, 16)
-        assert np.array_equal(got, expected, equal_nan=True)
-        finite = ~np.isnan(expected)
-        assert np.array_equal(np.signbit(got[finite]), np.signbit(expected[finite]))
+    scale = scalar(global_scale, device)
+    indices = (int32([[0]], device), int32([0], device), int32([0, 256], device))
+    ops.gather_nvfp4(pool.cache, *indices, scale, scale, *out)
+    exact = ref.dequantise(np.tile(nibbles, (256, 1)), np.arange(256))
+    return exact, [part.view(256, 16).cpu() for part in out]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_scale_byte_with_every_nibble_is_exact(device, dtype):
+    """Without a global scale all values are exact, also in both 16-bit types; zeros keep their sign."""
+    exact, parts = gather_every_byte(device, dtype, 1.0)
+    for part in parts:
+        got = part.double().numpy()
+        assert np.array_equal(got, exact, equal_nan=True)
+        finite = ~np.isnan(exact)
+        assert np.array_equal(np.signbit(got[finite]), np.signbit(exact[finite]))
+
+
+# Ties of float16 and of bfloat16 (to even: down, up), float16 subnormals, smaller ones, and Inf in float16.
+GLOBAL_SCALES = [
+    1 + 2**-11,
+    1 + 3 * 2**-11,
+    1 + 2**-8,
+    1 + 3 * 2**-8,
+    0.7 * 2**-16,
+    2**-24,
+    2**-36,
+    1e-38,
+    100.3,
+]
+
+
+@pytest.mark.parametrize("global_scale", GLOBAL_SCALES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_scale_byte_with_every_nibble_and_a_global_scale(device, dtype, global_scale):
+    exact, parts = gather_every_byte(device, dtype, global_scale)
+    expected = expected_output(exact, global_scale, dtype)
+    for part in parts:
+        torch.testing.assert_close(part, expected, rtol=0, atol=0, equal_nan=True)
 
 
 LINEAR, SWIZZLED = ScaleOrder  # the swizzled order is defined for multiples of 64 only

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from reference import nvfp4_ref as ref
+from reference.groups import write_groups
 from reference.pools import POISON, Pool, make_pool, put_token, scalar, strided_rows
 
 from vllm_xlayer import nvfp4, ops
@@ -34,21 +33,6 @@ def write(
 def groups_of(x: torch.Tensor, global_scale: float) -> np.ndarray:
     """Scaled inputs of x [T, H, D] as the reference wants them: [groups, 16]."""
     return ref.scale_input(x.float().cpu().numpy(), global_scale).reshape(-1, ref.GROUP)
-
-
-def write_groups(
-    device: torch.device, groups: torch.Tensor, choice: ScaleChoice
-) -> tuple[np.ndarray, np.ndarray]:
-    """Write groups [G, 16] as K and their negatives as V; returns K's (nibbles [G, 16], scale codes [G])."""
-    count = groups.shape[0]
-    pool = make_pool(device, blocks=-(-count // 16), heads=1, head_size=16, layers=1, layer=0)
-    key = groups.to(device).unsqueeze(1)
-    write(pool, key, -key, range(count), choice=choice)
-    views = nvfp4.page_views(pool.cache)
-    data = views.k_data.flatten(0, 2)[:count].cpu().numpy()
-    k_scale = views.k_scale.flatten()[:count].cpu().numpy()
-    assert np.array_equal(k_scale, views.v_scale.flatten()[:count].cpu().numpy())
-    return np.stack((data & 15, data >> 4), -1).reshape(count, 16), k_scale
 
 
 @pytest.mark.parametrize("head_size", [16, 64, 80, 128, 256])
@@ -160,21 +144,32 @@ def test_all_fp16_values_with_search_equal_the_torch_codec(device, choice):
     assert np.array_equal(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), data.numpy())
 
 
-any_float32 = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
-near_each_other = st.floats(min_value=-8, max_value=8, width=32)
+def with_neighbours(x: np.ndarray) -> np.ndarray:
+    """[..., 3] float32: the value below, the value, the value above."""
+    x = x.astype(np.float32)
+    return np.stack((np.nextafter(x, np.float32(0)), x, np.nextafter(x, np.float32(np.inf))), -1)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    values=st.lists(any_float32, min_size=16, max_size=16)
-    | st.lists(near_each_other, min_size=16, max_size=16)
-)
-def test_any_float32_group(device, values):
-    groups = torch.tensor([values], dtype=torch.float32)
-    nibbles, scale = write_groups(device, groups, ScaleChoice.AMAX_6)
-    expected_nibbles, expected_scale = ref.encode_amax_6(groups.numpy())
-    assert scale.tolist() == expected_scale.tolist()
-    assert nibbles.tolist() == expected_nibbles.tolist()
+def test_scales_at_every_tie(device):
+    """Largest elements at 6 times each midpoint of two e4m3 values, and one float32 step beside it."""
+    midpoints = (ref.E4M3_POSITIVE[1:] + ref.E4M3_POSITIVE[:-1]) / 2
+    largest = with_neighbours(6 * midpoints).reshape(-1, 1)
+    groups = np.concatenate((largest, np.zeros((largest.size, 15), np.float32)), 1)
+    nibbles, scale = write_groups(device, torch.from_numpy(groups), ScaleChoice.AMAX_6)
+    expected_nibbles, expected_scale = ref.encode_amax_6(groups)
+    assert np.array_equal(scale, expected_scale)
+    assert np.array_equal(nibbles, expected_nibbles)
+
+
+def test_data_at_every_tie(device):
+    """Under each e4m3 scale: elements at each midpoint of two e2m1 values, and one float32 step beside it."""
+    scales = ref.E4M3_POSITIVE[1:]
+    midpoints = np.outer(scales, (ref.E2M1[1:] + ref.E2M1[:-1]) / 2)  # exact in float32
+    elements = np.pad(with_neighbours(midpoints).reshape(len(scales), 21), ((0, 0), (0, 9))).reshape(-1, 15)
+    groups = np.concatenate((np.repeat(6 * scales, 2).reshape(-1, 1), elements), 1).astype(np.float32)
+    nibbles, scale = write_groups(device, torch.from_numpy(groups), ScaleChoice.AMAX_6)
+    assert np.array_equal(ref.E4M3[scale], np.repeat(scales, 2))
+    assert np.array_equal(nibbles, ref.quantise(groups, scale))
 
 
 @pytest.mark.parametrize("choice", list(ScaleChoice))

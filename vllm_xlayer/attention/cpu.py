@@ -30,6 +30,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_xlayer import ops
 from vllm_xlayer.nvfp4 import GROUP, ScaleChoice, ScaleOrder
 
 QUERY_TILE = 128
@@ -160,13 +161,14 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
                 "CPU reference attention: layers that share another layer's KV cache are not supported "
                 f"(this one reads {kv_sharing_target_layer_name})"
             )
-        self.num_heads = num_heads
+        self.is_nvfp4 = kv_cache_dtype == "nvfp4"
+        if self.is_nvfp4:
+            ops.load()  # a missing extension should stop the start, not the first request
+        self.kv_cache_dtype = kv_cache_dtype
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.window = sliding_window
-        self.kv_cache_dtype = kv_cache_dtype
-        self.is_nvfp4 = kv_cache_dtype == "nvfp4"
         self.soft_cap = logits_soft_cap or None
         self.sinks = sinks
 
@@ -180,8 +182,6 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
     ) -> None:
         """Write key and value [>= T, H, D] to the slots of slot_mapping int64 [T]; -1 is skipped."""
         if self.is_nvfp4:
-            from vllm_xlayer import ops
-
             ops.reshape_and_cache_nvfp4(
                 key,
                 value,
@@ -238,8 +238,6 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the tokens start .. stop of the request with those blocks: float32 [H, n, D]."""
         if self.is_nvfp4:
-            from vllm_xlayer import ops
-
             keys = torch.empty(stop - start, self.num_kv_heads, self.head_size)
             values = torch.empty_like(keys)
             ops.gather_nvfp4(

@@ -3,8 +3,6 @@
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
-from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
-from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from .. import ops
@@ -40,11 +38,17 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self.soft_cap = logits_soft_cap or 0.0
         self.attn_type = attn_type
         self.shares_kv = kv_sharing_target_layer_name is not None
-        self.fa_version = get_flash_attn_version(head_size=head_size)
+        self.attend, self.merge = self._kernels()
         config = get_current_vllm_config()
         settings = Config.load()
         self.scale_choice = settings.scale_choice
         self.capacity = self._workspace_tokens(config, settings.gather_workspace_bytes)
+
+    def _kernels(self):
+        """(attend, merge), see `flash`: imported only where there is a GPU."""
+        from .flash import FlashAttention, merge
+
+        return FlashAttention(self.head_size, self.scale, self.window, self.soft_cap), merge
 
     def _workspace_tokens(self, config, workspace_bytes: int) -> int:
         """Tokens of K and V the workspace holds: what the setting buys, at least what one request's
@@ -88,29 +92,14 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         return output
 
     def _attend(self, piece: DevicePiece, q, k, v, out) -> None:
-        whole = piece.piece.causal and not piece.piece.merge
-        result = flash_attn_varlen_func(
-            q=q, k=k, v=v,
-            out=out if whole else None,
-            cu_seqlens_q=piece.cu_q, cu_seqlens_k=piece.cu_k,
-            max_seqlen_q=piece.max_q, max_seqlen_k=piece.max_k,
-            softmax_scale=self.scale,
-            causal=piece.piece.causal,
-            window_size=(-1, -1) if self.window is None else (self.window - 1, 0),
-            softcap=self.soft_cap,
-            return_softmax_lse=not whole,
-            fa_version=self.fa_version,
-        )  # fmt: skip
-        if whole:
+        """Attention of one piece into ``out``; a request that is cut in pieces ends with its last one."""
+        if piece.piece.causal and not piece.piece.merge:
+            self.attend(piece, q, k, v, out=out)
             return
-        part, lse = result
-        if not piece.piece.merge:
-            self._partial = (part, lse)
-            return
-        merged_lse = torch.empty_like(lse)
-        merged = torch.empty_like(part)
-        merge_attn_states(merged, *self._partial, part, lse, merged_lse)
-        self._partial = (merged, merged_lse)
+        part, lse = self.attend(piece, q, k, v, out=None)
+        if piece.piece.merge:
+            part, lse = self.merge(*self._partial, part, lse)
+        self._partial = (part, lse)
         if piece.piece.causal:
-            out.copy_(merged)
+            out.copy_(part)
             del self._partial

@@ -75,7 +75,8 @@ class NVFP4Metadata(AttentionMetadata):
             own = np.repeat(cu_k[1:] - q, q) + within
         # One transfer for everything a piece needs; cu_q starts the buffer, so views stay aligned.
         host = torch.from_numpy(np.concatenate([own, packed]).astype(np.int64))
-        dev = host.pin_memory().to(self.block_table.device, non_blocking=True)
+        device = self.block_table.device
+        dev = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
         ints = dev[len(own) :].to(torch.int32)
         return DevicePiece(
             piece=p,

@@ -8,6 +8,8 @@ from torch.nn import functional
 
 PAD_SLOT = -1
 
+Function = Callable[[torch.Tensor], torch.Tensor]
+
 _LIBRARIES: list[torch.library.Library] = []
 """torch removes an op when the Library that defined it is collected: keep them."""
 
@@ -22,10 +24,14 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 _gelu_tanh = partial(functional.gelu, approximate="tanh")
 
-ACTIVATIONS = {"gelu_new": _gelu_tanh, "gelu_fast": _gelu_tanh, "gelu_quick": _quick_gelu}
+ACTIVATIONS: dict[str, Function] = {
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_quick": _quick_gelu,
+}
 """Op names of activations: out [..., d] = f(x [..., d])."""
 
-GATED_ACTIVATIONS = {
+GATED_ACTIVATIONS: dict[str, Function] = {
     "silu_and_mul": functional.silu,
     "gelu_and_mul": functional.gelu,
     "gelu_tanh_and_mul": _gelu_tanh,
@@ -33,14 +39,14 @@ GATED_ACTIVATIONS = {
 """Op names of gated activations: out [..., d] = f(x[..., :d]) * x[..., d:], x [..., 2d]."""
 
 
-def _activation(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:
+def _activation(function: Function) -> Callable[..., None]:
     def op(out: torch.Tensor, x: torch.Tensor) -> None:
         out.copy_(function(x))
 
     return op
 
 
-def _gated_activation(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:
+def _gated_activation(function: Function) -> Callable[..., None]:
     def op(out: torch.Tensor, x: torch.Tensor) -> None:
         gate, up = x.chunk(2, dim=-1)
         torch.mul(function(gate), up, out=out)

@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import DeviceCapability
 
 from vllm_xlayer.platform.kernels import define_missing_ops
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 WORKER = "vllm_xlayer.platform.worker.CpuReferenceWorker"
 BLOCK_SIZE = 16
+NO_GPU = DeviceCapability(0, 0)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "nvfp4")
 
 
@@ -35,7 +37,7 @@ class CpuReferencePlatform(CpuPlatform):
         from vllm_xlayer.attention.cpu import CpuReferenceBackend
 
         reasons = CpuReferenceBackend.validate_configuration(
-            device_capability=None, **attn_selector_config._asdict()
+            device_capability=NO_GPU, **attn_selector_config._asdict()
         )
         if selected_backend is not None and selected_backend.name != CpuReferenceBackend.get_name():
             reasons.append(f"attention backend {selected_backend.name} needs a GPU")
@@ -61,6 +63,9 @@ class CpuReferencePlatform(CpuPlatform):
         # preloaded. Nothing is bound here.
         parallel_config.distributed_executor_backend = executor
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # Threads that spin while they wait make small models ten times slower on a busy machine.
+        # This process has read the setting already: it is for the engine's own processes.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if preload is None:
             os.environ.pop("LD_PRELOAD", None)
         else:
@@ -70,6 +75,11 @@ class CpuReferencePlatform(CpuPlatform):
             cache_config.block_size = BLOCK_SIZE
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.custom_ops = ["none"]
+
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:
+        """As on GPUs, where layers left out of an nvfp4 cache get a block size that fits both."""
+        super(CpuPlatform, cls).update_block_size_for_backend(vllm_config)
 
 
 def _refusal(vllm_config: "VllmConfig") -> str | None:

@@ -25,6 +25,32 @@ cudaError_t launch(const BlockCopyParams& p, cudaStream_t stream) {
   return cudaSuccess;
 }
 
+#if CUDART_VERSION >= 13000
+// One submission for all pairs. Refused by CUDA on the legacy default stream.
+cudaError_t submit_batch(const BlockCopyParams& p, cudaStream_t stream) {
+  const auto count = size_t(p.num_pairs);
+  std::vector<void*> to(count);
+  std::vector<const void*> from(count);
+  const std::vector<size_t> sizes(count, size_t(p.piece_bytes));
+  for (size_t i = 0; i < count; ++i) {
+    from[i] = p.src + p.src_ids[i] * p.src_stride;
+    to[i] = p.dst + p.dst_ids[i] * p.dst_stride;
+  }
+  cudaMemcpyAttributes attributes = {};
+  attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+  attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
+  size_t first_of_attributes = 0;
+  return cudaMemcpyBatchAsync(to.data(), from.data(), sizes.data(), count, &attributes, &first_of_attributes,
+                              1, stream);
+}
+
+bool is_pinned(const void* host) {
+  cudaPointerAttributes attributes = {};
+  return cudaPointerGetAttributes(&attributes, host) == cudaSuccess &&
+         attributes.type != cudaMemoryTypeUnregistered;
+}
+#endif
+
 cudaError_t submit_one_by_one(const BlockCopyParams& p, cudaMemcpyKind kind, cudaStream_t stream) {
   for (int64_t i = 0; i < p.num_pairs; ++i) {
     const cudaError_t error =
@@ -45,23 +71,10 @@ cudaError_t launch_block_copy(const BlockCopyParams& p, cudaStream_t stream) {
 
 cudaError_t submit_block_copy(const BlockCopyParams& p, cudaMemcpyKind kind, cudaStream_t stream) {
 #if CUDART_VERSION >= 13000
-  // The batch call refuses the legacy default stream (handle 0), which is torch's default.
-  if (stream != nullptr && stream != cudaStreamLegacy) {
-    const auto count = size_t(p.num_pairs);
-    std::vector<void*> to(count);
-    std::vector<const void*> from(count);
-    const std::vector<size_t> sizes(count, size_t(p.piece_bytes));
-    for (size_t i = 0; i < count; ++i) {
-      from[i] = p.src + p.src_ids[i] * p.src_stride;
-      to[i] = p.dst + p.dst_ids[i] * p.dst_stride;
-    }
-    cudaMemcpyAttributes attributes = {};
-    attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
-    attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
-    size_t first_of_attributes = 0;
-    return cudaMemcpyBatchAsync(to.data(), from.data(), sizes.data(), count, &attributes,
-                                &first_of_attributes, 1, stream);
-  }
+  // Handle 0 is the legacy default stream, which is torch's default. Pageable memory is staged by the
+  // driver, piece by piece, in either case.
+  const void* host = kind == cudaMemcpyDeviceToHost ? p.dst : p.src;
+  if (stream != nullptr && stream != cudaStreamLegacy && is_pinned(host)) return submit_batch(p, stream);
 #endif
   return submit_one_by_one(p, kind, stream);
 }

@@ -10,8 +10,9 @@ namespace xlayer {
 // the ids travel as kernel parameters.
 cudaError_t launch_block_copy(const BlockCopyParams& params, cudaStream_t stream);
 
-// Device to host or host to device: one submission to the copy engine for all pairs, on `stream`.
-// Asynchronous for pinned host memory.
+// Device to host or host to device by the copy engine, on `stream`: one submission for all pairs, or one a
+// pair on the legacy default stream, for pageable memory and with CUDA before 13. Asynchronous for pinned
+// host memory.
 cudaError_t submit_block_copy(const BlockCopyParams& params, cudaMemcpyKind kind, cudaStream_t stream);
 
 }  // namespace xlayer

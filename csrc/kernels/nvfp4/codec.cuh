@@ -18,7 +18,6 @@ constexpr uint8_t E4M3_MAX = 0x7E;  // 448
 
 // a >= 0, may be Inf, not NaN. Returns the e4m3 byte, round to nearest even, saturating.
 XLAYER_HD uint8_t e4m3_encode(float a) {
-  if (a >= 464.0f) return E4M3_MAX;
   if (a < 0.015625f) {
     // Subnormals: adding 2^14, whose ulp is e4m3's 2^-9, rounds in hardware.
     return uint8_t(float_bits(add_rn(a, 16384.0f)) - float_bits(16384.0f));

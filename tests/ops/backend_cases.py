@@ -1,0 +1,135 @@
+"""Batches for the NVFP4 backend, and the check against float64 attention. Used on CPU and GPU."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_xlayer import nvfp4, ops
+from vllm_xlayer.attention.metadata import NVFP4Metadata
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests as (tokens cached before this step, tokens of this step)."""
+
+    requests: tuple[tuple[int, int], ...]
+    capacity: int = 4096
+    window: int | None = None
+    soft_cap: float | None = None
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    layers: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        changed = [f"{k}={v}" for k, v in vars(self).items() if k != "requests" and v != getattr(Case, k)]
+        return "+".join(f"{c}/{n}" for c, n in self.requests) + "".join(f",{c}" for c in changed)
+
+
+CASES = (
+    Case(((0, 5),)),
+    Case(((37, 1),)),
+    Case(((15, 1), (16, 1), (17, 1), (0, 1))),
+    Case(((100, 1), (0, 40), (33, 17), (250, 3)), layers=3),
+    Case(((100, 1), (0, 0), (33, 17)), layers=3),
+    Case(((300, 1), (20, 30), (300, 40)), capacity=64),
+    Case(((300, 1), (20, 30), (300, 40)), capacity=64, soft_cap=5.0),
+    Case(((300, 1), (20, 30), (300, 40)), capacity=90, window=50, layers=2),
+    Case(((90, 9),), window=1),
+    Case(((64, 20), (10, 2)), head_size=128, num_heads=8, num_kv_heads=1, dtype=torch.float16),
+    Case(((64, 20), (10, 2)), head_size=80, block_size=32, num_heads=3, num_kv_heads=3),
+)
+
+
+def check_case(case: Case, impl, device: torch.device, exact_softmax: bool) -> None:
+    """Writes random K and V through the impl, runs one step, and compares with float64 attention in which
+    cached tokens have their dequantised values and this step's tokens the exact ones.
+
+    The error allowed is one rounding of the output to 16 bits and one more of each part that is merged;
+    unless ``exact_softmax``, also twice the error of plain PyTorch attention in the query's dtype.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, heads, size = case.block_size, case.num_kv_heads, case.head_size
+    totals = [c + q for c, q in case.requests]
+    blocks_of = [-(-t // n) for t in totals]
+    table = torch.randperm(sum(blocks_of) + 3, generator=generator)
+    pool = torch.full(
+        (len(table), case.layers, heads, n, nvfp4.content_bytes(size)), 0xFF, dtype=torch.uint8, device=device
+    )
+    kv_cache = pool[:, -1]
+    block_table = torch.full((len(totals), max(1, *blocks_of)), -1, dtype=torch.int32)
+    at = 0
+    for r, count in enumerate(blocks_of):
+        block_table[r, :count] = table[at : at + count]
+        at += count
+
+    def random(tokens: int, h: int) -> torch.Tensor:
+        return torch.randn(tokens, h, size, generator=generator).to(case.dtype).to(device)
+
+    def slots(r: int, first: int, last: int) -> torch.Tensor:
+        p = torch.arange(first, last)
+        return block_table[r, p // n].long() * n + p % n
+
+    layer = type("Layer", (), {})()
+    layer._k_scale = torch.tensor(0.5, device=device)
+    layer._v_scale = torch.tensor(2.0, device=device)
+    keys = [random(t, heads) for t in totals]
+    values = [random(t, heads) for t in totals]
+    for r, t in enumerate(totals):
+        impl.do_kv_cache_update(layer, keys[r], values[r], kv_cache, slots(r, 0, t).to(device))
+
+    queries = [random(q, case.num_heads) for _, q in case.requests]
+    own = [slice(c, c + q) for c, q in case.requests]
+    starts = np.concatenate([[0], np.cumsum([q for _, q in case.requests])])
+    metadata = NVFP4Metadata(
+        num_actual_tokens=int(starts[-1]),
+        query_starts=starts,
+        seq_lens=np.array(totals),
+        block_table=block_table.to(device),
+        slot_mapping=torch.empty(0),
+    )
+    output = torch.full((int(starts[-1]) + 2, case.num_heads, size), 7.0, dtype=case.dtype, device=device)
+    impl.forward(
+        layer, torch.cat(queries), torch.cat([k[s] for k, s in zip(keys, own, strict=True)]),
+        torch.cat([v[s] for v, s in zip(values, own, strict=True)]), kv_cache, metadata, output,
+    )  # fmt: skip
+    assert (output[-2:] == 7.0).all(), "rows past the batch were written"
+    for r, (cached, q) in enumerate(case.requests):
+        if q == 0:
+            continue
+        k, v = keys[r].double().cpu(), values[r].double().cpu()
+        if cached:
+            dense = [torch.empty(cached, heads, size, device=device) for _ in range(2)]
+            ops.gather_nvfp4(
+                kv_cache, block_table[r : r + 1].to(device), torch.zeros(1, dtype=torch.int32, device=device),
+                torch.tensor([0, cached], dtype=torch.int32, device=device), layer._k_scale, layer._v_scale,
+                *dense,
+            )  # fmt: skip
+            # The workspace holds 16-bit values: round as it does.
+            k[:cached], v[:cached] = (d.to(case.dtype).double().cpu() for d in dense)
+        expected = exact(case, queries[r].double().cpu(), k, v, cached)
+        got = output[starts[r] : starts[r + 1]].double().cpu()
+        error = (got - expected).abs().max()
+        bound = 3 * torch.finfo(case.dtype).eps * expected.abs().max()
+        if not exact_softmax:
+            plain = exact(case, *(t.to(case.dtype) for t in (queries[r].cpu(), k, v)), cached)
+            bound += 2 * (plain.double() - expected).abs().max()
+        assert error <= bound, f"request {r} of {case}: error {error:.2e}, bound {bound:.2e}"
+
+
+def exact(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cached: int) -> torch.Tensor:
+    """Attention of one request in the tensors' dtype, query by query: q [n, Hq, D], k and v [m, H, D]."""
+    group = case.num_heads // case.num_kv_heads
+    out = torch.empty_like(q)
+    for i in range(len(q)):
+        last = cached + i
+        first = 0 if case.window is None else max(0, last - case.window + 1)
+        for h in range(case.num_heads):
+            scores = k[first : last + 1, h // group] @ q[i, h] * case.head_size**-0.5
+            if case.soft_cap:
+                scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
+            out[i, h] = torch.softmax(scores, 0) @ v[first : last + 1, h // group]
+    return out

@@ -1,0 +1,92 @@
+"""The CUDA backend's bookkeeping (pieces, workspace, merge) against float64 attention, on CPU tensors.
+
+FlashAttention is replaced by plain torch attention of one piece; everything around it is what runs
+on a GPU. tests/gpu runs the same cases with the real kernels.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from backend_cases import CASES, Case, check_case
+
+pytest.importorskip("vllm")
+
+
+def torch_attend(impl):
+    """What FlashAttention does, in torch: bottom-right aligned causal mask, window, soft cap, LSE."""
+
+    def attend(piece, q, k, v, out):
+        outs, lses = [], []
+        group = q.shape[1] // k.shape[1]
+        for i in range(len(piece.cu_q) - 1):
+            qi = q[piece.cu_q[i] : piece.cu_q[i + 1]].double()
+            ki, vi = (
+                t[piece.cu_k[i] : piece.cu_k[i + 1]].double().repeat_interleave(group, 1) for t in (k, v)
+            )
+            scores = torch.einsum("qhd,khd->hqk", qi, ki) * impl.scale
+            if impl.soft_cap:
+                scores = impl.soft_cap * torch.tanh(scores / impl.soft_cap)
+            at = torch.arange(len(qi))[:, None] + len(ki) - len(qi)
+            keys = torch.arange(len(ki))[None]
+            hidden = keys > at if piece.piece.causal else torch.zeros(len(qi), len(ki), dtype=torch.bool)
+            if impl.window is not None:
+                hidden |= keys <= at - impl.window
+            scores = scores.masked_fill(hidden, -math.inf)
+            lses.append(scores.logsumexp(-1))
+            outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vi).to(q.dtype))
+        if out is not None:
+            out.copy_(torch.cat(outs))
+            return out
+        return torch.cat(outs), torch.cat(lses, 1).float()
+
+    return attend
+
+
+def torch_merge(first, first_lse, second, second_lse):
+    lse = torch.logaddexp(first_lse, second_lse)
+    a, b = ((x - lse).exp().T[..., None] for x in (first_lse, second_lse))
+    return (first * a + second * b).to(first.dtype), lse
+
+
+def cpu_impl(case: Case):
+    from vllm_xlayer.attention.impl import NVFP4Impl
+
+    class OnCpu(NVFP4Impl):
+        def _kernels(self):
+            return torch_attend(self), torch_merge
+
+        def _workspace(self, dtype):
+            # NaN: what a piece does not fill must not be read.
+            shape = (self.capacity, self.num_kv_heads, self.head_size)
+            return [torch.full(shape, math.nan, dtype=dtype) for _ in range(2)]
+
+        def _workspace_tokens(self, config, workspace_bytes):
+            return case.capacity
+
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        return OnCpu(
+            case.num_heads, case.head_size, case.head_size**-0.5, case.num_kv_heads,
+            sliding_window=case.window, logits_soft_cap=case.soft_cap,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case):
+    check_case(case, cpu_impl(case), torch.device("cpu"), exact_softmax=True)
+
+
+def test_what_is_not_supported_is_named():
+    from vllm_xlayer.attention.backend import NVFP4Backend
+
+    capability = SimpleNamespace(major=9, minor=0)
+    config = dict(
+        head_size=72, dtype=torch.float32, kv_cache_dtype="nvfp4", block_size=8, use_mla=True, has_sink=True,
+        use_sparse=False, use_mm_prefix=False, use_per_head_quant_scales=False, attn_type="decoder",
+    )  # fmt: skip
+    reasons = NVFP4Backend.validate_configuration(device_capability=capability, **config)
+    for said in ("head_size", "dtype", "block_size", "MLA", "sinks"):
+        assert any(said in reason for reason in reasons), (said, reasons)
