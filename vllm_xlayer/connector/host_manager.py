@@ -78,9 +78,9 @@ class HostTierManager(CPUOffloadingManager):
     def complete_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True
     ) -> None:
-        lost = [key for key in keys if key in self._failed]
+        lost = self._failed.intersection(keys)
         if lost:
-            self._failed.difference_update(lost)
+            self._failed -= lost
             super().complete_store(lost, req_context, success=False)
         super().complete_store([key for key in keys if key not in lost], req_context, success)
 
