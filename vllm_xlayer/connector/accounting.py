@@ -32,7 +32,10 @@ def check_accounts(scheduler: "RowConnectorScheduler", idle: bool = False) -> No
     writers: Counter[OffloadKey] = Counter()
     for job in scheduler._jobs.values():
         (writers if job.is_store else readers).update(job.keys)
-    problems = [*_chunk_problems(scheduler.manager), *_key_problems(scheduler.manager, readers, writers)]
+    for keys, writes in scheduler.manager.transfers():
+        (writers if writes else readers).update(keys)
+    host = scheduler.manager.host
+    problems = [*_chunk_problems(host), *_key_problems(host, readers, writers)]
     if idle:
         problems += _leftovers(scheduler)
     if problems:
@@ -76,5 +79,7 @@ def _leftovers(scheduler: "RowConnectorScheduler") -> Iterator[str]:
     for name in ("_jobs", "_req_status", "_block_id_to_pending_jobs", "_chunks_being_loaded", "_load_failed"):
         if left := getattr(scheduler, name):
             yield f"{name}: expected nothing when idle, got {left}"
-    if left := scheduler.manager._failed:
+    if left := list(scheduler.manager.transfers()):
+        yield f"transfers to or from the disk: expected none when idle, got {len(left)}"
+    if left := scheduler.manager.host._failed:
         yield f"failed keys: expected none when idle, got {[key.hex() for key in left]}"

@@ -57,6 +57,18 @@ class HostTierManager(CPUOffloadingManager):
             else:
                 self.stores_failed += 1
 
+    def has_failed(self, key: OffloadKey) -> bool:
+        """Whether a transfer of this chunk failed, and it is not gone yet."""
+        return key in self._failed
+
+    @property
+    def host(self) -> "HostTierManager":
+        return self
+
+    def transfers(self) -> Iterable[tuple[Collection[OffloadKey], bool]]:
+        """Transfers to and from a tier behind this one: there is none."""
+        return ()
+
     def chunks(self) -> Mapping[OffloadKey, BlockStatus]:
         """Every chunk the tier holds, also those being written."""
         policy = self._policy
@@ -99,3 +111,7 @@ class HostTierManager(CPUOffloadingManager):
     def reset_cache(self) -> None:
         super().reset_cache()
         self._failed.clear()
+
+    # vLLM's names for the same, where the other end is not the device but a tier behind this one.
+    prepare_read, complete_read = CPUOffloadingManager.prepare_load, complete_load
+    prepare_write, complete_write = prepare_store, complete_store

@@ -4,6 +4,9 @@ The manager (which chunk is where, what is evicted) is host_manager's, on vLLM's
 """
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,11 +20,16 @@ from vllm.v1.kv_offload.base import (
     OffloadingWorker,
     TransferResult,
 )
+from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
 from . import transfers
+from .disk_format import TierIdentity
+from .disk_tier import DiskTier
 from .host_manager import HostTierManager
-from .host_memory import GIB, allocate_host
+from .host_memory import GIB, HostShape, scheduler_memory, worker_memory
+from .identity import NoIdentity
+from .tiering import TieredManager
 
 logger = init_logger(__name__)
 
@@ -32,19 +40,65 @@ def default_host_bytes() -> int:
     return min(4 * GIB, memory // 4)
 
 
+@dataclass(frozen=True)
+class DiskSettings:
+    """Where the disk tier is.
+
+    Args:
+        path: the folder; created if its parent is there.
+        limit: bytes of all entries in it, also those of other engines and models.
+        identity: says whose KV this engine's is; NoIdentity if it must not outlive the engine.
+        in_process: scheduler and worker are in one process.
+    """
+
+    path: Path
+    limit: int
+    identity: Callable[[], TierIdentity]
+    in_process: bool
+
+
 class RowOffloadingSpec(CPUOffloadingSpec):
-    """vLLM's CPU offloading with our manager and worker, which also run where there is no GPU."""
+    """vLLM's CPU offloading with our managers and worker, which also run where there is no GPU."""
+
+    _worker: OffloadingWorker | None  # type: ignore[assignment]
+
+    def __init__(self, config: OffloadingConfig, disk: DiskSettings | None = None):
+        super().__init__(config)
+        self._disk = disk
+        self._shape = HostShape(
+            chunks=self.num_blocks,
+            rows_per_chunk=self.blocks_per_chunk,
+            row_bytes=config.worker_kv_bytes_per_block,
+            ranks=config.parallel.world_size,
+            # With a disk tier the scheduler reads and writes what the workers do.
+            shared_as=None if disk is None else config.engine_id,
+            in_process=disk is None or disk.in_process,
+        )
 
     def get_manager(self) -> OffloadingManager:
         if self._manager is None:
-            self._manager = HostTierManager(
+            host = HostTierManager(
                 num_blocks=self.num_blocks,
                 cache_policy=self.eviction_policy,  # type: ignore[arg-type]
                 enable_events=self.kv_events_config.enable_kv_cache_events,
                 store_threshold=int(self.extra_config.get("store_threshold", 0)),
                 max_tracker_size=int(self.extra_config.get("max_tracker_size", 64_000)),
             )
+            self._manager = host if self._disk is None else self._with_disk(host, self._disk)
         return self._manager
+
+    def _with_disk(self, host: HostTierManager, settings: DiskSettings) -> OffloadingManager:
+        try:
+            identity = settings.identity()
+            settings.path.mkdir(exist_ok=True)
+            view = scheduler_memory(self._shape).numpy()
+            # The host tier must keep room for loads while the disk is behind.
+            waiting = max(1, self.num_blocks // 4)
+            disk = DiskTier(view, settings.path, settings.limit, identity, waiting)
+        except (NoIdentity, OSError, MemoryError) as error:
+            logger.warning("XLayerConnector: the engine runs without its disk tier: %s", error)
+            return host
+        return TieredManager(host, disk)
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self._worker is None:
@@ -53,9 +107,8 @@ class RowOffloadingSpec(CPUOffloadingSpec):
 
     def _make_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         pool = _pool_of(kv_caches)
-        rows = self.num_blocks * self.blocks_per_chunk
         try:
-            host = allocate_host(rows, pool.shape[1], pinned=pool.is_cuda)
+            host = worker_memory(self._shape, self.config.parallel.rank, pinned=pool.is_cuda)
         except MemoryError as error:
             logger.warning("XLayerConnector: the engine runs without its host tier: %s", error)
             return NoTierWorker(str(error))
