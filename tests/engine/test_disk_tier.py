@@ -1,7 +1,10 @@
-"""The disk tier under vLLM's engine: a restart finds what was stored, and nothing the disk does reaches a request."""
+"""The disk tier in vLLM's engine: a restart finds what was stored, no request suffers from a bad disk."""
 
+import errno
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -207,14 +210,10 @@ def test_a_bad_disk_turns_the_tier_off(
     if fault == "removed":
         shutil.rmtree(folder)
     else:
-        error = {
-            "full": OSError(28, "No space left on device"),
-            "read-only": OSError(30, "Read-only file system"),
-        }
-        error["broken"] = OSError(5, "Input/output error")
+        code = {"full": errno.ENOSPC, "read-only": errno.EROFS, "broken": errno.EIO}[fault]
 
         def fail(*_):
-            raise error[fault]
+            raise OSError(code, os.strerror(code))
 
         monkeypatch.setattr(disk_tier.DiskStore, "_create", fail)
         monkeypatch.setattr(disk_tier.DiskStore, "_read", fail)
@@ -311,6 +310,90 @@ def test_aborts_meet_promotions(make_llm, tiny_llama, answers, tmp_path, copies,
         settle(llm)
         manager_of(llm).host.reset_cache()
         assert llm.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("tier_too", [False, True], ids=["device cache", "tiers too"])
+def test_reset_during_promotions(make_llm, tiny_llama, answers, tmp_path, monkeypatch, tier_too):
+    fill(make_llm, tiny_llama, tmp_path)
+    slow_down(monkeypatch, 2)
+    read = disk_tier.DiskStore.read
+    monkeypatch.setattr(
+        disk_tier.DiskStore, "read", lambda self, *args: (time.sleep(0.01), read(self, *args))[1]
+    )
+    for steps in (1, 2, 5):
+        llm = start(make_llm, tiny_llama, tmp_path)
+        sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
+        for i, prompt in enumerate(PROMPTS):
+            llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
+        outputs = [output for _ in range(steps) for output in llm.llm_engine.step()]
+        llm.reset_prefix_cache(reset_connector=tier_too)
+        while llm.llm_engine.has_unfinished_requests():
+            outputs += llm.llm_engine.step()
+        got = {o.request_id: list(o.outputs[0].token_ids) for o in outputs if o.finished}
+        assert [got[str(i)] for i in range(len(PROMPTS))] == answers
+        settle_slowly(llm)
+
+
+def test_stop_during_promotions_and_stores(make_llm, tiny_llama, answers, tmp_path, monkeypatch):
+    fill(make_llm, tiny_llama, tmp_path)
+    for path in entries(tmp_path)[::2]:
+        path.unlink()
+    for name in ("read", "write"):
+        slow = getattr(disk_tier.DiskStore, name)
+        monkeypatch.setattr(
+            disk_tier.DiskStore, name, lambda self, *args, slow=slow: (time.sleep(0.01), slow(self, *args))[1]
+        )
+    llm = start(make_llm, tiny_llama, tmp_path)
+    vllm_greedy(llm, PROMPTS[4:], NUM_TOKENS)
+    llm.llm_engine.add_request("a", {"prompt_token_ids": PROMPTS[1]}, SamplingParams(max_tokens=9))
+    llm.llm_engine.step()
+    disk = manager_of(llm).disk
+    core_of(llm).shutdown()
+    assert not any(thread.is_alive() for thread in disk._threads)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert cached(start(make_llm, tiny_llama, tmp_path))[0] == answers
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[4])
+import conftest
+from vllm import LLM
+from vllm_xlayer.connector import disk_store
+from model_fixture import random_prompts, vllm_greedy
+
+real = disk_store.DiskStore.write
+def slow(self, key, payload):  # dies half way into a file
+    if self._writes == 12:
+        self._create(self.path_of(key) + ".9.9.tmp").write(bytes(5000))
+        print("HALF WAY", flush=True)
+        time.sleep(60)
+    return real(self, key, payload)
+disk_store.DiskStore.write = slow
+extra = dict(cpu_bytes_to_use=1 << 24, disk_path=sys.argv[2], disk_bytes_to_use=1 << 30)
+transfer = dict(kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=extra)
+llm = LLM(sys.argv[1], kv_transfer_config=transfer, **conftest.ENGINE_DEFAULTS)
+vllm_greedy(llm, random_prompts([5, 100, 16, 33, 200, 1]), int(sys.argv[3]))
+while True:
+    llm.llm_engine.engine_core.engine_core.step_fn()
+"""
+
+
+def test_after_kill_9_another_process_finds_what_was_whole(make_llm, tiny_llama, answers, tmp_path):
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", KILLED, str(tiny_llama), str(tmp_path), str(NUM_TOKENS), here]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("HALF WAY" in line for line in process.stdout)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(entries(tmp_path)) == 12 and len(list(tmp_path.rglob("*.tmp"))) == 1
+    llm = start(make_llm, tiny_llama, tmp_path)
+    tokens, found = cached(llm)
+    # A job's chunks are written in no particular order, so what lies behind a hole is not looked for.
+    hits = manager_of(llm).disk.counts["hit"]
+    assert tokens == answers and 0 < hits <= 12 and sum(found) == hits * 16
 
 
 def test_a_reset_of_the_connector_forgets_the_disk(make_llm, tiny_llama, answers, tmp_path):

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from .disk_format import (
@@ -51,6 +52,7 @@ class DiskStore:
         self.limit = limit
         self.identity = identity
         self.payload_bytes = payload_bytes
+        self._own = f"{self.root}/{identity.digest}"
         self._lock = threading.Lock()
         # path -> (bytes, time of last use), the least recently used first
         self._known: OrderedDict[str, tuple[int, float]] = OrderedDict()
@@ -69,7 +71,7 @@ class DiskStore:
 
     def path_of(self, key: bytes) -> str:
         name = key.hex()
-        return f"{self.root}/{self.identity.digest}/{name[:2]}/{name}{SUFFIX}"
+        return f"{self._own}/{name[:2]}/{name}{SUFFIX}"
 
     def contains(self, key: bytes) -> bool:
         """Whether there is an entry, good or not. Sees what other engines wrote meanwhile."""
@@ -91,7 +93,11 @@ class DiskStore:
                 self._known[path] = (self._known.pop(path)[0], time.time())
 
     def write(self, key: bytes, payload: memoryview) -> bool:
-        """Writes an entry; False if it could never fit. OSError if the disk is full, gone or read-only."""
+        """Writes an entry; OSError if the disk is full, gone or read-only.
+
+        Returns:
+            False if it was not written: it could never fit, or the folder was emptied in between.
+        """
         size = HEADER_BYTES + payload.nbytes
         if size > self.limit:
             return False
@@ -105,8 +111,10 @@ class DiskStore:
                 file.write(header)
                 file.write(payload)
             os.replace(temporary, path)
-        except OSError:
+        except OSError as error:
             _unlink(temporary)
+            if isinstance(error, FileNotFoundError) and self.root.parent.is_dir():
+                return False  # somebody emptied the folder just now
             raise
         self._add(path, size)
         return True
@@ -123,12 +131,13 @@ class DiskStore:
             self._read(path, key, payload)
         except FileNotFoundError as error:  # another engine evicted it
             self._forget(path)
-            self.root.stat()
+            self.root.parent.stat()
             raise EntryError("absent", path) from error
         except EntryError as error:
             self.remove(path)
             raise EntryError(error.reason, f"{path}: {error}") from error
-        os.utime(path)
+        with suppress(FileNotFoundError):  # evicted just now
+            os.utime(path)
         self.touch(key)
 
     def _read(self, path: str, key: bytes, payload: memoryview) -> None:

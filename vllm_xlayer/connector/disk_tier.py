@@ -91,7 +91,7 @@ class DiskTier(SecondaryTierManager):
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         if not self.problem:
-            for key in keys:
+            for key in reversed(list(keys)):  # so that a prompt's end goes before its beginning
                 self._store.touch(key)
 
     def submit_load(self, job_metadata: JobMetadata) -> None:
@@ -199,7 +199,7 @@ class DiskTier(SecondaryTierManager):
             if self._store.write(key, memoryview(self._view[int(chunk)])):
                 self.counts["stored"] += 1
             else:
-                self._count_once("not stored: larger than disk_bytes_to_use", key.hex())
+                self._count_once("not stored: no room", key.hex())
         return True
 
     def _rescan(self) -> float:

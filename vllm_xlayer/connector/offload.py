@@ -89,6 +89,10 @@ class RowOffloadingSpec(CPUOffloadingSpec):
 
     def _with_disk(self, host: HostTierManager, settings: DiskSettings) -> OffloadingManager:
         try:
+            if int(self.extra_config.get("store_threshold", 0)) >= 2:
+                raise NoIdentity("store_threshold does not work with several tiers in vLLM 0.26")
+            if self.kv_events_config.self_describing_kv_events:
+                raise NoIdentity("self_describing_kv_events does not work with several tiers in vLLM 0.26")
             identity = settings.identity()
             settings.path.mkdir(exist_ok=True)
             view = scheduler_memory(self._shape).numpy()
