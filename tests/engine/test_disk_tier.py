@@ -20,13 +20,12 @@ from faults import (
     slow_down,
 )
 from model_fixture import (
-    llama_config,
     random_prompts,
-    save_random_model,
     transformers_greedy,
     vllm_greedy,
     vllm_outputs,
 )
+from transformers import AutoConfig
 from vllm import SamplingParams
 
 from vllm_xlayer.connector import disk_tier, tiering
@@ -109,11 +108,16 @@ def test_a_restarted_engine_restores(make_llm, tiny_llama, tmp_path, kv_cache_dt
     assert manager_of(llm).disk.counts["hit"] == sum(len(p) // span for p in PROMPTS)
 
 
-def test_another_model_finds_nothing(make_llm, tiny_llama, tmp_path):
-    fill(make_llm, tiny_llama, tmp_path / "tier")
-    other = save_random_model(llama_config(rope_theta=5e5), tmp_path / "other")  # equal weights and shapes
-    answers = transformers_greedy(other, PROMPTS, NUM_TOKENS)
-    assert cached(start(make_llm, other, tmp_path / "tier")) == (answers, [0] * len(PROMPTS))
+def test_another_configuration_finds_nothing(make_llm, tiny_llama, tmp_path):
+    """The same weights in the same folder, with a changed rotary base."""
+    model, folder = tmp_path / "model", tmp_path / "tier"
+    shutil.copytree(tiny_llama, model)
+    fill(make_llm, model, folder)
+    config = AutoConfig.from_pretrained(model)
+    config.rope_parameters["rope_theta"] *= 3
+    config.save_pretrained(model)
+    answers = transformers_greedy(model, PROMPTS, NUM_TOKENS)
+    assert cached(start(make_llm, model, folder)) == (answers, [0] * len(PROMPTS))
 
 
 def test_updated_weights_find_nothing(make_llm, tiny_llama, tmp_path):
@@ -272,7 +276,19 @@ def test_failed_copies_do_not_loop(make_llm, tiny_llama, answers, tmp_path, copi
     llm = start(make_llm, tiny_llama, tmp_path)
     copies.fail_loads = lambda n: True
     assert cached(llm)[0] == answers
-    assert copies.failed > 0
+    assert 0 < copies.failed <= len(PROMPTS)
+
+
+def test_a_store_after_the_request_has_finished(make_llm, tiny_llama, tmp_path, monkeypatch):
+    """The host tier had no room while it ran. vLLM 0.26 does not know the request any more (KeyError)."""
+    llm = start(make_llm, tiny_llama, tmp_path)
+    host = manager_of(llm).host
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "prepare_store", lambda *_: None)
+        vllm_greedy(llm, PROMPTS[1:2], 1)
+    settle(llm)
+    assert len(host.chunks()) == len(entries(tmp_path)) == len(PROMPTS[1]) // 16
+    assert not manager_of(llm)._req_state
 
 
 @pytest.mark.parametrize("faulty", [False, True], ids=["good copies", "failing copies"])
