@@ -170,6 +170,21 @@ def test_an_aborted_prefill_stores_only_what_it_computed(make_llm, tiny_llama):
     assert len(manager_of(llm).chunks()) == 4
 
 
+def test_an_abort_after_a_reset_during_the_load(make_llm, tiny_llama, monkeypatch):
+    """The reset makes vLLM store again from the first chunk, of a request whose blocks it never saw."""
+    slow_down(monkeypatch, 4)
+    llm = make_llm(tiny_llama, kv_transfer_config=connector())
+    vllm_greedy(llm, PROMPTS, 1)
+    forget_device_cache(llm)
+    add(llm, ["a"], [PROMPTS[4]])
+    llm.llm_engine.step()
+    assert live_connector().connector_worker.worker._load.running
+    llm.reset_prefix_cache(reset_connector=True)
+    llm.llm_engine.abort_request(["a"])
+    settle(llm)
+    assert not manager_of(llm).chunks()
+
+
 def test_the_last_token_of_an_answer_is_not_stored(make_llm, tiny_llama):
     """It was sampled, but never went through the model: its block is not whole."""
     prompt = PROMPTS[1][:20]

@@ -17,7 +17,9 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
 )
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+from vllm.v1.kv_offload.cpu.policies.arc import ARCCachePolicy
 from vllm.v1.kv_offload.cpu.policies.base import BlockStatus
+from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
 
 logger = init_logger(__name__)
 
@@ -72,7 +74,10 @@ class HostTierManager(CPUOffloadingManager):
     def chunks(self) -> Mapping[OffloadKey, BlockStatus]:
         """Every chunk the tier holds, also those being written."""
         policy = self._policy
-        return policy.blocks if hasattr(policy, "blocks") else {**policy.t1, **policy.t2}
+        if isinstance(policy, ARCCachePolicy):
+            return {**policy.t1, **policy.t2}
+        assert isinstance(policy, LRUCachePolicy)
+        return policy.blocks
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         if self.problem or key in self._failed:
@@ -98,15 +103,20 @@ class HostTierManager(CPUOffloadingManager):
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         super().complete_load(keys, req_context)
-        lost = [key for key in keys if key in self._failed and self._policy.get(key).ref_cnt == 0]
-        for key in lost:
-            self._failed.discard(key)
-            self._num_evictable_cache_blocks -= 1
-            block = self._policy.get(key)
-            self._policy.remove(key)
-            self._free_block(block)
+        lost = [key for key in keys if key in self._failed and self._forget(key)]
         if lost and self.events is not None:
             self.events.append(OffloadingEvent(keys=lost, medium=self.medium, removed=True))
+
+    def _forget(self, key: OffloadKey) -> bool:
+        """Frees the chunk of a key that failed; False while it is still being read."""
+        block = self._policy.get(key)
+        if block is None or block.ref_cnt > 0:
+            return False
+        self._failed.discard(key)
+        self._num_evictable_cache_blocks -= 1
+        self._policy.remove(key)
+        self._free_block(block)
+        return True
 
     def reset_cache(self) -> None:
         super().reset_cache()

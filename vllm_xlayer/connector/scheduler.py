@@ -18,17 +18,21 @@ from vllm.v1.request import Request
 
 from ..config import Config
 from .accounting import check_accounts
+from .host_manager import HostTierManager
+from .tiering import TieredManager
 from .worker import RowWorkerMetadata
 
 
 class RowConnectorScheduler(OffloadingConnectorScheduler):
-    """Takes what OffloadingConnectorScheduler takes; the spec's manager must be able to ``fail`` keys.
+    """Takes what OffloadingConnectorScheduler takes; the spec must be a RowOffloadingSpec.
 
     With VLLM_XLAYER_DEBUG=1 the tier's accounts are checked after every step.
 
     Raises:
         AccountingError: (in that mode) they do not balance.
     """
+
+    manager: HostTierManager | TieredManager  # type: ignore[assignment]
 
     def __init__(self, spec: OffloadingSpec, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
         super().__init__(spec, vllm_config, kv_cache_config)
@@ -69,7 +73,12 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         if request.is_finished():
             # vLLM 0.26 asks for all tokens of a finished request. The last one has not been through the
             # model, and of an aborted one perhaps only the first few: the rest of its blocks is not KV.
-            num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+            # What was still being loaded counts as computed, but then its blocks are not known here.
+            known = [
+                len(group.block_ids) * config.tokens_per_block
+                for config, group in zip(self.config.kv_group_configs, req_status.group_states, strict=True)
+            ]
+            num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1, *known)
         return super()._calc_num_offloadable_tokens(req_status, num_computed_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:

@@ -16,7 +16,7 @@ DEADLINE_SECONDS = 2.0
 class TieredManager(TieringOffloadingManager):
     """The manager of a host tier and its disk tier."""
 
-    primary_tier: HostTierManager
+    primary_tier: HostTierManager  # type: ignore[assignment]
 
     def __init__(self, host: HostTierManager, disk: DiskTier):
         super().__init__(primary_tier=host, secondary_tiers=[disk])  # type: ignore[arg-type]

@@ -16,6 +16,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import Offlo
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import BlockIDsLoadStoreSpec, OffloadingSpec, TransferResult
 
+from .offload import NoTierWorker, RowOffloadingWorker
+
 
 @dataclass
 class RowWorkerMetadata(OffloadingWorkerMetadata):
@@ -29,6 +31,7 @@ class RowWorkerMetadata(OffloadingWorkerMetadata):
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "RowWorkerMetadata":
         assert isinstance(other, RowWorkerMetadata)
         merged = super().aggregate(other)
+        assert isinstance(merged, OffloadingWorkerMetadata)
         return RowWorkerMetadata(
             merged.completed_jobs,
             merged.transfer_stats,
@@ -38,8 +41,9 @@ class RowWorkerMetadata(OffloadingWorkerMetadata):
 
 
 class RowConnectorWorker(OffloadingConnectorWorker):
-    """Takes what OffloadingConnectorWorker takes; its spec's worker must have ``problem``."""
+    """Takes what OffloadingConnectorWorker takes; the spec must be a RowOffloadingSpec."""
 
+    worker: RowOffloadingWorker | NoTierWorker | None  # type: ignore[assignment]
     _connector_worker_meta: RowWorkerMetadata
 
     def __init__(self, spec: OffloadingSpec, kv_cache_config: KVCacheConfig):
