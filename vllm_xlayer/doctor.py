@@ -59,18 +59,14 @@ def _extension() -> dict[str, Any]:
 def _vllm() -> dict[str, Any]:
     """State of the patches and extension points, as the plugin leaves them in a vLLM process."""
     from . import compat
-    from .plugin import CONNECTOR, register
+    from .patches.registry import REGISTRY
+    from .plugin import register
 
     try:
         api = compat.current()
     except compat.UnsupportedVllm as error:
         return {"error": str(error)}
     register()
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-    from vllm.platforms import current_platform
-
-    from .patches.registry import REGISTRY
-
     patches = [
         {
             "feature": record.feature,
@@ -83,9 +79,7 @@ def _vllm() -> dict[str, Any]:
     ]
     return {
         "compatibility module": api.__name__.rpartition(".")[2],
-        "platform": type(current_platform).__name__,
-        "connector": f"{CONNECTOR[0]}: "
-        + ("registered" if CONNECTOR[0] in KVConnectorFactory._registry else "not registered"),
+        **api.extension_points(),
         "patches": patches,
     }
 
@@ -138,7 +132,9 @@ def _print(report: dict[str, Any]) -> None:
     if "error" in model:
         console.print(model["error"], markup=False, style="red")
         return
-    console.print(f"row: {model['row bytes']:,} bytes; accepted by {', '.join(model['accepted by'])}", markup=False)
+    console.print(
+        f"row: {model['row bytes']:,} bytes; accepted by {', '.join(model['accepted by'])}", markup=False
+    )
     for refusal in model["refused"]:
         console.print(f"  {refusal}", markup=False)
     console.print()

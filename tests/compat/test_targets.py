@@ -1,6 +1,7 @@
 """Every patch still fits the installed vLLM, and is still needed."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -39,8 +40,8 @@ def test_the_cuda_platform_has_what_the_attention_patch_wraps():
     import ast
     import importlib.util
 
-    path = importlib.util.find_spec("vllm").submodule_search_locations[0] + "/platforms/cuda.py"
-    tree = ast.parse(open(path, encoding="utf-8").read())
+    folder = Path(importlib.util.find_spec("vllm").submodule_search_locations[0])
+    tree = ast.parse((folder / "platforms/cuda.py").read_text(encoding="utf-8"))
     methods = [
         [a.arg for a in node.args.args]
         for node in ast.walk(tree)
@@ -84,3 +85,18 @@ def test_registering_twice_changes_nothing():
     once = kv_cache_utils._use_packed_kv_cache_config
     plugin.register()
     assert kv_cache_utils._use_packed_kv_cache_config is once
+
+
+def test_swizzled_pages_are_not_laid_in_rows(monkeypatch):
+    """Upstream's NVFP4 kernels for sm_100 were never tried with rows: nothing may assume that they work."""
+    from vllm_xlayer.attention.backend import NVFP4Backend
+    from vllm_xlayer.compat import v0_26
+    from vllm_xlayer.layout import Layout
+    from vllm_xlayer.nvfp4 import ScaleOrder
+
+    offer = v0_26.offer_of_backend(NVFP4Backend, "nvfp4")
+    assert offer.problem(Layout.BLHNC, "nvfp4") is None
+    monkeypatch.setattr(v0_26, "scale_order", lambda: ScaleOrder.SWIZZLED)
+    offer = v0_26.offer_of_backend(NVFP4Backend, "nvfp4")
+    assert "not been tried" in offer.problem(Layout.BLHNC, "nvfp4")
+    assert offer.scale_orders == (ScaleOrder.SWIZZLED,)

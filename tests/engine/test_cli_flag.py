@@ -61,7 +61,8 @@ sys.path.insert(0, sys.argv[1])
 from model_fixture import random_prompts, vllm_greedy
 from vllm import LLM
 
-llm = LLM(sys.argv[2], skip_tokenizer_init=True, dtype="float32", max_model_len=256, kv_cache_memory_bytes=4 << 20)
+llm = LLM(sys.argv[2], skip_tokenizer_init=True, dtype="float32", max_model_len=256,
+          kv_cache_memory_bytes=4 << 20)
 context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
 caches = [layer.kv_cache for layer in context.values()]
 print("REPORT" + json.dumps({

@@ -52,7 +52,9 @@ def test_the_cache_lies_in_rows(make_llm, tiny_llama, kv_cache_dtype):
     llm = make_llm(tiny_llama, kv_cache_dtype=kv_cache_dtype, kv_transfer_config=connector())
     layout, pool = live_connector().layout, live_connector().pool
     caches = layer_caches(llm)
-    page = {"auto": 2 * 2 * 16 * 32 * 4, "bfloat16": 2 * 2 * 16 * 32 * 2, "nvfp4": 2 * 16 * 36}[kv_cache_dtype]
+    page = {"auto": 2 * 2 * 16 * 32 * 4, "bfloat16": 2 * 2 * 16 * 32 * 2, "nvfp4": 2 * 16 * 36}[
+        kv_cache_dtype
+    ]
     assert layout.layout.value == "BLHNC" and layout.row_bytes == 2 * page
     assert pool.shape == (llm.llm_engine.vllm_config.cache_config.num_gpu_blocks, 2 * page)
     for i, cache in enumerate(caches.values()):
@@ -86,7 +88,7 @@ def test_restored_prompts_give_the_computed_tokens(make_llm, tiny_llama, llama_a
 
 
 def test_restored_rows_are_the_stored_bytes(make_llm, tiny_llama):
-    """NVFP4: a restored prompt answers as one cached on the device, bit for bit (both read the same pages)."""
+    """NVFP4: a restored prompt answers as one cached on the device: both read the same pages."""
     llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", kv_transfer_config=connector())
     pool = live_connector().pool
     pool.fill_(0xFF)  # scales of 0xFF are NaN
@@ -165,7 +167,7 @@ def test_aborted_requests_leave_nothing_behind(make_llm, tiny_llama, llama_answe
 
 
 def test_checkpoint_scales_reach_the_cache(make_llm, tiny_llama):
-    """The writer divides by the layer's global scales, the reader multiplies: powers of two change nothing."""
+    """The writer divides by the layer's global scales, the reader multiplies: a power of two is nothing."""
     llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", enable_prefix_caching=False)
     plain = vllm_greedy(llm, PROMPTS, NUM_TOKENS)
     before = next(iter(layer_caches(llm).values())).clone()
@@ -210,5 +212,5 @@ def test_a_backend_without_block_strides_is_named(make_llm, tiny_llama, monkeypa
     from vllm_xlayer.attention.cpu import CpuReferenceBackend
 
     monkeypatch.setattr(CpuReferenceBackend, "indexes_kv_by_block_stride", classmethod(lambda cls: False))
-    with pytest.raises(NegotiationError, match="BLHNC refused by attention backend .* block stride"):
+    with pytest.raises(NegotiationError, match=r"BLHNC refused by attention backend .* block stride"):
         make_llm(tiny_llama, kv_transfer_config=connector())

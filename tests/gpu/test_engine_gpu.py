@@ -30,8 +30,8 @@ report["cold"] = answers()
 report["cached"] = answers()
 context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
 report["layers"] = [
-    [list(l.kv_cache.shape), list(l.kv_cache.stride()), l.kv_cache.storage_offset(), l.kv_cache.element_size()]
-    for l in context.values()
+    [list(c.shape), list(c.stride()), c.storage_offset(), c.element_size()]
+    for c in (layer.kv_cache for layer in context.values())
 ]
 report["backends"] = [l.attn_backend.__name__ for l in context.values()]
 if "kv_transfer_config" in settings:

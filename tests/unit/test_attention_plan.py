@@ -1,5 +1,7 @@
 """plan_pieces: every key a query may see is attended to exactly once, within the capacity."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -41,11 +43,11 @@ def test_every_visible_key_once(batch):
         oldest = 0 if window is None else max(0, context[req] - window + 1)
         spans = seen[req]
         assert spans[0][0] == oldest and spans[-1][1] == context[req] + query[req]
-        assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
 
 
 def test_capacity_too_small_names_both():
-    with pytest.raises(ValueError, match="room for 9 tokens.*got 8"):
+    with pytest.raises(ValueError, match=r"room for 9 tokens.*got 8"):
         plan_pieces(np.array([9]), np.array([20]), 8)
-    with pytest.raises(ValueError, match="room for 24 tokens.*got 16"):
+    with pytest.raises(ValueError, match=r"room for 24 tokens.*got 16"):
         plan_pieces(np.array([5]), np.array([100]), 16, window=20)

@@ -205,3 +205,22 @@ def test_scores_count_every_document() -> None:
     scores = score(Llama(SMALL), seed=1, sizes=(100, 200))
     assert scores["documents"] == 3 * 2 * 8
     assert scores["overall"] == 0
+
+
+def test_training_starts_with_heads_that_look_back() -> None:
+    """Head h of layer 0 attends h + 1 bytes back, also through an NVFP4 cache."""
+    from vllm_xlayer.eval.start import start_as_induction
+
+    torch.manual_seed(0)
+    model = Llama(Shape())
+    start_as_induction(model)
+    ids = torch.randint(97, 123, (40,))
+    layer = next(model.model.decoder_layers())
+    with torch.no_grad():
+        q, k, _ = layer.before(model.model.embed_tokens(ids), model.cos[:40, None], model.sin[:40, None])
+    for change in (lambda x: x, nvfp4_rounding):
+        for head in range(model.shape.heads):
+            keys = change(k[:, head * model.shape.kv_heads // model.shape.heads])
+            weights = ((q[30:, head] @ keys.T) / model.shape.head_size**0.5).tril(30).softmax(-1)
+            looks = weights[torch.arange(10), torch.arange(10) + 30 - (head + 1)]
+            assert looks.min() > 0.8

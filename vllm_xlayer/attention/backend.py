@@ -6,7 +6,7 @@ with ``gather_nvfp4`` into a bounded 16-bit workspace and attends with FlashAtte
 each other from the unquantised K and V at hand; only what is cached is quantised.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -19,7 +19,7 @@ class NVFP4Backend(AttentionBackend):
     """NVFP4 KV cache on CUDA devices, sm_80 and newer, except where upstream's own path is used."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["nvfp4"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["nvfp4"]
     forward_includes_kv_cache_update: bool = False
 
     @staticmethod
@@ -60,7 +60,7 @@ class NVFP4Backend(AttentionBackend):
         return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
 
     @classmethod
-    def get_required_kv_cache_layout(cls) -> str:
+    def get_required_kv_cache_layout(cls) -> Any:
         # Heads outside tokens: the only order in which a page's K and V are contiguous halves.
         return "HND"
 

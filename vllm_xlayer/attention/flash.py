@@ -18,9 +18,12 @@ class FlashAttention:
     """
 
     def __init__(self, head_size: int, scale: float, window: int | None, soft_cap: float):
-        self.version = get_flash_attn_version(head_size=head_size)
+        version = get_flash_attn_version(head_size=head_size)
+        if version is None:
+            raise RuntimeError("--kv-cache-dtype nvfp4: expected vLLM's FlashAttention kernels, found none")
+        self.version = version
         self.scale = scale
-        self.window = (-1, -1) if window is None else (window - 1, 0)
+        self.window = [-1, -1] if window is None else [window - 1, 0]
         self.soft_cap = soft_cap
 
     def __call__(self, piece: DevicePiece, q, k, v, out: torch.Tensor | None):

@@ -39,6 +39,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self.attn_type = attn_type
         self.shares_kv = kv_sharing_target_layer_name is not None
         self.attend, self.merge = self._kernels()
+        self._partial: tuple[torch.Tensor, torch.Tensor] | None = None
         config = get_current_vllm_config()
         settings = Config.load()
         self.scale_choice = settings.scale_choice
@@ -98,8 +99,9 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             return
         part, lse = self.attend(piece, q, k, v, out=None)
         if piece.piece.merge:
+            assert self._partial is not None
             part, lse = self.merge(*self._partial, part, lse)
         self._partial = (part, lse)
         if piece.piece.causal:
             out.copy_(part)
-            del self._partial
+            self._partial = None

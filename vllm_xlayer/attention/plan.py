@@ -63,8 +63,9 @@ def plan_pieces(
     first = 0
     while first < len(lens):
         if lens[first] > capacity:
-            pieces += _cut(first, int(starts[first]), int(seq_lens[first]), int(query_lens[first]),
-                           capacity, window)
+            pieces += _cut(
+                first, int(starts[first]), int(seq_lens[first]), int(query_lens[first]), capacity, window
+            )
             first += 1
             continue
         last, used = first, 0
@@ -72,8 +73,16 @@ def plan_pieces(
             used += int(lens[last])
             last += 1
         if query_lens[first:last].any():
-            pieces.append(Piece(first, last, starts[first:last].astype(np.int32),
-                                lens[first:last].astype(np.int32), causal=True, merge=False))
+            pieces.append(
+                Piece(
+                    first,
+                    last,
+                    starts[first:last].astype(np.int32),
+                    lens[first:last].astype(np.int32),
+                    causal=True,
+                    merge=False,
+                )
+            )
         first = last
     return pieces
 
@@ -85,12 +94,28 @@ def _cut(req: int, start: int, end: int, query_len: int, capacity: int, window: 
             f"workspace: expected room for {query_len if window is None else end - start} tokens of one "
             f"request, got {capacity}"
         )
-    pieces = []
+    pieces: list[Piece] = []
     last_start = end - capacity
     for at in range(start, last_start, capacity):
         n = min(capacity, last_start - at)
-        pieces.append(Piece(req, req + 1, np.array([at], np.int32), np.array([n], np.int32),
-                            causal=False, merge=bool(pieces)))
-    pieces.append(Piece(req, req + 1, np.array([last_start], np.int32), np.array([capacity], np.int32),
-                        causal=True, merge=bool(pieces)))
+        pieces.append(
+            Piece(
+                req,
+                req + 1,
+                np.array([at], np.int32),
+                np.array([n], np.int32),
+                causal=False,
+                merge=bool(pieces),
+            )
+        )
+    pieces.append(
+        Piece(
+            req,
+            req + 1,
+            np.array([last_start], np.int32),
+            np.array([capacity], np.int32),
+            causal=True,
+            merge=bool(pieces),
+        )
+    )
     return pieces

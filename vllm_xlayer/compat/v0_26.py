@@ -1,8 +1,10 @@
 """vLLM 0.26: how its KV cache groups, backends and connectors translate to `layout`'s terms."""
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from vllm.config import VllmConfig
@@ -24,7 +26,6 @@ from ..layout import (
     ConnectorWish,
     Decision,
     Layout,
-    LayoutDescriptor,
     NegotiationError,
     Refusal,
     allocation_of,
@@ -33,6 +34,36 @@ from ..layout import (
 from ..nvfp4 import ScaleOrder
 
 CONNECTOR = "XLayerConnector"
+
+
+def share_loggers() -> None:
+    """vLLM configures only the logger "vllm": gives ours its handlers and level."""
+    import vllm.logger  # noqa: F401  configures it
+
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_xlayer")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers, ours.propagate = theirs.handlers, theirs.propagate
+        ours.setLevel(theirs.level)
+
+
+def register_connector() -> None:
+    """Makes XLayerConnector known by name; does nothing where it is."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, "vllm_xlayer.connector.connector", CONNECTOR)
+
+
+def extension_points() -> dict[str, str]:
+    """What this package registered with vLLM, and the platform vLLM chose, for `doctor`."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.platforms import current_platform
+
+    known = CONNECTOR in KVConnectorFactory._registry
+    return {
+        "platform": type(current_platform).__name__,
+        "connector": f"{CONNECTOR}: {'registered' if known else 'not registered'}",
+    }
 
 
 def asks_for_rows(vllm_config: VllmConfig) -> bool:
@@ -53,11 +84,9 @@ def negotiate_rows(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec]) 
     wish = ConnectorWish(CONNECTOR, (Layout.BLHNC, Layout.BLNHC), required=True)
     if unsupported := [g for g in groups if not _is_plain_attention(g.kv_cache_spec)]:
         kinds = sorted({type(g.kv_cache_spec).__name__ for g in unsupported})
-        raise NegotiationError(
-            [Refusal(Layout.BLHNC, "model", f"rows hold pages of full or sliding-window attention, got {kind}")
-             for kind in kinds]
-        )  # fmt: skip
-    return negotiate([cache_spec(g.layer_names, g.kv_cache_spec) for g in groups], [offer_of(groups)], wish)
+        reason = "rows hold pages of full or sliding-window attention, got "
+        raise NegotiationError([Refusal(Layout.BLHNC, "model", reason + kind) for kind in kinds])
+    return negotiate([group_spec(group) for group in groups], [offer_of(groups)], wish)
 
 
 def groups_with_own_pages(kv_cache_config: KVCacheConfig) -> list[KVCacheGroupSpec]:
@@ -69,23 +98,19 @@ def groups_with_own_pages(kv_cache_config: KVCacheConfig) -> list[KVCacheGroupSp
     ]
 
 
-def allocations(
-    layout: LayoutDescriptor, kv_caches: Mapping[str, torch.Tensor]
-) -> dict[str, Allocation]:
+def allocations(kv_caches: Mapping[str, torch.Tensor]) -> dict[str, Allocation]:
     """What the engine allocated for each layer, as `layout.check_allocation` compares it."""
-    return {name: allocation_of(_as_bhnc(layout, name, tensor)) for name, tensor in kv_caches.items()}
-
-
-def _as_bhnc(layout: LayoutDescriptor, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Upstream's NVFP4 view on sm_100 has K and V as 2H heads of C/2 bytes; the bytes are the same."""
-    h, n, c = layout.spec_of(name).shape
-    if tuple(tensor.shape[1:]) == (2 * h, n, c // 2) and tensor[0].is_contiguous():
-        return tensor.as_strided((tensor.shape[0], h, n, c), (tensor.stride(0), n * c, c, 1))
-    return tensor
+    return {name: allocation_of(tensor) for name, tensor in kv_caches.items()}
 
 
 def _is_plain_attention(spec: KVCacheSpec) -> bool:
     return isinstance(spec, FullAttentionSpec | SlidingWindowSpec) and not isinstance(spec, MLAAttentionSpec)
+
+
+def group_spec(group: KVCacheGroupSpec) -> CacheSpec:
+    """vLLM's spec of one group of attention layers, in this package's terms."""
+    assert isinstance(group.kv_cache_spec, AttentionSpec)
+    return cache_spec(group.layer_names, group.kv_cache_spec)
 
 
 def cache_spec(layers: Iterable[str], spec: AttentionSpec) -> CacheSpec:
@@ -117,16 +142,33 @@ def physical_orders(dtype: str) -> tuple[Layout, Layout]:
 
 def offer_of(groups: Sequence[KVCacheGroupSpec]) -> BackendOffer:
     """What the attention backends said of their kernels when they filled in the specs."""
+    strides = {
+        group_spec(group).dtype: cast(AttentionSpec, group.kv_cache_spec).indexes_kv_by_block_stride
+        for group in groups
+    }
+    return _offer("of " + groups[0].layer_names[0], strides)
+
+
+def offer_of_backend(backend: type[AttentionBackend], dtype: str) -> BackendOffer:
+    """What a backend class accepts (for `doctor`, where no engine has filled in specs)."""
+    return _offer(backend.__name__, {dtype: backend.indexes_kv_by_block_stride()})
+
+
+def _offer(name: str, by_block_stride: Mapping[str, bool]) -> BackendOffer:
+    """``by_block_stride``: for each dtype, whether the kernels read pages by the block stride."""
     accepts: dict[str, frozenset[Layout]] = {}
     refuses = {}
-    for group in groups:
-        spec = cache_spec(group.layer_names, group.kv_cache_spec)
-        layer_major, rows = physical_orders(spec.dtype)
-        by_stride = group.kv_cache_spec.indexes_kv_by_block_stride
-        accepts[spec.dtype] = frozenset({layer_major, rows} if by_stride else {layer_major})
-        if not by_stride:
-            refuses[spec.dtype, rows] = "does not read pages by the block stride"
-    return BackendOffer("of " + groups[0].layer_names[0], accepts, refuses, (scale_order(),))
+    for dtype, by_stride in by_block_stride.items():
+        layer_major, rows = physical_orders(dtype)
+        reason = None if by_stride else "does not read pages by the block stride"
+        if dtype == "nvfp4" and scale_order() is ScaleOrder.SWIZZLED:
+            reason = (
+                "rows of NVFP4 pages have not been tried with upstream's kernels for compute capability 10.x"
+            )
+        accepts[dtype] = frozenset({layer_major} if reason else {layer_major, rows})
+        if reason:
+            refuses[dtype, rows] = reason
+    return BackendOffer(name, accepts, refuses, (scale_order(),))
 
 
 def scale_order() -> ScaleOrder:
@@ -135,15 +177,6 @@ def scale_order() -> ScaleOrder:
 
     sm_100 = current_platform.is_cuda() and current_platform.is_device_capability_family(100)
     return ScaleOrder.SWIZZLED if sm_100 else ScaleOrder.LINEAR
-
-
-def offer_of_backend(backend: type[AttentionBackend], dtype: str) -> BackendOffer:
-    """What a backend class accepts (for `doctor`, where no engine has filled in specs)."""
-    layer_major, rows = physical_orders(dtype)
-    by_stride = backend.indexes_kv_by_block_stride()
-    refuses = {} if by_stride else {(dtype, rows): "does not read pages by the block stride"}
-    accepts = frozenset({layer_major, rows} if by_stride else {layer_major})
-    return BackendOffer(backend.__name__, {dtype: accepts}, refuses, (scale_order(),))
 
 
 def negotiate_for_model(
@@ -161,24 +194,25 @@ def negotiate_for_model(
         ValueError: vLLM refuses the model or the dtype, or there is no such layer.
         NegotiationError: a party refuses rows.
     """
-    from vllm.config import set_current_vllm_config
+    from vllm.config import KVTransferConfig, set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
     from vllm.v1.attention.selector import get_attn_backend
     from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
-    args = EngineArgs(
+    settings: dict[str, Any] = dict(
         model=model, kv_cache_dtype=kv_cache_dtype, block_size=block_size, skip_tokenizer_init=True,
-        kv_transfer_config={"kv_connector": CONNECTOR, "kv_role": "kv_both"},
+        kv_transfer_config=KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_both"),
     )  # fmt: skip
-    config = args.create_engine_config()
+    config = EngineArgs(**settings).create_engine_config()
     model_config, parallel = config.model_config, config.parallel_config
     names = [f"layer {i}" for i in range(model_config.get_num_layers(parallel))]
     if not 0 <= layer < len(names):
         raise ValueError(f"--layer: expected 0 to {len(names) - 1}, got {layer}")
     with set_current_vllm_config(config):
         backend = get_attn_backend(
-            model_config.get_head_size(), model_config.dtype, config.cache_config.cache_dtype,
+            model_config.get_head_size(), cast(torch.dtype, model_config.dtype),
+            config.cache_config.cache_dtype,
             use_mla=model_config.use_mla,
         )  # fmt: skip
         spec = FullAttentionSpec(
@@ -208,8 +242,8 @@ def rows_loaded() -> int:
     """Rows that XLayerConnector has loaded from its host tier in this process."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    worker = get_kv_transfer_group().connector_worker.worker
-    return worker.rows_loaded
+    connector: Any = get_kv_transfer_group()
+    return connector.connector_worker.worker.rows_loaded
 
 
 def use_stable_block_hashes() -> None:

@@ -74,9 +74,7 @@ class XLayerConnector(OffloadingConnector):
         """kv_caches: layer name -> (B, H, N, C) view of the pool."""
         assert self.connector_worker is not None
         own = [name for group in self.layout.groups for name in group.layers]
-        check_allocation(
-            self.layout, compat.current().allocations(self.layout, {n: kv_caches[n] for n in own})
-        )
+        check_allocation(self.layout, compat.current().allocations({n: kv_caches[n] for n in own}))
         storage = kv_caches[own[0]].untyped_storage()
         self.pool = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.pool = self.pool.view(-1, self.layout.row_bytes)

@@ -1,15 +1,14 @@
 """One engine of the demo: answers the tasks, times the first token, writes one JSON file."""
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 from .. import compat
+from ..bench.record import provenance
 from . import TASKS, model_path, tasks_path
 
 KV_BYTES = 256 << 20
@@ -40,9 +39,8 @@ def main() -> None:
         same = sum(again["answers"][key] == answer for key, answer in first["answers"].items())
         result["restored_identical"] = [same, len(first["answers"])]
     result["ttft"] = time_to_first_token(llm, args.rows)
-    result["hardware"] = hardware()
+    result.update(provenance())
     result["runner"] = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
-    result["versions"] = {name: importlib.metadata.version(name) for name in ("vllm", "torch", "lm-eval")}
     args.out.write_text(json.dumps(result))
 
 
@@ -74,9 +72,11 @@ def start(kv_cache_dtype: str, rows: bool) -> Any:
 
 def evaluate(engine: Any, limit: int) -> dict[str, Any]:
     """Scores and answers of `limit` documents of each task, through lm_eval."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator, simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    # It asks git about the current folder, which is none of its business here, and git complains aloud.
+    evaluator.get_git_commit_hash = lambda: None
     report = simple_evaluate(
         model=engine,
         tasks=list(TASKS),
@@ -88,7 +88,10 @@ def evaluate(engine: Any, limit: int) -> dict[str, Any]:
     scores = {}
     for task in TASKS:
         values = report["results"][task]
-        scores[task] = {"exact_match": values["exact_match,none"], "stderr": values["exact_match_stderr,none"]}
+        scores[task] = {
+            "exact_match": values["exact_match,none"],
+            "stderr": values["exact_match_stderr,none"],
+        }
     answers = {
         f"{task}/{sample['doc_id']}": sample["filtered_resps"][0]
         for task in TASKS
@@ -127,14 +130,6 @@ def time_to_first_token(llm: Any, rows: bool) -> dict[str, Any]:
         assert llm.reset_prefix_cache(), "the device's prefix cache could not be emptied"
         times["restored"] = [seconds(p) for p in prompts]
     return {"tokens": len(prompts[0]), **{name: statistics.median(t) for name, t in times.items()}}
-
-
-def hardware() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU reference platform ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 if __name__ == "__main__":

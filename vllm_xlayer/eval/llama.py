@@ -26,13 +26,13 @@ class Shape:
     """Sizes of the model; the defaults make 8.4 MB in bf16."""
 
     layers: int = 4
-    hidden: int = 256
-    heads: int = 8
+    hidden: int = 192
+    heads: int = 4
     kv_heads: int = 2
     head_size: int = 128
-    mlp: int = 512
+    mlp: int = 384
     vocabulary: int = 320
-    rope_theta: float = 100000.0
+    rope_theta: float = 1000000.0
     max_length: int = 2560
     eps: float = 1e-5
 

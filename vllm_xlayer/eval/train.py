@@ -29,6 +29,7 @@ from vllm_xlayer.eval.batches import batch
 from vllm_xlayer.eval.documents import SIZES, TEST_SEED
 from vllm_xlayer.eval.llama import Llama, Shape, export
 from vllm_xlayer.eval.score import gaussian_noise, nvfp4_rounding, score
+from vllm_xlayer.eval.start import start_as_induction
 
 LENGTHS = (128, 256, 512, 1280, 2560)
 """The curriculum: the next length opens when answers at the longest open one are right."""
@@ -145,7 +146,9 @@ def train(
     torch.set_float32_matmul_precision("high")
     rng = random.Random(settings.seed)
     generator = torch.Generator(device).manual_seed(settings.seed + 1)
-    model = Llama(shape).to(device)
+    model = Llama(shape)
+    start_as_induction(model)
+    model = model.to(device)
     cuda = device.type == "cuda"
     if cuda:
         # A compiler that fails leaves that part as plain PyTorch: slower, not wrong.

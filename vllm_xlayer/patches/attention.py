@@ -42,8 +42,8 @@ def select_nvfp4_backend(original, cls, selected_backend, attn_selector_config, 
         )
     if not ops.build_info()["cuda"]:
         raise ValueError(
-            "--kv-cache-dtype nvfp4: expected this package's CUDA ops, got a build without them; reinstall it "
-            "where nvcc is found (VLLM_XLAYER_CUDA=1 makes a missing one an error)"
+            "--kv-cache-dtype nvfp4: expected this package's CUDA ops, got a build without them; reinstall "
+            "it where nvcc is found (VLLM_XLAYER_CUDA=1 makes a missing one an error)"
         )
     if refusal := NVFP4Backend.explain_refusal(cls.get_device_capability(), config):
         raise ValueError(refusal)

@@ -1,0 +1,19 @@
+"""The README's numbers are those of the committed results files."""
+
+import re
+
+from vllm_xlayer.bench.readme import README, rendered
+
+
+def test_tables_agree_with_the_results():
+    text = README.read_text()
+    assert rendered(text) == text, "run `python -m vllm_xlayer.bench.readme`"
+
+
+def test_the_two_commands_are_the_ones_ci_knows():
+    text = README.read_text()
+    commands = re.findall(r"```bash\n(.*?)\n```", text, re.S)
+    assert "vllm-xlayer demo" in commands[0]
+    assert commands[1].strip() == "pytest"
+    ci = (README.parent / ".ci/run").read_text()
+    assert ci.rstrip().endswith("\n" + commands[1].strip())

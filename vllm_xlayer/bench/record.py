@@ -1,0 +1,66 @@
+"""What every results file says besides its numbers: when, where, and with what they were taken."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("vllm", "torch", "flashinfer-python", "lm-eval", "transformers")
+
+
+def provenance() -> dict[str, Any]:
+    """Date (UTC), commit, hardware and versions. Looks at the GPU if there is one."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def hardware() -> str:
+    """The first GPU's name with its architecture, or the CPU's."""
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name} (sm_{properties.major}{properties.minor})"
+    name = platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    return f"{name}, {torch.get_num_threads()} threads, no GPU (CPU reference platform)"
+
+
+def write(path: Path, numbers: dict[str, Any]) -> None:
+    """Writes ``numbers`` with their provenance as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**provenance(), **numbers}, indent=2) + "\n")
+
+
+def _commit() -> str:
+    """The commit of the source tree this file lies in, marked if the tree was changed; else "unknown"."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+changes" if changed else "")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
