@@ -65,3 +65,14 @@ def tiny_llama(tmp_path_factory):
     from model_fixture import llama_config, save_random_model
 
     return save_random_model(llama_config(), tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture
+def caplog_vllm(caplog):
+    """caplog, also for this package's logger, which hands its records to vLLM's handlers only."""
+    import logging
+
+    ours = logging.getLogger("vllm_xlayer")
+    ours.addHandler(caplog.handler)
+    yield caplog
+    ours.removeHandler(caplog.handler)

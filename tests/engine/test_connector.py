@@ -179,16 +179,9 @@ def test_checkpoint_scales_reach_the_cache(make_llm, tiny_llama):
     assert not torch.equal(next(iter(layer_caches(llm).values())), before)
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        (dict(kv_transfer_config=connector() | dict(kv_connector="NoSuchConnector")), "NoSuchConnector"),
-        (dict(kv_transfer_config=connector(cpu_bytes_to_use=1 << 50)), "Set cpu_bytes_to_use"),
-    ],
-)
-def test_refused_at_start(make_llm, tiny_llama, settings, reason):
-    with pytest.raises((ValueError, MemoryError), match=reason):
-        make_llm(tiny_llama, **settings)
+def test_an_unknown_connector_is_refused(make_llm, tiny_llama):
+    with pytest.raises(ValueError, match="NoSuchConnector"):
+        make_llm(tiny_llama, kv_transfer_config=connector() | dict(kv_connector="NoSuchConnector"))
 
 
 def test_head_size_is_refused_with_nvfp4(make_llm, tmp_path):

@@ -244,3 +244,13 @@ def rows_loaded() -> int:
 
     connector: Any = get_kv_transfer_group()
     return connector.connector_worker.worker.rows_loaded
+
+
+def use_stable_block_hashes() -> None:
+    """Lets this engine's block hashes be those of any other process with the same content.
+
+    vLLM starts its chain of hashes from a random number unless PYTHONHASHSEED is set; this is its own switch.
+    To be called before the engine core hashes: it reads the variable after it has made the scheduler. Where
+    the user has set it, engines with different values find nothing of each other, which is safe.
+    """
+    os.environ.setdefault("PYTHONHASHSEED", "0")

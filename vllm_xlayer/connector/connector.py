@@ -5,6 +5,8 @@ cache must have (rows), the check that the engine really allocated it, and the c
 """
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -13,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
@@ -21,14 +24,20 @@ from .. import compat
 from ..layout import LayoutDescriptor, check_allocation
 from ..patches.registry import REGISTRY
 from ..patches.rows import FEATURE as ROWS
-from .offload import RowOffloadingSpec, default_host_bytes
+from .identity import tier_identity
+from .offload import DiskSettings, RowOffloadingSpec, default_host_bytes
+from .scheduler import RowConnectorScheduler
+from .worker import RowConnectorWorker
+
+logger = init_logger(__name__)
 
 
 class XLayerConnector(OffloadingConnector):
     """Stores and loads whole rows; see the module docstring.
 
     ``kv_connector_extra_config`` takes what OffloadingConnector takes; ``cpu_bytes_to_use``
-    (bytes of the host tier over all ranks) has a default here.
+    (bytes of the host tier over all ranks) has a default here. ``disk_path`` names the folder of
+    a disk tier, ``disk_bytes_to_use`` bounds it.
 
     Attributes (worker side, after `register_kv_caches`):
         layout: What was negotiated; what a transfer peer or a tier must agree with.
@@ -42,13 +51,18 @@ class XLayerConnector(OffloadingConnector):
         groups = compat.current().groups_with_own_pages(kv_cache_config)
         self.layout: LayoutDescriptor = compat.current().negotiate_rows(vllm_config, groups).descriptor
         self.pool: torch.Tensor | None = None
-        spec = _offloading_spec(vllm_config, kv_cache_config)
+        spec = _offloading_spec(vllm_config, kv_cache_config, self.layout, role)
         self.connector_scheduler = None
         self.connector_worker = None
+        ours = isinstance(spec, RowOffloadingSpec)
         if role == KVConnectorRole.SCHEDULER:
-            self.connector_scheduler = OffloadingConnectorScheduler(spec, vllm_config, kv_cache_config)
+            scheduler = RowConnectorScheduler if ours else OffloadingConnectorScheduler
+            self.connector_scheduler = scheduler(spec, vllm_config, kv_cache_config)
+            if ours:
+                _recompute_failed_loads(vllm_config)
         else:
-            self.connector_worker = OffloadingConnectorWorker(spec, kv_cache_config)
+            worker = RowConnectorWorker if ours else OffloadingConnectorWorker
+            self.connector_worker = worker(spec, kv_cache_config)
 
     @property
     def prefer_cross_layer_blocks(self) -> bool:
@@ -66,11 +80,53 @@ class XLayerConnector(OffloadingConnector):
         self.pool = self.pool.view(-1, self.layout.row_bytes)
         self.connector_worker.register_kv_caches(dict(kv_caches))
 
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        if isinstance(self.connector_worker, RowConnectorWorker):
+            return self.connector_worker.take_invalid_blocks()
+        return set()
 
-def _offloading_spec(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> OffloadingSpec:
+
+def _recompute_failed_loads(vllm_config: VllmConfig) -> None:
+    """vLLM ends requests whose load failed, unless told otherwise. It reads the policy after this."""
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    if transfer.kv_load_failure_policy != "recompute":
+        logger.info(
+            "XLayerConnector: kv_load_failure_policy is recompute (was %s): no request ends because "
+            "its KV could not be loaded", transfer.kv_load_failure_policy,
+        )  # fmt: skip
+        transfer.kv_load_failure_policy = "recompute"
+
+
+def _offloading_spec(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout: LayoutDescriptor, role: KVConnectorRole
+) -> OffloadingSpec:
     config = build_offloading_config(vllm_config, kv_cache_config)
     extra = dict(config.extra_config)
     if extra.get("spec_name", "CPUOffloadingSpec") != "CPUOffloadingSpec":
         return OffloadingSpecFactory.create_spec(config)
     extra.setdefault("cpu_bytes_to_use", default_host_bytes())
-    return RowOffloadingSpec(replace(config, extra_config=extra))
+    disk = _disk_settings(vllm_config, layout, extra, config.cache.blocks_per_chunk)
+    if disk is not None and role == KVConnectorRole.SCHEDULER:
+        compat.current().use_stable_block_hashes()
+    return RowOffloadingSpec(replace(config, extra_config=extra), disk)
+
+
+def _disk_settings(
+    vllm_config: VllmConfig, layout: LayoutDescriptor, extra: dict[str, Any], blocks_per_chunk: int
+) -> DiskSettings | None:
+    path, limit = extra.get("disk_path"), extra.get("disk_bytes_to_use")
+    if path is None and limit is None:
+        return None
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"kv_connector_extra_config: disk_path: expected a folder, got {path!r}")
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0:
+        raise ValueError(
+            f"kv_connector_extra_config: disk_bytes_to_use: expected a number of bytes above 0, got {limit!r}"
+        )
+    return DiskSettings(
+        path=Path(path),
+        limit=limit,
+        identity=lambda: tier_identity(vllm_config, layout, blocks_per_chunk),
+        in_process=vllm_config.parallel_config.distributed_executor_backend == "uni",
+    )

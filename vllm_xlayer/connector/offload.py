@@ -1,15 +1,12 @@
-"""The copy path between the device pool and the host tier: one piece a block.
+"""The worker's side of the host tier: which host row belongs to which block, and both directions of copies.
 
-The manager (which block is where, what is evicted) is vLLM's CPUOffloadingManager. On a GPU
-a transfer is one batched submission on a stream of its direction; on the CPU platform it is
-done when the call returns.
+The manager (which chunk is where, what is evicted) is host_manager's, on vLLM's CPUOffloadingManager.
 """
 
 import os
-import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,16 +16,22 @@ from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
     LoadStoreSpec,
+    OffloadingManager,
     OffloadingWorker,
     TransferResult,
 )
+from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
-from .. import ops
+from . import transfers
+from .disk_format import TierIdentity
+from .disk_tier import DiskTier
+from .host_manager import HostTierManager
+from .host_memory import GIB, HostShape, scheduler_memory, worker_memory
+from .identity import NoIdentity
+from .tiering import TieredManager
 
 logger = init_logger(__name__)
-
-GIB = 1 << 30
 
 
 def default_host_bytes() -> int:
@@ -37,103 +40,112 @@ def default_host_bytes() -> int:
     return min(4 * GIB, memory // 4)
 
 
+@dataclass(frozen=True)
+class DiskSettings:
+    """Where the disk tier is.
+
+    Args:
+        path: the folder; created if its parent is there.
+        limit: bytes of all entries in it, also those of other engines and models.
+        identity: says whose KV this engine's is; NoIdentity if it must not outlive the engine.
+        in_process: scheduler and worker are in one process.
+    """
+
+    path: Path
+    limit: int
+    identity: Callable[[], TierIdentity]
+    in_process: bool
+
+
 class RowOffloadingSpec(CPUOffloadingSpec):
-    """vLLM's CPU offloading with our worker, which also runs where there is no GPU."""
+    """vLLM's CPU offloading with our managers and worker, which also run where there is no GPU."""
 
     _worker: OffloadingWorker | None  # type: ignore[assignment]
 
+    def __init__(self, config: OffloadingConfig, disk: DiskSettings | None = None):
+        super().__init__(config)
+        self._disk = disk
+        self._shape = HostShape(
+            chunks=self.num_blocks,
+            rows_per_chunk=self.blocks_per_chunk,
+            row_bytes=config.worker_kv_bytes_per_block,
+            ranks=config.parallel.world_size,
+            # With a disk tier the scheduler reads and writes what the workers do.
+            shared_as=None if disk is None else config.engine_id,
+            in_process=disk is None or disk.in_process,
+        )
+
+    def get_manager(self) -> OffloadingManager:
+        if self._manager is None:
+            host = HostTierManager(
+                num_blocks=self.num_blocks,
+                cache_policy=self.eviction_policy,  # type: ignore[arg-type]
+                enable_events=self.kv_events_config.enable_kv_cache_events,
+                store_threshold=int(self.extra_config.get("store_threshold", 0)),
+                max_tracker_size=int(self.extra_config.get("max_tracker_size", 64_000)),
+            )
+            self._manager = host if self._disk is None else self._with_disk(host, self._disk)
+        return self._manager
+
+    def _with_disk(self, host: HostTierManager, settings: DiskSettings) -> OffloadingManager:
+        try:
+            if int(self.extra_config.get("store_threshold", 0)) >= 2:
+                raise NoIdentity("store_threshold does not work with several tiers in vLLM 0.26")
+            if self.kv_events_config.self_describing_kv_events:
+                raise NoIdentity("self_describing_kv_events does not work with several tiers in vLLM 0.26")
+            identity = settings.identity()
+            settings.path.mkdir(exist_ok=True)
+            view = scheduler_memory(self._shape).numpy()
+            # The host tier must keep room for loads while the disk is behind.
+            waiting = max(1, self.num_blocks // 4)
+            disk = DiskTier(view, settings.path, settings.limit, identity, waiting)
+        except (NoIdentity, OSError, MemoryError) as error:
+            logger.warning("XLayerConnector: the engine runs without its disk tier: %s", error)
+            return host
+        return TieredManager(host, disk)
+
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self._worker is None:
-            self._worker = RowOffloadingWorker(kv_caches, self.num_blocks, self.blocks_per_chunk)
+            self._worker = self._make_worker(kv_caches)
         return self._worker
 
+    def _make_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        pool = _pool_of(kv_caches)
+        try:
+            host = worker_memory(self._shape, self.config.parallel.rank, pinned=pool.is_cuda)
+        except MemoryError as error:
+            logger.warning("XLayerConnector: the engine runs without its host tier: %s", error)
+            return NoTierWorker(str(error))
+        return RowOffloadingWorker(pool, host, self.blocks_per_chunk)
 
-@dataclass
-class _Transfer:
-    job_id: int
-    num_bytes: int
-    start: torch.cuda.Event
-    end: torch.cuda.Event
-    # The tensors a running copy reads must outlive it.
-    ids: tuple[torch.Tensor, torch.Tensor]
 
-
-class _Direction:
-    """Transfers one way, in order of submission, on a stream of their own (GPU) or at once (CPU)."""
-
-    def __init__(self, src: torch.Tensor, dst: torch.Tensor, device: torch.device):
-        self.src, self.dst = src, dst
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.running: deque[_Transfer] = deque()
-        self.done: list[TransferResult] = []
-        self.rows = 0
-        """Rows submitted so far."""
-
-    def submit(self, job_id: int, src_ids: np.ndarray, dst_ids: np.ndarray) -> None:
-        ids = torch.from_numpy(src_ids), torch.from_numpy(dst_ids)
-        num_bytes = len(src_ids) * self.src.shape[1]
-        self.rows += len(src_ids)
-        if self.stream is None:
-            started = time.perf_counter()
-            ops.copy_blocks(self.src, self.dst, *ids)
-            seconds = time.perf_counter() - started
-            self.done.append(TransferResult(job_id, True, num_bytes, seconds))
-            return
-        # A store reads what the model has written so far. A load waits as well: with asynchronous
-        # scheduling the step in flight may still write to a block that has just been freed and reused.
-        self.stream.wait_stream(torch.cuda.current_stream())
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self.stream):
-            start.record()
-            ops.copy_blocks(self.src, self.dst, *ids)
-            end.record()
-        self.running.append(_Transfer(job_id, num_bytes, start, end, ids))
-
-    def take_finished(self) -> list[TransferResult]:
-        while self.running and self.running[0].end.query():
-            t = self.running.popleft()
-            seconds = t.start.elapsed_time(t.end) * 1e-3
-            self.done.append(TransferResult(t.job_id, True, t.num_bytes, seconds))
-        done, self.done = self.done, []
-        return done
-
-    def wait(self, job_ids: Iterable[int]) -> None:
-        wanted = set(job_ids)
-        for t in self.running:
-            if t.job_id in wanted:
-                t.end.synchronize()
-
-    def drain(self) -> None:
-        for t in self.running:
-            t.end.synchronize()
-        self.running.clear()
-        self.done.clear()
+def _pool_of(kv_caches: CanonicalKVCaches) -> torch.Tensor:
+    """The pool as uint8 [num_blocks, row_bytes]. ValueError if the cache was not allocated in rows."""
+    if len(kv_caches.tensors) != 1:
+        raise ValueError(
+            f"XLayerConnector: expected one tensor of rows, got {len(kv_caches.tensors)} tensors "
+            "(the KV cache is not in cross-layer rows)"
+        )
+    return kv_caches.tensors[0].tensor.view(torch.uint8)
 
 
 class RowOffloadingWorker(OffloadingWorker):
     """Moves rows between the device pool and host memory.
 
     Args:
-        kv_caches: vLLM's canonical form; rows give exactly one tensor, int8 [num_blocks, row_bytes].
-        num_chunks: Chunks the host tier holds.
-        blocks_per_chunk: Blocks that vLLM's manager treats as one.
-
-    Raises:
-        ValueError: More than one tensor (the cache was not allocated in rows).
-        MemoryError: The host tier cannot be allocated.
+        pool: uint8 [num_blocks, row_bytes], on the device.
+        host: uint8 [num_chunks * blocks_per_chunk, row_bytes].
+        blocks_per_chunk: Blocks that the manager treats as one.
     """
 
-    def __init__(self, kv_caches: CanonicalKVCaches, num_chunks: int, blocks_per_chunk: int):
-        if len(kv_caches.tensors) != 1:
-            raise ValueError(
-                f"XLayerConnector: expected one tensor of rows, got {len(kv_caches.tensors)} tensors "
-                "(the KV cache is not in cross-layer rows)"
-            )
-        pool = kv_caches.tensors[0].tensor.view(torch.uint8)
+    problem = ""
+    """Why there is no tier; empty, as there is one."""
+
+    def __init__(self, pool: torch.Tensor, host: torch.Tensor, blocks_per_chunk: int):
         self.blocks_per_chunk = blocks_per_chunk
-        self.host = _allocate_host(num_chunks * blocks_per_chunk, pool.shape[1], pinned=pool.is_cuda)
-        self._store = _Direction(pool, self.host, pool.device)
-        self._load = _Direction(self.host, pool, pool.device)
+        self.host = host
+        self._store = transfers.make_direction(pool, host, pool.device)
+        self._load = transfers.make_direction(host, pool, pool.device)
 
     @property
     def rows_stored(self) -> int:
@@ -144,17 +156,27 @@ class RowOffloadingWorker(OffloadingWorker):
         return self._load.rows
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
-        assert isinstance(dst_spec, BlockIDsLoadStoreSpec)
-        self._store.submit(job_id, src_spec.block_ids, self._host_rows(src_spec, dst_spec))
+        try:
+            host_rows = self._host_rows(src_spec, dst_spec)
+        except ValueError as error:
+            self._store.fail(job_id, error)
+        else:
+            self._store.submit(job_id, torch.from_numpy(src_spec.block_ids), host_rows)
         return True
 
     def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        assert isinstance(src_spec, BlockIDsLoadStoreSpec)
-        self._load.submit(job_id, self._host_rows(dst_spec, src_spec), dst_spec.block_ids)
+        try:
+            host_rows = self._host_rows(dst_spec, src_spec)
+        except ValueError as error:
+            self._load.fail(job_id, error)
+        else:
+            self._load.submit(job_id, host_rows, torch.from_numpy(dst_spec.block_ids))
         return True
 
-    def _host_rows(self, device: GPULoadStoreSpec, host: BlockIDsLoadStoreSpec) -> np.ndarray:
+    def _host_rows(self, device: GPULoadStoreSpec, host: LoadStoreSpec) -> torch.Tensor:
         """Host row of every device block, in order. A group's first block may lie inside a chunk."""
+        if not isinstance(host, BlockIDsLoadStoreSpec):
+            raise ValueError(f"transfer: expected host chunks, got {type(host).__name__}")
         n, rows, at = self.blocks_per_chunk, [], 0
         for size, first in zip(device.group_sizes, device.block_indices, strict=True):
             if size == 0:
@@ -169,7 +191,7 @@ class RowOffloadingWorker(OffloadingWorker):
                 f"transfer: expected host chunks for {len(device.block_ids)} device blocks, got "
                 f"{len(host.block_ids)} chunks of {n} blocks ({len(found)} usable)"
             )
-        return found
+        return torch.from_numpy(found)
 
     def get_finished(self) -> list[TransferResult]:
         return self._store.take_finished() + self._load.take_finished()
@@ -183,19 +205,30 @@ class RowOffloadingWorker(OffloadingWorker):
         self._load.drain()
 
 
-def _allocate_host(rows: int, row_bytes: int, pinned: bool) -> torch.Tensor:
-    started = time.perf_counter()
-    try:
-        # Zeroed by the first touch of each page where it is not pinned: no start-up cost on the CPU platform.
-        host = torch.empty((rows, row_bytes), dtype=torch.uint8, pin_memory=pinned)
-    except RuntimeError as error:
-        raise MemoryError(
-            f"XLayerConnector: expected {rows * row_bytes / GIB:.2f} GiB of host memory for its tier, "
-            f"got: {error}. Set cpu_bytes_to_use in kv_connector_extra_config to less."
-        ) from error
-    logger.info(
-        "XLayerConnector: host tier of %d rows x %d bytes (%.2f GiB%s) in %.1f s",
-        rows, row_bytes, rows * row_bytes / GIB, ", pinned" if pinned else "",
-        time.perf_counter() - started,
-    )  # fmt: skip
-    return host
+class NoTierWorker(OffloadingWorker):
+    """Stands in where no host memory was to be had: no transfer succeeds.
+
+    Args:
+        problem: Why there is no tier; the scheduler's side is told and stops asking.
+    """
+
+    rows_stored = rows_loaded = 0
+
+    def __init__(self, problem: str):
+        self.problem = problem
+        self._done: list[TransferResult] = []
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
+        self._done.append(TransferResult(job_id, False))
+        return True
+
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        self._done.append(TransferResult(job_id, False))
+        return True
+
+    def get_finished(self) -> list[TransferResult]:
+        done, self._done = self._done, []
+        return done
+
+    def wait(self, job_ids: set[int]) -> None:
+        pass

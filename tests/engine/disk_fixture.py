@@ -1,0 +1,57 @@
+"""Engines with a disk tier, for the tests of it."""
+
+import time
+from pathlib import Path
+
+from faults import core_of, live_connector, settle
+from model_fixture import random_prompts, vllm_greedy, vllm_outputs
+
+NUM_TOKENS = 8
+PROMPTS = random_prompts([5, 100, 16, 33, 200, 1])
+BLOCKS = sum(len(p) // 16 for p in PROMPTS)
+ROW = 2 * 2 * 2 * 16 * 32 * 4
+
+
+def connector(folder, **extra):
+    extra = {
+        "cpu_bytes_to_use": 256 * ROW, "disk_path": str(folder), "disk_bytes_to_use": 1 << 30,
+    } | extra  # fmt: skip
+    return dict(kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=extra)
+
+
+def entries(folder):
+    return sorted(Path(folder).rglob("*.row"))
+
+
+def start(make_llm, model, folder, **extra):
+    llm = make_llm(model, kv_transfer_config=connector(folder, **extra))
+    live_connector().pool.fill_(0xFF)
+    return llm
+
+
+def fill(make_llm, model, folder, **extra):
+    """A folder with all blocks of PROMPTS, left by an engine that was stopped."""
+    llm = start(make_llm, model, folder, **extra)
+    vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    settle(llm)
+    core_of(llm).shutdown()
+    assert len(entries(folder)) == BLOCKS
+    return llm
+
+
+def cached(llm):
+    """(tokens, tokens found in a tier) of each of PROMPTS."""
+    outputs = vllm_outputs(llm, PROMPTS, NUM_TOKENS)
+    settle(llm)
+    return [list(o.outputs[0].token_ids) for o in outputs], [o.num_cached_tokens for o in outputs]
+
+
+WHOLE_BLOCKS = [len(p) // 16 * 16 for p in PROMPTS]
+
+
+def settle_slowly(llm):
+    deadline = time.monotonic() + 30
+    while core_of(llm).scheduler.has_requests() and time.monotonic() < deadline:
+        llm.llm_engine.step()
+        time.sleep(0.01)
+    settle(llm)

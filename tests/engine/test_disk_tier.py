@@ -1,0 +1,207 @@
+"""The disk tier in vLLM's engine: a restart finds what was stored by an equal engine, and nothing else."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from disk_fixture import (
+    NUM_TOKENS,
+    PROMPTS,
+    ROW,
+    WHOLE_BLOCKS,
+    cached,
+    connector,
+    entries,
+    fill,
+    start,
+)
+from faults import core_of, forget_device_cache, live_connector, manager_of, settle
+from model_fixture import transformers_greedy, vllm_greedy
+from transformers import AutoConfig
+
+from vllm_xlayer.connector.disk_format import HEADER_BYTES
+
+
+@pytest.fixture(autouse=True)
+def debug(monkeypatch):
+    monkeypatch.setenv("VLLM_XLAYER_DEBUG", "1")
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_llama):
+    return transformers_greedy(tiny_llama, PROMPTS, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "nvfp4"])
+@pytest.mark.parametrize("blocks_per_chunk", [1, 2])
+def test_a_restarted_engine_restores(make_llm, tiny_llama, tmp_path, kv_cache_dtype, blocks_per_chunk):
+    settings = dict(kv_cache_dtype=kv_cache_dtype)
+    extra = connector(tmp_path, blocks_per_chunk=blocks_per_chunk)
+    llm = make_llm(tiny_llama, kv_transfer_config=extra, **settings)
+    vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    tokens, _ = cached(llm)
+    core_of(llm).shutdown()
+    llm = make_llm(tiny_llama, kv_transfer_config=extra, **settings)
+    live_connector().pool.fill_(0xFF)
+    live_connector().connector_worker.worker.host.fill_(0xFF)
+    span = 16 * blocks_per_chunk
+    assert cached(llm) == (tokens, [len(p) // span * span for p in PROMPTS])
+    assert manager_of(llm).disk.counts["hit"] == sum(len(p) // span for p in PROMPTS)
+
+
+def test_another_configuration_finds_nothing(make_llm, tiny_llama, tmp_path):
+    """The same weights in the same folder, with a changed rotary base."""
+    model, folder = tmp_path / "model", tmp_path / "tier"
+    shutil.copytree(tiny_llama, model)
+    fill(make_llm, model, folder)
+    config = AutoConfig.from_pretrained(model)
+    config.rope_parameters["rope_theta"] *= 3
+    config.save_pretrained(model)
+    answers = transformers_greedy(model, PROMPTS, NUM_TOKENS)
+    assert cached(start(make_llm, model, folder)) == (answers, [0] * len(PROMPTS))
+
+
+def test_updated_weights_find_nothing(make_llm, tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    fill(make_llm, tmp_path / "model", tmp_path / "tier")
+    weights = tmp_path / "model" / "model.safetensors"
+    changed = weights.read_bytes()
+    tail = np.frombuffer(changed[-40_000:], dtype=np.float32)[::-1]  # a part of a tensor
+    weights.write_bytes(changed[:-40_000] + tail.tobytes())  # equal size and header
+    answers = transformers_greedy(tmp_path / "model", PROMPTS, NUM_TOKENS)
+    assert cached(start(make_llm, tmp_path / "model", tmp_path / "tier")) == (answers, [0] * len(PROMPTS))
+
+
+def test_damaged_entries_are_computed(make_llm, tiny_llama, answers, tmp_path, caplog_vllm):
+    fill(make_llm, tiny_llama, tmp_path)
+    for i, path in enumerate(entries(tmp_path)):
+        data = bytearray(path.read_bytes())
+        if i % 3 == 0:
+            data[[50, HEADER_BYTES + 7, len(data) - 1][i // 3 % 3]] ^= 1
+            path.write_bytes(data)
+        elif i % 3 == 1:
+            path.write_bytes(data[: i * 997 % len(data)])
+    llm = start(make_llm, tiny_llama, tmp_path)
+    tokens, found = cached(llm)
+    assert tokens == answers and 0 < sum(found) < sum(WHOLE_BLOCKS)
+    counts = manager_of(llm).disk.counts
+    reasons = {name for name in counts if name.startswith("miss") and name != "miss: absent"}
+    assert reasons == {"miss: short", "miss: damaged header", "miss: damaged payload"}
+    for reason in reasons:
+        assert sum(reason in record.getMessage() for record in caplog_vllm.records) == 1
+    # They have been written anew.
+    core_of(llm).shutdown()
+    assert cached(start(make_llm, tiny_llama, tmp_path)) == (answers, WHOLE_BLOCKS)
+
+
+def test_a_kill_leaves_nothing_that_is_read(make_llm, tiny_llama, answers, tmp_path):
+    """As a kill -9 does: whole entries, and temporary files of any length."""
+    fill(make_llm, tiny_llama, tmp_path)
+    stale, fresh = [], []
+    for i, path in enumerate(entries(tmp_path)[:6]):
+        part = path.with_name(f"{path.name}.123.1.abcd.tmp")
+        path.rename(part)
+        part.write_bytes(part.read_bytes()[: i * 4000])
+        (stale if i % 2 else fresh).append(part)
+    for path in stale:
+        os.utime(path, (time.time() - 7200,) * 2)
+    llm = start(make_llm, tiny_llama, tmp_path)
+    assert not any(path.exists() for path in stale) and all(path.exists() for path in fresh)
+    tokens, found = cached(llm)
+    assert tokens == answers and sum(found) < sum(WHOLE_BLOCKS)
+    assert not {name for name in manager_of(llm).disk.counts if name.startswith("miss: d")}
+
+
+def test_two_engines_share_a_folder(make_llm, tiny_llama, answers, tmp_path):
+    """What one stores while the other runs, the other finds; what it evicts, the other misses."""
+    llm = start(make_llm, tiny_llama, tmp_path)
+    fill_folder = tmp_path / "xlayer-rows"
+    other = tmp_path / "from the other"
+    vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    settle(llm)
+    shutil.move(fill_folder, other)  # a folder as another engine would have written it meanwhile
+    core_of(llm).shutdown()
+    llm = start(make_llm, tiny_llama, tmp_path)
+    vllm_greedy(llm, PROMPTS[:1], NUM_TOKENS)
+    shutil.copytree(other, fill_folder, dirs_exist_ok=True)
+    assert cached(llm) == (answers, WHOLE_BLOCKS)
+    assert llm.reset_prefix_cache()
+    for path in entries(tmp_path)[::2]:
+        path.unlink()
+    core_of(llm).scheduler.connector.connector_scheduler.manager.host.reset_cache()
+    live_connector().pool.fill_(0xFF)
+    tokens, found = cached(llm)
+    assert tokens == answers and sum(found) < sum(WHOLE_BLOCKS)
+
+
+def test_the_bound_holds(make_llm, tiny_llama, answers, tmp_path):
+    limit = 9 * (ROW + HEADER_BYTES)
+    llm = start(make_llm, tiny_llama, tmp_path, disk_bytes_to_use=limit)
+    for _ in range(2):
+        assert cached(llm)[0] == answers
+        forget_device_cache(llm)
+        assert 0 < sum(path.stat().st_size for path in entries(tmp_path)) <= limit
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[4])
+import conftest
+from vllm import LLM
+from vllm_xlayer.connector import disk_store
+from model_fixture import random_prompts, vllm_greedy
+
+real = disk_store.DiskStore.write
+def slow(self, key, payload):  # dies half way into a file
+    if self._writes == 12:
+        self._create(self.path_of(key) + ".9.9.tmp").write(bytes(5000))
+        print("HALF WAY", flush=True)
+        time.sleep(60)
+    return real(self, key, payload)
+disk_store.DiskStore.write = slow
+extra = dict(cpu_bytes_to_use=1 << 24, disk_path=sys.argv[2], disk_bytes_to_use=1 << 30)
+transfer = dict(kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=extra)
+llm = LLM(sys.argv[1], kv_transfer_config=transfer, **conftest.ENGINE_DEFAULTS)
+vllm_greedy(llm, random_prompts([5, 100, 16, 33, 200, 1]), int(sys.argv[3]))
+while True:
+    llm.llm_engine.engine_core.engine_core.step_fn()
+"""
+
+
+def test_after_kill_9_another_process_finds_what_was_whole(make_llm, tiny_llama, answers, tmp_path):
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", KILLED, str(tiny_llama), str(tmp_path), str(NUM_TOKENS), here]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("HALF WAY" in line for line in process.stdout)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(entries(tmp_path)) == 12 and len(list(tmp_path.rglob("*.tmp"))) == 1
+    llm = start(make_llm, tiny_llama, tmp_path)
+    tokens, found = cached(llm)
+    # A job's chunks are written in no particular order, so what lies behind a hole is not looked for.
+    hits = manager_of(llm).disk.counts["hit"]
+    assert tokens == answers and 0 < hits <= 12 and sum(found) == hits * 16
+
+
+def test_a_reset_of_the_connector_forgets_the_disk(make_llm, tiny_llama, answers, tmp_path):
+    """Weights may have been changed in the engine's memory: their files no longer say what KV this is."""
+    llm = start(make_llm, tiny_llama, tmp_path)
+    assert cached(llm) == (answers, [0] * len(PROMPTS))
+    assert llm.reset_prefix_cache(reset_connector=True)
+    assert cached(llm) == (answers, [0] * len(PROMPTS))
+    forget_device_cache(llm)
+    assert cached(llm) == (answers, WHOLE_BLOCKS)
+
+
+@pytest.mark.parametrize("extra", [dict(disk_path=3), dict(disk_bytes_to_use="1"), dict(disk_bytes_to_use=0)])
+def test_bad_settings_are_refused(make_llm, tiny_llama, tmp_path, extra):
+    with pytest.raises(ValueError, match=next(iter(extra))):
+        start(make_llm, tiny_llama, tmp_path, **extra)

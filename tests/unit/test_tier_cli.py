@@ -1,0 +1,84 @@
+"""The commands that look at a disk tier's folder."""
+
+import argparse
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from test_tier_format import IDENTITY
+
+from vllm_xlayer.connector import tier_cli
+from vllm_xlayer.connector.disk_format import HEADER_BYTES
+from vllm_xlayer.connector.disk_store import DiskStore
+
+BYTES = 500
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = DiskStore(tmp_path, 1 << 20, IDENTITY, BYTES)
+    for i in range(5):
+        store.write(bytes([i]) * 36, memoryview(bytes([i]) * BYTES))
+    return store
+
+
+def command(*words):
+    parser = argparse.ArgumentParser()
+    tier_cli.add_parsers(parser.add_subparsers(dest="command", required=True))
+    return tier_cli.run(parser.parse_args(list(map(str, words))))
+
+
+def path(store, i):
+    return Path(store.path_of(bytes([i]) * 36))
+
+
+def test_a_good_folder(store, tmp_path, capsys):
+    assert command("verify", tmp_path) == 0
+    assert capsys.readouterr().out == "5 entries checked, 0 damaged\n"
+
+
+def test_damage_is_named_and_deleted_on_demand(store, tmp_path, capsys):
+    data = bytearray(path(store, 1).read_bytes())
+    data[HEADER_BYTES + 3] ^= 1
+    path(store, 1).write_bytes(data)
+    path(store, 2).write_bytes(b"")
+    shutil.copy(path(store, 3), path(store, 4))
+    other = tmp_path / "xlayer-rows" / "someone" / "03"
+    other.mkdir(parents=True)
+    shutil.copy(path(store, 3), other)
+    assert command("verify", tmp_path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    summary = "6 entries checked, 4 damaged (1 damaged payload, 1 other identity, 1 other key, 1 short)"
+    assert lines[-1] == summary and len(lines) == 5
+    assert command("verify", tmp_path, "--delete") == 1
+    assert command("verify", tmp_path) == 0
+    assert capsys.readouterr().out.endswith("2 entries checked, 0 damaged\n")
+    assert path(store, 0).exists() and not path(store, 1).exists()
+
+
+def test_ls_and_stat(store, tmp_path, capsys):
+    os.utime(path(store, 2), (time.time() - 1000,) * 2)
+    assert command("tier", "ls", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[-1].split()[:2] == [str(HEADER_BYTES + BYTES), "1000"]
+    assert lines[-1].endswith((bytes([2]) * 36).hex())
+    assert command("tier", "stat", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{IDENTITY.digest}: 5 files") and "a/model" in out and "nvfp4" in out
+
+
+def test_purge(store, tmp_path, capsys):
+    part = path(store, 0).with_suffix(".tmp")
+    part.write_bytes(b"part")  # somebody may be writing it
+    assert command("tier", "purge", tmp_path) == 0
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [part]
+    assert capsys.readouterr().out.startswith("5 files deleted")
+    store.rescan()
+    assert store.write(bytes(36), memoryview(bytes(BYTES)))
+
+
+def test_no_folder(tmp_path, capsys):
+    assert command("tier", "ls", tmp_path / "none") == 2
+    assert "expected a folder" in capsys.readouterr().err

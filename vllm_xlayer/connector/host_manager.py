@@ -1,0 +1,127 @@
+"""The scheduler's side of the host tier: vLLM's CPUOffloadingManager, where transfers may fail.
+
+vLLM's manager can drop a store that failed, but nobody tells it, and it has no word for a load that failed.
+Here the connector names the keys of a failed job before it completes it: a chunk that was being stored
+never becomes loadable, and one that could not be loaded is forgotten as soon as nobody reads it.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import (
+    LoadStoreSpec,
+    LookupResult,
+    OffloadingEvent,
+    OffloadKey,
+    PrepareStoreOutput,
+    ReqContext,
+)
+from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+from vllm.v1.kv_offload.cpu.policies.arc import ARCCachePolicy
+from vllm.v1.kv_offload.cpu.policies.base import BlockStatus
+from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
+
+logger = init_logger(__name__)
+
+
+class HostTierManager(CPUOffloadingManager):
+    """Takes what CPUOffloadingManager takes; ``num_blocks`` is in chunks.
+
+    Attributes:
+        problem: Why the tier is off; empty while it works.
+        stores_failed, loads_failed: Chunks, since the start.
+    """
+
+    def __init__(self, num_blocks: int, **settings):
+        super().__init__(num_blocks, **settings)
+        self.problem = ""
+        self.stores_failed = 0
+        self.loads_failed = 0
+        self._failed: set[OffloadKey] = set()
+        if num_blocks == 0:
+            self.turn_off("cpu_bytes_to_use: expected at least the bytes of one chunk, got less")
+
+    def turn_off(self, problem: str) -> None:
+        """From now on nothing is found and nothing is stored. Transfers under way complete as usual."""
+        if not self.problem:
+            self.problem = problem
+            logger.warning("XLayerConnector: the host tier is off: %s", problem)
+
+    def fail(self, keys: Iterable[OffloadKey]) -> None:
+        """Marks chunks whose transfer failed on some worker; complete_store/complete_load follow."""
+        for key in keys:
+            block = self._policy.get(key)
+            if block is None or key in self._failed:
+                continue
+            self._failed.add(key)
+            if block.is_ready:
+                self.loads_failed += 1
+            else:
+                self.stores_failed += 1
+
+    def has_failed(self, key: OffloadKey) -> bool:
+        """Whether a transfer of this chunk failed, and it is not gone yet."""
+        return key in self._failed
+
+    @property
+    def host(self) -> "HostTierManager":
+        return self
+
+    def transfers(self) -> Iterable[tuple[Collection[OffloadKey], bool]]:
+        """Transfers to and from a tier behind this one: there is none."""
+        return ()
+
+    def chunks(self) -> Mapping[OffloadKey, BlockStatus]:
+        """Every chunk the tier holds, also those being written."""
+        policy = self._policy
+        if isinstance(policy, ARCCachePolicy):
+            return {**policy.t1, **policy.t2}
+        assert isinstance(policy, LRUCachePolicy)
+        return policy.blocks
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        if self.problem or key in self._failed:
+            return LookupResult.MISS
+        return super().lookup(key, req_context)
+
+    def prepare_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        if self.problem:
+            nowhere: LoadStoreSpec = self._get_load_store_spec([], [])
+            return PrepareStoreOutput(keys_to_store=[], store_spec=nowhere, evicted_keys=[])
+        return super().prepare_store(keys, req_context)
+
+    def complete_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True
+    ) -> None:
+        lost = self._failed.intersection(keys)
+        if lost:
+            self._failed -= lost
+            super().complete_store(lost, req_context, success=False)
+        super().complete_store([key for key in keys if key not in lost], req_context, success)
+
+    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        super().complete_load(keys, req_context)
+        lost = [key for key in keys if key in self._failed and self._forget(key)]
+        if lost and self.events is not None:
+            self.events.append(OffloadingEvent(keys=lost, medium=self.medium, removed=True))
+
+    def _forget(self, key: OffloadKey) -> bool:
+        """Frees the chunk of a key that failed; False while it is still being read."""
+        block = self._policy.get(key)
+        if block is None or block.ref_cnt > 0:
+            return False
+        self._failed.discard(key)
+        self._num_evictable_cache_blocks -= 1
+        self._policy.remove(key)
+        self._free_block(block)
+        return True
+
+    def reset_cache(self) -> None:
+        super().reset_cache()
+        self._failed.clear()
+
+    # vLLM's names for the same, where the other end is not the device but a tier behind this one.
+    prepare_read, complete_read = CPUOffloadingManager.prepare_load, complete_load
+    prepare_write, complete_write = prepare_store, complete_store

@@ -1,0 +1,119 @@
+"""Whose KV an engine computes: what must be equal before one engine may use another's rows."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from ..layout import LayoutDescriptor
+from .disk_format import TierIdentity
+
+SAMPLES, SAMPLE_BYTES = 64, 4096
+SAFE_HASHES = ("sha256", "sha256_cbor")
+"""Hash functions of vLLM's under which different prompts do not get the same key, even if someone tries."""
+
+
+class NoIdentity(ValueError):
+    """KV of this engine must not outlive it; says why."""
+
+
+def tier_identity(vllm_config: VllmConfig, layout: LayoutDescriptor, blocks_per_chunk: int) -> TierIdentity:
+    """The identity of a running engine.
+
+    Raises:
+        NoIdentity: something shapes this engine's KV that keys and identity do not cover.
+    """
+    if problems := list(_problems(vllm_config)):
+        raise NoIdentity("; ".join(problems))
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    return TierIdentity(
+        layout=layout.fingerprint,
+        kv_dtype="+".join(sorted({str(cache.cache_dtype), *(spec.dtype for spec in layout.groups)})),
+        model=str(model.model)[-200:],
+        settings=_settings_digest(vllm_config),
+        weights=weights_digest(_model_folder(vllm_config)),
+        tp_size=vllm_config.parallel_config.tensor_parallel_size,
+        block_size=layout.groups[0].block_size,
+        blocks_per_chunk=blocks_per_chunk,
+    )
+
+
+def _problems(vllm_config: VllmConfig):
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    if vllm_config.lora_config is not None:
+        yield "LoRA adapters are in vLLM's block hashes by name, not by weights"
+    if vllm_config.speculative_config is not None:
+        yield "with speculative decoding rows may hold a draft model's KV"
+    if getattr(cache, "calculate_kv_scales", False):
+        yield "calculate_kv_scales makes KV scales depend on the first requests"
+    if cache.prefix_caching_hash_algo not in SAFE_HASHES:
+        yield (
+            f"prefix_caching_hash_algo: expected one of {', '.join(SAFE_HASHES)}, "
+            f"got {cache.prefix_caching_hash_algo}"
+        )
+    if parallel.world_size != parallel.tensor_parallel_size:
+        yield (
+            f"expected tensor parallelism only, got {parallel.world_size} ranks with "
+            f"tensor_parallel_size {parallel.tensor_parallel_size}"
+        )
+
+
+def _settings_digest(vllm_config: VllmConfig) -> str:
+    model, load = vllm_config.model_config, vllm_config.load_config
+    load_format = str(getattr(load.load_format, "value", load.load_format))
+    settings: dict[str, Any] = {
+        "config": model.hf_config.to_dict(),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "load_format": load_format,
+        "seed": model.seed if load_format == "dummy" else None,
+    }
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _model_folder(vllm_config: VllmConfig) -> Path:
+    model = vllm_config.model_config
+    if Path(model.model).is_dir():
+        return Path(model.model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise NoIdentity(f"the files of model {model.model} are not found here: {error}") from error
+
+
+def weights_digest(folder: Path) -> str:
+    """32 hex digits over the weight files of a model folder.
+
+    Covers every file's name, size, time of last change, safetensors header (names, shapes, dtypes, offsets)
+    and 64 samples of 4 KiB spread over it, and for files of Hugging Face's cache the name of the blob, which
+    is a hash of all of it. So an update, a fine-tune with equal shapes and a file written anew are seen. Not
+    seen: a change that hits none of the samples and keeps the time of last change. A copy of a folder with
+    new times counts as another model, which costs misses only.
+
+    Raises:
+        NoIdentity: there are no weight files.
+    """
+    files = sorted(
+        path for suffix in ("safetensors", "bin", "pt", "gguf") for path in folder.glob(f"*.{suffix}")
+    )
+    if not files:
+        raise NoIdentity(f"expected weight files in {folder}, found none")
+    digest = hashlib.sha256()
+    for path in files:
+        real = path.resolve()
+        stat = real.stat()
+        facts = [path.name, real.name, stat.st_size, stat.st_mtime_ns]
+        digest.update(json.dumps(facts).encode())
+        with real.open("rb") as file:
+            if path.suffix == ".safetensors":
+                length = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(min(length, stat.st_size)))
+            for i in range(SAMPLES):
+                file.seek(max(0, stat.st_size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,95 @@
+"""The connector in the scheduler's process: vLLM's, where a transfer may fail.
+
+A request whose load failed is computed, and does not ask the tier again: the next load would be the next
+chance to fail, and without that rule a tier that always fails would hold the request up for ever.
+"""
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    OffloadingConnectorScheduler,
+    RequestOffloadState,
+)
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_offload.base import OffloadingSpec
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
+
+from ..config import Config
+from .accounting import check_accounts
+from .host_manager import HostTierManager
+from .tiering import TieredManager
+from .worker import RowWorkerMetadata
+
+
+class RowConnectorScheduler(OffloadingConnectorScheduler):
+    """Takes what OffloadingConnectorScheduler takes; the spec must be a RowOffloadingSpec.
+
+    With VLLM_XLAYER_DEBUG=1 the tier's accounts are checked after every step.
+
+    Raises:
+        AccountingError: (in that mode) they do not balance.
+    """
+
+    manager: HostTierManager | TieredManager  # type: ignore[assignment]
+
+    def __init__(self, spec: OffloadingSpec, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
+        super().__init__(spec, vllm_config, kv_cache_config)
+        self._load_failed: set[str] = set()
+        self._debug = Config.load().debug
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, RowWorkerMetadata):
+            if meta.problem:
+                self.manager.turn_off(meta.problem)
+            for job_id in meta.failed_jobs:
+                self._fail(job_id)
+        super().update_connector_output(connector_output)
+        self._check()
+
+    def _fail(self, job_id: int) -> None:
+        job = self._jobs.get(job_id)
+        if job is None:  # from before the last reset
+            return
+        self.manager.fail(job.keys)
+        request = self._req_status[job.req_id]
+        if job.is_store or request.req.is_finished():
+            return
+        self._load_failed.add(job.req_id)
+        # What was to be loaded counted as stored already. It is computed now, and can be stored again.
+        for config, group in zip(self.config.kv_group_configs, request.group_states, strict=True):
+            held = request.num_locally_computed_tokens // config.tokens_per_chunk
+            group.next_stored_chunk_idx = min(group.next_stored_chunk_idx, held)
+
+    def _lookup(self, req_status: RequestOffloadState) -> int | None:
+        if req_status.req.request_id in self._load_failed:
+            return 0
+        return super()._lookup(req_status)
+
+    def _calc_num_offloadable_tokens(self, req_status: RequestOffloadState, num_computed_tokens: int) -> int:
+        request = req_status.req
+        if request.is_finished():
+            # vLLM 0.26 asks for all tokens of a finished request. The last one has not been through the
+            # model, and of an aborted one perhaps only the first few: the rest of its blocks is not KV.
+            # What was still being loaded counts as computed, but then its blocks are not known here.
+            known = [
+                len(group.block_ids) * config.tokens_per_block
+                for config, group in zip(self.config.kv_group_configs, req_status.group_states, strict=True)
+            ]
+            num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1, *known)
+        return super()._calc_num_offloadable_tokens(req_status, num_computed_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        meta = super().build_connector_meta(scheduler_output)
+        self._check()
+        return meta
+
+    def request_finished(self, request: Request):
+        self._load_failed.discard(request.request_id)
+        return super().request_finished(request)
+
+    def _check(self) -> None:
+        if self._debug:
+            check_accounts(self)

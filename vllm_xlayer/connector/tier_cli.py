@@ -1,0 +1,168 @@
+"""``vllm-xlayer verify FOLDER`` and ``vllm-xlayer tier ls|stat|purge FOLDER``: look at a disk tier, clean it.
+
+All of it may be done while engines use the folder: an entry that goes away is a miss for them.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .disk_format import HEADER_BYTES, EntryError, TierIdentity, check_header, check_payload, decode_header
+from .disk_store import STALE_SECONDS, SUBFOLDER, SUFFIX, scan
+
+_NAMES = tuple(field.name for field in fields(TierIdentity))
+
+
+@dataclass(frozen=True)
+class Found:
+    """One file of a disk tier."""
+
+    path: str
+    size: int
+    used: float
+    """When it was last used, as time.time()."""
+
+    @property
+    def folder(self) -> str:
+        """The identity's."""
+        return Path(self.path).parent.parent.name
+
+    @property
+    def is_entry(self) -> bool:
+        return self.path.endswith(SUFFIX)
+
+
+def add_parsers(commands: Any) -> None:
+    """Adds ``verify`` and ``tier`` to the subparsers of the command line; `run` takes what they parse."""
+    verify = commands.add_parser("verify", help="check every entry of a disk tier's folder")
+    verify.add_argument("folder", type=Path, help="the connector's disk_path")
+    verify.add_argument("--delete", action="store_true", help="delete what is damaged")
+    tier = commands.add_parser("tier", help="look at a disk tier's folder, or empty it")
+    actions = tier.add_subparsers(dest="action", required=True)
+    for name, text in (
+        ("ls", "list the entries, the most recently used first"),
+        ("stat", "whose entries there are, how many, how large"),
+        ("purge", "delete all entries"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("folder", type=Path, help="the connector's disk_path")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code: 0, 1 where damaged entries were found, 2 where there is no such folder."""
+    if not args.folder.is_dir():
+        print(f"expected a folder, got {args.folder}", file=sys.stderr)
+        return 2
+    if args.command == "verify":
+        return verify(args.folder, args.delete)
+    return {"ls": ls, "stat": stat, "purge": purge}[args.action](args.folder)
+
+
+def verify(folder: Path, delete: bool = False) -> int:
+    """Reads every entry, prints what is wrong with it, and deletes that if told to. 1 if any was damaged."""
+    reasons: Counter[str] = Counter()
+    checked = 0
+    for found in _files(folder):
+        if not found.is_entry:
+            continue
+        try:
+            check_file(found)
+        except FileNotFoundError:  # evicted meanwhile
+            continue
+        except EntryError as error:
+            reasons[error.reason] += 1
+            print(f"{found.path}: {error}")
+            if delete:
+                os.unlink(found.path)
+        checked += 1
+    bad = sum(reasons.values())
+    what = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    print(f"{checked} entries checked, {bad} damaged{f' ({what})' if bad else ''}"
+          f"{', deleted' if bad and delete else ''}")  # fmt: skip
+    return 1 if bad else 0
+
+
+def check_file(found: Found) -> dict[str, Any]:
+    """The header's values of an entry that is whole and lies where it belongs.
+
+    Raises:
+        EntryError: it is not, or does not.
+        OSError: it cannot be read.
+    """
+    with open(found.path, "rb") as file:
+        values = decode_header(file.read(HEADER_BYTES))
+        payload = file.read()
+    try:
+        identity = TierIdentity(**{name: values[name] for name in _NAMES})
+        key = bytes.fromhex(values["key"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise EntryError("damaged header", repr(error)) from error
+    if identity.digest != found.folder:
+        raise EntryError("other identity", f"expected folder {identity.digest}, got {found.folder}")
+    if f"{key.hex()}{SUFFIX}" != Path(found.path).name:
+        raise EntryError("other key", f"expected {key.hex()}")
+    if len(payload) != values.get("payload_bytes"):
+        raise EntryError("short", f"expected {values.get('payload_bytes')} bytes, got {len(payload)}")
+    check_payload(payload, check_header(values, identity, key, len(payload)))
+    return values
+
+
+def ls(folder: Path) -> int:
+    """One line an entry: bytes, seconds since it was used, identity, key."""
+    now = time.time()
+    for found in sorted(_files(folder), key=lambda found: found.used, reverse=True):
+        print(f"{found.size:>12} {now - found.used:>10.0f} s  {found.folder[:8]}  {Path(found.path).stem}")
+    return 0
+
+
+def stat(folder: Path) -> int:
+    """A paragraph an identity, from the header of one of its entries."""
+    by_identity: dict[str, list[Found]] = defaultdict(list)
+    for found in _files(folder):
+        by_identity[found.folder].append(found)
+    for name, files in sorted(by_identity.items()):
+        size = sum(found.size for found in files)
+        last = max(found.used for found in files)
+        print(f"{name}: {len(files)} files, {size / 2**30:.3f} GiB, last used {time.time() - last:.0f} s ago")
+        for field, value in _identity_of(files).items():
+            print(f"    {field:<16} {value}")
+    total = sum(found.size for files in by_identity.values() for found in files)
+    print(f"{sum(map(len, by_identity.values()))} files, {total / 2**30:.3f} GiB in all")
+    return 0
+
+
+def _identity_of(files: list[Found]) -> dict[str, Any]:
+    """From the first header that can be read; empty if none can."""
+    for found in files:
+        try:
+            with open(found.path, "rb") as file:
+                values = decode_header(file.read(HEADER_BYTES))
+        except (OSError, EntryError):
+            continue
+        return {name: values[name] for name in _NAMES if values.get(name) != ""}
+    return {}
+
+
+def purge(folder: Path) -> int:
+    """Deletes every entry, and temporary files that nobody writes any more."""
+    count = size = 0
+    for found in _files(folder):
+        if found.is_entry or time.time() - found.used > STALE_SECONDS:
+            try:
+                os.unlink(found.path)
+            except FileNotFoundError:  # evicted meanwhile
+                continue
+            count, size = count + 1, size + found.size
+    print(f"{count} files deleted, {size / 2**30:.3f} GiB")
+    return 0
+
+
+def _files(folder: Path) -> Iterator[Found]:
+    for used, path, size in scan(folder / SUBFOLDER):
+        yield Found(path, size, used)

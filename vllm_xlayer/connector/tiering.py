@@ -1,0 +1,79 @@
+"""Host tier with a disk behind it: vLLM's TieringOffloadingManager, where transfers may fail or take long."""
+
+import time
+from collections.abc import Collection, Iterable
+
+from vllm.v1.kv_offload.base import LookupResult, OffloadKey, PrepareStoreOutput, ReqContext
+from vllm.v1.kv_offload.tiering.manager import RequestState, TieringOffloadingManager
+
+from .disk_tier import DiskTier
+from .host_manager import HostTierManager
+
+DEADLINE_SECONDS = 2.0
+"""A request that has waited so long for the disk is computed instead."""
+
+
+class TieredManager(TieringOffloadingManager):
+    """The manager of a host tier and its disk tier."""
+
+    primary_tier: HostTierManager  # type: ignore[assignment]
+
+    def __init__(self, host: HostTierManager, disk: DiskTier):
+        super().__init__(primary_tier=host, secondary_tiers=[disk])  # type: ignore[arg-type]
+        self.disk = disk
+
+    @property
+    def host(self) -> HostTierManager:
+        return self.primary_tier
+
+    def turn_off(self, problem: str) -> None:
+        self.host.turn_off(problem)
+
+    def fail(self, keys: Iterable[OffloadKey]) -> None:
+        self.host.fail(keys)
+
+    def transfers(self) -> Iterable[tuple[Collection[OffloadKey], bool]]:
+        """Keys of every transfer between host and disk, and whether it writes to host memory."""
+        for job in self._transfer_jobs.values():
+            yield job.keys, job.is_promotion
+        for by_request in self._pending_load_submissions.values():
+            for pending in by_request.values():
+                yield pending.keys, True
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext, *, exclude_tier=None) -> LookupResult:
+        if self.host.problem or self.host.has_failed(key):
+            return LookupResult.MISS
+        if self._is_late(req_context):
+            # Also ends two requests' taking each other's chunks out of a host tier too small for both.
+            self._maybe_process_finished_jobs()
+            found = self.host.lookup(key, req_context)
+            return found if found is LookupResult.HIT else LookupResult.MISS
+        return super().lookup(key, req_context, exclude_tier=exclude_tier)
+
+    def _is_late(self, req_context: ReqContext) -> bool:
+        state = self._req_state.get(req_context.req_id)
+        since = None if state is None else state.secondary_lookup_start_time
+        return since is not None and time.monotonic() - since > DEADLINE_SECONDS
+
+    def prepare_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        # vLLM 0.26's scheduler side stores a finished request's last blocks after it has told the manager
+        # that the request is finished, and its manager does not know it any more.
+        request, late = req_context.req_id, req_context.req_id not in self._req_state
+        if late:
+            self._req_state[request] = RequestState(req_context=req_context, is_finished=True)
+        output = super().prepare_store(keys, req_context)
+        if late and not self._req_state[request].pending_primary_stores:
+            del self._req_state[request]
+        return output
+
+    def complete_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True
+    ) -> None:
+        success = success and not any(self.host.has_failed(key) for key in keys)
+        super().complete_store(keys, req_context, success)
+
+    def reset_cache(self) -> None:
+        super().reset_cache()
+        self.disk.forget()

@@ -1,0 +1,99 @@
+"""The connector in a worker process: vLLM's, where a transfer may fail.
+
+vLLM 0.26 asserts that every transfer succeeded. Here a failed load is told to vLLM as blocks that are not
+valid, and every failure to the scheduler's side of the connector, which then drops what was lost.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_offload.base import BlockIDsLoadStoreSpec, OffloadingSpec, TransferResult
+
+from .offload import NoTierWorker, RowOffloadingWorker
+
+
+@dataclass
+class RowWorkerMetadata(OffloadingWorkerMetadata):
+    """What the workers tell the scheduler after a step."""
+
+    failed_jobs: set[int] = field(default_factory=set)
+    """Jobs that some worker could not do; they are in completed_jobs as well."""
+    problem: str = ""
+    """Why some worker has no tier; said once."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "RowWorkerMetadata":
+        assert isinstance(other, RowWorkerMetadata)
+        merged = super().aggregate(other)
+        assert isinstance(merged, OffloadingWorkerMetadata)
+        return RowWorkerMetadata(
+            merged.completed_jobs,
+            merged.transfer_stats,
+            self.failed_jobs | other.failed_jobs,
+            self.problem or other.problem,
+        )
+
+
+class RowConnectorWorker(OffloadingConnectorWorker):
+    """Takes what OffloadingConnectorWorker takes; the spec must be a RowOffloadingSpec."""
+
+    worker: RowOffloadingWorker | NoTierWorker | None  # type: ignore[assignment]
+    _connector_worker_meta: RowWorkerMetadata
+
+    def __init__(self, spec: OffloadingSpec, kv_cache_config: KVCacheConfig):
+        super().__init__(spec, kv_cache_config)
+        self._connector_worker_meta = RowWorkerMetadata()
+        self._blocks_of_load: dict[int, np.ndarray] = {}
+        self._invalid_blocks: set[int] = set()
+        self._said_problem = False
+
+    def start_kv_transfers(self, metadata: OffloadingConnectorMetadata) -> None:
+        for job_id, job in metadata.load_jobs.items():
+            assert isinstance(job.dst_spec, BlockIDsLoadStoreSpec)
+            self._blocks_of_load[job_id] = job.dst_spec.block_ids
+        super().start_kv_transfers(metadata)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        """Returns (nothing, requests whose load ended, well or not)."""
+        assert self.worker is not None
+        return set(), {req for result in self.worker.get_finished() if (req := self._finish(result))}
+
+    def _finish(self, result: TransferResult) -> str | None:
+        """Books one transfer; the request that waited for it, if it was a load."""
+        meta, job_id = self._connector_worker_meta, result.job_id
+        request = self._load_jobs.pop(job_id, None)
+        blocks = self._blocks_of_load.pop(job_id, ())
+        meta.mark_completed(job_id)
+        if not result.success:
+            meta.failed_jobs.add(job_id)
+            self._invalid_blocks.update(int(block) for block in blocks)
+        elif result.transfer_size is not None and result.transfer_time is not None:
+            stats = meta.transfer_stats.store if request is None else meta.transfer_stats.load
+            stats.record(result.transfer_size, result.transfer_time)
+        return request
+
+    def take_invalid_blocks(self) -> set[int]:
+        """Device blocks that a failed load should have filled, since the last call."""
+        invalid, self._invalid_blocks = self._invalid_blocks, set()
+        return invalid
+
+    def build_connector_worker_meta(self) -> RowWorkerMetadata | None:
+        meta = self._connector_worker_meta
+        if self.worker is not None and not self._said_problem:
+            meta.problem, self._said_problem = self.worker.problem, True
+        if not meta.completed_jobs and not meta.problem:
+            return None
+        self._connector_worker_meta = RowWorkerMetadata()
+        return meta
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._connector_worker_meta = RowWorkerMetadata()
+        self._blocks_of_load.clear()
+        self._invalid_blocks.clear()
