@@ -2,8 +2,24 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from . import __version__
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    """The function behind a command; imported only for it, since some take seconds to import."""
+    if name == "doctor":
+        from . import doctor
+
+        return doctor.run
+    if name == "demo":
+        from .eval import demo
+
+        return demo.run
+    from .connector import tier_cli
+
+    return tier_cli.run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,13 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--limit", type=int, default=None, help="documents a task (default: as many as fit)")
     demo.add_argument("--json", metavar="FILE", help="also write the results there")
 
+    from .connector import tier_cli
+
+    tier_cli.add_parsers(commands)
     args = parser.parse_args(argv)
     try:
-        if args.command == "doctor":
-            from .doctor import run
-        else:
-            from .eval.demo import run
-        return run(args)
+        return _command(args.command)(args)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
