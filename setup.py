@@ -68,6 +68,8 @@ def find_nvcc() -> Path | None:
     candidates = [os.environ.get("CUDACXX")]
     candidates += [f"{home}/bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     candidates += [shutil.which("nvcc")]
+    # vLLM's requirements bring nvcc as a package: who has no CUDA toolkit has this one.
+    candidates += [str(Path(sysconfig.get_path("purelib")) / "nvidia/cu13/bin/nvcc")]
     for candidate in candidates:
         path = shutil.which(candidate) if candidate else None
         if path is not None:
@@ -104,7 +106,7 @@ def cuda_arguments() -> list[str]:
         return ["-DXLAYER_CUDA=OFF"]
     nvcc = find_nvcc()
     if nvcc is None:
-        where = "CUDACXX, CUDA_HOME, /usr/local/cuda or PATH"
+        where = "CUDACXX, CUDA_HOME, /usr/local/cuda, PATH or the environment's packages"
         if wish == "1":
             raise SystemExit(f"VLLM_XLAYER_CUDA=1: expected nvcc in {where}, found none")
         say(f"CUDA ops LEFT OUT: no nvcc in {where}. Only CPU ops are built.")
@@ -116,7 +118,12 @@ def cuda_arguments() -> list[str]:
     if not archs:
         archs, source = ALL_ARCHS, "no GPU visible: all supported"
     say(f"CUDA ops with {nvcc} for {archs} ({source})")
-    return ["-DXLAYER_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DXLAYER_ARCHS={archs}"]
+    arguments = ["-DXLAYER_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DXLAYER_ARCHS={archs}"]
+    packaged = sorted((nvcc.parent.parent / "lib").glob("libcudart.so.*"))
+    if packaged:
+        # nvcc's package has no libcudart.so without a version, which CMake looks for (and we do not link).
+        arguments.append(f"-DCUDA_CUDART={packaged[0]}")
+    return arguments
 
 
 class CMakeBuild(build_ext):
