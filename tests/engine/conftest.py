@@ -74,6 +74,9 @@ def caplog_vllm(caplog):
     """caplog, also for this package's logger, which hands its records to vLLM's handlers only."""
     import logging
 
+    from vllm_xlayer import plugin
+
+    plugin.register()  # gives our logger its handlers, unless it has some already
     ours = logging.getLogger("vllm_xlayer")
     ours.addHandler(caplog.handler)
     yield caplog
