@@ -43,12 +43,14 @@ def make_llm(reference_platform):
     the last one down.
     """
     from vllm import LLM
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     live = []
 
     def shut_down():
         while live:
             live.pop().llm_engine.engine_core.shutdown()
+        ensure_kv_transfer_shutdown()  # an engine that failed to start leaves its connector behind
 
     def make(model, **settings):
         shut_down()
@@ -72,6 +74,9 @@ def caplog_vllm(caplog):
     """caplog, also for this package's logger, which hands its records to vLLM's handlers only."""
     import logging
 
+    from vllm_xlayer import plugin
+
+    plugin.register()  # gives our logger its handlers, unless it has some already
     ours = logging.getLogger("vllm_xlayer")
     ours.addHandler(caplog.handler)
     yield caplog

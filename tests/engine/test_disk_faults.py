@@ -195,7 +195,9 @@ def test_stop_during_promotions_and_stores(make_llm, tiny_llama, answers, tmp_pa
         )
     llm = start(make_llm, tiny_llama, tmp_path)
     vllm_greedy(llm, PROMPTS[4:], NUM_TOKENS)
-    llm.llm_engine.add_request("a", {"prompt_token_ids": PROMPTS[1]}, SamplingParams(max_tokens=9))
+    llm.llm_engine.add_request(
+        "a", {"prompt_token_ids": PROMPTS[1]}, SamplingParams(temperature=0, max_tokens=9, detokenize=False)
+    )
     llm.llm_engine.step()
     disk = manager_of(llm).disk
     core_of(llm).shutdown()
