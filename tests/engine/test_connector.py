@@ -17,7 +17,7 @@ from transformers import Gemma2Config, MambaConfig
 
 from vllm_xlayer.layout import NegotiationError
 
-NUM_TOKENS = 16
+NUM_TOKENS = 24
 PROMPTS = random_prompts([5, 100, 16, 33, 300, 1])
 
 
