@@ -169,7 +169,8 @@ extra = dict(cpu_bytes_to_use=1 << 24, disk_path=sys.argv[2], disk_bytes_to_use=
 transfer = dict(kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=extra)
 llm = LLM(sys.argv[1], kv_transfer_config=transfer, **conftest.ENGINE_DEFAULTS)
 vllm_greedy(llm, random_prompts([5, 100, 16, 33, 200, 1]), int(sys.argv[3]))
-while True:
+give_up = time.monotonic() + 60
+while time.monotonic() < give_up:
     llm.llm_engine.engine_core.engine_core.step_fn()
 """
 
@@ -177,7 +178,8 @@ while True:
 def test_after_kill_9_another_process_finds_what_was_whole(make_llm, tiny_llama, answers, tmp_path):
     here = str(Path(__file__).parent)
     command = [sys.executable, "-c", KILLED, str(tiny_llama), str(tmp_path), str(NUM_TOKENS), here]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # Not in the current folder: a source tree there would be imported instead of the installed package.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         assert any("HALF WAY" in line for line in process.stdout)
     finally:
