@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,8 +127,8 @@ def test_lm_eval_loads_the_tasks_offline(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert task.doc_to_target(docs[0]) == first["questions"][0][1]
 
 
-def test_module_prints_the_include_path() -> None:
-    out = subprocess.run(
-        [sys.executable, "-m", "vllm_xlayer.eval.tasks"], capture_output=True, text=True, check=True
-    )
+def test_module_prints_the_include_path(tmp_path: Path) -> None:
+    # -m imports from the current folder first: not from a source tree.
+    command = [sys.executable, "-m", "vllm_xlayer.eval.tasks"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert out.stdout.strip() == str(tasks_path())
