@@ -151,6 +151,7 @@ class CMakeBuild(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            "--fresh",  # the cache names pip's temporary environment of an earlier build
             *("-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
