@@ -24,8 +24,8 @@ def test_the_record_says_what_was_reached_and_on_what() -> None:
     assert record["hardware"] and record["versions"]["torch"] and record["steps"] > 0
     exact, noisy = (record["exact_match"][cache]["overall"] for cache in ("bf16_kv", "noisy_kv"))
     assert exact >= 0.95
-    # About one point lost to a cache that is wrong by 8 % (three of 288 documents).
-    assert (exact - noisy) * record["exact_match"]["bf16_kv"]["documents"] < 3.5
+    # At most one point lost to a cache that is wrong by 8 %.
+    assert noisy >= exact - 0.0105
 
 
 @pytest.mark.parametrize("task", TASKS)
