@@ -1,0 +1,77 @@
+// Thin wrappers of single PTX instructions, sm_80 and newer.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+// Which instructions the code may use. XLAYER_FORCE_SM80 builds the oldest path for any GPU, to test it there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890 && !defined(XLAYER_FORCE_SM80)
+#define XLAYER_HAS_CVT_E4M3 1
+#else
+#define XLAYER_HAS_CVT_E4M3 0
+#endif
+
+namespace xlayer::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+
+// Asynchronous copies of BYTES (8 or 16) to shared memory; 16-byte ones do not pass through L1.
+template <int BYTES>
+__device__ __forceinline__ void cp_async(uint32_t dst, const void* src) {
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(dst), "l"(src), "n"(BYTES) : "memory");
+  }
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// c += a * b, 16 x 8 x 16, halves with float sums.
+__device__ __forceinline__ void mma_16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                          uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Transposes an 8 x 8 matrix of halves held in row-pair fragments.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t a) {
+  uint32_t d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two e4m3 bytes (low one first) to two halves, exactly; NaN stays NaN.
+__device__ __forceinline__ __half2 e4m3x2_to_half2(uint32_t bytes) {
+  uint32_t h;
+#if XLAYER_HAS_CVT_E4M3
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(h) : "h"(uint16_t(bytes)));
+#else
+  const uint32_t wide = __byte_perm(bytes, 0, 0x4140);
+  const uint32_t magnitude = wide & 0x007F007Fu;
+  // Exponent and mantissa where a half has them: the value times 2^-8.
+  const __half2 small = __half2(__builtin_bit_cast(__half2_raw, magnitude << 7));
+  const __half2 value = __hmul2(small, __float2half2_rn(256.0f));
+  h = __builtin_bit_cast(uint32_t, __half2_raw(value)) | ((wide & 0x00800080u) << 8);
+  if ((magnitude & 0xFFFFu) == 0x7Fu) h |= 0x7FFFu;
+  if ((magnitude >> 16) == 0x7Fu) h |= 0x7FFF0000u;
+#endif
+  return __half2(__builtin_bit_cast(__half2_raw, h));
+}
+
+}  // namespace xlayer::ptx

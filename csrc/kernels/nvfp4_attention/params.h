@@ -1,0 +1,63 @@
+// nvfp4_paged_attention: what the CPU and the CUDA kernels are given.
+#pragma once
+
+#include "../nvfp4/codec.cuh"
+
+namespace xlayer {
+
+// Split-KV schedule. A unit is UNIT_TOKENS tokens of one request and head tile; all units of a batch,
+// request by request and head tile by head tile, are one line of `total` units, cut into parts of `chunk`:
+//
+//   | request 0                         | request 1      | ...
+//   | head 0        | head 1        |...| head 0 | head 1| ...
+//   |--part 0--|--part 1--|--part 2--|--part 3--|--part 4--| ...
+//
+// A part that holds a (request, head) whole writes its output; the others write partial results, which
+// the combine kernel merges in the order of the parts. Nothing depends on which thread block takes a part.
+constexpr int UNIT_TOKENS = 64;
+
+struct Schedule {
+  // int32 [4 + R + 1]: chunk, parts, total, 0, then for each request where its units begin, and `total`.
+  static constexpr int CHUNK = 0, PARTS = 1, TOTAL = 2, BEGINS = 4;
+  static constexpr int64_t size(int64_t requests) { return BEGINS + requests + 1; }
+};
+
+struct Nvfp4AttentionParams {
+  const void* q;  // [R * q_len][Hq][D] of dtype, D dense, 16-byte aligned rows
+  int64_t q_stride_t;  // elements
+  int64_t q_stride_h;
+  void* out;  // as q
+  int64_t out_stride_t;
+  int64_t out_stride_h;
+  float* lse;  // [Hq][R * q_len] natural logarithm, or null
+  int64_t lse_stride_h;
+  Dtype dtype;  // BF16 or F16
+
+  const uint8_t* cache;  // [B] pages
+  int64_t block_stride;  // bytes
+  Page page;
+  const int32_t* block_table;  // [R][M]
+  int64_t block_table_stride;  // elements
+  int64_t max_blocks;          // M
+  const int32_t* seq_lens;     // [R] tokens, the q_len new ones included; 0: no request
+  int num_requests;            // R
+  int q_len;                   // query tokens a request, the last of its tokens
+  int num_q_heads;             // Hq, a multiple of page.heads
+
+  const float* k_scale;  // [1] global decode scale
+  const float* v_scale;  // [1]
+  const float* sinks;    // [Hq] logits of a key without a value, or null
+  float scale;           // of Q K^T
+  float soft_cap;        // 0: none
+  int window;            // a query sees itself and window - 1 before it; 0: all
+  ScaleOrder v_order;
+
+  // CUDA only.
+  int32_t* schedule;    // see Schedule
+  int parts;            // parts to aim for: what runs at once on the device
+  int split_units;      // > 0: every (request, head) is cut into parts of so many units, whatever the batch
+  float* partial_out;   // [slots][tile rows][D padded], unnormalised
+  float* partial_ml;    // [slots][tile rows][2] running maximum (base 2), sum
+};
+
+}  // namespace xlayer
