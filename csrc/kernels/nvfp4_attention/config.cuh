@@ -1,0 +1,63 @@
+// Compile-time shape of the decode kernel, and where things are in shared memory.
+#pragma once
+
+#include "params.h"
+
+namespace xlayer::attention {
+
+constexpr int WARPS = 4;
+constexpr int THREADS = 32 * WARPS;
+constexpr int TILE = 16;           // tokens a warp works on at a time
+constexpr int STAGES = 4;          // tiles in flight or in use a warp
+constexpr int ROWS = 8;            // query rows of one MMA
+constexpr float EMPTY = -1e30f;    // running maximum of no key; finite, so that exp2(x - EMPTY) has no NaN
+constexpr float LAZY = 8.0f;       // P may reach 2^LAZY before the accumulators are rescaled
+constexpr float UNSCALE = 16384.0f;  // dequantised values are 2^-14 of what they stand for
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+
+// D: head size of the cache. NT: query rows of a head tile / 8.
+template <int D_, int NT_>
+struct Config {
+  static constexpr int D = D_;
+  static constexpr int DP = D <= 64 ? 64 : D <= 128 ? 128 : 256;  // what the fragments are cut for
+  static constexpr bool EXACT = D == DP;
+  static constexpr int NT = NT_;
+  static constexpr int TILE_ROWS = NT * ROWS;
+  static constexpr int S = D / GROUP;            // block scales a token
+  static constexpr int ROW = DP / 2;             // bytes of a token's data in shared memory
+  static constexpr int WORDS = DP / 32;          // 8-element words of one token a lane has of K
+  static constexpr int V_WORDS = DP / 64;        // ... and of V, for each of its four tokens
+  static constexpr int M_TILES = DP / 16;        // 16-row MMA tiles of the transposed output
+
+  // One stage: K data, V data (rows of ROW bytes, swizzled), K scales, V scales (as in the page).
+  static constexpr int V_DATA = TILE * ROW;
+  static constexpr int K_SCALE = 2 * TILE * ROW;
+  static constexpr int V_SCALE = K_SCALE + TILE * S;
+  static constexpr int STAGE_BYTES = K_SCALE + 2 * TILE * S;
+
+  // For merging the warps' results.
+  static constexpr int OUT_STRIDE = DP + 4;  // floats; the padding spreads rows over the banks
+  static constexpr int MERGE_FLOATS = WARPS * TILE_ROWS * (OUT_STRIDE + 2);
+  static constexpr int SHARED_BYTES = WARPS * STAGES * STAGE_BYTES + MERGE_FLOATS * 4;
+
+  // Thread blocks an SM should hold, by registers (64K) and shared memory (227 KB on sm_90).
+  static constexpr int BLOCKS = NT * DP <= 128 ? 4 : NT <= 2 ? 3 : 2;
+
+  // Which 16-byte chunk of a row chunk c is put at, so that the fragment loads meet no bank twice.
+  static __device__ __forceinline__ int k_chunk(int row, int c) { return DP == 256 ? c ^ ((row & 1) << 2) : c; }
+  static __device__ __forceinline__ int v_chunk(int row, int c) {
+    return DP == 256 ? c ^ ((row & 3) << 1) : DP == 128 ? c ^ (row & 2) : c;
+  }
+  // First dimension of a lane's K word w (lane % 4 = t): 16-byte chunks t (and t + 4 of a row of 128 bytes).
+  static __device__ __forceinline__ int k_dim(int t, int w) {
+    return DP == 64 ? 16 * t + 8 * w : 32 * t + 8 * (w % 4) + 128 * (w / 4);
+  }
+};
+
+// Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k =
+// 2t, 2t + 1, 2t + 8, 2t + 9), meets V's tokens t, t + 4, t + 8, t + 12, which are loaded without conflicts.
+__host__ __device__ constexpr int token_of_row(int row) { return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2); }
+__host__ __device__ constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
+
+}  // namespace xlayer::attention

@@ -1,0 +1,173 @@
+// Attention of a few query tokens to an NVFP4 cache, one pass over the bytes.
+//
+// A thread block takes a part of the schedule (params.h): runs of 64-token units, each run of one request and head
+// tile. Its four warps take 16 tokens of a unit each and never wait for each other: every warp has its own ring of
+// stages and its own running maximum. At the end of a run the four results are merged in shared memory.
+#pragma once
+
+#include "load.cuh"
+#include "output.cuh"
+#include "query.cuh"
+#include "work.cuh"
+
+namespace xlayer::attention {
+
+struct Run {
+  int request, kv_head, first_row;
+  int begin, end;  // units, from the first that a query sees
+  bool whole;      // all units of this request and head tile
+  int64_t slot;    // else: where the partial result goes
+};
+
+template <class C>
+__device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, const WarpState<C>& state, const Run& run,
+                                                float* shared) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
+  float* outs = shared;                                        // [WARPS][TILE_ROWS][OUT_STRIDE]
+  float* maxima = shared + WARPS * C::TILE_ROWS * C::OUT_STRIDE;  // [WARPS][TILE_ROWS]
+  float* sums = maxima + WARPS * C::TILE_ROWS;
+  __syncthreads();  // the last run's results have been read
+#pragma unroll
+  for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int row = warp * C::TILE_ROWS + n * ROWS + 2 * t + j;
+      float sum = state.sum[n][j];
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+      if (g == 0) maxima[row] = state.max[n][j], sums[row] = sum;
+      float* out = outs + row * C::OUT_STRIDE + g * (C::DP / 8);
+#pragma unroll
+      for (int d = 0; d < C::DP / 8; d += 4) {
+        // Dimensions 2 m and 2 m + 1 are in MMA tile m's first and second row.
+        *reinterpret_cast<float4*>(out + d) = make_float4(state.out[n][d / 2][j], state.out[n][d / 2][2 + j],
+                                                          state.out[n][d / 2 + 1][j], state.out[n][d / 2 + 1][2 + j]);
+      }
+    }
+  }
+  __syncthreads();
+  constexpr int CHUNKS = C::D / 8;  // of a row
+  const int rows = min(p.q_len * (p.num_q_heads / p.page.heads) - run.first_row, C::TILE_ROWS);
+  for (int i = threadIdx.x; i < rows * CHUNKS; i += THREADS) {
+    const int row = i / CHUNKS, d = i % CHUNKS * 8;
+    float max = EMPTY, sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) max = fmaxf(max, maxima[w * C::TILE_ROWS + row]);
+    float x[8] = {};
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+      const int at = w * C::TILE_ROWS + row;
+      const float weight = exp2f(maxima[at] - max);
+      sum += sums[at] * weight;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] += outs[at * C::OUT_STRIDE + d + j] * weight;
+    }
+    if (run.whole) {
+      const OutputRow to = output_row(p, run.request, run.kv_head, run.first_row + row);
+      store_out(p, to, d, x, finish_row(p, to, max, sum, d == 0));
+    } else {
+      const int64_t at = run.slot * C::TILE_ROWS + row;
+      float4* out = reinterpret_cast<float4*>(p.partial_out + at * C::DP + d);
+      out[0] = make_float4(x[0], x[1], x[2], x[3]);
+      out[1] = make_float4(x[4], x[5], x[6], x[7]);
+      if (d == 0) reinterpret_cast<float2*>(p.partial_ml)[at] = make_float2(max, sum);
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
+                                           TileLoader<C>& loader, uint32_t ring, const LaneOffsets<C>& at,
+                                           float* shared) {
+  const int warp = threadIdx.x / 32;
+  const int seq_len = p.seq_lens[run.request];
+  const Range keys = key_range(seq_len, p.q_len, p.window);
+  const int first_tile = (keys.begin_unit + run.begin) * WARPS + warp;
+  const int last_tile = min((keys.begin_unit + run.end) * WARPS, (keys.last + TILE - 1) / TILE);
+  const int count = last_tile > first_tile ? (last_tile - first_tile + WARPS - 1) / WARPS : 0;
+  loader.start(run.request, run.kv_head, first_tile, count);
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; ++i) loader.load(i, i);
+  state.clear();
+  load_query(state, p, run.request, run.kv_head, run.first_row);
+
+  TileMask mask;
+  mask.first = keys.first;
+  mask.last = keys.last;
+  mask.q_len = p.q_len;
+  mask.window = p.window;
+  mask.first_row = run.first_row;
+  mask.group = p.num_q_heads / p.page.heads;
+  // Tiles wholly between these are seen by every query.
+  const int all_see_from = p.window > 0 ? keys.last - p.window : 0;
+  const int all_see_to = keys.last - p.q_len + 1;
+
+  for (int i = 0, stage = 0; i < count; ++i) {
+    ptx::cp_async_wait<STAGES - 2>();
+    __syncwarp();  // everybody's copies of this tile are there, and nobody reads the stage filled next
+    loader.load(i + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
+    const int token = (first_tile + i * WARPS) * TILE;
+    const uint32_t address = ring + stage * C::STAGE_BYTES;
+    if (token >= all_see_from && token + TILE <= all_see_to) {
+      Tile<C>::attend(state, address, at, p.soft_cap, nullptr);
+    } else {
+      mask.first_token = token;
+      Tile<C>::attend(state, address, at, p.soft_cap, &mask);
+    }
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+  }
+  ptx::cp_async_wait<0>();
+  __syncwarp();
+  merge_and_store(p, state, run, shared);
+}
+
+template <class C>
+__global__ void __launch_bounds__(THREADS, C::BLOCKS) decode_kernel(const __grid_constant__ Nvfp4AttentionParams p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  uint8_t* stages = shared + warp * STAGES * C::STAGE_BYTES;
+  const uint32_t ring = ptx::shared_address(stages);
+  float* merge = reinterpret_cast<float*>(shared + WARPS * STAGES * C::STAGE_BYTES);
+  if constexpr (!C::EXACT) {
+    // Dimensions from D to DP stay zero: no copy goes there.
+    for (int i = lane; i < STAGES * C::STAGE_BYTES / 16; i += 32) {
+      reinterpret_cast<uint4*>(stages)[i] = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
+  }
+  const LaneOffsets<C> at(p.v_order);
+  TileLoader<C> loader(p, ring);
+  WarpState<C> state;
+
+  const int32_t* begins = p.schedule + Schedule::BEGINS;
+  const int chunk = p.schedule[Schedule::CHUNK];
+  const int parts = p.schedule[Schedule::PARTS];
+  const int total = p.schedule[Schedule::TOTAL];
+  const int tiles_per_head = row_tiles(p.q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
+  for (int part = blockIdx.x; part < parts; part += gridDim.x) {
+    int position = part * chunk;
+    const int part_begin = position, part_end = min(position + chunk, total);
+    int request = find_request(begins, p.num_requests, position);
+    while (position < part_end) {
+      while (begins[request + 1] <= position) ++request;
+      const int units = key_range(p.seq_lens[request], p.q_len, p.window).units;
+      const int line = line_units(units, p.split_units);
+      const int within = position - begins[request];
+      const int head_tile = within / line;
+      Run run;
+      run.request = request;
+      run.kv_head = head_tile / tiles_per_head;
+      run.first_row = head_tile % tiles_per_head * C::TILE_ROWS;
+      run.begin = within - head_tile * line;
+      const int advance = min(line - run.begin, part_end - position);
+      run.end = min(run.begin + advance, units);
+      run.whole = run.begin == 0 && run.end == units;
+      // A balanced part begins in the middle of at most one run and ends in the middle of at most one.
+      run.slot = p.split_units > 0 ? part : 2 * int64_t(part) + (position != part_begin);
+      attend_run(p, run, state, loader, ring, at, merge);
+      position += advance;
+    }
+  }
+}
+
+}  // namespace xlayer::attention

@@ -1,0 +1,68 @@
+#include "launch.h"
+
+#include "schedule.cuh"
+#include "variant.cuh"
+
+namespace xlayer {
+namespace {
+
+using attention::Config;
+using attention::Variant;
+
+// Of one head size, from few rows to many: the first with enough rows is taken, else the last.
+// To add a head size: a line here, and its file in inst/.
+const Variant* find(int head_size, int rows) {
+  static const Variant variants[] = {
+      attention::variant<Config<64, 1>>(),  attention::variant<Config<64, 2>>(),
+      attention::variant<Config<64, 4>>(),  attention::variant<Config<80, 1>>(),
+      attention::variant<Config<96, 1>>(),  attention::variant<Config<112, 1>>(),
+      attention::variant<Config<128, 1>>(), attention::variant<Config<128, 2>>(),
+      attention::variant<Config<192, 1>>(), attention::variant<Config<256, 1>>(),
+  };
+  const Variant* found = nullptr;
+  for (const Variant& v : variants) {
+    if (v.head_size != head_size) continue;
+    if (found == nullptr || found->tile_rows < rows) found = &v;
+  }
+  return found;
+}
+
+int rows_of(const Nvfp4AttentionParams& p) { return p.q_len * (p.num_q_heads / p.page.heads); }
+
+}  // namespace
+
+cudaError_t launch_nvfp4_attention_schedule(const Nvfp4AttentionParams& p, cudaStream_t stream) {
+  const Variant* v = find(p.page.head_size, rows_of(p));
+  if (v == nullptr) return cudaErrorInvalidValue;
+  const int tiles = p.page.heads * int(ceil_div(rows_of(p), v->tile_rows));
+  attention::schedule_kernel<<<1, attention::SCHEDULE_THREADS, 0, stream>>>(
+      p.seq_lens, p.schedule, p.num_requests, p.q_len, p.window, tiles, p.parts, p.split_units);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_nvfp4_attention(const Nvfp4AttentionParams& p, cudaStream_t stream) {
+  const Variant* v = find(p.page.head_size, rows_of(p));
+  return v == nullptr ? cudaErrorInvalidValue : v->launch(p, stream);
+}
+
+int nvfp4_attention_parts(int head_size, int rows) {
+  const Variant* v = find(head_size, rows);
+  int device = 0, sms = 0;
+  if (v == nullptr || cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 0;
+  }
+  return sms * v->blocks_per_sm();
+}
+
+int nvfp4_attention_tile_rows(int head_size, int rows) {
+  const Variant* v = find(head_size, rows);
+  return v == nullptr ? 0 : v->tile_rows;
+}
+
+int nvfp4_attention_padded_head_size(int head_size) {
+  const Variant* v = find(head_size, 1);
+  return v == nullptr ? 0 : v->padded_head_size;
+}
+
+}  // namespace xlayer

@@ -1,0 +1,53 @@
+// Eight floats of an output row, and what a query's row is called in the output.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "config.cuh"
+
+namespace xlayer::attention {
+
+// Where a head tile's row goes.
+struct OutputRow {
+  int64_t token;  // of the batch
+  int head;
+};
+
+__device__ __forceinline__ OutputRow output_row(const Nvfp4AttentionParams& p, int request, int kv_head, int row) {
+  const int group = p.num_q_heads / p.page.heads;
+  return {int64_t(request) * p.q_len + row / group, kv_head * group + row % group};
+}
+
+// x times `scale` to elements d .. d + 7 of a row.
+__device__ __forceinline__ void store_out(const Nvfp4AttentionParams& p, OutputRow row, int d, const float (&x)[8],
+                                          float scale) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float low = x[2 * i] * scale, high = x[2 * i + 1] * scale;
+    words[i] = p.dtype == Dtype::F16
+                   ? __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(low, high)))
+                   : __builtin_bit_cast(uint32_t, __nv_bfloat162_raw(__floats2bfloat162_rn(low, high)));
+  }
+  uint16_t* out = static_cast<uint16_t*>(p.out) + row.token * p.out_stride_t + row.head * p.out_stride_h + d;
+  *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The factor of a row's unnormalised output, from its running maximum (base 2) and sum; also stores the LSE.
+// `writes`: this thread is the one that stores it.
+__device__ __forceinline__ float finish_row(const Nvfp4AttentionParams& p, OutputRow row, float max, float sum,
+                                            bool writes) {
+  float total = sum, lse = -INFINITY;
+  if (p.sinks != nullptr) {
+    const float sink = p.sinks[row.head] * LOG2E;
+    // No key at all: only the sink is left, and the output is 0.
+    if (max == EMPTY) max = sink;
+    total += exp2f(sink - max);
+  }
+  if (total != 0.0f) lse = (max + log2f(total)) * LN2;
+  if (writes && p.lse != nullptr) p.lse[row.head * p.lse_stride_h + row.token] = lse;
+  return sum == 0.0f ? 0.0f : UNSCALE * *p.v_scale / total;
+}
+
+}  // namespace xlayer::attention

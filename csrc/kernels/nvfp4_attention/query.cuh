@@ -1,0 +1,68 @@
+// A head tile's query rows as MMA fragments.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "tile.cuh"
+
+namespace xlayer::attention {
+
+__device__ __forceinline__ float2 to_float2(uint32_t bits, Dtype dtype) {
+  if (dtype == Dtype::F16) return __half22float2(__half2(__builtin_bit_cast(__half2_raw, bits)));
+  return __bfloat1622float2(__nv_bfloat162(__builtin_bit_cast(__nv_bfloat162_raw, bits)));
+}
+
+// Fills state.q and state.factor. Rows become halves times a power of two that brings their largest element to
+// [128, 256): a bf16 row keeps all its bits where they matter, and no logit overflows.
+template <class C>
+__device__ __forceinline__ void load_query(WarpState<C>& state, const Nvfp4AttentionParams& p, int request,
+                                           int kv_head, int first_row) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int group = p.num_q_heads / p.page.heads;
+  const int rows = p.q_len * group;
+  const float common = p.scale * LOG2E * UNSCALE * *p.k_scale;
+#pragma unroll
+  for (int n = 0; n < C::NT; ++n) {
+    const int row = first_row + n * ROWS + g;
+    const int query = row / group;
+    const uint16_t* q = static_cast<const uint16_t*>(p.q) + (int64_t(request) * p.q_len + query) * p.q_stride_t +
+                        (kv_head * group + row - query * group) * p.q_stride_h;
+    uint4 raw[C::WORDS];
+    float amax = 0.0f;
+#pragma unroll
+    for (int w = 0; w < C::WORDS; ++w) {
+      const int d = C::k_dim(t, w);
+      const bool there = row < rows && (C::EXACT || d < C::D);
+      raw[w] = there ? __ldg(reinterpret_cast<const uint4*>(q + d)) : make_uint4(0, 0, 0, 0);
+      const uint32_t bits[4] = {raw[w].x, raw[w].y, raw[w].z, raw[w].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = to_float2(bits[i], p.dtype);
+        amax = fmaxf(amax, fmaxf(fabsf(x.x), fabsf(x.y)));
+      }
+    }
+    amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 1));
+    amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 2));
+    // From 40 on: `down` times the scales stays a normal number, also for a row of zeros.
+    const uint32_t exponent = min(max(float_bits(amax) >> 23, 40u), 254u);
+    const float up = bits_float((127 + 127 + 7 - exponent) << 23);
+    const float down = bits_float((exponent - 7) << 23);
+#pragma unroll
+    for (int w = 0; w < C::WORDS; ++w) {
+      const float2 a = to_float2(raw[w].x, p.dtype), b = to_float2(raw[w].y, p.dtype);
+      const float2 c = to_float2(raw[w].z, p.dtype), d = to_float2(raw[w].w, p.dtype);
+      const auto pair = [up](float x, float y) {
+        return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(x * up, y * up)));
+      };
+      // The order in which Tile::multiply_k takes a word's elements: 0 2 | 4 6, then 1 3 | 5 7.
+      state.q[n][2 * w][0] = pair(a.x, b.x);
+      state.q[n][2 * w][1] = pair(c.x, d.x);
+      state.q[n][2 * w + 1][0] = pair(a.y, b.y);
+      state.q[n][2 * w + 1][1] = pair(c.y, d.y);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) state.factor[n][j] = common * __shfl_sync(0xFFFFFFFFu, down, 4 * (2 * t + j));
+  }
+}
+
+}  // namespace xlayer::attention

@@ -1,0 +1,50 @@
+// Cuts a batch into parts of equal work, on the device, from the lengths: a captured graph follows them.
+#pragma once
+
+#include "work.cuh"
+
+namespace xlayer::attention {
+
+constexpr int SCHEDULE_THREADS = 256;
+constexpr int MIN_CHUNK = 2;  // units: below, merging costs more than it spreads
+
+// One thread block. head_tiles: of all KV heads.
+__global__ void __launch_bounds__(SCHEDULE_THREADS)
+    schedule_kernel(const int32_t* seq_lens, int32_t* schedule, int requests, int q_len, int window,
+                    int head_tiles, int parts, int split_units) {
+  __shared__ int sums[SCHEDULE_THREADS / 32];
+  int32_t* begins = schedule + Schedule::BEGINS;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  int total = 0;
+  for (int base = 0; base < requests; base += SCHEDULE_THREADS) {
+    const int r = base + threadIdx.x;
+    int units = 0;
+    if (r < requests) {
+      units = line_units(key_range(seq_lens[r], q_len, window).units, split_units) * head_tiles;
+    }
+    int sum = units;  // inclusive prefix sum over the block
+    for (int i = 1; i < 32; i *= 2) {
+      const int other = __shfl_up_sync(0xFFFFFFFFu, sum, i);
+      if (lane >= i) sum += other;
+    }
+    if (lane == 31) sums[warp] = sum;
+    __syncthreads();
+    int before = total;
+    for (int w = 0; w < SCHEDULE_THREADS / 32; ++w) {
+      if (w < warp) before += sums[w];
+      total += sums[w];
+    }
+    if (r < requests) begins[r] = before + sum - units;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    const int chunk = split_units > 0 ? split_units : max((total + parts - 1) / parts, MIN_CHUNK);
+    begins[requests] = total;
+    schedule[Schedule::CHUNK] = chunk;
+    schedule[Schedule::PARTS] = (total + chunk - 1) / chunk;
+    schedule[Schedule::TOTAL] = total;
+    schedule[Schedule::BEGINS - 1] = 0;
+  }
+}
+
+}  // namespace xlayer::attention

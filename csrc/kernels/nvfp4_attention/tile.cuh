@@ -1,0 +1,313 @@
+// A warp's work on one tile: 16 tokens of one KV head, all query rows of a head tile.
+//
+//   S^T [16 tokens x 8 rows]  = K [16 x D] Q^T [D x 8]       K is MMA operand A, straight from its bytes
+//   O^T [D x 8 rows]         += V^T [D x 16] P^T [16 x 8]    V^T is operand A; P^T = S^T's registers transposed
+//
+// Lane = 4 g + t. It holds, of K, rows g and g + 8 (tokens token_of_row(g), + 8), D/4 dimensions each; of V, D/8
+// dimensions of tokens t, t + 4, t + 8, t + 12; of S^T and O^T, query rows 2t and 2t + 1. The dimensions are permuted
+// so that a lane's bytes are contiguous: Q is permuted with K, the output comes out in V's order.
+#pragma once
+
+#include "../common/ptx.cuh"
+#include "config.cuh"
+#include "dequantise.cuh"
+
+namespace xlayer::attention {
+
+// What all lanes must know of the tile's place among the keys.
+struct TileMask {
+  int first_token;       // of the tile
+  int first, last;       // tokens outside are garbage: memory that nobody wrote, or freed
+  int q_len, window;     // causal among the last q_len tokens; window 0: none
+  int first_row, group;  // of the head tile; rows are query token * group + head in group
+};
+
+template <class C>
+struct WarpState {
+  uint32_t q[C::NT][2 * C::WORDS][2];  // Q^T fragments, halves, each row times a power of two
+  float out[C::NT][C::M_TILES][4];     // O^T, times UNSCALE^-1
+  float factor[C::NT][2];              // logits in base 2 = S^T * factor
+  float max[C::NT][2];                 // of the logits in base 2, may lag by LAZY
+  float sum[C::NT][2];                 // this lane's part
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int m = 0; m < C::M_TILES; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[n][m][i] = 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) max[n][j] = EMPTY, sum[n][j] = 0.0f;
+    }
+  }
+};
+
+template <int BYTES>
+__device__ __forceinline__ void load_shared(uint32_t at, uint32_t* words) {
+  if constexpr (BYTES == 16) {
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(at));
+  } else if constexpr (BYTES == 8) {
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(at));
+  } else {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(at));
+  }
+}
+__device__ __forceinline__ uint32_t load_shared_u8(uint32_t at) {
+  uint32_t byte;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(at));
+  return byte;
+}
+__device__ __forceinline__ uint32_t load_shared_u16(uint32_t at) {
+  uint32_t bytes;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(bytes) : "r"(at));
+  return bytes;
+}
+
+// Where a lane reads in a stage; constant over the kernel.
+template <class C>
+struct LaneOffsets {
+  static constexpr int V_GROUPS = C::DP == 256 ? 2 : 1;  // scale groups of V's dimensions of a lane
+  uint32_t k_data, k_scale[C::EXACT && C::DP > 64 ? 1 : 2], v_data, v_scale[V_GROUPS];
+
+  __device__ __forceinline__ LaneOffsets(ScaleOrder order) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int token = token_of_row(g);
+    if (C::DP == 64) {
+      k_data = g * C::ROW + 8 * t;
+      k_scale[0] = C::K_SCALE + token * C::S + t;
+    } else {
+      k_data = g * C::ROW + 16 * C::k_chunk(g, t);
+      k_scale[0] = C::K_SCALE + token * C::S + (C::EXACT ? 2 * t : min(2 * t, C::S - 1));
+      if (!C::EXACT) k_scale[1] = C::K_SCALE + token * C::S + min(2 * t + 1, C::S - 1);
+    }
+    // Rows t, t + 4, ... are swizzled alike.
+    const int byte = g * (C::DP / 16);
+    v_data = C::V_DATA + t * C::ROW + 16 * C::v_chunk(t, byte / 16) + byte % 16;
+#pragma unroll
+    for (int i = 0; i < V_GROUPS; ++i) {
+      const int s = min(C::DP == 256 ? 2 * g + i : C::DP == 128 ? g : g / 2, C::S - 1);
+      v_scale[i] = C::V_SCALE;
+      if (order == ScaleOrder::LINEAR) {
+        v_scale[i] += t * C::S + s;
+      } else {  // Page::scale_index: a group of four tokens is [4][S/4][4], the token last
+        constexpr int QUARTER = C::S >= 4 ? C::S / 4 : 1;
+        v_scale[i] += s / QUARTER * C::S + s % QUARTER * 4 + t;
+      }
+    }
+  }
+};
+
+template <class C>
+class Tile {
+ public:
+  // stage: shared address. mask: null where every query sees every token of the tile.
+  __device__ __forceinline__ static void attend(WarpState<C>& state, uint32_t stage, const LaneOffsets<C>& at,
+                                                float soft_cap, const TileMask* mask) {
+    float s[C::NT][4];
+    multiply_k(state, stage, at, s);
+    if (soft_cap > 0.0f) cap(s, soft_cap, state);
+    if (mask != nullptr) mask_logits(s, *mask);
+    uint32_t p[C::NT][2];
+    softmax(state, s, soft_cap > 0.0f, p);
+    multiply_v(state, stage, at, p, mask);
+  }
+
+ private:
+  __device__ __forceinline__ static void multiply_k(const WarpState<C>& state, uint32_t stage,
+                                                    const LaneOffsets<C>& at, float (&s)[C::NT][4]) {
+    uint32_t words[2][C::WORDS];
+    __half2 scales[2][C::DP == 64 ? 1 : C::DP / 128];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // rows g and g + 8
+      constexpr int BYTES = C::DP == 64 ? 8 : 16;
+      const uint32_t data = stage + at.k_data + half * 8 * C::ROW;
+      const uint32_t scale = stage + half * 8 * C::S;
+#pragma unroll
+      for (int i = 0; i < C::WORDS * 4 / BYTES; ++i) {
+        // The second chunk of a 128-byte row is chunk t + 4: with the swizzle, 64 bytes up or down.
+        load_shared<BYTES>(i == 0 ? data : data ^ 64u, words[half] + i * BYTES / 4);
+      }
+      if constexpr (C::DP == 64) {
+        scales[half][0] = ptx::e4m3x2_to_half2(load_shared_u8(scale + at.k_scale[0]) * 0x0101u);
+      } else {
+#pragma unroll
+        for (int i = 0; i < C::DP / 128; ++i) {
+          // Groups 8 i + 2 t and the next.
+          uint32_t bytes;
+          if constexpr (C::EXACT) {
+            bytes = load_shared_u16(scale + at.k_scale[0] + 8 * i);
+          } else {
+            bytes = load_shared_u8(scale + clamp_group(at.k_scale[0], i)) |
+                    load_shared_u8(scale + clamp_group(at.k_scale[1], i)) << 8;
+          }
+          scales[half][i] = ptx::e4m3x2_to_half2(bytes);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = 0.0f;
+    }
+#pragma unroll
+    for (int w = 0; w < C::WORDS; ++w) {
+      const HighBytes a = high_bytes(words[0][w]), b = high_bytes(words[1][w]);
+      const __half2 a_scale = scale_of_word(scales[0], w), b_scale = scale_of_word(scales[1], w);
+      const uint32_t even[4] = {scaled_pair<0, 1>(a.even, a_scale), scaled_pair<0, 1>(b.even, b_scale),
+                                scaled_pair<2, 3>(a.even, a_scale), scaled_pair<2, 3>(b.even, b_scale)};
+      const uint32_t odd[4] = {scaled_pair<0, 1>(a.odd, a_scale), scaled_pair<0, 1>(b.odd, b_scale),
+                               scaled_pair<2, 3>(a.odd, a_scale), scaled_pair<2, 3>(b.odd, b_scale)};
+#pragma unroll
+      for (int n = 0; n < C::NT; ++n) {
+        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], state.q[n][2 * w][0], state.q[n][2 * w][1]);
+        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], state.q[n][2 * w + 1][0], state.q[n][2 * w + 1][1]);
+      }
+    }
+  }
+
+  // Offset of the scale 8 i groups further on, but at most the token's last (its data is zero there).
+  __device__ __forceinline__ static uint32_t clamp_group(uint32_t at, int i) {
+    if (i == 0) return at;
+    const uint32_t within = (at - C::K_SCALE) % C::S;
+    return at + min(8u * i, C::S - 1 - within);
+  }
+
+  __device__ __forceinline__ static __half2 scale_of_word(const __half2* scales, int w) {
+    if constexpr (C::DP == 64) return scales[0];
+    return w % 4 < 2 ? __low2half2(scales[w / 4]) : __high2half2(scales[w / 4]);
+  }
+
+  // S^T becomes logits in base 2.
+  __device__ __forceinline__ static void cap(float (&s)[C::NT][4], float soft_cap, const WarpState<C>& state) {
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // tanh(x) = 1 - 2 / (1 + e^2x): more exact than tanh.approx.
+        const float x = __fdividef(s[n][i] * state.factor[n][i % 2], soft_cap * LOG2E);
+        s[n][i] = soft_cap * LOG2E * (1.0f - __fdividef(2.0f, 1.0f + ptx::exp2_approx(2.0f * LOG2E * x)));
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void mask_logits(float (&s)[C::NT][4], const TileMask& mask) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int token = mask.first_token + token_of_row(g);
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = mask.first_row + n * ROWS + 2 * t + i % 2;
+        const int query = mask.last - mask.q_len + row / mask.group;
+        const int key = token + (i / 2) * 8;
+        const bool seen = key <= query && (mask.window == 0 || key > query - mask.window);
+        if (!seen) s[n][i] = -INFINITY;
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4], bool capped,
+                                                 uint32_t (&p)[C::NT][2]) {
+    bool grows = false;
+    float top[C::NT][2];
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        top[n][j] = fmaxf(s[n][j], s[n][2 + j]) * (capped ? 1.0f : state.factor[n][j]);
+        grows = grows || top[n][j] > state.max[n][j] + LAZY;
+      }
+    }
+    if (__any_sync(0xFFFFFFFFu, grows)) rescale(state, top);
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+      float e[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float factor = capped ? 1.0f : state.factor[n][i % 2];
+        e[i] = ptx::exp2_approx(fmaf(s[n][i], factor, -state.max[n][i % 2]));
+        state.sum[n][i % 2] += e[i];
+      }
+      p[n][0] = ptx::transpose_8x8(pack(e[0], e[1]));
+      p[n][1] = ptx::transpose_8x8(pack(e[2], e[3]));
+    }
+  }
+
+  __device__ __forceinline__ static void rescale(WarpState<C>& state, float (&top)[C::NT][2]) {
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float m = top[n][j];
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, lanes));
+        m = fmaxf(m, state.max[n][j]);
+        const float shrink = ptx::exp2_approx(state.max[n][j] - m);
+        state.max[n][j] = m;
+        state.sum[n][j] *= shrink;
+#pragma unroll
+        for (int d = 0; d < C::M_TILES; ++d) {
+          state.out[n][d][j] *= shrink;
+          state.out[n][d][2 + j] *= shrink;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static uint32_t pack(float low, float high) {
+    return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(low, high)));
+  }
+
+  __device__ __forceinline__ static void multiply_v(WarpState<C>& state, uint32_t stage, const LaneOffsets<C>& at,
+                                                    const uint32_t (&p)[C::NT][2], const TileMask* mask) {
+    constexpr int BYTES = 4 * C::V_WORDS;
+    uint32_t words[4][C::V_WORDS];  // of tokens t, t + 4, t + 8, t + 12
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_shared<BYTES>(stage + at.v_data + i * 4 * C::ROW, words[i]);
+    __half2 scales[LaneOffsets<C>::V_GROUPS][2];  // (t, t + 4) and (t + 8, t + 12)
+#pragma unroll
+    for (int group = 0; group < LaneOffsets<C>::V_GROUPS; ++group) {
+      uint32_t bytes[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        bytes[i] = load_shared_u8(stage + at.v_scale[group] + i * 4 * C::S);
+        if (mask != nullptr) {
+          // P is 0 there, but 0 times a garbage scale, which may be NaN, is not.
+          const int token = mask->first_token + int(threadIdx.x & 3) + 4 * i;
+          if (token < mask->first || token >= mask->last) bytes[i] = 0;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) scales[group][j] = ptx::e4m3x2_to_half2(bytes[2 * j] | bytes[2 * j + 1] << 8);
+    }
+#pragma unroll
+    for (int w = 0; w < C::V_WORDS; ++w) {
+      const __half2 s0 = scales[w / 2 % LaneOffsets<C>::V_GROUPS][0];
+      const __half2 s1 = scales[w / 2 % LaneOffsets<C>::V_GROUPS][1];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // elements 0..3 and 4..7 of the word
+        // Two tokens' four elements side by side: pairs of the same dimension are then 16 bits apart.
+        constexpr uint32_t SELECT[2] = {0x5410u, 0x7632u};
+        const HighBytes a = high_bytes(__byte_perm(words[0][w], words[1][w], SELECT[half]));
+        const HighBytes b = high_bytes(__byte_perm(words[2][w], words[3][w], SELECT[half]));
+        const uint32_t first[4] = {scaled_pair<0, 2>(a.even, s0), scaled_pair<0, 2>(a.odd, s0),
+                                   scaled_pair<0, 2>(b.even, s1), scaled_pair<0, 2>(b.odd, s1)};
+        const uint32_t second[4] = {scaled_pair<1, 3>(a.even, s0), scaled_pair<1, 3>(a.odd, s0),
+                                    scaled_pair<1, 3>(b.even, s1), scaled_pair<1, 3>(b.odd, s1)};
+#pragma unroll
+        for (int n = 0; n < C::NT; ++n) {
+          // Rows g and g + 8 of these tiles are dimensions 8 w + 4 half + (0, 1) and (2, 3) of the lane's.
+          ptx::mma_16816(state.out[n][4 * w + 2 * half], first[0], first[1], first[2], first[3], p[n][0], p[n][1]);
+          ptx::mma_16816(state.out[n][4 * w + 2 * half + 1], second[0], second[1], second[2], second[3], p[n][0],
+                         p[n][1]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace xlayer::attention

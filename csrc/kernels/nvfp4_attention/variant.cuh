@@ -1,0 +1,19 @@
+// What an instantiation of the kernels offers to launch.cu. One file of inst/ makes each.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "config.cuh"
+
+namespace xlayer::attention {
+
+struct Variant {
+  int head_size, tile_rows, padded_head_size;
+  cudaError_t (*launch)(const Nvfp4AttentionParams&, cudaStream_t);
+  int (*blocks_per_sm)();
+};
+
+template <class C>
+Variant variant();
+
+}  // namespace xlayer::attention

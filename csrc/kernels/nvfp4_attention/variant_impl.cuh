@@ -1,0 +1,39 @@
+#pragma once
+
+#include "combine.cuh"
+#include "decode.cuh"
+#include "variant.cuh"
+
+namespace xlayer::attention {
+
+template <class C>
+cudaError_t prepare() {
+  return cudaFuncSetAttribute(decode_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::SHARED_BYTES);
+}
+
+template <class C>
+cudaError_t launch(const Nvfp4AttentionParams& p, cudaStream_t stream) {
+  if (const cudaError_t error = prepare<C>(); error != cudaSuccess) return error;
+  decode_kernel<C><<<p.parts, THREADS, C::SHARED_BYTES, stream>>>(p);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  const int tiles = p.page.heads * row_tiles(p.q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
+  combine_kernel<C><<<dim3(tiles * C::TILE_ROWS, p.num_requests), THREADS, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class C>
+int blocks_per_sm() {
+  int blocks = 0;
+  if (prepare<C>() != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, decode_kernel<C>, THREADS, C::SHARED_BYTES) != cudaSuccess) {
+    return 0;
+  }
+  return blocks;
+}
+
+template <class C>
+Variant variant() {
+  return {C::D, C::TILE_ROWS, C::DP, launch<C>, blocks_per_sm<C>};
+}
+
+}  // namespace xlayer::attention

@@ -1,0 +1,49 @@
+// Which keys a part of the schedule stands for.
+#pragma once
+
+#include "config.cuh"
+
+namespace xlayer::attention {
+
+// Keys of one request that some query sees: tokens [first, last), in units from begin_unit on.
+struct Range {
+  int first, last;
+  int begin_unit, units;
+};
+
+__device__ __forceinline__ Range key_range(int seq_len, int q_len, int window) {
+  Range r;
+  r.last = seq_len;
+  r.first = window > 0 ? max(0, seq_len - q_len - window + 1) : 0;
+  r.begin_unit = r.first / UNIT_TOKENS;
+  r.units = seq_len > 0 ? (seq_len + UNIT_TOKENS - 1) / UNIT_TOKENS - r.begin_unit : 0;
+  return r;
+}
+
+// Units that a request's head tile takes on the schedule's line: with a fixed split, whole parts.
+__device__ __forceinline__ int line_units(int units, int split_units) {
+  return split_units > 0 ? (units + split_units - 1) / split_units * split_units : units;
+}
+
+// Head tiles: a KV head's q_len * group query rows, TILE_ROWS at a time.
+__host__ __device__ inline int row_tiles(int q_len, int group, int tile_rows) {
+  return (q_len * group + tile_rows - 1) / tile_rows;
+}
+
+// The request whose units hold position `pos`: begins[r] <= pos < begins[r + 1]. Called by whole warps.
+__device__ __forceinline__ int find_request(const int32_t* begins, int requests, int pos) {
+  int low = 0, count = requests;  // the answer is in [low, low + count)
+  const int lane = threadIdx.x & 31;
+  while (count > 1) {
+    const int step = (count + 31) / 32;
+    const int at = low + lane * step;
+    const bool below = lane * step < count && begins[at] <= pos;
+    // begins ascends, so the lanes that are below come first; lane 0 always is.
+    const int last = 31 - __clz(__ballot_sync(0xFFFFFFFFu, below));
+    low += last * step;
+    count = min(step, count - last * step);
+  }
+  return low;
+}
+
+}  // namespace xlayer::attention
