@@ -1,9 +1,10 @@
 """The NVFP4 attention backend for GPUs whose attention vLLM has no NVFP4 kernels for.
 
-Pages are written by ``reshape_and_cache_nvfp4``. Reading dequantises the cached tokens
-with ``gather_nvfp4`` into a bounded 16-bit workspace and attends with FlashAttention-3
-(FlashAttention-2 where that is not available). The tokens of the current step attend to
-each other from the unquantised K and V at hand; only what is cached is quantised.
+Pages are written by ``reshape_and_cache_nvfp4``. Decode requests attend to them with
+``nvfp4_paged_attention``. For the others the cached tokens are dequantised with
+``gather_nvfp4`` into a bounded 16-bit workspace, and FlashAttention-3 (FlashAttention-2
+where that is not available) attends to them; their new tokens attend to each other from
+the unquantised K and V at hand.
 """
 
 from typing import Any, ClassVar

@@ -1,4 +1,8 @@
-"""NVFP4 attention on CUDA: dequantise into a bounded workspace, attend with FlashAttention, merge."""
+"""NVFP4 attention on CUDA.
+
+Decode requests attend to the cache's bytes. For all others the cached tokens are dequantised into a bounded
+workspace, and FlashAttention attends to them and to the step's own tokens, which are not quantised.
+"""
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -8,6 +12,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 from .. import ops
 from ..config import Config
 from ..nvfp4 import ScaleOrder
+from .decode import DecodeBatch
 from .metadata import DevicePiece, NVFP4Metadata
 
 
@@ -79,6 +84,21 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             # The profiling run: reserve the workspace, so that it counts when vLLM sizes the cache.
             self._workspace(query.dtype)
             return output.fill_(0)
+        if attn_metadata.decode is not None:
+            self._decode(layer, query, kv_cache, attn_metadata.decode, output)
+        if len(attn_metadata.seq_lens) > 0:
+            self._prefill(layer, query, key, value, kv_cache, attn_metadata, output)
+        return output
+
+    def _decode(self, layer, query, kv_cache, batch: DecodeBatch, output) -> None:
+        window = self.window or 0
+        ops.nvfp4_paged_attention(
+            query[: batch.num_tokens], kv_cache, batch.block_table, batch.seq_lens, batch.workspaces[window],
+            layer._k_scale, layer._v_scale, output[: batch.num_tokens],
+            scale=self.scale, q_len=batch.q_len, window=window, soft_cap=self.soft_cap,
+        )  # fmt: skip
+
+    def _prefill(self, layer, query, key, value, kv_cache, attn_metadata: NVFP4Metadata, output) -> None:
         k_ws, v_ws = self._workspace(query.dtype)
         for piece in attn_metadata.plan(self.window, self.capacity):
             k, v = k_ws[: piece.num_keys], v_ws[: piece.num_keys]
@@ -90,7 +110,6 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
                 k.index_copy_(0, piece.own_rows, key[piece.tokens])
                 v.index_copy_(0, piece.own_rows, value[piece.tokens])
             self._attend(piece, query[piece.tokens], k, v, output[piece.tokens])
-        return output
 
     def _attend(self, piece: DevicePiece, q, k, v, out) -> None:
         """Attention of one piece into ``out``; a request that is cut in pieces ends with its last one."""

@@ -1,4 +1,4 @@
-"""Per-step metadata of the NVFP4 backend: the batch on the host, and its plan on the device."""
+"""Per-step metadata of the NVFP4 backend: decode requests first, then prefill, planned on the host."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,9 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from .decode import MAX_QUERY_LEN, DecodeBatch, DecodePlanner, has_kernel
 from .plan import Piece, plan_pieces
 
 
@@ -39,12 +41,15 @@ class DevicePiece:
 
 @dataclass
 class NVFP4Metadata(AttentionMetadata):
-    """One step's batch. Plans are made on first use and shared by all layers with the same window.
+    """One step's batch: its decode requests, and R requests after them that are dequantised first.
+
+    Plans are made on first use and shared by all layers with the same window.
 
     Attributes:
-        query_starts: int64 [R + 1] on the host, first query token of each request.
+        query_starts: int64 [R + 1] on the host, first query token of each request in the batch.
         seq_lens: int64 [R] on the host, exact tokens of each request including this step's.
         block_table: int32 [R, M] on the device.
+        decode: None if there are no decode requests, or no kernel for them.
     """
 
     num_actual_tokens: int
@@ -52,6 +57,7 @@ class NVFP4Metadata(AttentionMetadata):
     seq_lens: np.ndarray
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+    decode: DecodeBatch | None = None
     _plans: dict[tuple[int | None, int], list[DevicePiece]] = field(default_factory=dict)
 
     def plan(self, window: int | None, capacity: int) -> list[DevicePiece]:
@@ -93,9 +99,6 @@ class NVFP4Metadata(AttentionMetadata):
 
 
 class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
-    # The pieces depend on the lengths, so a captured graph could not be replayed for others.
-    _cudagraph_support = AttentionCGSupport.NEVER
-
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         head_size_v = getattr(kv_cache_spec, "head_size_v", kv_cache_spec.head_size)
@@ -106,6 +109,32 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             )
         # With speculative decoding vLLM knows only an upper bound of the lengths on the host.
         self._lens_exact_on_host = vllm_config.speculative_config is None
+        self._planner: DecodePlanner | None = None
+        if _decode_shape(vllm_config, kv_cache_spec) is not None:
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+            assert self.reorder_batch_threshold is not None
+            self.reorder_batch_threshold = min(self.reorder_batch_threshold, MAX_QUERY_LEN)
+            self._planner = self._make_planner(vllm_config, kv_cache_spec, layer_names, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        """Decode follows its inputs in a captured graph; the pieces of a prefill do not."""
+        if _decode_shape(vllm_config, kv_cache_spec) is None:
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_BATCH
+
+    def _make_planner(self, vllm_config, kv_cache_spec, layer_names, device) -> DecodePlanner:
+        layers = vllm_config.compilation_config.static_forward_context
+        num_heads, num_kv_heads, head_size = _decode_shape(vllm_config, kv_cache_spec)
+        return DecodePlanner(
+            device,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            max_requests=vllm_config.scheduler_config.max_num_seqs,
+            max_query_len=self.reorder_batch_threshold,
+            windows={layers[name].impl.window for name in layer_names},
+        )
 
     def build(
         self,
@@ -116,14 +145,32 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("--kv-cache-dtype nvfp4: expected causal attention, got non-causal")
-        if self._lens_exact_on_host and m.seq_lens_cpu_upper_bound is not None:
-            seq_lens = m.seq_lens_cpu_upper_bound
-        else:
-            seq_lens = m.seq_lens.cpu()
+        starts = m.query_start_loc_cpu[: m.num_reqs + 1].numpy().astype(np.int64)
+        first, decode = 0, None
+        if self._planner is not None:
+            first, _, tokens, _ = split_decodes_and_prefills(
+                m, self.reorder_batch_threshold, require_uniform=True
+            )
+            # All of one length, but for padding, which is at the end and has no tokens.
+            if tokens > 0:
+                decode = self._planner.plan(first, int(starts[1]), m.seq_lens, m.block_table_tensor)
+        seq_lens = np.empty(0, dtype=np.int64)
+        if first < m.num_reqs:
+            exact = self._lens_exact_on_host and m.seq_lens_cpu_upper_bound is not None
+            lens = m.seq_lens_cpu_upper_bound if exact else m.seq_lens.cpu()
+            seq_lens = lens[first : m.num_reqs].numpy().astype(np.int64)
         return NVFP4Metadata(
             num_actual_tokens=m.num_actual_tokens,
-            query_starts=m.query_start_loc_cpu[: m.num_reqs + 1].numpy().astype(np.int64),
-            seq_lens=seq_lens[: m.num_reqs].numpy().astype(np.int64),
-            block_table=m.block_table_tensor,
+            query_starts=starts[first:],
+            seq_lens=seq_lens,
+            block_table=m.block_table_tensor[first:],
             slot_mapping=m.slot_mapping,
+            decode=decode,
         )
+
+
+def _decode_shape(vllm_config, kv_cache_spec) -> tuple[int, int, int] | None:
+    """(query heads, KV heads, head size) of a rank if there is a decode kernel for them, else None."""
+    num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+    shape = (num_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
+    return shape if has_kernel(shape[2], shape[0], shape[1]) else None
