@@ -12,12 +12,28 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
   m.def(
       "gather_nvfp4(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seqlens, "
       "Tensor k_scale, Tensor v_scale, Tensor(a!) k_out, Tensor(b!) v_out, int scale_order) -> ()");
+  m.def(
+      "nvfp4_attention_schedule(Tensor seq_lens, Tensor(a!) schedule, int q_len, int num_q_heads, "
+      "int num_kv_heads, int head_size, int window, int parts, int split_units) -> ()");
+  m.def(
+      "nvfp4_paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor schedule, Tensor k_scale, Tensor v_scale, Tensor(a!) out, Tensor(b!)? lse, Tensor? sinks, "
+      "Tensor(c!) workspace, float scale, int q_len, int window, float soft_cap, int scale_order, "
+      "int parts, int split_units) -> ()");
+  m.def("nvfp4_attention_parts(Tensor like, int head_size, int rows) -> int");
+  m.def(
+      "nvfp4_attention_workspace_size(Tensor like, int requests, int max_tokens, int q_len, "
+      "int num_q_heads, int num_kv_heads, int head_size, int parts, int split_units) -> int");
   m.def("copy_blocks(Tensor src, Tensor(a!) dst, Tensor src_ids, Tensor dst_ids) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CPU, m) {
   m.impl("reshape_and_cache_nvfp4", TORCH_BOX(&xlayer::api::reshape_and_cache_nvfp4_cpu));
   m.impl("gather_nvfp4", TORCH_BOX(&xlayer::api::gather_nvfp4_cpu));
+  m.impl("nvfp4_attention_schedule", TORCH_BOX(&xlayer::api::nvfp4_attention_schedule_cpu));
+  m.impl("nvfp4_paged_attention", TORCH_BOX(&xlayer::api::nvfp4_paged_attention_cpu));
+  m.impl("nvfp4_attention_parts", TORCH_BOX(&xlayer::api::nvfp4_attention_parts_cpu));
+  m.impl("nvfp4_attention_workspace_size", TORCH_BOX(&xlayer::api::nvfp4_attention_workspace_size_cpu));
   m.impl("copy_blocks", TORCH_BOX(&xlayer::api::copy_blocks_cpu));
 }
 
@@ -25,6 +41,10 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CUDA, m) {
   m.impl("reshape_and_cache_nvfp4", TORCH_BOX(&xlayer::api::reshape_and_cache_nvfp4_cuda));
   m.impl("gather_nvfp4", TORCH_BOX(&xlayer::api::gather_nvfp4_cuda));
+  m.impl("nvfp4_attention_schedule", TORCH_BOX(&xlayer::api::nvfp4_attention_schedule_cuda));
+  m.impl("nvfp4_paged_attention", TORCH_BOX(&xlayer::api::nvfp4_paged_attention_cuda));
+  m.impl("nvfp4_attention_parts", TORCH_BOX(&xlayer::api::nvfp4_attention_parts_cuda));
+  m.impl("nvfp4_attention_workspace_size", TORCH_BOX(&xlayer::api::nvfp4_attention_workspace_size_cuda));
   m.impl("copy_blocks", TORCH_BOX(&xlayer::api::copy_blocks_cuda));
 }
 #endif

@@ -1,7 +1,9 @@
-// The ops as torch calls them. Shapes, dtypes and errors: vllm_xlayer/ops.py.
+// The ops as torch calls them. Shapes, dtypes and errors: vllm_xlayer/ops/.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+
+#include <optional>
 
 namespace xlayer::api {
 
@@ -13,6 +15,19 @@ void reshape_and_cache_nvfp4_cpu(const Tensor& key, const Tensor& value, const T
 void gather_nvfp4_cpu(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                       const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
                       const Tensor& k_out, const Tensor& v_out, int64_t scale_order);
+void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
+                                  int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
+                                  int64_t window, int64_t parts, int64_t split_units);
+void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+                               const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
+                               const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
+                               const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
+                               int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
+                               int64_t parts, int64_t split_units);
+int64_t nvfp4_attention_parts_cpu(const Tensor& like, int64_t head_size, int64_t rows);
+int64_t nvfp4_attention_workspace_size_cpu(const Tensor& like, int64_t requests, int64_t max_tokens,
+                                           int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
+                                           int64_t head_size, int64_t parts, int64_t split_units);
 void copy_blocks_cpu(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids);
 
 #if defined(XLAYER_WITH_CUDA)
@@ -22,6 +37,19 @@ void reshape_and_cache_nvfp4_cuda(const Tensor& key, const Tensor& value, const 
 void gather_nvfp4_cuda(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                        const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
                        const Tensor& k_out, const Tensor& v_out, int64_t scale_order);
+void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
+                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
+                                   int64_t window, int64_t parts, int64_t split_units);
+void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+                                const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
+                                const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
+                                const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
+                                int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
+                                int64_t parts, int64_t split_units);
+int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_t rows);
+int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
+                                            int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
+                                            int64_t head_size, int64_t parts, int64_t split_units);
 void copy_blocks_cuda(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids);
 #endif
 

@@ -36,7 +36,7 @@ def test_build_info():
     info = ops.build_info()
     assert set(info) == {"cuda", "nvcc", "archs", "kernels", "cxx"}
     assert info["cuda"] is bool(info["archs"]) is bool(info["nvcc"])
-    assert set(info["kernels"]) == {"nvfp4_write", "nvfp4_gather", "block_copy"}
+    assert set(info["kernels"]) == {"nvfp4_write", "nvfp4_gather", "nvfp4_attention", "block_copy"}
 
 
 def test_a_missing_extension_is_reported_at_first_use():
@@ -62,7 +62,7 @@ def test_a_missing_extension_is_reported_at_first_use():
 
 def test_a_cpu_only_build_refuses_cuda_tensors(monkeypatch):
     """The wrapper names the cause, where the dispatcher would only name a missing backend."""
-    monkeypatch.setattr(ops, "load", lambda: {"cuda": False})
+    monkeypatch.setattr(ops.extension, "load", lambda: {"cuda": False})
 
     class OnCuda:
         is_cuda, device = True, torch.device("cuda", 0)

@@ -1,69 +1,11 @@
-"""The compiled ops: one thin typed wrapper each, over ``torch.ops.vllm_xlayer``.
+"""Ops that write, read and move cache memory."""
 
-Importing this module never fails. The extension is loaded at the first call of an op, or by ``load()``;
-where it is missing, that raises ``ExtensionMissingError`` with what to do.
-
-Every op checks its arguments (device, dtype, layout, shape, in this order) before it writes anything, and
-raises ``RuntimeError`` with what was expected and what came. Values that lie in device memory (slots, block
-tables, lengths) are checked only with ``VLLM_XLAYER_DEBUG=1``, since reading them waits for the GPU; on the
-CPU they are always checked.
-"""
-
-import functools
-import importlib
 import itertools
-import json
-import os
-from typing import Any
 
 import torch
 
-from vllm_xlayer.nvfp4 import ScaleChoice, ScaleOrder
-
-DEBUG_ENV = "VLLM_XLAYER_DEBUG"
-
-
-class ExtensionMissingError(ImportError):
-    """The compiled extension cannot be imported."""
-
-
-@functools.cache
-def load() -> dict[str, Any]:
-    """Load the extension, register the ops' fake versions, and return ``build_info()``."""
-    try:
-        extension = importlib.import_module("vllm_xlayer._C")
-    except ImportError as error:
-        raise ExtensionMissingError(
-            "vllm_xlayer/_C.abi3.so: expected the compiled extension of this package, but importing it "
-            f"failed: {error}. Install the package with `pip install .` in its source folder, or build in "
-            "place with `python setup.py build_ext --inplace`; torch must be 2.11 or newer."
-        ) from error
-    for name in ("reshape_and_cache_nvfp4", "gather_nvfp4", "copy_blocks"):
-        torch.library.register_fake(f"vllm_xlayer::{name}", _no_output)
-    info: dict[str, Any] = json.loads(extension.build_info)
-    return info
-
-
-def build_info() -> dict[str, Any]:
-    """What the extension was built for: keys cuda (bool), nvcc, archs, kernels, cxx."""
-    return dict(load())
-
-
-def _no_output(*_args: object) -> None:
-    """Fake version of the ops: they write into their arguments and return nothing."""
-
-
-def _require_cuda_build(op: str, *tensors: torch.Tensor) -> None:
-    device = next((t.device for t in tensors if t.is_cuda), None)
-    if device is not None and not load()["cuda"]:
-        raise RuntimeError(
-            f"{op}: got a tensor on {device}, but this build of vllm_xlayer has CPU ops only. "
-            "Reinstall it with nvcc in CUDA_HOME or PATH (VLLM_XLAYER_CUDA=1 makes a missing nvcc an error)."
-        )
-
-
-def _debug() -> bool:
-    return os.environ.get(DEBUG_ENV, "0") not in ("", "0")
+from ..nvfp4 import ScaleChoice, ScaleOrder
+from .extension import debug, load, require_cuda_build
 
 
 def reshape_and_cache_nvfp4(
@@ -93,9 +35,9 @@ def reshape_and_cache_nvfp4(
     A NaN makes its group of 16 elements NaN; Inf and values beyond 2688 * global scale become +-2688 *
     global scale. Neither changes another group.
     """
-    _require_cuda_build("reshape_and_cache_nvfp4", key, value, kv_cache)
+    require_cuda_build("reshape_and_cache_nvfp4", key, value, kv_cache)
     load()
-    if _debug() and slot_mapping.is_cuda and slot_mapping.numel() and kv_cache.dim() == 4:
+    if debug() and slot_mapping.is_cuda and slot_mapping.numel() and kv_cache.dim() == 4:
         slots = kv_cache.shape[0] * kv_cache.shape[2]
         low, high = (int(x) for x in slot_mapping.aminmax())
         if low < -1 or high >= slots:
@@ -136,9 +78,9 @@ def gather_nvfp4(
     The result is exact for a global scale of 1 (e2m1 * e4m3 fits both 16-bit types); else the exact product
     is multiplied by the global scale in float32 and rounded to the output's dtype.
     """
-    _require_cuda_build("gather_nvfp4", kv_cache, k_out, v_out)
+    require_cuda_build("gather_nvfp4", kv_cache, k_out, v_out)
     load()
-    if _debug() and kv_cache.is_cuda:
+    if debug() and kv_cache.is_cuda:
         _check_gather_indices(kv_cache, block_table, seq_starts, cu_seqlens, k_out.shape[0])
     torch.ops.vllm_xlayer.gather_nvfp4(
         kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, int(scale_order)
@@ -192,6 +134,6 @@ def copy_blocks(src: torch.Tensor, dst: torch.Tensor, src_ids: torch.Tensor, dst
     The pairs are copied in no particular order. That no destination occurs twice and none overlaps a source
     of another pair is the caller's duty; it is not checked.
     """
-    _require_cuda_build("copy_blocks", src, dst)
+    require_cuda_build("copy_blocks", src, dst)
     load()
     torch.ops.vllm_xlayer.copy_blocks(src, dst, src_ids, dst_ids)

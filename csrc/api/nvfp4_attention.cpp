@@ -1,0 +1,319 @@
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../cpu/nvfp4_attention.h"
+#include "checks.h"
+#include "ops.h"
+
+#if defined(XLAYER_WITH_CUDA)
+#include "../kernels/nvfp4_attention/launch.h"
+#include "stream.h"
+#endif
+
+namespace xlayer::api {
+namespace {
+
+constexpr int MAX_Q_LEN = 8;
+constexpr int MAX_GROUP = 16;
+constexpr int MAX_HEAD_SIZE = 256;
+
+int int_between(const char* name, int64_t value, int64_t low, int64_t high) {
+  STD_TORCH_CHECK(value >= low && value <= high, name, ": expected ", low, " to ", high, ", got ", value);
+  return int(value);
+}
+
+// What the schedule and the size of the workspace depend on.
+struct Shape {
+  int q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units;
+};
+
+Shape check_shape(int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size, int64_t window,
+                  int64_t parts, int64_t split_units) {
+  Shape s = {};
+  s.q_len = int_between("q_len", q_len, 1, MAX_Q_LEN);
+  s.window = int_between("window", window, 0, INT32_MAX);
+  s.parts = int_between("parts", parts, 1, INT32_MAX);
+  s.split_units = int_between("split_units", split_units, 0, INT32_MAX);
+  s.num_kv_heads = int_between("num_kv_heads", num_kv_heads, 1, INT32_MAX / MAX_GROUP);
+  STD_TORCH_CHECK(
+      num_q_heads > 0 && num_q_heads % num_kv_heads == 0 && num_q_heads / num_kv_heads <= MAX_GROUP,
+      "q: expected 1 to ", MAX_GROUP, " query heads a KV head, got ", num_q_heads, " query heads for ",
+      num_kv_heads, " KV heads");
+  s.num_q_heads = int(num_q_heads);
+  STD_TORCH_CHECK(head_size > 0 && head_size % GROUP == 0 && head_size <= MAX_HEAD_SIZE,
+                  "head_size: expected a multiple of ", GROUP, " up to ", MAX_HEAD_SIZE, ", got ", head_size);
+  s.head_size = int(head_size);
+  return s;
+}
+
+Shape check_params_shape(const Tensor& q, const Page& page, int64_t q_len, int64_t window, int64_t parts,
+                         int64_t split_units) {
+  return check_shape(q_len, q.size(1), page.heads, page.head_size, window, parts, split_units);
+}
+
+void set_shape(const Shape& shape, Nvfp4AttentionParams& p) {
+  p.q_len = shape.q_len;
+  p.num_q_heads = shape.num_q_heads;
+  p.window = shape.window;
+  p.parts = shape.parts;
+  p.split_units = shape.split_units;
+}
+
+void check_seq_lens(const Tensor& seq_lens) {
+  check_rank("seq_lens", seq_lens, 1, "(requests)");
+  check_dense("seq_lens", seq_lens);
+}
+
+void check_schedule(const Tensor& schedule, int64_t requests) {
+  check_rank("schedule", schedule, 1, "(4 + requests + 1)");
+  check_dense("schedule", schedule);
+  STD_TORCH_CHECK(schedule.size(0) >= Schedule::size(requests), "schedule: expected at least ",
+                  Schedule::size(requests), " entries (4 + requests + 1), got ", schedule.size(0));
+}
+
+Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
+                                        int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
+                                        int64_t window, int64_t parts, int64_t split_units) {
+  check_device("schedule", schedule, "seq_lens", seq_lens);
+  check_dtype("seq_lens", seq_lens, {ScalarType::Int});
+  check_dtype("schedule", schedule, {ScalarType::Int});
+  check_seq_lens(seq_lens);
+  check_schedule(schedule, seq_lens.size(0));
+  Nvfp4AttentionParams p = {};
+  set_shape(check_shape(q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units), p);
+  p.page.heads = int(num_kv_heads);
+  p.page.head_size = int(head_size);
+  p.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
+  p.num_requests = int(seq_lens.size(0));
+  p.schedule = static_cast<int32_t*>(schedule.data_ptr());
+  return p;
+}
+
+// lse and sinks, which may be absent.
+void check_optional(const char* name, const std::optional<Tensor>& tensor, const Tensor& kv_cache) {
+  if (!tensor) return;
+  check_device(name, *tensor, "kv_cache", kv_cache);
+  check_dtype(name, *tensor, {ScalarType::Float});
+}
+
+void check_out(const Tensor& q, const Tensor& out, const std::optional<Tensor>& lse) {
+  check_size("out", out, 0, q.size(0), "the tokens of q");
+  check_size("out", out, 1, q.size(1), "the heads of q");
+  check_size("out", out, 2, q.size(2), "the head size of q");
+  if (!lse) return;
+  check_size("lse", *lse, 0, q.size(1), "the heads of q");
+  check_size("lse", *lse, 1, q.size(0), "the tokens of q");
+}
+
+Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+                           const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
+                           const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
+                           const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
+                           int64_t q_len, int64_t window, double soft_cap, int64_t scale_order, int64_t parts,
+                           int64_t split_units) {
+  check_device("q", q, "kv_cache", kv_cache);
+  check_device("block_table", block_table, "kv_cache", kv_cache);
+  check_device("seq_lens", seq_lens, "kv_cache", kv_cache);
+  check_device("schedule", schedule, "kv_cache", kv_cache);
+  check_device("out", out, "kv_cache", kv_cache);
+  check_device("workspace", workspace, "kv_cache", kv_cache);
+  check_global_scale("k_scale", k_scale, kv_cache);
+  check_global_scale("v_scale", v_scale, kv_cache);
+  check_optional("lse", lse, kv_cache);
+  check_optional("sinks", sinks, kv_cache);
+  check_dtype("q", q, {ScalarType::BFloat16, ScalarType::Half});
+  check_dtype("out", out, {q.scalar_type()});
+  check_dtype("block_table", block_table, {ScalarType::Int});
+  check_dtype("seq_lens", seq_lens, {ScalarType::Int});
+  check_dtype("schedule", schedule, {ScalarType::Int});
+  check_dtype("workspace", workspace, {ScalarType::Float});
+  const Page page = check_kv_cache(kv_cache);
+  check_rank("q", q, 3, "(requests * q_len, query heads, head_size)");
+  check_rank("out", out, 3, "(requests * q_len, query heads, head_size)");
+  check_rank("block_table", block_table, 2, "(requests, blocks)");
+  check_rank("workspace", workspace, 1, "(floats)");
+  check_rows("q", q, true);
+  check_rows("out", out, true);
+  check_rows("block_table", block_table, false);
+  check_rows("workspace", workspace, true);
+  check_seq_lens(seq_lens);
+  if (lse) {
+    check_rank("lse", *lse, 2, "(query heads, requests * q_len)");
+    check_rows("lse", *lse, false);
+  }
+  if (sinks) {
+    check_rank("sinks", *sinks, 1, "(query heads)");
+    check_dense("sinks", *sinks);
+    check_size("sinks", *sinks, 0, q.size(1), "the heads of q");
+  }
+  const int64_t R = seq_lens.size(0);
+  check_schedule(schedule, R);
+  check_size("q", q, 2, page.head_size, "the head size of kv_cache");
+  const Shape shape = check_params_shape(q, page, q_len, window, parts, split_units);
+  check_size("q", q, 0, R * q_len, "the requests of seq_lens times q_len");
+  check_size("block_table", block_table, 0, R, "the requests of seq_lens");
+  check_out(q, out, lse);
+  STD_TORCH_CHECK(std::isfinite(scale), "scale: expected a finite number, got ", scale);
+  STD_TORCH_CHECK(std::isfinite(soft_cap) && soft_cap >= 0,
+                  "soft_cap: expected 0 (none) or a positive number, got ", soft_cap);
+
+  Nvfp4AttentionParams p = {};
+  set_shape(shape, p);
+  p.q = q.data_ptr();
+  p.q_stride_t = q.stride(0);
+  p.q_stride_h = q.stride(1);
+  p.out = out.data_ptr();
+  p.out_stride_t = out.stride(0);
+  p.out_stride_h = out.stride(1);
+  p.lse = lse ? static_cast<float*>(lse->data_ptr()) : nullptr;
+  p.lse_stride_h = lse ? lse->stride(0) : 0;
+  p.dtype = float_dtype(q);
+  p.cache = static_cast<const uint8_t*>(kv_cache.data_ptr());
+  p.block_stride = block_stride_of(kv_cache);
+  p.page = page;
+  p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  p.block_table_stride = block_table.stride(0);
+  p.max_blocks = block_table.size(1);
+  p.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
+  p.num_requests = int(R);
+  p.k_scale = static_cast<const float*>(k_scale.data_ptr());
+  p.v_scale = static_cast<const float*>(v_scale.data_ptr());
+  p.sinks = sinks ? static_cast<const float*>(sinks->data_ptr()) : nullptr;
+  p.scale = float(scale);
+  p.soft_cap = float(soft_cap);
+  p.v_order = scale_order_of(scale_order, page.head_size);
+  p.schedule = static_cast<int32_t*>(schedule.data_ptr());
+  return p;
+}
+
+// The values in seq_lens and block_table, readable only where they are on the host.
+void check_indices(const Nvfp4AttentionParams& p, int64_t num_blocks) {
+  for (int r = 0; r < p.num_requests; ++r) {
+    const int64_t length = p.seq_lens[r], capacity = p.max_blocks * p.page.block_size;
+    STD_TORCH_CHECK(length >= 0 && length <= capacity, "seq_lens: expected 0 to ", capacity, " (",
+                    p.max_blocks, " blocks of ", p.page.block_size, " tokens), got ", length, " for request ",
+                    r);
+    // Blocks before what the first query sees may be freed already.
+    const int64_t first = p.window > 0 ? std::max<int64_t>(0, length - p.q_len - p.window + 1) : 0;
+    for (int64_t i = first / p.page.block_size; i < ceil_div(length, p.page.block_size); ++i) {
+      const int64_t block = p.block_table[r * p.block_table_stride + i];
+      STD_TORCH_CHECK(block >= 0 && block < num_blocks, "block_table: expected blocks from 0 to ",
+                      num_blocks - 1, ", got ", block, " for request ", r, " at ", i);
+    }
+  }
+}
+
+}  // namespace
+
+// The CPU op has no parts: it checks what the CUDA op would, and leaves the schedule alone.
+void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
+                                  int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
+                                  int64_t window, int64_t parts, int64_t split_units) {
+  check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, window, parts,
+                     split_units);
+}
+
+void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+                               const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
+                               const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
+                               const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
+                               int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
+                               int64_t parts, int64_t split_units) {
+  const Nvfp4AttentionParams p =
+      check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
+            q_len, window, soft_cap, scale_order, parts, split_units);
+  check_indices(p, kv_cache.size(0));
+  torch::stable::parallel_for(0, int64_t(p.num_requests) * p.page.heads, 1,
+                              [&p](int64_t begin, int64_t end) { cpu::nvfp4_attention(p, begin, end); });
+}
+
+int64_t nvfp4_attention_parts_cpu(const Tensor&, int64_t, int64_t) { return 1; }
+
+int64_t nvfp4_attention_workspace_size_cpu(const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                           int64_t, int64_t, int64_t) {
+  return 0;
+}
+
+#if defined(XLAYER_WITH_CUDA)
+namespace {
+
+void check_head_size(int head_size) {
+  for (const int supported : {64, 80, 96, 112, 128, 192, 256}) {
+    if (head_size == supported) return;
+  }
+  STD_TORCH_CHECK(false, "head_size: expected 64, 80, 96, 112, 128, 192 or 256 on CUDA, got ", head_size);
+}
+
+// The partial results: [slots][tile_rows][padded head size] sums, then [slots][tile_rows][2].
+struct Workspace {
+  int64_t out_floats, ml_floats;
+  int64_t floats() const { return out_floats + ml_floats; }
+};
+
+// max_tokens: of one request.
+Workspace workspace_of(const Shape& s, int64_t requests, int64_t max_tokens) {
+  const int rows = s.q_len * (s.num_q_heads / s.num_kv_heads);
+  const int64_t tile_rows = nvfp4_attention_tile_rows(s.head_size, rows);
+  // A part holds at most two (request, head tile) that other parts share: where it begins and where it ends.
+  int64_t slots = 2 * int64_t(s.parts);
+  if (s.split_units > 0) {
+    const int64_t splits = ceil_div(ceil_div(max_tokens, UNIT_TOKENS), s.split_units);
+    slots = requests * s.num_kv_heads * ceil_div(rows, tile_rows) * splits;
+  }
+  return {slots * tile_rows * nvfp4_attention_padded_head_size(s.head_size), slots * tile_rows * 2};
+}
+
+}  // namespace
+
+void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
+                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
+                                   int64_t window, int64_t parts, int64_t split_units) {
+  const Nvfp4AttentionParams p = check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads,
+                                                    head_size, window, parts, split_units);
+  check_head_size(p.page.head_size);
+  if (p.num_requests == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(seq_lens.get_device_index());
+  check_cuda("nvfp4_attention_schedule", launch_nvfp4_attention_schedule(p, current_stream(seq_lens)));
+}
+
+void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+                                const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
+                                const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
+                                const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
+                                int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
+                                int64_t parts, int64_t split_units) {
+  Nvfp4AttentionParams p =
+      check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
+            q_len, window, soft_cap, scale_order, parts, split_units);
+  check_head_size(p.page.head_size);
+  const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
+  const Workspace needed = workspace_of(check_params_shape(q, p.page, q_len, window, parts, split_units),
+                                        p.num_requests, p.max_blocks * p.page.block_size);
+  STD_TORCH_CHECK(workspace.size(0) >= needed.floats(), "workspace: expected at least ", needed.floats(),
+                  " floats for this shape, got ", workspace.size(0));
+  if (p.num_requests == 0) return;
+  p.partial_out = static_cast<float*>(workspace.data_ptr());
+  p.partial_ml = p.partial_out + needed.out_floats;
+  check_cuda("nvfp4_paged_attention", launch_nvfp4_attention(p, current_stream(kv_cache)));
+}
+
+int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_t rows) {
+  check_head_size(int_between("head_size", head_size, 1, MAX_HEAD_SIZE));
+  const int checked_rows = int_between("rows", rows, 1, MAX_Q_LEN * MAX_GROUP);
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  return nvfp4_attention_parts(int(head_size), checked_rows);
+}
+
+int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
+                                            int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
+                                            int64_t head_size, int64_t parts, int64_t split_units) {
+  const Shape shape = check_shape(q_len, num_q_heads, num_kv_heads, head_size, 0, parts, split_units);
+  check_head_size(shape.head_size);
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  return workspace_of(shape, requests, max_tokens).floats();
+}
+#endif
+
+}  // namespace xlayer::api

@@ -1,0 +1,27 @@
+"""The compiled ops: one thin typed wrapper each, over ``torch.ops.vllm_xlayer``.
+
+Importing this module never fails. The extension is loaded at the first call of an op, or by ``load()``;
+where it is missing, that raises ``ExtensionMissingError`` with what to do.
+
+Every op checks its arguments (device, dtype, layout, shape, in this order) before it writes anything, and
+raises ``RuntimeError`` with what was expected and what came. Values that lie in device memory (slots, block
+tables, lengths) are checked only with ``VLLM_XLAYER_DEBUG=1``, since reading them waits for the GPU; on the
+CPU they are always checked.
+"""
+
+from .attention import AttentionWorkspace, nvfp4_attention_schedule, nvfp4_paged_attention
+from .cache import copy_blocks, gather_nvfp4, reshape_and_cache_nvfp4
+from .extension import DEBUG_ENV, ExtensionMissingError, build_info, load
+
+__all__ = [
+    "DEBUG_ENV",
+    "AttentionWorkspace",
+    "ExtensionMissingError",
+    "build_info",
+    "copy_blocks",
+    "gather_nvfp4",
+    "load",
+    "nvfp4_attention_schedule",
+    "nvfp4_paged_attention",
+    "reshape_and_cache_nvfp4",
+]

@@ -1,0 +1,62 @@
+"""The compiled extension: loaded at the first call of an op."""
+
+import functools
+import importlib
+import json
+import os
+from typing import Any
+
+import torch
+
+DEBUG_ENV = "VLLM_XLAYER_DEBUG"
+OPS = (
+    "reshape_and_cache_nvfp4",
+    "gather_nvfp4",
+    "copy_blocks",
+    "nvfp4_attention_schedule",
+    "nvfp4_paged_attention",
+)
+"""Those that a traced program may contain. (The others return sizes, once, before anything is traced.)"""
+
+
+class ExtensionMissingError(ImportError):
+    """The compiled extension cannot be imported."""
+
+
+@functools.cache
+def load() -> dict[str, Any]:
+    """Load the extension, register the ops' fake versions, and return ``build_info()``."""
+    try:
+        extension = importlib.import_module("vllm_xlayer._C")
+    except ImportError as error:
+        raise ExtensionMissingError(
+            "vllm_xlayer/_C.abi3.so: expected the compiled extension of this package, but importing it "
+            f"failed: {error}. Install the package with `pip install .` in its source folder, or build in "
+            "place with `python setup.py build_ext --inplace`; torch must be 2.11 or newer."
+        ) from error
+    for name in OPS:
+        torch.library.register_fake(f"vllm_xlayer::{name}", _no_output)
+    info: dict[str, Any] = json.loads(extension.build_info)
+    return info
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built for: keys cuda (bool), nvcc, archs, kernels, cxx."""
+    return dict(load())
+
+
+def _no_output(*_args: object) -> None:
+    """Fake version of the ops: they write into their arguments and return nothing."""
+
+
+def require_cuda_build(op: str, *tensors: torch.Tensor) -> None:
+    device = next((t.device for t in tensors if t.is_cuda), None)
+    if device is not None and not load()["cuda"]:
+        raise RuntimeError(
+            f"{op}: got a tensor on {device}, but this build of vllm_xlayer has CPU ops only. "
+            "Reinstall it with nvcc in CUDA_HOME or PATH (VLLM_XLAYER_CUDA=1 makes a missing nvcc an error)."
+        )
+
+
+def debug() -> bool:
+    return os.environ.get(DEBUG_ENV, "0") not in ("", "0")
