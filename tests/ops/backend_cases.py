@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vllm_xlayer import nvfp4, ops
+from vllm_xlayer.attention.decode import DecodePlanner
 from vllm_xlayer.attention.metadata import NVFP4Metadata
 
 
@@ -23,6 +24,8 @@ class Case:
     block_size: int = 16
     layers: int = 1
     dtype: torch.dtype = torch.bfloat16
+    decodes: int = 0
+    """So many of the first requests are decode requests, which see their own tokens quantised too."""
 
     def __str__(self) -> str:
         changed = [f"{k}={v}" for k, v in vars(self).items() if k != "requests" and v != getattr(Case, k)]
@@ -41,6 +44,12 @@ CASES = (
     Case(((90, 9),), window=1),
     Case(((64, 20), (10, 2)), head_size=128, num_heads=8, num_kv_heads=1, dtype=torch.float16),
     Case(((64, 20), (10, 2)), head_size=80, block_size=32, num_heads=3, num_kv_heads=3),
+    Case(((100, 1), (0, 1), (300, 1)), decodes=3, layers=3),
+    Case(((100, 1), (37, 1), (0, 40), (33, 17)), decodes=2, layers=3),
+    Case(((100, 4), (12, 4), (0, 0)), decodes=3, head_size=128, num_heads=8, num_kv_heads=1),
+    Case(
+        ((100, 3), (300, 3), (33, 5)), decodes=2, window=50, soft_cap=5.0, block_size=32, dtype=torch.float16
+    ),
 )
 
 
@@ -86,12 +95,16 @@ def check_case(case: Case, impl, device: torch.device, exact_softmax: bool) -> N
     starts = np.concatenate([[0], np.cumsum([q for _, q in case.requests])])
     metadata = NVFP4Metadata(
         num_actual_tokens=int(starts[-1]),
-        query_starts=starts,
-        seq_lens=np.array(totals),
-        block_table=block_table.to(device),
+        query_starts=starts[case.decodes :],
+        seq_lens=np.array(totals[case.decodes :]),
+        block_table=block_table[case.decodes :].to(device),
         slot_mapping=torch.empty(0),
+        decode=decode_batch(case, totals, block_table, device),
     )
-    output = torch.full((int(starts[-1]) + 2, case.num_heads, size), 7.0, dtype=case.dtype, device=device)
+    # vLLM's buffers are as long as the batch is padded.
+    padded = max(int(starts[-1]), case.decodes * case.requests[0][1])
+    queries.append(random(padded - int(starts[-1]), case.num_heads))
+    output = torch.full((padded + 2, case.num_heads, size), 7.0, dtype=case.dtype, device=device)
     impl.forward(
         layer, torch.cat(queries), torch.cat([k[s] for k, s in zip(keys, own, strict=True)]),
         torch.cat([v[s] for v, s in zip(values, own, strict=True)]), kv_cache, metadata, output,
@@ -101,15 +114,17 @@ def check_case(case: Case, impl, device: torch.device, exact_softmax: bool) -> N
         if q == 0:
             continue
         k, v = keys[r].double().cpu(), values[r].double().cpu()
-        if cached:
-            dense = [torch.empty(cached, heads, size, device=device) for _ in range(2)]
+        quantised = totals[r] if r < case.decodes else cached
+        if quantised:
+            dense = [torch.empty(quantised, heads, size, device=device) for _ in range(2)]
             ops.gather_nvfp4(
                 kv_cache, block_table[r : r + 1].to(device), torch.zeros(1, dtype=torch.int32, device=device),
-                torch.tensor([0, cached], dtype=torch.int32, device=device), layer._k_scale, layer._v_scale,
+                torch.tensor([0, quantised], dtype=torch.int32, device=device), layer._k_scale, layer._v_scale,
                 *dense,
             )  # fmt: skip
-            # The workspace holds 16-bit values: round as it does.
-            k[:cached], v[:cached] = (d.to(case.dtype).double().cpu() for d in dense)
+            if r >= case.decodes:  # the workspace holds 16-bit values: round as it does
+                dense = [d.to(case.dtype) for d in dense]
+            k[:quantised], v[:quantised] = (d.double().cpu() for d in dense)
         expected = exact(case, queries[r].double().cpu(), k, v, cached)
         got = output[starts[r] : starts[r + 1]].double().cpu()
         error = (got - expected).abs().max()
@@ -118,6 +133,27 @@ def check_case(case: Case, impl, device: torch.device, exact_softmax: bool) -> N
             plain = exact(case, *(t.to(case.dtype) for t in (queries[r].cpu(), k, v)), cached)
             bound += 2 * (plain.double() - expected).abs().max()
         assert error <= bound, f"request {r} of {case}: error {error:.2e}, bound {bound:.2e}"
+
+
+def decode_batch(case: Case, totals: list[int], block_table: torch.Tensor, device: torch.device):
+    """The metadata's decode part as the builder makes it, or None."""
+    if case.decodes == 0:
+        return None
+    planner = DecodePlanner(
+        device,
+        num_heads=case.num_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_size=case.head_size,
+        max_requests=len(totals),
+        max_query_len=4,
+        windows=[None, case.window],
+    )
+    q_len = case.requests[0][1]
+    # Padding has no tokens, whatever its request's row says.
+    lens = [t if q else 0 for t, (_, q) in zip(totals, case.requests, strict=True)]
+    return planner.plan(
+        case.decodes, q_len, torch.tensor(lens, dtype=torch.int32, device=device), block_table.to(device)
+    )
 
 
 def exact(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cached: int) -> torch.Tensor:
