@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from . import capacity, suite
+from . import capacity, decode, suite
 
-QUESTIONS = {"capacity": capacity, "suite": suite}
+QUESTIONS = {"capacity": capacity, "decode": decode, "suite": suite}
 
 
 def main() -> int:

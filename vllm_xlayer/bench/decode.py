@@ -1,0 +1,105 @@
+"""Decode attention: ours beside FlashAttention-3 in one process, against the device's copy rate."""
+
+import argparse
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from .peers import PEERS, TITLES, Inputs, Shape, bytes_per_token
+from .record import RESULTS, write
+from .timing import copy_rate, graph_seconds
+
+L2_TIMES = 4
+"""Copies of the cache are rotated until they are so many times the L2."""
+MAX_COPIES = 32
+
+SHAPES = (
+    Shape("64 x 8192", (8192,) * 64),
+    Shape("128 x 4096", (4096,) * 128),
+    Shape("256 x 1024", (1024,) * 256),
+    Shape("16 x 8192", (8192,) * 16),
+    Shape("1 x 65536", (65536,)),
+    Shape("64 x 1024", (1024,) * 64),
+    Shape("64 x 2048", (2048,) * 64),
+    Shape("64 x 4096", (4096,) * 64),
+    Shape("64 x 16384", (16384,) * 64),
+    Shape("64 x 8192, group 1", (8192,) * 64, num_q_heads=8),
+    Shape("64 x 8192, group 16", (8192,) * 64, num_q_heads=32, num_kv_heads=2),
+    Shape("64 x 8192, 4 KV heads", (8192,) * 64, num_q_heads=16, num_kv_heads=4),
+    Shape("64 x 8192, D 64", (8192,) * 64, head_size=64),
+    Shape("64 x 8192, D 256", (8192,) * 64, num_q_heads=16, num_kv_heads=4, head_size=256),
+    Shape("64 x 8192, 4 query tokens", (8192,) * 64, q_len=4),
+    Shape("64 x 8192, page 64", (8192,) * 64, block_size=64),
+    Shape("1 x 128k + 63 x 1k", (131072,) + (1024,) * 63),
+    Shape("16 x 8192, layer-major", (8192,) * 16, layers=1),
+    Shape("16 x 8192, rows of 32 layers", (8192,) * 16, layers=32),
+)
+PLOTTED = ("64 x 1024", "64 x 2048", "64 x 4096", "64 x 8192", "64 x 16384")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", help="shapes whose name contains this")
+    parser.add_argument("--json", type=Path, default=RESULTS / "decode.json", help="file to write")
+    parser.add_argument("--plot", type=Path, help="PNG to draw from the results (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures every shape, prints the table, writes the JSON. Returns a process exit code."""
+    console = Console(width=100, highlight=False)
+    rate = copy_rate()
+    shapes = [s for s in SHAPES if args.only is None or args.only in s.name]
+    results = [measure(s, args.repeats) for s in track(shapes, "decode", console=console)]
+    console.print(_table(results, rate))
+    console.print(f"device copy rate: {rate / 1e12:.2f} TB/s. Missing peers: FlashInfer (not measured here)")
+    write(args.json, {"copy_rate": rate, "shapes": results})
+    if args.plot:
+        from .plot import decode_plot
+
+        decode_plot(args.json, args.plot)
+    return 0
+
+
+def measure(shape: Shape, repeats: int) -> dict[str, Any]:
+    """Seconds of every peer on one shape, and why one could not run."""
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    result: dict[str, Any] = {"name": shape.name, "tokens": shape.tokens, "seconds": {}, "failed": {}}
+    for name, make in PEERS.items():
+        # Rows of other layers are not read: they only spread the pages.
+        if shape.layers > 1 and name != "nvfp4":
+            continue
+        size = bytes_per_token(name, shape) * shape.tokens
+        copies = 1 if shape.layers > 1 else min(MAX_COPIES, max(2, int(L2_TIMES * l2 / size) + 1))
+        try:
+            result["seconds"][name] = graph_seconds(make(Inputs(shape, copies)), repeats)
+        except (RuntimeError, ImportError, TypeError) as error:
+            result["failed"][name] = f"{type(error).__name__}: {error}"[:300]
+        gc.collect()
+        torch.cuda.empty_cache()
+    result["bytes"] = {name: bytes_per_token(name, shape) * shape.tokens for name in result["seconds"]}
+    return result
+
+
+def _table(results: list[dict[str, Any]], rate: float) -> Table:
+    grid = Table(title="One layer's decode attention, microseconds (share of the copy rate)")
+    grid.add_column("batch x context")
+    for name in PEERS:
+        grid.add_column(TITLES[name], justify="right", no_wrap=True)
+    grid.add_column("floor", justify="right")
+    grid.add_column("fp8 / ours", justify="right")
+    for r in results:
+        cells = []
+        for name in PEERS:
+            seconds = r["seconds"].get(name)
+            cells.append(
+                "-" if seconds is None else f"{seconds * 1e6:.0f} ({r['bytes'][name] / seconds / rate:.2f})"
+            )
+        ours, fp8 = r["seconds"].get("nvfp4"), r["seconds"].get("fa3_fp8")
+        floor = f"{r['bytes']['nvfp4'] / rate * 1e6:.0f}" if ours else "-"
+        grid.add_row(r["name"], *cells, floor, f"{fp8 / ours:.2f}x" if ours and fp8 else "-")
+    return grid

@@ -1,0 +1,36 @@
+"""Pictures of results files, for people who look rather than read. Needs matplotlib (extra "bench")."""
+
+import json
+from pathlib import Path
+
+from .peers import TITLES
+
+
+def decode_plot(results: Path, png: Path) -> None:
+    """Achieved bandwidth against context length, for a batch of 64."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from .decode import PLOTTED
+
+    data = json.loads(results.read_text())
+    shapes = {s["name"]: s for s in data["shapes"]}
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for name, title in TITLES.items():
+        points = [shapes[p] for p in PLOTTED if p in shapes and name in shapes[p]["seconds"]]
+        context = [p["tokens"] / 64 for p in points]
+        axes[0].plot(context, [p["tokens"] / p["seconds"][name] / 1e9 for p in points], "o-", label=title)
+        axes[1].plot(context, [p["bytes"][name] / p["seconds"][name] / 1e12 for p in points], "o-", label=title)
+    axes[1].axhline(data["copy_rate"] / 1e12, color="grey", linestyle="--", label="device copy")
+    axes[0].set_ylabel("10⁹ tokens of KV read a second")
+    axes[1].set_ylabel("TB/s of KV read")
+    for a in axes:
+        a.set_xscale("log", base=2)
+        a.set_xlabel("context length, 64 requests")
+        a.set_ylim(bottom=0)
+        a.grid(alpha=0.3)
+        a.legend()
+    figure.suptitle(f"Decode attention, 32 query heads, 8 KV heads, D=128, page 16 — {data['hardware']}")
+    figure.savefig(png, dpi=110)
