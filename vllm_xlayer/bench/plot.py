@@ -22,7 +22,9 @@ def decode_plot(results: Path, png: Path) -> None:
         points = [shapes[p] for p in PLOTTED if p in shapes and name in shapes[p]["seconds"]]
         context = [p["tokens"] / 64 for p in points]
         axes[0].plot(context, [p["tokens"] / p["seconds"][name] / 1e9 for p in points], "o-", label=title)
-        axes[1].plot(context, [p["bytes"][name] / p["seconds"][name] / 1e12 for p in points], "o-", label=title)
+        axes[1].plot(
+            context, [p["bytes"][name] / p["seconds"][name] / 1e12 for p in points], "o-", label=title
+        )
     axes[1].axhline(data["copy_rate"] / 1e12, color="grey", linestyle="--", label="device copy")
     axes[0].set_ylabel("10⁹ tokens of KV read a second")
     axes[1].set_ylabel("TB/s of KV read")
