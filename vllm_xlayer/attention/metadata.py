@@ -110,29 +110,31 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         # With speculative decoding vLLM knows only an upper bound of the lengths on the host.
         self._lens_exact_on_host = vllm_config.speculative_config is None
         self._planner: DecodePlanner | None = None
-        if _decode_shape(vllm_config, kv_cache_spec) is not None:
-            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-            assert self.reorder_batch_threshold is not None
-            self.reorder_batch_threshold = min(self.reorder_batch_threshold, MAX_QUERY_LEN)
-            self._planner = self._make_planner(vllm_config, kv_cache_spec, layer_names, device)
+        self._decode_len = _decode_query_len(vllm_config)
+        if shape := _decode_shape(vllm_config, kv_cache_spec):
+            self.reorder_batch_threshold = self._decode_len
+            self._planner = self._make_planner(vllm_config, shape, layer_names, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
         """Decode follows its inputs in a captured graph; the pieces of a prefill do not."""
         if _decode_shape(vllm_config, kv_cache_spec) is None:
             return AttentionCGSupport.NEVER
+        spec = vllm_config.speculative_config
+        if spec is not None and 1 + spec.num_speculative_tokens > MAX_QUERY_LEN:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.UNIFORM_BATCH
 
-    def _make_planner(self, vllm_config, kv_cache_spec, layer_names, device) -> DecodePlanner:
+    def _make_planner(self, vllm_config, shape: tuple[int, int, int], layer_names, device) -> DecodePlanner:
         layers = vllm_config.compilation_config.static_forward_context
-        num_heads, num_kv_heads, head_size = _decode_shape(vllm_config, kv_cache_spec)
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         return DecodePlanner(
             device,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_size=head_size,
-            max_requests=vllm_config.scheduler_config.max_num_seqs,
-            max_query_len=self.reorder_batch_threshold,
+            num_heads=shape[0],
+            num_kv_heads=shape[1],
+            head_size=shape[2],
+            max_requests=max(vllm_config.scheduler_config.max_num_seqs, captured),
+            max_query_len=self._decode_len,
             windows={layers[name].impl.window for name in layer_names},
         )
 
@@ -148,16 +150,14 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         starts = m.query_start_loc_cpu[: m.num_reqs + 1].numpy().astype(np.int64)
         first, decode = 0, None
         if self._planner is not None:
-            first, _, tokens, _ = split_decodes_and_prefills(
-                m, self.reorder_batch_threshold, require_uniform=True
-            )
+            first, _, tokens, _ = split_decodes_and_prefills(m, self._decode_len, require_uniform=True)
             # All of one length, but for padding, which is at the end and has no tokens.
             if tokens > 0:
                 decode = self._planner.plan(first, int(starts[1]), m.seq_lens, m.block_table_tensor)
         seq_lens = np.empty(0, dtype=np.int64)
         if first < m.num_reqs:
-            exact = self._lens_exact_on_host and m.seq_lens_cpu_upper_bound is not None
-            lens = m.seq_lens_cpu_upper_bound if exact else m.seq_lens.cpu()
+            known = m.seq_lens_cpu_upper_bound if self._lens_exact_on_host else None
+            lens = m.seq_lens.cpu() if known is None else known
             seq_lens = lens[first : m.num_reqs].numpy().astype(np.int64)
         return NVFP4Metadata(
             num_actual_tokens=m.num_actual_tokens,
@@ -167,6 +167,14 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             slot_mapping=m.slot_mapping,
             decode=decode,
         )
+
+
+def _decode_query_len(vllm_config) -> int:
+    """The most query tokens of a decode request: one and what is speculated."""
+    spec = vllm_config.speculative_config
+    if spec is None or spec.num_speculative_tokens is None:
+        return 1
+    return min(1 + (2 if spec.parallel_drafting else 1) * spec.num_speculative_tokens, MAX_QUERY_LEN)
 
 
 def _decode_shape(vllm_config, kv_cache_spec) -> tuple[int, int, int] | None:

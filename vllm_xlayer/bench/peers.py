@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def nvfp4(inputs: Inputs) -> Calls:
             scale=s.head_size**-0.5, q_len=s.q_len,
         )  # fmt: skip
 
-    return [lambda table=table: call(table) for table in inputs.tables]
+    return [partial(call, table) for table in inputs.tables]
 
 
 def flash_attention_3(inputs: Inputs, dtype: torch.dtype) -> Calls:
@@ -113,12 +114,13 @@ def flash_attention_3(inputs: Inputs, dtype: torch.dtype) -> Calls:
 
     def call(table: torch.Tensor) -> None:
         flash_attn_varlen_func(
-            q=q, k=k, v=v, out=inputs.out, max_seqlen_q=s.q_len, cu_seqlens_q=starts, max_seqlen_k=max(s.lens),
-            seqused_k=inputs.seq_lens, block_table=table, causal=True, softmax_scale=s.head_size**-0.5,
-            scheduler_metadata=metadata, fa_version=3, q_descale=scales, k_descale=scales, v_descale=scales,
+            q=q, k=k, v=v, out=inputs.out, cu_seqlens_q=starts, max_seqlen_q=s.q_len,
+            max_seqlen_k=max(s.lens), seqused_k=inputs.seq_lens, block_table=table, causal=True,
+            softmax_scale=s.head_size**-0.5, scheduler_metadata=metadata, fa_version=3,
+            q_descale=scales, k_descale=scales, v_descale=scales,
         )  # fmt: skip
 
-    return [lambda table=table: call(table) for table in inputs.tables]
+    return [partial(call, table) for table in inputs.tables]
 
 
 def bytes_per_token(name: str, shape: Shape) -> float:
