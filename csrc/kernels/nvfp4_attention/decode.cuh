@@ -77,8 +77,7 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
 
 template <class C>
 __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
-                                           TileLoader<C>& loader, uint32_t ring, const LaneOffsets<C>& at,
-                                           float* shared) {
+                                           TileLoader<C>& loader, const LaneOffsets<C>& at, float* shared) {
   const int warp = threadIdx.x / 32;
   const int seq_len = p.seq_lens[run.request];
   const Range keys = key_range(seq_len, p.q_len, p.window);
@@ -87,7 +86,7 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   const int count = last_tile > first_tile ? (last_tile - first_tile + WARPS - 1) / WARPS : 0;
   loader.start(run.request, run.kv_head, first_tile, count);
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) loader.load(i, i);
+  for (int i = 0; i < STAGES - 1; ++i) loader.load(i, i * C::STAGE_BYTES);
   state.clear();
   load_query(state, p, run.request, run.kv_head, run.first_row);
 
@@ -98,23 +97,25 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   mask.window = p.window;
   mask.first_row = run.first_row;
   mask.group = p.num_q_heads / p.page.heads;
-  // Tiles wholly between these are seen by every query.
-  const int all_see_from = p.window > 0 ? keys.last - p.window : 0;
+  // Tokens [all_see_from, all_see_to) are seen by every query: of this warp's tiles, those from plain_from on.
+  const int all_see_from = p.window > 0 ? max(keys.last - p.window, 0) : 0;
   const int all_see_to = keys.last - p.q_len + 1;
+  constexpr int STEP = WARPS * TILE;
+  const int plain_from = max(0, (all_see_from - first_tile * TILE + STEP - 1) / STEP);
+  const int plain_to = all_see_to / TILE > first_tile ? (all_see_to / TILE - first_tile + WARPS - 1) / WARPS : 0;
 
-  for (int i = 0, stage = 0; i < count; ++i) {
+  uint32_t offset = 0;  // of the stage in the ring
+  for (int i = 0; i < count; ++i) {
     ptx::cp_async_wait<STAGES - 2>();
     __syncwarp();  // everybody's copies of this tile are there, and nobody reads the stage filled next
-    loader.load(i + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
-    const int token = (first_tile + i * WARPS) * TILE;
-    const uint32_t address = ring + stage * C::STAGE_BYTES;
-    if (token >= all_see_from && token + TILE <= all_see_to) {
-      Tile<C>::attend(state, address, at, p.soft_cap, nullptr);
+    loader.load(i + STAGES - 1, offset == 0 ? (STAGES - 1) * C::STAGE_BYTES : offset - C::STAGE_BYTES);
+    if (i >= plain_from && i < plain_to) {
+      Tile<C>::attend(state, offset, at, p.soft_cap, nullptr);
     } else {
-      mask.first_token = token;
-      Tile<C>::attend(state, address, at, p.soft_cap, &mask);
+      mask.first_token = (first_tile + i * WARPS) * TILE;
+      Tile<C>::attend(state, offset, at, p.soft_cap, &mask);
     }
-    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    offset = offset == (STAGES - 1) * C::STAGE_BYTES ? 0 : offset + C::STAGE_BYTES;
   }
   ptx::cp_async_wait<0>();
   __syncwarp();
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(THREADS, C::BLOCKS) decode_kernel(const __grid
     }
     __syncwarp();
   }
-  const LaneOffsets<C> at(p.v_order);
+  const LaneOffsets<C> at(ring, p.v_order);
   TileLoader<C> loader(p, ring);
   WarpState<C> state;
 
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(THREADS, C::BLOCKS) decode_kernel(const __grid
       run.whole = run.begin == 0 && run.end == units;
       // A balanced part begins in the middle of at most one run and ends in the middle of at most one.
       run.slot = p.split_units > 0 ? part : 2 * int64_t(part) + (position != part_begin);
-      attend_run(p, run, state, loader, ring, at, merge);
+      attend_run(p, run, state, loader, at, merge);
       position += advance;
     }
   }

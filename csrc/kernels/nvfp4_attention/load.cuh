@@ -6,59 +6,75 @@
 
 namespace xlayer::attention {
 
+// Keeps a value in its register: where registers are short, nvcc would compute it anew in every iteration.
+__device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 // The tiles of one warp in a run of units of one (request, KV head): tile i is tokens 16 (4 (unit + i) + warp).
+//
+// A tile's K data is contiguous, and so are V's data and the scales: a lane copies pieces `lane`, `lane + 32`, ... of
+// each. Where a piece goes in shared memory is permuted (config.cuh), but the same for all tiles.
 template <class C>
 class TileLoader {
  public:
-  __device__ __forceinline__ TileLoader(const Nvfp4AttentionParams& p, uint32_t ring)
-      : p_(p), ring_(ring), scale_offset_(p.page.data_bytes()), v_offset_(p.page.data_bytes() + p.page.scale_bytes()) {
+  __device__ __forceinline__ TileLoader(const Nvfp4AttentionParams& p, uint32_t ring) : p_(p) {
     const int lane = threadIdx.x & 31;
+    v_offset_ = uint32_t(p.page.data_bytes() + p.page.scale_bytes());
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
-      const int piece = lane + 32 * i;
+    for (int j = 0; j < ADDRESSES; ++j) {
+      const int piece = lane + 32 * j;
       const int n = piece / PIECES_PER_TOKEN, c = piece % PIECES_PER_TOKEN;
       const int row = row_of_token(n);
-      if constexpr (C::EXACT) {
-        k_at_[i] = row * C::ROW + 16 * C::k_chunk(row, c);
-        v_at_[i] = C::V_DATA + n * C::ROW + 16 * C::v_chunk(n, c);
-      } else {
-        k_at_[i] = row * C::ROW + 16 * C::k_chunk(row, c / 2) + 8 * (c % 2);
-        v_at_[i] = C::V_DATA + n * C::ROW + 16 * C::v_chunk(n, c / 2) + 8 * (c % 2);
-      }
+      // 16-byte chunk and the byte in it.
+      const int chunk = C::EXACT ? c : c / 2, byte = C::EXACT ? 0 : 8 * (c % 2);
+      k_to_[j] = ring + row * C::ROW + 16 * C::k_chunk(row, chunk) + byte;
+      v_to_[j] = ring + C::V_DATA + n * C::ROW + 16 * C::v_chunk(n, chunk) + byte;
+      pin(k_to_[j]);
+      pin(v_to_[j]);
     }
+    scale_to_ = ring + C::K_SCALE + 16 * lane;
+    pin(scale_to_);
   }
 
   // count: tiles this warp has, from tile `first_tile` on, WARPS apart.
   __device__ __forceinline__ void start(int request, int kv_head, int first_tile, int count) {
+    const int lane = threadIdx.x & 31;
     table_ = p_.block_table + request * p_.block_table_stride;
-    head_tokens_ = kv_head * p_.page.block_size;
     first_tile_ = first_tile;
     count_ = count;
+    // Pages of 16, 32 and 64 tokens: a warp's tiles have the same place in all of them.
+    const int tiles_per_page = p_.page.block_size / TILE;
+    wanders_ = WARPS % tiles_per_page != 0;
+    const int token = kv_head * p_.page.block_size + (wanders_ ? 0 : first_tile % tiles_per_page * TILE);
+    const bool is_v = lane >= C::S;
+    k_from_ = p_.cache + (token * (C::D / 2) + lane * PIECE);
+    v_from_ = k_from_ + v_offset_;
+    scale_from_ = p_.cache + (p_.page.data_bytes() + token * C::S) + (is_v ? v_offset_ + 16 * (lane - C::S) : 16 * lane);
   }
 
-  // Issues tile i (if there is one) into a stage, as one group.
-  __device__ __forceinline__ void load(int i, int stage) {
+  // Issues tile i (if there is one) into the stage `offset` bytes into the ring, as one group.
+  __device__ __forceinline__ void load(int i, uint32_t offset) {
     if (i % 32 == 0) look_up(i);
     if (i < count_) {
       const int block = __shfl_sync(0xFFFFFFFFu, block_, i % 32);
-      const int token = head_tokens_ + __shfl_sync(0xFFFFFFFFu, token_, i % 32);
-      const uint8_t* page = p_.cache + int64_t(block) * p_.block_stride;
-      const uint8_t* k = page + token * (C::D / 2);
-      const uint32_t at = ring_ + stage * C::STAGE_BYTES;
+      const uint64_t page = uint64_t(uint32_t(block)) * uint32_t(p_.block_stride);  // one instruction with an add
+      const uint8_t* k = k_from_ + page;
+      const uint8_t* v = v_from_ + page;
+      const uint8_t* scales = scale_from_ + page;
+      if (wanders_) {
+        const int token = __shfl_sync(0xFFFFFFFFu, token_, i % 32);
+        k += token * (C::D / 2);
+        v += token * (C::D / 2);
+        scales += token * C::S;
+      }
       const int lane = threadIdx.x & 31;
 #pragma unroll
       for (int j = 0; j < PIECES; ++j) {
-        const int piece = lane + 32 * j;
-        if (TOTAL % 32 == 0 || piece < TOTAL) {
-          ptx::cp_async<PIECE>(at + k_at_[j], k + piece * PIECE);
-          ptx::cp_async<PIECE>(at + v_at_[j], k + v_offset_ + piece * PIECE);
+        if (TOTAL % 32 == 0 || lane + 32 * j < TOTAL) {
+          ptx::cp_async<PIECE>(to(k_to_, j, 8) + offset, k + 32 * j * PIECE);
+          ptx::cp_async<PIECE>(to(v_to_, j, 8) + offset, v + 32 * j * PIECE);
         }
       }
-      if (lane < 2 * C::S) {
-        const bool is_v = lane >= C::S;
-        const uint8_t* scales = page + scale_offset_ + token * C::S + (is_v ? v_offset_ : 0);
-        ptx::cp_async<16>(at + C::K_SCALE + 16 * lane, scales + 16 * (is_v ? lane - C::S : lane));
-      }
+      if (lane < 2 * C::S) ptx::cp_async<16>(scale_to_ + offset, scales);
     }
     ptx::cp_async_commit();
   }
@@ -68,6 +84,13 @@ class TileLoader {
   static constexpr int PIECES_PER_TOKEN = C::D / 2 / PIECE;
   static constexpr int TOTAL = TILE * PIECES_PER_TOKEN;
   static constexpr int PIECES = (TOTAL + 31) / 32;
+  // Of the pieces 8 tokens further on, a lane's place is that of the first ones, 8 rows further on.
+  static constexpr int PERIOD = C::EXACT && 8 * PIECES_PER_TOKEN >= 32 ? 8 * PIECES_PER_TOKEN / 32 : PIECES;
+  static constexpr int ADDRESSES = PERIOD < PIECES ? PERIOD : PIECES;
+
+  __device__ __forceinline__ static uint32_t to(const uint32_t (&at)[ADDRESSES], int j, int rows) {
+    return at[j % ADDRESSES] + j / ADDRESSES * rows * C::ROW;
+  }
 
   // Blocks of the next 32 tiles, one a lane.
   __device__ __forceinline__ void look_up(int i) {
@@ -82,12 +105,16 @@ class TileLoader {
   }
 
   const Nvfp4AttentionParams& p_;
-  const uint32_t ring_;
-  const int64_t scale_offset_, v_offset_;
   const int32_t* table_ = nullptr;
-  int head_tokens_ = 0, first_tile_ = 0, count_ = 0;
-  int block_ = 0, token_ = 0;
-  uint32_t k_at_[PIECES], v_at_[PIECES];
+  int first_tile_ = 0, count_ = 0;
+  int block_ = 0, token_ = 0;        // of the tile this lane looked up
+  bool wanders_ = false;             // tiles lie at different places of their pages
+  uint32_t v_offset_;                // from K to V in a page
+  // What this lane copies of block 0.
+  const uint8_t* k_from_ = nullptr;
+  const uint8_t* v_from_ = nullptr;
+  const uint8_t* scale_from_ = nullptr;
+  uint32_t k_to_[ADDRESSES], v_to_[ADDRESSES], scale_to_;
 };
 
 }  // namespace xlayer::attention

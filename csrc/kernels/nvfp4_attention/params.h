@@ -34,7 +34,7 @@ struct Nvfp4AttentionParams {
   Dtype dtype;  // BF16 or F16
 
   const uint8_t* cache;  // [B] pages
-  int64_t block_stride;  // bytes
+  int64_t block_stride;  // bytes; on CUDA below 4 GiB
   Page page;
   const int32_t* block_table;  // [R][M]
   int64_t block_table_stride;  // elements

@@ -67,30 +67,30 @@ __device__ __forceinline__ uint32_t load_shared_u16(uint32_t at) {
   return bytes;
 }
 
-// Where a lane reads in a stage; constant over the kernel.
+// Shared addresses of what a lane reads of the ring's first stage.
 template <class C>
 struct LaneOffsets {
   static constexpr int V_GROUPS = C::DP == 256 ? 2 : 1;  // scale groups of V's dimensions of a lane
   uint32_t k_data, k_scale[C::EXACT && C::DP > 64 ? 1 : 2], v_data, v_scale[V_GROUPS];
 
-  __device__ __forceinline__ LaneOffsets(ScaleOrder order) {
+  __device__ __forceinline__ LaneOffsets(uint32_t ring, ScaleOrder order) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int token = token_of_row(g);
     if (C::DP == 64) {
-      k_data = g * C::ROW + 8 * t;
-      k_scale[0] = C::K_SCALE + token * C::S + t;
+      k_data = ring + g * C::ROW + 8 * t;
+      k_scale[0] = ring + C::K_SCALE + token * C::S + t;
     } else {
-      k_data = g * C::ROW + 16 * C::k_chunk(g, t);
-      k_scale[0] = C::K_SCALE + token * C::S + (C::EXACT ? 2 * t : min(2 * t, C::S - 1));
-      if (!C::EXACT) k_scale[1] = C::K_SCALE + token * C::S + min(2 * t + 1, C::S - 1);
+      k_data = ring + g * C::ROW + 16 * C::k_chunk(g, t);
+      k_scale[0] = ring + C::K_SCALE + token * C::S + (C::EXACT ? 2 * t : min(2 * t, C::S - 1));
+      if (!C::EXACT) k_scale[1] = ring + C::K_SCALE + token * C::S + min(2 * t + 1, C::S - 1);
     }
     // Rows t, t + 4, ... are swizzled alike.
     const int byte = g * (C::DP / 16);
-    v_data = C::V_DATA + t * C::ROW + 16 * C::v_chunk(t, byte / 16) + byte % 16;
+    v_data = ring + C::V_DATA + t * C::ROW + 16 * C::v_chunk(t, byte / 16) + byte % 16;
 #pragma unroll
     for (int i = 0; i < V_GROUPS; ++i) {
       const int s = min(C::DP == 256 ? 2 * g + i : C::DP == 128 ? g : g / 2, C::S - 1);
-      v_scale[i] = C::V_SCALE;
+      v_scale[i] = ring + C::V_SCALE;
       if (order == ScaleOrder::LINEAR) {
         v_scale[i] += t * C::S + s;
       } else {  // Page::scale_index: a group of four tokens is [4][S/4][4], the token last
@@ -104,7 +104,7 @@ struct LaneOffsets {
 template <class C>
 class Tile {
  public:
-  // stage: shared address. mask: null where every query sees every token of the tile.
+  // stage: its offset in the ring. mask: null where every query sees every token of the tile.
   __device__ __forceinline__ static void attend(WarpState<C>& state, uint32_t stage, const LaneOffsets<C>& at,
                                                 float soft_cap, const TileMask* mask) {
     float s[C::NT][4];
@@ -112,7 +112,7 @@ class Tile {
     if (soft_cap > 0.0f) cap(s, soft_cap, state);
     if (mask != nullptr) mask_logits(s, *mask);
     uint32_t p[C::NT][2];
-    softmax(state, s, soft_cap > 0.0f, p);
+    softmax(state, s, p);
     multiply_v(state, stage, at, p, mask);
   }
 
@@ -141,8 +141,8 @@ class Tile {
           if constexpr (C::EXACT) {
             bytes = load_shared_u16(scale + at.k_scale[0] + 8 * i);
           } else {
-            bytes = load_shared_u8(scale + clamp_group(at.k_scale[0], i)) |
-                    load_shared_u8(scale + clamp_group(at.k_scale[1], i)) << 8;
+            bytes = load_shared_u8(scale + at.k_scale[0] + groups_on(i, 0)) |
+                    load_shared_u8(scale + at.k_scale[1] + groups_on(i, 1)) << 8;
           }
           scales[half][i] = ptx::e4m3x2_to_half2(bytes);
         }
@@ -169,11 +169,10 @@ class Tile {
     }
   }
 
-  // Offset of the scale 8 i groups further on, but at most the token's last (its data is zero there).
-  __device__ __forceinline__ static uint32_t clamp_group(uint32_t at, int i) {
-    if (i == 0) return at;
-    const uint32_t within = (at - C::K_SCALE) % C::S;
-    return at + min(8u * i, C::S - 1 - within);
+  // From the scale of group 2 t + j to that of 8 i groups further on, or the token's last: data is zero there.
+  __device__ __forceinline__ static uint32_t groups_on(int i, int j) {
+    const int group = 2 * int(threadIdx.x & 3) + j;
+    return i == 0 ? 0 : min(8 * i, C::S - 1 - group);
   }
 
   __device__ __forceinline__ static __half2 scale_of_word(const __half2* scales, int w) {
@@ -181,15 +180,17 @@ class Tile {
     return w % 4 < 2 ? __low2half2(scales[w / 4]) : __high2half2(scales[w / 4]);
   }
 
-  // S^T becomes logits in base 2.
+  // S^T becomes what gives the capped logits when it is multiplied by the factor.
   __device__ __forceinline__ static void cap(float (&s)[C::NT][4], float soft_cap, const WarpState<C>& state) {
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // tanh(x) = 1 - 2 / (1 + e^2x): more exact than tanh.approx.
-        const float x = __fdividef(s[n][i] * state.factor[n][i % 2], soft_cap * LOG2E);
-        s[n][i] = soft_cap * LOG2E * (1.0f - __fdividef(2.0f, 1.0f + ptx::exp2_approx(2.0f * LOG2E * x)));
+        const float factor = state.factor[n][i % 2];
+        const float x = __fdividef(s[n][i] * factor, soft_cap * LOG2E);
+        const float tanh_x = 1.0f - __fdividef(2.0f, 1.0f + ptx::exp2_approx(2.0f * LOG2E * x));
+        s[n][i] = __fdividef(soft_cap * LOG2E * tanh_x, factor);
       }
     }
   }
@@ -210,7 +211,7 @@ class Tile {
     }
   }
 
-  __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4], bool capped,
+  __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4],
                                                  uint32_t (&p)[C::NT][2]) {
     bool grows = false;
     float top[C::NT][2];
@@ -218,7 +219,7 @@ class Tile {
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        top[n][j] = fmaxf(s[n][j], s[n][2 + j]) * (capped ? 1.0f : state.factor[n][j]);
+        top[n][j] = fmaxf(s[n][j], s[n][2 + j]) * state.factor[n][j];
         grows = grows || top[n][j] > state.max[n][j] + LAZY;
       }
     }
@@ -228,8 +229,7 @@ class Tile {
       float e[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float factor = capped ? 1.0f : state.factor[n][i % 2];
-        e[i] = ptx::exp2_approx(fmaf(s[n][i], factor, -state.max[n][i % 2]));
+        e[i] = ptx::exp2_approx(fmaf(s[n][i], state.factor[n][i % 2], -state.max[n][i % 2]));
         state.sum[n][i % 2] += e[i];
       }
       p[n][0] = ptx::transpose_8x8(pack(e[0], e[1]));
