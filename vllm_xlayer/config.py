@@ -14,8 +14,8 @@ from typing import Any
 from .nvfp4 import ScaleChoice
 
 PREFIX = "VLLM_XLAYER_"
-BUILD_VARIABLES = frozenset({"VLLM_XLAYER_CUDA", "VLLM_XLAYER_ARCHS"})
-"""Read by setup.py; they may still be set when the package runs."""
+OTHER_VARIABLES = frozenset({"VLLM_XLAYER_CUDA", "VLLM_XLAYER_ARCHS", "VLLM_XLAYER_COMMIT"})
+"""Read by setup.py and by bench/record.py; they may be set when an engine starts."""
 
 
 class ConfigError(ValueError):
@@ -44,7 +44,7 @@ class Config:
             "scale_choice": _parse_scale_choice,
         }
         names = {PREFIX + name.upper(): name for name in parsers}
-        ours = sorted(name for name in env if name.startswith(PREFIX) and name not in BUILD_VARIABLES)
+        ours = sorted(name for name in env if name.startswith(PREFIX) and name not in OTHER_VARIABLES)
         if unknown := [name for name in ours if name not in names]:
             raise ConfigError(f"environment: expected one of {', '.join(names)}, got {unknown[0]}")
         return cls(**{names[name]: parsers[names[name]](name, env[name]) for name in ours})

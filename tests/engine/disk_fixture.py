@@ -1,6 +1,5 @@
 """Engines with a disk tier, for the tests of it."""
 
-import time
 from pathlib import Path
 
 from faults import core_of, live_connector, settle
@@ -47,11 +46,3 @@ def cached(llm):
 
 
 WHOLE_BLOCKS = [len(p) // 16 * 16 for p in PROMPTS]
-
-
-def settle_slowly(llm):
-    deadline = time.monotonic() + 30
-    while core_of(llm).scheduler.has_requests() and time.monotonic() < deadline:
-        llm.llm_engine.step()
-        time.sleep(0.01)
-    settle(llm)

@@ -24,6 +24,8 @@ from model_fixture import (
 from transformers import Gemma2Config
 from vllm import SamplingParams
 
+from vllm_xlayer import compat
+
 NUM_TOKENS = 8
 PROMPTS = random_prompts([5, 100, 16, 33, 200, 1])
 ROW = 2 * 2 * 2 * 16 * 32 * 4
@@ -270,3 +272,16 @@ def test_without_host_memory_the_engine_runs(make_llm, tiny_llama, answers, capl
     assert manager_of(llm).problem and not manager_of(llm).chunks()
     said = [record for record in caplog_vllm.records if "host tier" in record.getMessage()]
     assert any("cpu_bytes_to_use" in record.getMessage() for record in said) and len(said) <= 2
+
+
+def test_the_device_cache_is_emptied_when_nothing_is_under_way(make_llm, tiny_llama, monkeypatch):
+    slow_down(monkeypatch, 50)
+    llm = make_llm(tiny_llama, kv_transfer_config=connector())
+    vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    with pytest.raises(TimeoutError):
+        compat.current().empty_device_cache(llm, seconds=0)
+    compat.current().empty_device_cache(llm)
+    scheduler = core_of(llm).scheduler
+    assert not scheduler.has_requests()
+    assert len(scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block) == 0
+    settle(llm)

@@ -16,7 +16,6 @@ from disk_fixture import (
     connector,
     entries,
     fill,
-    settle_slowly,
     start,
 )
 from faults import Copies, core_of, forget_device_cache, live_connector, manager_of, settle, slow_down
@@ -89,7 +88,7 @@ def test_a_slow_disk_does_not_hold_a_request_up(make_llm, tiny_llama, answers, t
     started = time.monotonic()
     tokens = vllm_greedy(llm, PROMPTS, NUM_TOKENS)
     assert tokens == answers and time.monotonic() - started < 0.3 * BLOCKS
-    settle_slowly(llm)
+    settle(llm)
 
 
 def test_a_slow_disk_does_not_pin_the_host_tier(make_llm, tiny_llama, answers, tmp_path, monkeypatch):
@@ -101,7 +100,7 @@ def test_a_slow_disk_does_not_pin_the_host_tier(make_llm, tiny_llama, answers, t
     assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == answers
     assert manager_of(llm).disk.counts["not stored: disk too slow"] > 0
     assert manager_of(llm).disk._waiting < 24 // 4 + 12  # the largest prompt's job may come on top
-    settle_slowly(llm)
+    settle(llm)
 
 
 def test_failed_copies_do_not_loop(make_llm, tiny_llama, answers, tmp_path, copies):
@@ -181,7 +180,7 @@ def test_reset_during_promotions(make_llm, tiny_llama, answers, tmp_path, monkey
             outputs += llm.llm_engine.step()
         got = {o.request_id: list(o.outputs[0].token_ids) for o in outputs if o.finished}
         assert [got[str(i)] for i in range(len(PROMPTS))] == answers
-        settle_slowly(llm)
+        settle(llm)
 
 
 def test_stop_during_promotions_and_stores(make_llm, tiny_llama, answers, tmp_path, monkeypatch):

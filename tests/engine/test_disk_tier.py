@@ -24,6 +24,7 @@ from faults import core_of, forget_device_cache, live_connector, manager_of, set
 from model_fixture import transformers_greedy, vllm_greedy
 from transformers import AutoConfig
 
+from vllm_xlayer.connector import tiering
 from vllm_xlayer.connector.disk_format import HEADER_BYTES
 
 
@@ -31,6 +32,7 @@ from vllm_xlayer.connector.disk_format import HEADER_BYTES
 def debug(monkeypatch):
     monkeypatch.setenv("VLLM_XLAYER_DEBUG", "1")
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    monkeypatch.setattr(tiering, "DEADLINE_SECONDS", 60)  # these tests wait for a slow disk
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ def test_all_settings_from_the_environment():
         "VLLM_XLAYER_SCALE_CHOICE": "amax_6",
         "VLLM_XLAYER_CUDA": "0",
         "VLLM_XLAYER_ARCHS": "90",
+        "VLLM_XLAYER_COMMIT": "0123abc",
         "VLLM_PLUGINS": "other",
     }
     assert Config.load(env=env) == Config(True, 200, ScaleChoice.AMAX_6)

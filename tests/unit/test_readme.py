@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from vllm_xlayer.bench.readme import rendered
+from vllm_xlayer.bench.record import provenance
 
 # The source tree's: the installed package has no README beside it.
 README = Path(__file__).parents[2] / "README.md"
@@ -21,3 +22,8 @@ def test_the_two_commands_are_the_ones_ci_knows():
     assert commands[1].strip() == "pytest"
     ci = (README.parent / ".ci/run").read_text()
     assert ci.rstrip().endswith("\n" + commands[1].strip())
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("VLLM_XLAYER_COMMIT", "0123abc")
+    assert provenance()["commit"] == "0123abc"

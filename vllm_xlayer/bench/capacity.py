@@ -119,8 +119,7 @@ def engine(job_text: str) -> None:
     }
     if job["rows"]:
         before = compat.current().rows_loaded()
-        if not llm.reset_prefix_cache():
-            raise RuntimeError("the device's prefix cache could not be emptied")
+        compat.current().empty_device_cache(llm)
         report["ttft_restored"] = first_token()
         report["rows_restored"] = compat.current().rows_loaded() - before
     Path(job["out"]).write_text(json.dumps(report))

@@ -1,8 +1,13 @@
-"""What every results file says besides its numbers: when, where, and with what they were taken."""
+"""What every results file says besides its numbers: when, where, and with what they were taken.
+
+A copy of the source tree without its git history cannot say which commit it is: whoever makes the copy
+sets VLLM_XLAYER_COMMIT there, to what `git rev-parse --short HEAD` says here.
+"""
 
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -45,7 +50,10 @@ def write(path: Path, numbers: dict[str, Any]) -> None:
 
 
 def _commit() -> str:
-    """The commit of the source tree this file lies in, marked if the tree was changed; else "unknown"."""
+    """VLLM_XLAYER_COMMIT where it is set; else the commit of the source tree this file lies in, marked if the
+    tree was changed; else "unknown"."""
+    if told := os.environ.get("VLLM_XLAYER_COMMIT"):
+        return told
     here = Path(__file__).parent
     try:
         commit = subprocess.run(

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -244,6 +245,27 @@ def rows_loaded() -> int:
 
     connector: Any = get_kv_transfer_group()
     return connector.connector_worker.worker.rows_loaded
+
+
+def empty_device_cache(llm, seconds: float = 60.0) -> None:
+    """Forgets what the device's prefix cache holds, of a running engine whose core is in this process.
+
+    After the last answer a step may be under way that was scheduled ahead of it, and transfers. vLLM forgets
+    no block that is in use, and only steps of the engine find out that it no longer is.
+
+    Raises:
+        TimeoutError: something is still under way after ``seconds``.
+        RuntimeError: vLLM refuses, though nothing is.
+    """
+    core = llm.llm_engine.engine_core.engine_core
+    deadline = time.monotonic() + seconds
+    while core.scheduler.has_requests() or core.batch_queue:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"expected all steps and transfers to end within {seconds} s; some have not")
+        llm.llm_engine.step()
+        time.sleep(0.001)
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("the device's prefix cache could not be emptied")
 
 
 def use_stable_block_hashes() -> None:
