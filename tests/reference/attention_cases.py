@@ -68,6 +68,8 @@ class Batch:
     block_table: torch.Tensor
     """int32 [R, M], a slice of a wider one"""
     seq_lens: torch.Tensor
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
     sinks: torch.Tensor | None
 
     @property
@@ -108,8 +110,8 @@ class Batch:
             self.block_table,
             self.seq_lens,
             workspace,
-            scalar(c.k_scale, self.device),
-            scalar(c.v_scale, self.device),
+            self.k_scale,
+            self.v_scale,
             out,
             scale=c.softmax_scale,
             q_len=c.q_len,
@@ -204,6 +206,8 @@ def make_batch(case: Case, device: torch.device) -> Batch:
         q,
         torch.from_numpy(table).to(device)[:, :columns],
         torch.tensor(case.lengths, dtype=torch.int32, device=device),
+        scalar(case.k_scale, device),
+        scalar(case.v_scale, device),
         None if sinks is None else sinks.to(device),
     )
 
