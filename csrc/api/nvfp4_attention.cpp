@@ -24,41 +24,24 @@ int int_between(const char* name, int64_t value, int64_t low, int64_t high) {
   return int(value);
 }
 
-// What the schedule and the size of the workspace depend on.
-struct Shape {
-  int q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units;
-};
-
-Shape check_shape(int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size, int64_t window,
-                  int64_t parts, int64_t split_units) {
-  Shape s = {};
-  s.q_len = int_between("q_len", q_len, 1, MAX_Q_LEN);
-  s.window = int_between("window", window, 0, INT32_MAX);
-  s.parts = int_between("parts", parts, 1, INT32_MAX);
-  s.split_units = int_between("split_units", split_units, 0, INT32_MAX);
-  s.num_kv_heads = int_between("num_kv_heads", num_kv_heads, 1, INT32_MAX / MAX_GROUP);
+// Params with what the schedule and the size of the workspace depend on.
+Nvfp4AttentionParams check_shape(int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
+                                 int64_t window, int64_t parts, int64_t split_units) {
+  Nvfp4AttentionParams p = {};
+  p.q_len = int_between("q_len", q_len, 1, MAX_Q_LEN);
+  p.window = int_between("window", window, 0, INT32_MAX);
+  p.parts = int_between("parts", parts, 1, INT32_MAX);
+  p.split_units = int_between("split_units", split_units, 0, INT32_MAX);
+  p.page.heads = int_between("num_kv_heads", num_kv_heads, 1, INT32_MAX / MAX_GROUP);
   STD_TORCH_CHECK(
       num_q_heads > 0 && num_q_heads % num_kv_heads == 0 && num_q_heads / num_kv_heads <= MAX_GROUP,
       "q: expected 1 to ", MAX_GROUP, " query heads a KV head, got ", num_q_heads, " query heads for ",
       num_kv_heads, " KV heads");
-  s.num_q_heads = int(num_q_heads);
+  p.num_q_heads = int(num_q_heads);
   STD_TORCH_CHECK(head_size > 0 && head_size % GROUP == 0 && head_size <= MAX_HEAD_SIZE,
                   "head_size: expected a multiple of ", GROUP, " up to ", MAX_HEAD_SIZE, ", got ", head_size);
-  s.head_size = int(head_size);
-  return s;
-}
-
-Shape check_params_shape(const Tensor& q, const Page& page, int64_t q_len, int64_t window, int64_t parts,
-                         int64_t split_units) {
-  return check_shape(q_len, q.size(1), page.heads, page.head_size, window, parts, split_units);
-}
-
-void set_shape(const Shape& shape, Nvfp4AttentionParams& p) {
-  p.q_len = shape.q_len;
-  p.num_q_heads = shape.num_q_heads;
-  p.window = shape.window;
-  p.parts = shape.parts;
-  p.split_units = shape.split_units;
+  p.page.head_size = int(head_size);
+  return p;
 }
 
 void check_seq_lens(const Tensor& seq_lens) {
@@ -81,10 +64,8 @@ Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& sc
   check_dtype("schedule", schedule, {ScalarType::Int});
   check_seq_lens(seq_lens);
   check_schedule(schedule, seq_lens.size(0));
-  Nvfp4AttentionParams p = {};
-  set_shape(check_shape(q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units), p);
-  p.page.heads = int(num_kv_heads);
-  p.page.head_size = int(head_size);
+  Nvfp4AttentionParams p =
+      check_shape(q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units);
   p.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
   p.num_requests = int(seq_lens.size(0));
   p.schedule = static_cast<int32_t*>(schedule.data_ptr());
@@ -98,13 +79,14 @@ void check_optional(const char* name, const std::optional<Tensor>& tensor, const
   check_dtype(name, *tensor, {ScalarType::Float});
 }
 
-void check_out(const Tensor& q, const Tensor& out, const std::optional<Tensor>& lse) {
+void check_sizes_of_q(const Tensor& q, const Tensor& out, const std::optional<Tensor>& lse,
+                      const std::optional<Tensor>& sinks) {
   check_size("out", out, 0, q.size(0), "the tokens of q");
   check_size("out", out, 1, q.size(1), "the heads of q");
   check_size("out", out, 2, q.size(2), "the head size of q");
-  if (!lse) return;
-  check_size("lse", *lse, 0, q.size(1), "the heads of q");
-  check_size("lse", *lse, 1, q.size(0), "the tokens of q");
+  if (lse) check_size("lse", *lse, 0, q.size(1), "the heads of q");
+  if (lse) check_size("lse", *lse, 1, q.size(0), "the tokens of q");
+  if (sinks) check_size("sinks", *sinks, 0, q.size(1), "the heads of q");
 }
 
 Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
@@ -146,21 +128,19 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   if (sinks) {
     check_rank("sinks", *sinks, 1, "(query heads)");
     check_dense("sinks", *sinks);
-    check_size("sinks", *sinks, 0, q.size(1), "the heads of q");
   }
   const int64_t R = seq_lens.size(0);
   check_schedule(schedule, R);
   check_size("q", q, 2, page.head_size, "the head size of kv_cache");
-  const Shape shape = check_params_shape(q, page, q_len, window, parts, split_units);
+  Nvfp4AttentionParams p =
+      check_shape(q_len, q.size(1), page.heads, page.head_size, window, parts, split_units);
   check_size("q", q, 0, R * q_len, "the requests of seq_lens times q_len");
   check_size("block_table", block_table, 0, R, "the requests of seq_lens");
-  check_out(q, out, lse);
+  check_sizes_of_q(q, out, lse, sinks);
   STD_TORCH_CHECK(std::isfinite(scale), "scale: expected a finite number, got ", scale);
   STD_TORCH_CHECK(std::isfinite(soft_cap) && soft_cap >= 0,
                   "soft_cap: expected 0 (none) or a positive number, got ", soft_cap);
 
-  Nvfp4AttentionParams p = {};
-  set_shape(shape, p);
   p.q = q.data_ptr();
   p.q_stride_t = q.stride(0);
   p.q_stride_h = q.stride(1);
@@ -253,16 +233,16 @@ struct Workspace {
 };
 
 // max_tokens: of one request.
-Workspace workspace_of(const Shape& s, int64_t requests, int64_t max_tokens) {
-  const int rows = s.q_len * (s.num_q_heads / s.num_kv_heads);
-  const int64_t tile_rows = nvfp4_attention_tile_rows(s.head_size, rows);
-  // A part holds at most two (request, head tile) that other parts share: where it begins and where it ends.
-  int64_t slots = 2 * int64_t(s.parts);
-  if (s.split_units > 0) {
-    const int64_t splits = ceil_div(ceil_div(max_tokens, UNIT_TOKENS), s.split_units);
-    slots = requests * s.num_kv_heads * ceil_div(rows, tile_rows) * splits;
+Workspace workspace_of(const Nvfp4AttentionParams& p, int64_t requests, int64_t max_tokens) {
+  const int rows = p.q_len * (p.num_q_heads / p.page.heads);
+  const int64_t tile_rows = nvfp4_attention_tile_rows(p.page.head_size, rows);
+  // A part shares at most two (request, head tile) with other parts: where it begins and where it ends.
+  int64_t slots = 2 * int64_t(p.parts);
+  if (p.split_units > 0) {
+    const int64_t splits = ceil_div(ceil_div(max_tokens, UNIT_TOKENS), p.split_units);
+    slots = requests * p.page.heads * ceil_div(rows, tile_rows) * splits;
   }
-  return {slots * tile_rows * nvfp4_attention_padded_head_size(s.head_size), slots * tile_rows * 2};
+  return {slots * tile_rows * nvfp4_attention_padded_head_size(p.page.head_size), slots * tile_rows * 2};
 }
 
 }  // namespace
@@ -289,8 +269,7 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
             q_len, window, soft_cap, scale_order, parts, split_units);
   check_head_size(p.page.head_size);
   const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
-  const Workspace needed = workspace_of(check_params_shape(q, p.page, q_len, window, parts, split_units),
-                                        p.num_requests, p.max_blocks * p.page.block_size);
+  const Workspace needed = workspace_of(p, p.num_requests, p.max_blocks * p.page.block_size);
   STD_TORCH_CHECK(workspace.size(0) >= needed.floats(), "workspace: expected at least ", needed.floats(),
                   " floats for this shape, got ", workspace.size(0));
   if (p.num_requests == 0) return;
@@ -309,10 +288,11 @@ int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
                                             int64_t head_size, int64_t parts, int64_t split_units) {
-  const Shape shape = check_shape(q_len, num_q_heads, num_kv_heads, head_size, 0, parts, split_units);
-  check_head_size(shape.head_size);
+  const Nvfp4AttentionParams p =
+      check_shape(q_len, num_q_heads, num_kv_heads, head_size, 0, parts, split_units);
+  check_head_size(p.page.head_size);
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  return workspace_of(shape, requests, max_tokens).floats();
+  return workspace_of(p, requests, max_tokens).floats();
 }
 #endif
 

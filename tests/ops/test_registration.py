@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from reference.attention_cases import Case, make_batch
 from reference.pools import make_pool, scalar
 
 from vllm_xlayer import ops
@@ -22,14 +23,38 @@ def arguments_of(name: str, device: torch.device) -> tuple:
         cumulative = torch.tensor([0, 5], dtype=torch.int32, device=device)
         pool.raw.fill_(0x38)  # finite, so that results can be compared
         return pool.cache, table, starts, cumulative, one, one, key, key.clone(), 0
+    if name.startswith("nvfp4"):
+        batch = make_batch(Case((20, 40), 2, head_size=64, sinks=True), device)
+        workspace, one = batch.workspace(), scalar(1.0, device)
+        shape = (8, 2, 64)
+        if name == "nvfp4_attention_schedule":
+            return batch.seq_lens, workspace.schedule, 2, *shape, 0, workspace.parts_for(2), 0
+        if name == "nvfp4_attention_parts":
+            return workspace.partial, 64, 8
+        if name == "nvfp4_attention_workspace_size":
+            return workspace.partial, 2, 1024, 2, *shape, 16, 0
+        ops.nvfp4_attention_schedule(batch.seq_lens, workspace, 2)
+        inputs = (batch.q, batch.pool.cache, batch.block_table, batch.seq_lens, workspace.schedule, one, one)
+        out, lse = torch.zeros_like(batch.q), torch.zeros(8, 4, device=device)
+        # Finite, so that what a call leaves there can be compared.
+        partial = torch.zeros_like(workspace.partial)
+        return *inputs, out, lse, batch.sinks, partial, 0.125, 2, 0, 0.0, 0, workspace.parts_for(2), 0
     ids = torch.tensor([0, 2])
     return pool.raw, pool.raw.clone(), ids, ids.flip(0)
 
 
-@pytest.mark.parametrize("name", ["reshape_and_cache_nvfp4", "gather_nvfp4", "copy_blocks"])
+@pytest.mark.parametrize("name", ops.extension.OPS)
 def test_opcheck(device, name):
     ops.load()
     torch.library.opcheck(getattr(torch.ops.vllm_xlayer, name).default, arguments_of(name, device))
+
+
+@pytest.mark.parametrize("name", ["nvfp4_attention_parts", "nvfp4_attention_workspace_size"])
+def test_opcheck_of_ops_without_a_fake_version(device, name):
+    """Sizes asked for before anything is traced."""
+    ops.load()
+    op = getattr(torch.ops.vllm_xlayer, name).default
+    torch.library.opcheck(op, arguments_of(name, device), test_utils="test_schema")
 
 
 def test_build_info():

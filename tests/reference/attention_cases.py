@@ -1,0 +1,265 @@
+"""Batches for nvfp4_paged_attention in poisoned pools, and the check against float64 attention."""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from reference import attention_ref as ref
+from reference.pools import Pool, make_pool, scalar
+
+from vllm_xlayer import ops
+from vllm_xlayer.nvfp4 import ScaleOrder
+
+NEVER_WRITTEN = 2  # blocks of each pool that stay poisoned
+LSE_ERROR = 1e-3
+FLOAT32_ERROR = 1e-6  # relative: an LSE in the tens of thousands is a float32, too
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...]
+    """Tokens of each request, its q_len new ones included."""
+    q_len: int = 1
+    kv_heads: int = 2
+    group: int = 4
+    head_size: int = 128
+    block_size: int = 16
+    window: int = 0
+    soft_cap: float = 0.0
+    sinks: bool = False
+    order: ScaleOrder = ScaleOrder.LINEAR
+    dtype: torch.dtype = torch.bfloat16
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+    q_size: float = 1.0
+    """Standard deviation of the queries; the softmax scale is divided by it, so scores stay about 1."""
+    all_scales: bool = False
+    """Block scales of K and V over e4m3's whole range, instead of those of Gaussian K and V."""
+    split_units: int = 0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        changed = [(f.name, getattr(self, f.name)) for f in fields(self)[1:]]
+        changed = [f"{name}={value}" for name, value in changed if value != getattr(Case, name)]
+        return ",".join(["+".join(map(str, self.lengths)), *changed]).replace("torch.", "")
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    @property
+    def softmax_scale(self) -> float:
+        k_size = self.k_scale * (400.0 if self.all_scales else 1.0)
+        return self.head_size**-0.5 / (self.q_size * k_size)
+
+    def first_seen(self, length: int) -> int:
+        """The first token that a query of a request of this length sees."""
+        return max(0, length - self.q_len - self.window + 1) if self.window else 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A case's inputs on a device."""
+
+    case: Case
+    pool: Pool
+    q: torch.Tensor
+    """[R * q_len, Hq, D], a slice of a fused projection whose other parts are NaN"""
+    block_table: torch.Tensor
+    """int32 [R, M], a slice of a wider one"""
+    seq_lens: torch.Tensor
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+    sinks: torch.Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    def only(self, requests: list[int]) -> "Batch":
+        """The batch of some of the requests."""
+        q = self.q.unflatten(0, (-1, self.case.q_len))[requests].flatten(0, 1)
+        case = replace(self.case, lengths=tuple(self.case.lengths[r] for r in requests))
+        return replace(
+            self, case=case, q=q, block_table=self.block_table[requests], seq_lens=self.seq_lens[requests]
+        )
+
+    def workspace(self, max_requests: int | None = None) -> ops.AttentionWorkspace:
+        """Poisoned, as memory may be."""
+        c = self.case
+        made = ops.AttentionWorkspace.create(
+            self.device,
+            num_q_heads=c.heads,
+            num_kv_heads=c.kv_heads,
+            head_size=c.head_size,
+            max_requests=len(c.lengths) if max_requests is None else max_requests,
+            max_q_len=c.q_len,
+            split_units=c.split_units,
+            max_tokens=self.block_table.shape[1] * c.block_size,
+        )
+        made.schedule.fill_(-1)
+        made.partial.fill_(torch.nan)
+        return made
+
+    def launch(self, workspace: ops.AttentionWorkspace, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        c = self.case
+        ops.nvfp4_attention_schedule(self.seq_lens, workspace, c.q_len, c.window)
+        ops.nvfp4_paged_attention(
+            self.q,
+            self.pool.cache,
+            self.block_table,
+            self.seq_lens,
+            workspace,
+            self.k_scale,
+            self.v_scale,
+            out,
+            scale=c.softmax_scale,
+            q_len=c.q_len,
+            window=c.window,
+            soft_cap=c.soft_cap,
+            sinks=self.sinks,
+            lse=lse,
+            scale_order=c.order,
+        )
+
+    def run(self, workspace: ops.AttentionWorkspace | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output [R * q_len, Hq, D], LSE [Hq, R * q_len]) on the CPU, after a look at the memory around."""
+        tokens, heads, head_size = self.q.shape
+        wide = torch.full(
+            (tokens + 2, heads + 1, head_size + 8), torch.nan, dtype=self.q.dtype, device=self.device
+        )
+        wide_lse = torch.full((heads + 1, tokens + 3), 7.0, device=self.device)
+        out, lse = wide[1:-1, 1:, 8:], wide_lse[1:, 2:-1]
+        self.launch(workspace or self.workspace(len(self.case.lengths) + 3), out, lse)
+        result = out.cpu().clone(), lse.cpu().clone()
+        out.fill_(torch.nan)
+        lse.fill_(7.0)
+        assert wide.isnan().all() and (wide_lse == 7.0).all(), "memory around the outputs was written"
+        return result
+
+    def dequantised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of all blocks [B, N, H, D] float64 on the CPU, with the global scales."""
+        c, pool = self.case, self.pool
+        start = pool.layer * pool.page_bytes
+        pages = pool.raw[:, start : start + pool.page_bytes].cpu().numpy()
+        shape = (c.kv_heads, c.block_size, c.head_size)
+        k = ref.dequantise_pages(pages, *shape, False, False) * c.k_scale
+        v = ref.dequantise_pages(pages, *shape, True, c.order == ScaleOrder.SWIZZLED) * c.v_scale
+        return torch.from_numpy(k), torch.from_numpy(v)
+
+
+def make_batch(case: Case, device: torch.device) -> Batch:
+    """Random nibbles and block scales where some query sees them; all else in the pool is poisoned.
+
+    Full blocks are shuffled and repeated, inside a request and between requests. Table entries past a
+    request's tokens, and before its window, are -1 or a block that is never written.
+    """
+    rng = np.random.default_rng(case.seed)
+    n = case.block_size
+    full = [length // n for length in case.lengths]
+    partial = [int(length % n > 0) for length in case.lengths]
+    shared = max(1, sum(full) * 2 // 3)
+    ids = rng.permutation(shared + sum(partial) + NEVER_WRITTEN)
+    poisoned, shared_ids, own_ids = np.split(ids, [NEVER_WRITTEN, NEVER_WRITTEN + shared])
+
+    columns = max([f + p for f, p in zip(full, partial, strict=True)], default=0) + 1
+    table = rng.choice([-1, *poisoned], (len(case.lengths), columns + 2)).astype(np.int32)
+    seen = np.zeros((len(ids), n), bool)
+    for r, length in enumerate(case.lengths):
+        first = case.first_seen(length)
+        blocks = rng.choice(shared_ids, full[r])
+        if partial[r]:
+            blocks = np.append(blocks, own_ids[sum(partial[:r])])
+        table[r, first // n : len(blocks)] = blocks[first // n :]
+        tokens = np.arange(first, length)
+        seen[blocks[tokens // n], tokens % n] = True
+
+    pool = make_pool(device, len(ids), case.kv_heads, n, case.head_size)
+    start = pool.layer * pool.page_bytes
+    raw = pool.raw.cpu().numpy()
+    pages = raw[:, start : start + pool.page_bytes]
+    block, token = np.nonzero(seen)
+    low, high = (0, 0x7F) if case.all_scales else (32, 52)  # 2^-3 ... 0.7: values of about 1
+    for is_v in (False, True):
+        swizzled = case.order == ScaleOrder.SWIZZLED
+        data_at, scale_at = ref.byte_addresses(case.kv_heads, n, case.head_size, is_v, swizzled)
+        at = data_at[token]
+        pages[block[:, None, None], at] = rng.integers(0, 256, at.shape, dtype=np.uint8)
+        at = scale_at[token]
+        scales = rng.integers(low, high, at.shape, dtype=np.uint8)
+        # Zero and subnormal scales, too.
+        pages[block[:, None, None], at] = np.where(
+            rng.random(at.shape) < 0.05, rng.integers(0, 8, at.shape, dtype=np.uint8), scales
+        )
+    pool.raw.copy_(torch.from_numpy(raw))
+
+    generator = torch.Generator().manual_seed(case.seed)
+    rows = len(case.lengths) * case.q_len
+    width = case.heads * case.head_size
+    fused = torch.full((rows, width + 2 * case.kv_heads * case.head_size), torch.nan)
+    fused[:, :width] = torch.randn(rows, width, generator=generator) * case.q_size
+    q = fused.to(case.dtype).to(device)[:, :width].unflatten(1, (case.heads, case.head_size))
+    sinks = torch.randn(case.heads, generator=generator) * 2 if case.sinks else None
+    return Batch(
+        case,
+        pool,
+        q,
+        torch.from_numpy(table).to(device)[:, :columns],
+        torch.tensor(case.lengths, dtype=torch.int32, device=device),
+        scalar(case.k_scale, device),
+        scalar(case.v_scale, device),
+        None if sinks is None else sinks.to(device),
+    )
+
+
+def rounding(dtype: torch.dtype, exact: torch.Tensor) -> float:
+    """The error of rounding a result once."""
+    info = torch.finfo(dtype)
+    return max(info.eps / 2 * float(exact.abs().max()), info.smallest_normal * info.eps / 2)
+
+
+def assert_accurate(
+    what: str, got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """flash-attention's rule: at most twice the error of plain PyTorch in the dtype, and one rounding.
+
+    A NaN must be where the exact result has one, and only there.
+    """
+    nan = exact.isnan()
+    assert torch.equal(got.isnan(), nan), f"{what}: NaN at {(got.isnan() != nan).nonzero()[:5].tolist()}"
+    if nan.all():
+        return
+    finite = ~nan
+    error = float((got[finite].double() - exact[finite]).abs().max())
+    allowed = 2 * float((plain[finite].double() - exact[finite]).abs().max())
+    allowed += rounding(dtype, exact[finite])
+    assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_lse(what: str, got: torch.Tensor, exact: torch.Tensor) -> None:
+    bounds = {"rtol": FLOAT32_ERROR, "atol": LSE_ERROR, "equal_nan": True}
+    torch.testing.assert_close(got.double(), exact, **bounds, msg=lambda m: f"{what}, LSE: {m}")
+
+
+def check_batch(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Compares a batch's results, request by request, with float64 attention."""
+    c, dtype = batch.case, batch.q.dtype
+    k_pool, v_pool = batch.dequantised()
+    q, table = batch.q.cpu(), batch.block_table.cpu().long()
+    sinks = None if batch.sinks is None else batch.sinks.cpu()
+    softmax = ref.Softmax(c.softmax_scale, c.window, c.soft_cap, sinks)
+    for r, length in enumerate(batch.seq_lens.tolist()):
+        rows = slice(r * c.q_len, (r + 1) * c.q_len)
+        tokens = torch.arange(c.first_seen(length), length)
+        blocks = table[r, tokens // c.block_size]
+        k, v = k_pool[blocks, tokens % c.block_size], v_pool[blocks, tokens % c.block_size]
+        exact, exact_lse = ref.attention(q[rows], k, v, softmax)
+        plain = ref.attention_in(dtype, q[rows], k, v, softmax)
+        what = f"request {r} of {length} tokens in {c}"
+        assert_accurate(what, out[rows], exact, plain, dtype)
+        assert_lse(what, lse[:, rows], exact_lse)
+
+
+def check_case(case: Case, device: torch.device) -> None:
+    batch = make_batch(case, device)
+    check_batch(batch, *batch.run())
