@@ -3,6 +3,7 @@
 Environment:
   VLLM_XLAYER_CUDA    1: CUDA ops are required (no nvcc is an error); 0: none; unset: if nvcc is found
   VLLM_XLAYER_ARCHS   CUDA architectures, e.g. "80;90" (default: this machine's GPUs, else all supported)
+  VLLM_XLAYER_FORCE_SM80  1: kernels use only instructions that sm_80 has, to test that path on any GPU
   CUDACXX, CUDA_HOME  where to look for nvcc first
   MAX_JOBS            parallel compilations
 """
@@ -119,6 +120,9 @@ def cuda_arguments() -> list[str]:
         archs, source = ALL_ARCHS, "no GPU visible: all supported"
     say(f"CUDA ops with {nvcc} for {archs} ({source})")
     arguments = ["-DXLAYER_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DXLAYER_ARCHS={archs}"]
+    if os.environ.get("VLLM_XLAYER_FORCE_SM80") == "1":
+        say("kernels FORCED to the instructions of sm_80: VLLM_XLAYER_FORCE_SM80=1")
+        arguments.append("-DXLAYER_FORCE_SM80=ON")
     packaged = sorted((nvcc.parent.parent / "lib").glob("libcudart.so.*"))
     if packaged:
         # nvcc's package has no libcudart.so without a version, which CMake looks for (and we do not link).

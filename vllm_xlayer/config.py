@@ -14,7 +14,9 @@ from typing import Any
 from .nvfp4 import ScaleChoice
 
 PREFIX = "VLLM_XLAYER_"
-OTHER_VARIABLES = frozenset({"VLLM_XLAYER_CUDA", "VLLM_XLAYER_ARCHS", "VLLM_XLAYER_COMMIT"})
+OTHER_VARIABLES = frozenset(
+    {"VLLM_XLAYER_CUDA", "VLLM_XLAYER_ARCHS", "VLLM_XLAYER_FORCE_SM80", "VLLM_XLAYER_COMMIT"}
+)
 """Read by setup.py and by bench/record.py; they may be set when an engine starts."""
 
 

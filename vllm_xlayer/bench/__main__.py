@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from . import capacity, decode, suite
+from . import capacity, decode, engine, suite, write
 
-QUESTIONS = {"capacity": capacity, "decode": decode, "suite": suite}
+QUESTIONS = {"capacity": capacity, "decode": decode, "engine": engine, "suite": suite, "write": write}
 
 
 def main() -> int:
