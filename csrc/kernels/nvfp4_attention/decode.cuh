@@ -84,7 +84,7 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   const int first_tile = (keys.begin_unit + run.begin) * WARPS + warp;
   const int last_tile = min((keys.begin_unit + run.end) * WARPS, (keys.last + TILE - 1) / TILE);
   const int count = last_tile > first_tile ? (last_tile - first_tile + WARPS - 1) / WARPS : 0;
-  loader.start(run.request, run.kv_head, first_tile, count);
+  loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) loader.load(i, i * C::STAGE_BYTES);
   state.clear();
@@ -104,17 +104,18 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   const int plain_from = max(0, (all_see_from - first_tile * TILE + STEP - 1) / STEP);
   const int plain_to = all_see_to / TILE > first_tile ? (all_see_to / TILE - first_tile + WARPS - 1) / WARPS : 0;
 
-  uint32_t offset = 0;  // of the stage in the ring
+  uint32_t offset = 0, last_offset = (STAGES - 1) * C::STAGE_BYTES;  // in the ring: this tile's and the last's stage
   for (int i = 0; i < count; ++i) {
     ptx::cp_async_wait<STAGES - 2>();
     __syncwarp();  // everybody's copies of this tile are there, and nobody reads the stage filled next
-    loader.load(i + STAGES - 1, offset == 0 ? (STAGES - 1) * C::STAGE_BYTES : offset - C::STAGE_BYTES);
+    loader.load(i + STAGES - 1, last_offset);
     if (i >= plain_from && i < plain_to) {
       Tile<C>::attend(state, offset, at, p.soft_cap, nullptr);
     } else {
       mask.first_token = (first_tile + i * WARPS) * TILE;
       Tile<C>::attend(state, offset, at, p.soft_cap, &mask);
     }
+    last_offset = offset;
     offset = offset == (STAGES - 1) * C::STAGE_BYTES ? 0 : offset + C::STAGE_BYTES;
   }
   ptx::cp_async_wait<0>();
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(THREADS, C::BLOCKS) decode_kernel(const __grid
     }
     __syncwarp();
   }
-  const LaneOffsets<C> at(ring, p.v_order);
+  const LaneOffsets<C> at(ring, p);
   TileLoader<C> loader(p, ring);
   WarpState<C> state;
 

@@ -35,11 +35,13 @@ class TileLoader {
     pin(scale_to_);
   }
 
-  // count: tiles this warp has, from tile `first_tile` on, WARPS apart.
-  __device__ __forceinline__ void start(int request, int kv_head, int first_tile, int count) {
+  // count: tiles this warp has, from tile `first_tile` on, WARPS apart. Blocks before that of tile `seen_from`, the
+  // first that a query sees, may be anything, also in the table: another is loaded in their place, and masked.
+  __device__ __forceinline__ void start(int request, int kv_head, int first_tile, int count, int seen_from) {
     const int lane = threadIdx.x & 31;
     table_ = p_.block_table + request * p_.block_table_stride;
     first_tile_ = first_tile;
+    seen_from_ = seen_from;
     count_ = count;
     // Pages of 16, 32 and 64 tokens: a warp's tiles have the same place in all of them.
     const int tiles_per_page = p_.page.block_size / TILE;
@@ -56,10 +58,9 @@ class TileLoader {
     if (i % 32 == 0) look_up(i);
     if (i < count_) {
       const int block = __shfl_sync(0xFFFFFFFFu, block_, i % 32);
-      const uint64_t page = uint64_t(uint32_t(block)) * uint32_t(p_.block_stride);  // one instruction with an add
-      const uint8_t* k = k_from_ + page;
-      const uint8_t* v = v_from_ + page;
-      const uint8_t* scales = scale_from_ + page;
+      const uint8_t* k = block_address(block, k_from_);
+      const uint8_t* v = block_address(block, v_from_);
+      const uint8_t* scales = block_address(block, scale_from_);
       if (wanders_) {
         const int token = __shfl_sync(0xFFFFFFFFu, token_, i % 32);
         k += token * (C::D / 2);
@@ -92,6 +93,16 @@ class TileLoader {
     return at[j % ADDRESSES] + j / ADDRESSES * rows * C::ROW;
   }
 
+  // One multiplication with a 64-bit addend. nvcc would multiply once and add for each address, on the pipe that
+  // dequantisation fills.
+  __device__ __forceinline__ const uint8_t* block_address(int block, const uint8_t* from) const {
+    const uint8_t* address;
+    asm("mad.wide.u32 %0, %1, %2, %3;"
+        : "=l"(address)
+        : "r"(block), "r"(uint32_t(p_.block_stride)), "l"(from));
+    return address;
+  }
+
   // Blocks of the next 32 tiles, one a lane.
   __device__ __forceinline__ void look_up(int i) {
     const int mine = i + int(threadIdx.x & 31);
@@ -99,14 +110,14 @@ class TileLoader {
       const int tiles_per_page = p_.page.block_size / TILE;
       const int tile = first_tile_ + mine * WARPS;
       const int logical = tiles_per_page == 1 ? tile : tile / tiles_per_page;
-      block_ = table_[logical];
+      block_ = table_[max(logical, seen_from_ / tiles_per_page)];
       token_ = (tile - logical * tiles_per_page) * TILE;
     }
   }
 
   const Nvfp4AttentionParams& p_;
   const int32_t* table_ = nullptr;
-  int first_tile_ = 0, count_ = 0;
+  int first_tile_ = 0, seen_from_ = 0, count_ = 0;
   int block_ = 0, token_ = 0;        // of the tile this lane looked up
   bool wanders_ = false;             // tiles lie at different places of their pages
   uint32_t v_offset_;                // from K to V in a page

@@ -72,8 +72,9 @@ template <class C>
 struct LaneOffsets {
   static constexpr int V_GROUPS = C::DP == 256 ? 2 : 1;  // scale groups of V's dimensions of a lane
   uint32_t k_data, k_scale[C::EXACT && C::DP > 64 ? 1 : 2], v_data, v_scale[V_GROUPS];
+  const uint32_t& two;  // see high_bytes
 
-  __device__ __forceinline__ LaneOffsets(uint32_t ring, ScaleOrder order) {
+  __device__ __forceinline__ LaneOffsets(uint32_t ring, const Nvfp4AttentionParams& p) : two(p.two) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int token = token_of_row(g);
     if (C::DP == 64) {
@@ -91,7 +92,7 @@ struct LaneOffsets {
     for (int i = 0; i < V_GROUPS; ++i) {
       const int s = min(C::DP == 256 ? 2 * g + i : C::DP == 128 ? g : g / 2, C::S - 1);
       v_scale[i] = ring + C::V_SCALE;
-      if (order == ScaleOrder::LINEAR) {
+      if (p.v_order == ScaleOrder::LINEAR) {
         v_scale[i] += t * C::S + s;
       } else {  // Page::scale_index: a group of four tokens is [4][S/4][4], the token last
         constexpr int QUARTER = C::S >= 4 ? C::S / 4 : 1;
@@ -155,7 +156,7 @@ class Tile {
     }
 #pragma unroll
     for (int w = 0; w < C::WORDS; ++w) {
-      const HighBytes a = high_bytes(words[0][w]), b = high_bytes(words[1][w]);
+      const HighBytes a = high_bytes(words[0][w], at.two), b = high_bytes(words[1][w], at.two);
       const __half2 a_scale = scale_of_word(scales[0], w), b_scale = scale_of_word(scales[1], w);
       const uint32_t even[4] = {scaled_pair<0, 1>(a.even, a_scale), scaled_pair<0, 1>(b.even, b_scale),
                                 scaled_pair<2, 3>(a.even, a_scale), scaled_pair<2, 3>(b.even, b_scale)};
@@ -292,8 +293,8 @@ class Tile {
       for (int half = 0; half < 2; ++half) {  // elements 0..3 and 4..7 of the word
         // Two tokens' four elements side by side: pairs of the same dimension are then 16 bits apart.
         constexpr uint32_t SELECT[2] = {0x5410u, 0x7632u};
-        const HighBytes a = high_bytes(__byte_perm(words[0][w], words[1][w], SELECT[half]));
-        const HighBytes b = high_bytes(__byte_perm(words[2][w], words[3][w], SELECT[half]));
+        const HighBytes a = high_bytes(__byte_perm(words[0][w], words[1][w], SELECT[half]), at.two);
+        const HighBytes b = high_bytes(__byte_perm(words[2][w], words[3][w], SELECT[half]), at.two);
         const uint32_t first[4] = {scaled_pair<0, 2>(a.even, s0), scaled_pair<0, 2>(a.odd, s0),
                                    scaled_pair<0, 2>(b.even, s1), scaled_pair<0, 2>(b.odd, s1)};
         const uint32_t second[4] = {scaled_pair<1, 3>(a.even, s0), scaled_pair<1, 3>(a.odd, s0),
