@@ -8,7 +8,7 @@ namespace xlayer::attention {
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int TILE = 16;           // tokens a warp works on at a time
-constexpr int STAGES = 4;          // tiles in flight or in use a warp
+constexpr int STAGES = 3;          // tiles in flight or in use a warp
 constexpr int ROWS = 8;            // query rows of one MMA
 constexpr float EMPTY = -1e30f;    // running maximum of no key; finite, so that exp2(x - EMPTY) has no NaN
 constexpr float LAZY = 8.0f;       // P may reach 2^LAZY before the accumulators are rescaled
