@@ -169,7 +169,16 @@ def test_training_writes_a_model_that_transformers_reads(
     )
 
 
-def test_training_learns_and_follows_from_its_seed() -> None:
+@pytest.fixture
+def one_thread():
+    """Sums in one order: how many threads share one can change from call to call on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_training_learns_and_follows_from_its_seed(one_thread: None) -> None:
     settings = Settings(
         steps=30, batch_bytes=512, longest=128, evaluations=1, device="cpu", learning_rate=3e-3
     )

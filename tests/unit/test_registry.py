@@ -189,7 +189,7 @@ def test_applied_once_logged_once(engine, caplog):
     assert engine.size(3) == 7
     assert states(registry) == {"fakevllm.core.size": State.APPLIED}
     assert [r.getMessage() for r in caplog.records] == [
-        "patch for rows: fakevllm.core.size: applied. why fakevllm.core.size"
+        "patch for rows: fakevllm.core.size: applied. Without it: why fakevllm.core.size"
     ]
     registry.require("rows")
     again = Registry()

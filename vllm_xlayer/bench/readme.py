@@ -6,6 +6,8 @@ The README has a pair of comments for each table; what is between them is writte
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,41 +35,100 @@ def demo_table(results: dict[str, Any]) -> str:
             for kind in ("cold", "cached on device", "restored")
         ),
     ]  # fmt: skip
-    table = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(columns)]
-    table += ["| " + " | ".join([name, *cells]) + " |" for name, cells in lines]
     about = columns[-1]
-    return "\n".join(table) + (
-        f"\n\n{about['hardware']}; vLLM {about['versions']['vllm']}, torch {about['versions']['torch']}, "
-        f"model runner {about['runner']}, {about['date']}, commit {about['commit']}."
+    return f"{_table(head, lines)}\n\n{_about(about, about['runner'])}"
+
+
+def capacity_table(results: dict[str, Any]) -> str:
+    """Markdown of `bench capacity`: what fits, and how fast a prompt comes back."""
+    caches = results["caches"]
+    columns = list(caches.values())
+    lines = [
+        ("tokens that fit", [f"{c['tokens']:,}" for c in columns]),
+        ("row, bytes", ["-" if c["row_bytes"] is None else f"{c['row_bytes']:,}" for c in columns]),
+        *(
+            (f"first token {kind}, ms", [_ms(c.get(f"ttft_{key}"), 1) for c in columns])
+            for kind, key in (
+                ("cold", "cold"), ("cached on device", "cached"), ("restored from host", "restored"),
+            )
+        ),
+    ]  # fmt: skip
+    ours = columns[-1]
+    restored = ours["rows_restored"] * ours["row_bytes"]
+    repeats = round(ours["rows_restored"] * BLOCK / results["prompt"])
+    return _table(["", *caches], lines) + (
+        f"\n\n{results['capacity_ratio']:.2f} times the tokens in the same memory. Prompts of "
+        f"{results['prompt']:,} tokens; {repeats} of them restored, {ours['rows_restored']:,} rows, "
+        f"{restored / 1e9:.2f} GB in all. {_about(results, ours['runner'])}"
     )
 
 
-TABLES = {"demo": (RESULTS / "cpu-demo.json", demo_table)}
-"""Marker in the README -> (results file, function that makes the Markdown)."""
+def gpu_tests(suite: dict[str, Any], demo: dict[str, Any]) -> str:
+    """Markdown of what else ran on the GPU: the tests' outcome, and the demo in a sentence."""
+    counts: Counter[str] = Counter()
+    for outcomes in suite["files"].values():
+        counts.update(outcomes)
+    told = ", ".join(f"{counts[kind]} {word}" for kind, word in OUTCOMES if counts[kind] or kind == "passed")
+    nvfp4 = demo["nvfp4"]
+    right = ", ".join(
+        f"{task.removeprefix('xlayer_')} {100 * nvfp4['scores'][task]['exact_match']:.1f} %" for task in TASKS
+    )
+    same = {name: "{} of {}".format(*column["identical"]) for name, column in demo.items()}
+    return (
+        f"- `pytest -m {suite['mark']}`: {told}. {_about(suite)}\n"
+        f"- `vllm-xlayer demo`: exact match with NVFP4 rows restored: {right}. Answers identical to the "
+        f"stock cache: {same['rows']} with bf16 rows, {same['nvfp4']} with NVFP4 rows. "
+        f"{_about(nvfp4, nvfp4['runner'])}"
+    )
+
+
+BLOCK = 16
+"""Tokens in a block where nobody says otherwise (vLLM's default)."""
+OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
+TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "demo": (("cpu-demo.json",), demo_table),
+    "capacity": (("h200-capacity.json",), capacity_table),
+    "gpu": (("h200-suite.json", "h200-demo.json"), gpu_tests),
+}
+"""Marker in the README -> (results files, function of their contents that makes the Markdown)."""
 
 
 def rendered(text: str) -> str:
-    """README text with every table made anew from its results file.
+    """README text with every table made anew from its results files.
 
     Raises:
         ValueError: a pair of markers is missing.
     """
-    for name, (path, make) in TABLES.items():
+    for name, (files, make) in TABLES.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"README.md: expected one {begin} and one {end}")
         before, _, rest = text.partition(begin)
         after = rest.partition(end)[2]
-        text = f"{before}{begin}\n{make(json.loads(path.read_text()))}\n{end}{after}"
+        results = [json.loads((RESULTS / file).read_text()) for file in files]
+        text = f"{before}{begin}\n{make(*results)}\n{end}{after}"
     return text
+
+
+def _table(head: list[str], lines: list[tuple[str, list[str]]]) -> str:
+    rows = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join(rows + ["| " + " | ".join([name, *cells]) + " |" for name, cells in lines])
+
+
+def _about(results: dict[str, Any], runner: str | None = None) -> str:
+    """What the numbers were taken on, and when."""
+    versions = results["versions"]
+    said = f"{results['hardware']}; vLLM {versions['vllm']}, torch {versions['torch']}, "
+    said += "" if runner is None else f"model runner {runner}, "
+    return f"{said}{results['date']}, commit {results['commit']}."
 
 
 def _percent(score: dict[str, float]) -> str:
     return f"{100 * score['exact_match']:.1f} ± {100 * score['stderr']:.1f} %"
 
 
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:,.0f}"
+def _ms(seconds: float | None, digits: int = 0) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:,.{digits}f}"
 
 
 def main() -> int:

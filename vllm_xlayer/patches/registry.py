@@ -217,7 +217,7 @@ def _log_changes(feature: str, before: list[Record], after: list[Record]) -> Non
         if new.state in _FAILED:
             logger.warning("%s will not work: %s. Without it: %s", feature, new, new.patch.why)
         else:
-            logger.info("patch for %s: %s. %s", feature, new, new.patch.why)
+            logger.info("patch for %s: %s. Without it: %s", feature, new, new.patch.why)
 
 
 REGISTRY = Registry()
