@@ -137,7 +137,7 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   check_size("q", q, 0, R * q_len, "the requests of seq_lens times q_len");
   check_size("block_table", block_table, 0, R, "the requests of seq_lens");
   check_sizes_of_q(q, out, lse, sinks);
-  STD_TORCH_CHECK(std::isfinite(scale), "scale: expected a finite number, got ", scale);
+  STD_TORCH_CHECK(std::isfinite(scale) && scale > 0, "scale: expected a positive number, got ", scale);
   STD_TORCH_CHECK(std::isfinite(soft_cap) && soft_cap >= 0,
                   "soft_cap: expected 0 (none) or a positive number, got ", soft_cap);
 
@@ -272,6 +272,8 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
   const Workspace needed = workspace_of(p, p.num_requests, p.max_blocks * p.page.block_size);
   STD_TORCH_CHECK(workspace.size(0) >= needed.floats(), "workspace: expected at least ", needed.floats(),
                   " floats for this shape, got ", workspace.size(0));
+  STD_TORCH_CHECK(p.block_stride < int64_t(1) << 32, "kv_cache: expected a block stride below 4 GiB, got ",
+                  p.block_stride, " bytes");
   if (p.num_requests == 0) return;
   p.partial_out = static_cast<float*>(workspace.data_ptr());
   p.partial_ml = p.partial_out + needed.out_floats;
@@ -282,7 +284,10 @@ int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_
   check_head_size(int_between("head_size", head_size, 1, MAX_HEAD_SIZE));
   const int checked_rows = int_between("rows", rows, 1, MAX_Q_LEN * MAX_GROUP);
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  return nvfp4_attention_parts(int(head_size), checked_rows);
+  const int parts = nvfp4_attention_parts(int(head_size), checked_rows);
+  STD_TORCH_CHECK(parts > 0, "nvfp4_attention_parts: expected a GPU that this build has kernels for, but they ",
+                  "cannot be loaded on it (see build_info()[\"archs\"])");
+  return parts;
 }
 
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,

@@ -133,7 +133,8 @@ def int32(*values: int) -> torch.Tensor:
         ({"parts": 0}, "parts: expected 1 to 2147483647, got 0"),
         ({"split_units": -1}, "split_units: expected 0 to 2147483647, got -1"),
         ({"soft_cap": -1.0}, r"soft_cap: expected 0 \(none\) or a positive number, got -1"),
-        ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
+        ({"scale": float("nan")}, "scale: expected a positive number, got nan"),
+        ({"scale": -0.1}, "scale: expected a positive number, got -0.1"),
         ({"scale_order": 2}, "scale_order: expected 0 .*got 2"),
         ({"seq_lens": int32(-1, 48)}, "seq_lens: expected 0 to 48 .*got -1 for request 0"),
         (

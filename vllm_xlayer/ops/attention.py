@@ -135,7 +135,8 @@ def nvfp4_paged_attention(
     Args:
         q: [R * q_len, Hq, D] bfloat16 or float16; D dense, rows start at multiples of 16 bytes. On CUDA D
             is 64, 80, 96, 112, 128, 192 or 256; on the CPU any multiple of 16 up to 256.
-        kv_cache: (B, H, N, 9D/8) uint8 as in ``reshape_and_cache_nvfp4``. Hq is 1 to 16 times H.
+        kv_cache: (B, H, N, 9D/8) uint8 as in ``reshape_and_cache_nvfp4``, on CUDA with a block stride below
+            4 GiB. Hq is 1 to 16 times H.
         block_table: int32 [R, M], a request's blocks in order; entries past its tokens, and those of blocks
             that lie wholly before its window, are not read.
         seq_lens: int32 [R], tokens of each request, its q_len new ones included; at most M * N.
@@ -143,7 +144,7 @@ def nvfp4_paged_attention(
             (``nvfp4_attention_schedule``).
         k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
         out: as q, not the same memory. Written in place.
-        scale: what q . k is multiplied by (usually D**-0.5).
+        scale: what q . k is multiplied by (usually D**-0.5), positive.
         q_len: query tokens a request, 1 to 8.
         window: how many tokens a query sees, itself included; 0: all before it.
         soft_cap: if not 0, a score s becomes soft_cap * tanh(s / soft_cap).
@@ -153,7 +154,7 @@ def nvfp4_paged_attention(
         scale_order: the ``ScaleOrder`` the pages were written with.
 
     A NaN in a cached token makes the heads NaN that it belongs to; a NaN in a query makes its head and token
-    NaN.
+    NaN. With several query tokens, on CUDA, a NaN in V of a new token also reaches the earlier new ones.
     """
     require_cuda_build("nvfp4_paged_attention", q, kv_cache)
     load()

@@ -42,7 +42,7 @@ struct Config {
   static constexpr int SHARED_BYTES = WARPS * STAGES * STAGE_BYTES + MERGE_FLOATS * 4;
 
   // Thread blocks an SM should hold, by registers (64K) and shared memory (227 KB on sm_90).
-  static constexpr int BLOCKS = NT * DP <= 128 ? 4 : NT <= 2 ? 3 : 2;
+  static constexpr int BLOCKS = NT * DP <= 128 ? 4 : NT == 4 || D == 192 ? 2 : 3;
 
   // Which 16-byte chunk of a row chunk c is put at, so that the fragment loads meet no bank twice.
   static __device__ __forceinline__ int k_chunk(int row, int c) { return DP == 256 ? c ^ ((row & 1) << 2) : c; }
