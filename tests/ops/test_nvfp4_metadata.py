@@ -1,0 +1,123 @@
+"""What the NVFP4 backend's builder makes of vLLM's batches: decode requests first. On CPU tensors."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_xlayer.attention.metadata import NVFP4MetadataBuilder
+
+LAYERS = ["a", "b"]
+
+
+def config(num_heads: int = 8, speculative: int | None = None, windows=(None, 64)) -> SimpleNamespace:
+    """What the builder reads of a VllmConfig."""
+    spec = None
+    if speculative is not None:
+        spec = SimpleNamespace(num_speculative_tokens=speculative, parallel_drafting=False)
+    layers = {
+        name: SimpleNamespace(impl=SimpleNamespace(window=window))
+        for name, window in zip(LAYERS, windows, strict=True)
+    }
+    return SimpleNamespace(
+        speculative_config=spec,
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+        model_config=SimpleNamespace(get_num_attention_heads=lambda _: num_heads),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=8, static_forward_context=layers),
+    )
+
+
+def builder(head_size: int = 128, **settings) -> NVFP4MetadataBuilder:
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=head_size, dtype=torch.uint8)
+    return NVFP4MetadataBuilder(spec, LAYERS, config(**settings), torch.device("cpu"))
+
+
+def batch(
+    query_lens: list[int], seq_lens: list[int], padded_tokens: int | None = None
+) -> CommonAttentionMetadata:
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+    tokens = int(starts[-1]) if padded_tokens is None else padded_tokens
+    lens = torch.tensor(seq_lens, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=lens, seq_lens_cpu_upper_bound=lens,
+        num_reqs=len(query_lens), num_actual_tokens=tokens, max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens), block_table_tensor=torch.zeros(len(query_lens), 8, dtype=torch.int32),
+        slot_mapping=torch.zeros(tokens, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def test_decode_only():
+    made = builder().build(0, batch([1, 1, 1], [5, 100, 17]))
+    assert made.decode is not None and (made.decode.num_requests, made.decode.q_len) == (3, 1)
+    assert made.decode.seq_lens.tolist() == [5, 100, 17] and len(made.seq_lens) == 0
+    assert set(made.decode.workspaces) == {0, 64}
+    schedules = [w.schedule.data_ptr() for w in made.decode.workspaces.values()]
+    assert len(set(schedules)) == 2
+
+
+def test_captured_graphs_find_everything_where_it_was():
+    b = builder()
+    first, second = (b.build(0, batch([1] * n, [9] * n)) for n in (4, 2))
+    for window, workspace in first.decode.workspaces.items():
+        other = second.decode.workspaces[window]
+        assert workspace.schedule.data_ptr() == other.schedule.data_ptr()
+        assert workspace.partial.data_ptr() == other.partial.data_ptr()
+
+
+def test_decode_and_prefill():
+    made = builder().build(0, batch([1, 1, 40, 7], [5, 100, 60, 7]))
+    assert made.decode.num_requests == 2 and made.decode.num_tokens == 2
+    assert made.query_starts.tolist() == [2, 42, 49] and made.seq_lens.tolist() == [60, 7]
+    assert len(made.block_table) == 2
+    (piece,) = made.plan(None, 1000)
+    assert piece.tokens == slice(2, 49) and piece.num_keys == 67
+
+
+def test_prefill_only():
+    made = builder().build(0, batch([40, 7], [60, 7]))
+    assert made.decode is None and made.query_starts.tolist() == [0, 40, 47]
+
+
+def test_a_batch_padded_for_a_graph():
+    made = builder().build(0, batch([1, 1, 0, 0], [5, 100, 0, 0], padded_tokens=4))
+    assert made.decode.num_requests == 4 and made.decode.num_tokens == 4
+    assert made.decode.seq_lens.tolist() == [5, 100, 0, 0] and len(made.seq_lens) == 0
+
+
+def test_speculative_decoding():
+    b = builder(speculative=3)
+    assert b.reorder_batch_threshold == 4
+    uniform = b.build(0, batch([4, 4, 0], [50, 100, 0], padded_tokens=12))
+    assert (uniform.decode.num_requests, uniform.decode.q_len, uniform.decode.num_tokens) == (3, 4, 12)
+    # Requests of another length than the first wait for the dequantised path.
+    mixed = b.build(0, batch([4, 2, 9], [50, 100, 30]))
+    assert mixed.decode.num_requests == 1 and mixed.query_starts.tolist() == [4, 6, 15]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(), AttentionCGSupport.UNIFORM_BATCH),
+        (dict(speculative=7), AttentionCGSupport.UNIFORM_BATCH),
+        (dict(speculative=8), AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        (dict(head_size=48), AttentionCGSupport.NEVER),
+        (dict(num_heads=64), AttentionCGSupport.NEVER),
+    ],
+    ids=str,
+)
+def test_what_can_be_captured(settings, expected):
+    head_size = settings.pop("head_size", 128)
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=head_size, dtype=torch.uint8)
+    assert NVFP4MetadataBuilder.get_cudagraph_support(config(**settings), spec) is expected
+
+
+def test_heads_without_a_decode_kernel():
+    b = builder(head_size=48)
+    made = b.build(0, batch([1, 1], [5, 100]))
+    assert b.reorder_batch_threshold is None and made.decode is None and made.seq_lens.tolist() == [5, 100]
