@@ -67,8 +67,6 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
     )  # fmt: skip
     report: dict[str, Any] = {"start_seconds": time.perf_counter() - begin, "decodes": []}
-    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    report["backend"] = next(iter(context.values())).attn_backend.__name__
     report["runner"] = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
 

@@ -39,7 +39,7 @@ def run_engine(function: str, job: dict[str, Any], folder: Path) -> dict[str, An
     out = folder / "out.json"
     out.unlink(missing_ok=True)
     module, name = function.split(":")
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"} | os.environ
+    env = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | os.environ
     code = (
         f"import json, pathlib; from {module} import {name} as f; "
         f"result = f(json.loads({json.dumps(json.dumps(job))})); "
