@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
-from vllm_xlayer.bench.readme import rendered
+import pytest
+
+from vllm_xlayer.bench.plot import SOURCE, digest
+from vllm_xlayer.bench.readme import PLOT, rendered
 from vllm_xlayer.bench.record import provenance
 
 # The source tree's: the installed package has no README beside it.
@@ -13,6 +16,13 @@ README = Path(__file__).parents[2] / "README.md"
 def test_tables_agree_with_the_results():
     text = README.read_text()
     assert rendered(text) == text, "run `python -m vllm_xlayer.bench.readme`"
+
+
+def test_the_picture_is_of_these_results():
+    image = pytest.importorskip("PIL.Image")
+    results, png = PLOT
+    assert image.open(png).text[SOURCE] == digest(results), "run `python -m vllm_xlayer.bench.readme`"
+    assert f"results/{png.name}" in README.read_text()
 
 
 def test_the_two_commands_are_the_ones_ci_knows():

@@ -5,10 +5,7 @@ by an engine in a process of its own, with the same memory.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,22 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .engines import SHAPES, run_engine, write_model
 from .record import RESULTS, write
 
-LLAMA = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", rms_norm_eps=1e-5, rope_theta=500000.0,
-    hidden_act="silu", dtype="bfloat16",
-)  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": dict(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=131072,
-    ),
-    "tiny": dict(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=128, vocab_size=512, max_position_embeddings=32768,
-    ),
-}  # fmt: skip
 CACHES = (("bf16", "auto", False), ("nvfp4 + XLayerConnector", "nvfp4", True))
 """Name, --kv-cache-dtype, with the connector."""
 
@@ -49,25 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs both engines, prints the table, writes the JSON. Returns a process exit code."""
-    results = {}
-    with tempfile.TemporaryDirectory(prefix="vllm-xlayer-capacity-") as folder:
-        model = Path(folder) / args.shape
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(LLAMA | SHAPES[args.shape]))
-        for name, dtype, rows in CACHES:
-            out = Path(folder) / "out.json"
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="vllm-xlayer-capacity-") as name:
+        folder = Path(name)
+        model = write_model(folder, args.shape)
+        for cache, dtype, rows in CACHES:
             job = dict(
                 model=str(model), dtype=dtype, rows=rows, prompt=args.prompt, repeats=args.repeats,
-                utilization=args.gpu_memory_utilization, host_bytes=args.host_bytes, out=str(out),
+                utilization=args.gpu_memory_utilization, host_bytes=args.host_bytes,
             )  # fmt: skip
-            env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"} | os.environ
-            code = f"from {__name__} import engine; engine({json.dumps(json.dumps(job))})"
-            print(f"{name}: starting", flush=True)
-            # Not in the current folder: a source tree there would be imported instead of the package.
-            if subprocess.run([sys.executable, "-c", code], env=env, cwd=folder, check=False).returncode:
-                print(f"{name}: the engine failed, see above", file=sys.stderr)
+            print(f"{cache}: starting", flush=True)
+            result = run_engine(f"{__name__}:engine", job, folder, core_here=True)
+            if result is None:
+                print(f"{cache}: the engine failed, see above", file=sys.stderr)
                 return 1
-            results[name] = json.loads(out.read_text())
+            results[cache] = result
     ratio = results[CACHES[1][0]]["tokens"] / results[CACHES[0][0]]["tokens"]
     Console(width=100).print(_table(results))
     print(f"token capacity in the same memory: {ratio:.2f}x of bf16")
@@ -75,13 +55,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def engine(job_text: str) -> None:
-    """One engine, in its own process: writes its figures to the job's file."""
+def engine(job: dict[str, Any]) -> dict[str, Any]:
+    """One engine, in its own process."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from .. import compat
 
-    job = json.loads(job_text)
     settings: dict[str, Any] = {}
     if job["rows"]:
         settings["kv_transfer_config"] = {
@@ -122,7 +101,7 @@ def engine(job_text: str) -> None:
         compat.current().empty_device_cache(llm)
         report["ttft_restored"] = first_token()
         report["rows_restored"] = compat.current().rows_loaded() - before
-    Path(job["out"]).write_text(json.dumps(report))
+    return report
 
 
 def _table(results: dict[str, dict[str, Any]]) -> Table:

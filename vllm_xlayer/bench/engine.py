@@ -99,7 +99,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(results: dict[str, Any]) -> Table:
-    grid = Table(title="One engine a KV cache: V2 runner, full CUDA graphs for decode")
+    runners = {r["runner"] for r in results.values()}
+    grid = Table(title=f"One engine a KV cache, model runner {' and '.join(sorted(runners))}")
     grid.add_column("")
     for name in results:
         grid.add_column(name, justify="right")

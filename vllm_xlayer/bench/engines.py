@@ -34,12 +34,19 @@ def write_model(folder: Path, shape: str) -> Path:
     return model
 
 
-def run_engine(function: str, job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    """What ``module:function`` returns for the job, called in a new process; None if it failed."""
+def run_engine(
+    function: str, job: dict[str, Any], folder: Path, core_here: bool = False
+) -> dict[str, Any] | None:
+    """What ``module:function`` returns for the job, called in a new process; None if it failed.
+
+    core_here: with vLLM's engine core in that process too, so that the function can look into it.
+    """
     out = folder / "out.json"
     out.unlink(missing_ok=True)
     module, name = function.split(":")
     env = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | os.environ
+    if core_here:
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     code = (
         f"import json, pathlib; from {module} import {name} as f; "
         f"result = f(json.loads({json.dumps(json.dumps(job))})); "

@@ -1,9 +1,18 @@
-"""Pictures of results files, for people who look rather than read. Needs matplotlib (extra "bench")."""
+"""Pictures of results files, for people who look rather than read. Drawing needs the extra "bench"."""
 
+import hashlib
 import json
 from pathlib import Path
 
 from .peers import TITLES
+
+SOURCE = "Source"
+"""Text field of a PNG with the digest of the results file it was drawn from."""
+
+
+def digest(results: Path) -> str:
+    """What `decode_plot` writes into its picture of these results."""
+    return hashlib.sha256(results.read_bytes()).hexdigest()
 
 
 def decode_plot(results: Path, png: Path) -> None:
@@ -35,4 +44,4 @@ def decode_plot(results: Path, png: Path) -> None:
         a.grid(alpha=0.3)
         a.legend()
     figure.suptitle(f"Decode attention, 32 query heads, 8 KV heads, D=128, page 16 — {data['hardware']}")
-    figure.savefig(png, dpi=110)
+    figure.savefig(png, dpi=110, metadata={SOURCE: digest(results)})

@@ -1,6 +1,7 @@
 """``python -m vllm_xlayer.bench.readme [--check]``: puts the committed results into README.md.
 
-The README has a pair of comments for each table; what is between them is written here.
+The README has a pair of comments for each table; what is between them is written here, and the picture is
+drawn anew (needs the extra "bench").
 """
 
 import argparse
@@ -12,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..eval import TASKS
+from .peers import TITLES
+from .plot import decode_plot
 from .record import RESULTS
+from .write import TITLES as WRITERS
 
 README = Path(__file__).parents[2] / "README.md"
+PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
+"""Results file, the README's picture of it."""
 
 
 def demo_table(results: dict[str, Any]) -> str:
@@ -37,6 +43,64 @@ def demo_table(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     about = columns[-1]
     return f"{_table(head, lines)}\n\n{_about(about, about['runner'])}"
+
+
+def gain(decode: dict[str, Any], engine: dict[str, Any], capacity: dict[str, Any]) -> str:
+    """The first screen: what a user of a Hopper GPU gains."""
+    shape = decode["shapes"][0]
+    us = {name: f"{seconds * 1e6:.0f}" for name, seconds in shape["seconds"].items()}
+    times = shape["seconds"]["fa3_fp8"] / shape["seconds"]["nvfp4"]
+    step = {name: cache["decodes"][0]["step_seconds"] for name, cache in engine["caches"].items()}
+    return (
+        f"- **{capacity['capacity_ratio']:.2f} times the tokens of bf16** in the same memory "
+        f"({capacity['shape']} shape, as vLLM counts them).\n"
+        f"- **Decode attention {times:.1f} times as fast as with fp8 KV**: one layer, {shape['name']} tokens, "
+        f"{us['nvfp4']} us; FlashAttention-3 {us['fa3_fp8']} us with fp8, {us['fa3_bf16']} us with bf16.\n"
+        f"- **In vLLM's engine**, a decode step of that batch takes {_ms(step['nvfp4'], 1)} ms, "
+        f"with fp8 {_ms(step['fp8'], 1)} ms ({engine['shape']} shape).\n\n"
+        f"{decode['hardware']}; how it was measured, and where it is not faster: [Measured](#measured)."
+    )
+
+
+def decode_table(results: dict[str, Any]) -> str:
+    """Markdown of `bench decode`."""
+    rate, lines = results["copy_rate"], []
+    for shape in results["shapes"]:
+        seconds, moved = shape["seconds"], shape["bytes"]
+        cells = [
+            f"{t * 1e6:.0f} ({moved[name] / t / rate:.2f})" if (t := seconds.get(name)) else "-"
+            for name in TITLES
+        ]
+        fp8 = seconds.get("fa3_fp8")
+        cells += [f"{moved['nvfp4'] / rate * 1e6:.0f}", f"{fp8 / seconds['nvfp4']:.2f}x" if fp8 else "-"]
+        lines.append((shape["name"], cells))
+    return _table(["requests x tokens", *TITLES.values(), "floor", "fp8 / ours"], lines) + (
+        "\n\nMicroseconds of one layer, in brackets the share of the device's copy rate "
+        f"({rate / 1e12:.2f} TB/s, read plus written; reading alone is faster). {_about(results)}"
+    )
+
+
+def engine_table(results: dict[str, Any]) -> str:
+    """Markdown of `bench engine`."""
+    caches = results["caches"]
+    lines: list[tuple[str, list[str]]] = []
+    for i, first in enumerate(next(iter(caches.values()))["decodes"]):
+        batch = f"{first['requests']} x {first['tokens']:,}"
+        columns = [c["decodes"][i] for c in caches.values()]
+        lines.append((f"decode step {batch}, ms", [_ms(c["step_seconds"], 2) for c in columns]))
+        lines.append((f"prefill {batch}, s", [f"{c['prefill_seconds']:.2f}" for c in columns]))
+    runner = next(iter(caches.values()))["runner"]
+    return f"{_table([results['shape'], *caches], lines)}\n\n{_about(results, runner)}"
+
+
+def write_table(results: dict[str, Any]) -> str:
+    """Markdown of `bench write`."""
+    lines = [
+        (f"{r['tokens']:,}", [f"{r['seconds'][name] * 1e6:.1f}" for name in WRITERS])
+        for r in results["writes"]
+    ]
+    table = _table(["tokens", *WRITERS.values()], lines)
+    return f"{table}\n\nMicroseconds, K and V of one layer. {_about(results)}"
 
 
 def capacity_table(results: dict[str, Any]) -> str:
@@ -87,6 +151,10 @@ BLOCK = 16
 OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), demo_table),
+    "gain": (("h200-decode.json", "h200-engine.json", "h200-capacity.json"), gain),
+    "decode": (("h200-decode.json",), decode_table),
+    "engine": (("h200-engine.json",), engine_table),
+    "write": (("h200-write.json",), write_table),
     "capacity": (("h200-capacity.json",), capacity_table),
     "gpu": (("h200-suite.json", "h200-demo.json"), gpu_tests),
 }
@@ -141,6 +209,7 @@ def main() -> int:
         print("up to date" if new == text else "README.md differs from the results: run without --check")
         return int(new != text)
     README.write_text(new)
+    decode_plot(*PLOT)
     return 0
 
 
