@@ -1,4 +1,4 @@
-"""The README's numbers are those of the committed results files."""
+"""The README's and RESULTS' numbers are those of the committed results files."""
 
 import re
 from pathlib import Path
@@ -6,16 +6,24 @@ from pathlib import Path
 import pytest
 
 from vllm_xlayer.bench.plot import SOURCE, digest
-from vllm_xlayer.bench.readme import PLOT, rendered
+from vllm_xlayer.bench.readme import PLOT, TABLES, rendered
 from vllm_xlayer.bench.record import provenance
 
 # The source tree's: the installed package has no README beside it.
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+DOCUMENTS = (README, ROOT / "vllm_xlayer/bench/RESULTS.md")
 
 
-def test_tables_agree_with_the_results():
-    text = README.read_text()
-    assert rendered(text) == text, "run `python -m vllm_xlayer.bench.readme`"
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_tables_agree_with_the_results(path):
+    text = path.read_text()
+    assert "<!-- " in text and rendered(text) == text, "run `python -m vllm_xlayer.bench.readme`"
+
+
+def test_every_table_is_shown_somewhere():
+    texts = "".join(path.read_text() for path in DOCUMENTS)
+    assert all(f"<!-- {name}: begin -->" in texts for name in TABLES)
 
 
 def test_the_picture_is_of_these_results():

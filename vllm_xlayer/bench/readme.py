@@ -1,11 +1,12 @@
-"""``python -m vllm_xlayer.bench.readme [--check]``: puts the committed results into README.md.
+"""``python -m vllm_xlayer.bench.readme [--check]``: puts the committed results into README.md and RESULTS.md.
 
-The README has a pair of comments for each table; what is between them is written here, and the picture is
+They have a pair of comments for each table; what is between them is written here, and the picture is
 drawn anew (needs the extra "bench").
 """
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from .record import RESULTS
 from .write import TITLES as WRITERS
 
 README = Path(__file__).parents[2] / "README.md"
+DOCUMENTS = (README, Path(__file__).parent / "RESULTS.md")
+SHORT = 5
+"""Shapes in the README's table."""
 PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
 
@@ -54,7 +58,7 @@ def gain(decode: dict[str, Any], engine: dict[str, Any], capacity: dict[str, Any
     return (
         f"- **{capacity['capacity_ratio']:.2f} times the tokens of bf16** in the same memory "
         f"({capacity['shape']} shape, as vLLM counts them).\n"
-        f"- **Decode attention {times:.1f} times as fast as with fp8 KV**: one layer, {shape['name']} tokens, "
+        f"- **Decode attention {times:.1f} times as fast as with fp8 KV**: one layer, {shape['name']}: "
         f"{us['nvfp4']} us; FlashAttention-3 {us['fa3_fp8']} us with fp8, {us['fa3_bf16']} us with bf16.\n"
         f"- **In vLLM's engine**, a decode step of that batch takes {_ms(step['nvfp4'], 1)} ms, "
         f"with fp8 {_ms(step['fp8'], 1)} ms ({engine['shape']} shape).\n\n"
@@ -62,10 +66,15 @@ def gain(decode: dict[str, Any], engine: dict[str, Any], capacity: dict[str, Any
     )
 
 
-def decode_table(results: dict[str, Any]) -> str:
-    """Markdown of `bench decode`."""
+def short_decode_table(results: dict[str, Any]) -> str:
+    """Markdown of the first shapes of `bench decode`."""
+    return decode_table(results, SHORT)
+
+
+def decode_table(results: dict[str, Any], shapes: int | None = None) -> str:
+    """Markdown of `bench decode`: all shapes, or the first so many."""
     rate, lines = results["copy_rate"], []
-    for shape in results["shapes"]:
+    for shape in results["shapes"][:shapes]:
         seconds, moved = shape["seconds"], shape["bytes"]
         cells = [
             f"{t * 1e6:.0f} ({moved[name] / t / rate:.2f})" if (t := seconds.get(name)) else "-"
@@ -152,25 +161,27 @@ OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), demo_table),
     "gain": (("h200-decode.json", "h200-engine.json", "h200-capacity.json"), gain),
+    "short": (("h200-decode.json",), short_decode_table),
     "decode": (("h200-decode.json",), decode_table),
     "engine": (("h200-engine.json",), engine_table),
     "write": (("h200-write.json",), write_table),
     "capacity": (("h200-capacity.json",), capacity_table),
     "gpu": (("h200-suite.json", "h200-demo.json"), gpu_tests),
 }
-"""Marker in the README -> (results files, function of their contents that makes the Markdown)."""
+"""Marker in a document -> (results files, function of their contents that makes the Markdown)."""
 
 
 def rendered(text: str) -> str:
-    """README text with every table made anew from its results files.
+    """A document's text with every table in it made anew from its results files.
 
     Raises:
-        ValueError: a pair of markers is missing.
+        ValueError: a marker that nobody knows, or one without its end.
     """
-    for name, (files, make) in TABLES.items():
+    for name in re.findall(r"<!-- (\w+): begin -->", text):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md: expected one {begin} and one {end}")
+        if name not in TABLES or text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"expected one {begin} and one {end}, name one of {', '.join(TABLES)}")
+        files, make = TABLES[name]
         before, _, rest = text.partition(begin)
         after = rest.partition(end)[2]
         results = [json.loads((RESULTS / file).read_text()) for file in files]
@@ -203,12 +214,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m vllm_xlayer.bench.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
     args = parser.parse_args()
-    text = README.read_text()
-    new = rendered(text)
+    stale = [path for path in DOCUMENTS if rendered(path.read_text()) != path.read_text()]
     if args.check:
-        print("up to date" if new == text else "README.md differs from the results: run without --check")
-        return int(new != text)
-    README.write_text(new)
+        for path in stale:
+            print(f"{path.name} differs from the results: run without --check")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(rendered(path.read_text()))
     decode_plot(*PLOT)
     return 0
 
