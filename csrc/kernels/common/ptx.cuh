@@ -5,6 +5,11 @@
 
 #include <cstdint>
 
+// Shared memory whose size is given at launch.
+#if !defined(XLAYER_EMULATED)
+#define XLAYER_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
+#endif
+
 // Which instructions the code may use. XLAYER_FORCE_SM80 builds the oldest path for any GPU, to test it there.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890 && !defined(XLAYER_FORCE_SM80)
 #define XLAYER_HAS_CVT_E4M3 1
@@ -12,10 +17,47 @@
 #define XLAYER_HAS_CVT_E4M3 0
 #endif
 
+#if defined(XLAYER_EMULATED)
+#include <emulated_ptx.h>  // tests/emulation: the kernels on a CPU, lane by lane
+#else
 namespace xlayer::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
+}
+
+// BYTES (4, 8 or 16) from shared memory, in one instruction.
+template <int BYTES>
+__device__ __forceinline__ void load_shared(uint32_t at, uint32_t* words) {
+  if constexpr (BYTES == 16) {
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(at));
+  } else if constexpr (BYTES == 8) {
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(at));
+  } else {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(at));
+  }
+}
+__device__ __forceinline__ uint32_t load_shared_u8(uint32_t at) {
+  uint32_t byte;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(at));
+  return byte;
+}
+__device__ __forceinline__ uint32_t load_shared_u16(uint32_t at) {
+  uint32_t bytes;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(bytes) : "r"(at));
+  return bytes;
+}
+
+// Keeps a value in its register: where registers are short, nvcc would compute it anew in every iteration.
+__device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
+// base + a * b in one instruction. nvcc would multiply once and add for each of several bases.
+__device__ __forceinline__ const uint8_t* mad_wide(uint32_t a, uint32_t b, const uint8_t* base) {
+  const uint8_t* sum;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(base));
+  return sum;
 }
 
 // Asynchronous copies of BYTES (8 or 16) to shared memory; 16-byte ones do not pass through L1.
@@ -54,6 +96,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+}  // namespace xlayer::ptx
+#endif
+
+namespace xlayer::ptx {
 
 // Two e4m3 bytes (low one first) to two halves, exactly; NaN stays NaN.
 __device__ __forceinline__ __half2 e4m3x2_to_half2(uint32_t bytes) {

@@ -125,7 +125,7 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
 
 template <class C>
 __global__ void __launch_bounds__(THREADS, C::BLOCKS) decode_kernel(const __grid_constant__ Nvfp4AttentionParams p) {
-  extern __shared__ __align__(128) uint8_t shared[];
+  XLAYER_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   uint8_t* stages = shared + warp * STAGES * C::STAGE_BYTES;
   const uint32_t ring = ptx::shared_address(stages);

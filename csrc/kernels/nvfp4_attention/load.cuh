@@ -6,9 +6,6 @@
 
 namespace xlayer::attention {
 
-// Keeps a value in its register: where registers are short, nvcc would compute it anew in every iteration.
-__device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)); }
-
 // The tiles of one warp in a run of units of one (request, KV head): tile i is tokens 16 (4 (unit + i) + warp).
 //
 // A tile's K data is contiguous, and so are V's data and the scales: a lane copies pieces `lane`, `lane + 32`, ... of
@@ -28,11 +25,11 @@ class TileLoader {
       const int chunk = C::EXACT ? c : c / 2, byte = C::EXACT ? 0 : 8 * (c % 2);
       k_to_[j] = ring + row * C::ROW + 16 * C::k_chunk(row, chunk) + byte;
       v_to_[j] = ring + C::V_DATA + n * C::ROW + 16 * C::v_chunk(n, chunk) + byte;
-      pin(k_to_[j]);
-      pin(v_to_[j]);
+      ptx::pin(k_to_[j]);
+      ptx::pin(v_to_[j]);
     }
     scale_to_ = ring + C::K_SCALE + 16 * lane;
-    pin(scale_to_);
+    ptx::pin(scale_to_);
   }
 
   // count: tiles this warp has, from tile `first_tile` on, WARPS apart. Blocks before that of tile `seen_from`, the
@@ -58,9 +55,10 @@ class TileLoader {
     if (i % 32 == 0) look_up(i);
     if (i < count_) {
       const int block = __shfl_sync(0xFFFFFFFFu, block_, i % 32);
-      const uint8_t* k = block_address(block, k_from_);
-      const uint8_t* v = block_address(block, v_from_);
-      const uint8_t* scales = block_address(block, scale_from_);
+      const uint32_t stride = uint32_t(p_.block_stride);
+      const uint8_t* k = ptx::mad_wide(block, stride, k_from_);
+      const uint8_t* v = ptx::mad_wide(block, stride, v_from_);
+      const uint8_t* scales = ptx::mad_wide(block, stride, scale_from_);
       if (wanders_) {
         const int token = __shfl_sync(0xFFFFFFFFu, token_, i % 32);
         k += token * (C::D / 2);
@@ -91,16 +89,6 @@ class TileLoader {
 
   __device__ __forceinline__ static uint32_t to(const uint32_t (&at)[ADDRESSES], int j, int rows) {
     return at[j % ADDRESSES] + j / ADDRESSES * rows * C::ROW;
-  }
-
-  // One multiplication with a 64-bit addend. nvcc would multiply once and add for each address, on the pipe that
-  // dequantisation fills.
-  __device__ __forceinline__ const uint8_t* block_address(int block, const uint8_t* from) const {
-    const uint8_t* address;
-    asm("mad.wide.u32 %0, %1, %2, %3;"
-        : "=l"(address)
-        : "r"(block), "r"(uint32_t(p_.block_stride)), "l"(from));
-    return address;
   }
 
   // Blocks of the next 32 tiles, one a lane.

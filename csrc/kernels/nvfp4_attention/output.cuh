@@ -38,16 +38,19 @@ __device__ __forceinline__ void store_out(const Nvfp4AttentionParams& p, OutputR
 // `writes`: this thread is the one that stores it.
 __device__ __forceinline__ float finish_row(const Nvfp4AttentionParams& p, OutputRow row, float max, float sum,
                                             bool writes) {
-  float total = sum, lse = -INFINITY;
-  if (p.sinks != nullptr) {
-    const float sink = p.sinks[row.head] * LOG2E;
-    // No key at all: only the sink is left, and the output is 0.
-    if (max == EMPTY) max = sink;
-    total += exp2f(sink - max);
+  // A query that does not exist sees no key: its output is 0 and its LSE -inf, with a sink or without.
+  const bool exists = sum != 0.0f;
+  float weight = 1.0f;
+  if (exists && p.sinks != nullptr) {
+    const float sink = p.sinks[row.head] * LOG2E, top = fmaxf(max, sink);
+    weight = exp2f(max - top);
+    sum = sum * weight + exp2f(sink - top);
+    max = top;
   }
-  if (total != 0.0f) lse = (max + log2f(total)) * LN2;
-  if (writes && p.lse != nullptr) p.lse[row.head * p.lse_stride_h + row.token] = lse;
-  return sum == 0.0f ? 0.0f : UNSCALE * *p.v_scale / total;
+  if (writes && p.lse != nullptr) {
+    p.lse[row.head * p.lse_stride_h + row.token] = exists ? (max + log2f(sum)) * LN2 : -INFINITY;
+  }
+  return exists ? weight * UNSCALE * *p.v_scale / sum : 0.0f;
 }
 
 }  // namespace xlayer::attention

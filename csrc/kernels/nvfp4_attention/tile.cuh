@@ -44,29 +44,6 @@ struct WarpState {
   }
 };
 
-template <int BYTES>
-__device__ __forceinline__ void load_shared(uint32_t at, uint32_t* words) {
-  if constexpr (BYTES == 16) {
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(at));
-  } else if constexpr (BYTES == 8) {
-    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(at));
-  } else {
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(at));
-  }
-}
-__device__ __forceinline__ uint32_t load_shared_u8(uint32_t at) {
-  uint32_t byte;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(at));
-  return byte;
-}
-__device__ __forceinline__ uint32_t load_shared_u16(uint32_t at) {
-  uint32_t bytes;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(bytes) : "r"(at));
-  return bytes;
-}
-
 // Shared addresses of what a lane reads of the ring's first stage.
 template <class C>
 struct LaneOffsets {
@@ -130,20 +107,20 @@ class Tile {
 #pragma unroll
       for (int i = 0; i < C::WORDS * 4 / BYTES; ++i) {
         // The second chunk of a 128-byte row is chunk t + 4: with the swizzle, 64 bytes up or down.
-        load_shared<BYTES>(i == 0 ? data : data ^ 64u, words[half] + i * BYTES / 4);
+        ptx::load_shared<BYTES>(i == 0 ? data : data ^ 64u, words[half] + i * BYTES / 4);
       }
       if constexpr (C::DP == 64) {
-        scales[half][0] = ptx::e4m3x2_to_half2(load_shared_u8(scale + at.k_scale[0]) * 0x0101u);
+        scales[half][0] = ptx::e4m3x2_to_half2(ptx::load_shared_u8(scale + at.k_scale[0]) * 0x0101u);
       } else {
 #pragma unroll
         for (int i = 0; i < C::DP / 128; ++i) {
           // Groups 8 i + 2 t and the next.
           uint32_t bytes;
           if constexpr (C::EXACT) {
-            bytes = load_shared_u16(scale + at.k_scale[0] + 8 * i);
+            bytes = ptx::load_shared_u16(scale + at.k_scale[0] + 8 * i);
           } else {
-            bytes = load_shared_u8(scale + at.k_scale[0] + groups_on(i, 0)) |
-                    load_shared_u8(scale + at.k_scale[1] + groups_on(i, 1)) << 8;
+            bytes = ptx::load_shared_u8(scale + at.k_scale[0] + groups_on(i, 0)) |
+                    ptx::load_shared_u8(scale + at.k_scale[1] + groups_on(i, 1)) << 8;
           }
           scales[half][i] = ptx::e4m3x2_to_half2(bytes);
         }
@@ -268,14 +245,14 @@ class Tile {
     constexpr int BYTES = 4 * C::V_WORDS;
     uint32_t words[4][C::V_WORDS];  // of tokens t, t + 4, t + 8, t + 12
 #pragma unroll
-    for (int i = 0; i < 4; ++i) load_shared<BYTES>(stage + at.v_data + i * 4 * C::ROW, words[i]);
+    for (int i = 0; i < 4; ++i) ptx::load_shared<BYTES>(stage + at.v_data + i * 4 * C::ROW, words[i]);
     __half2 scales[LaneOffsets<C>::V_GROUPS][2];  // (t, t + 4) and (t + 8, t + 12)
 #pragma unroll
     for (int group = 0; group < LaneOffsets<C>::V_GROUPS; ++group) {
       uint32_t bytes[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        bytes[i] = load_shared_u8(stage + at.v_scale[group] + i * 4 * C::S);
+        bytes[i] = ptx::load_shared_u8(stage + at.v_scale[group] + i * 4 * C::S);
         if (mask != nullptr) {
           // P is 0 there, but 0 times a garbage scale, which may be NaN, is not.
           const int token = mask->first_token + int(threadIdx.x & 3) + 4 * i;

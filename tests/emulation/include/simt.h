@@ -1,0 +1,250 @@
+// Runs CUDA kernels on a CPU, lane by lane, for tests where no GPU is.
+//
+// Every thread of a block is a fiber. It runs until it meets the others (a warp's shuffle, vote, matrix product; a block's
+// barrier), and goes on when all of them are there. So the code of the kernels themselves runs: their addresses, masks,
+// schedules, rings of buffers. What does not show: speed, races between warps that barriers do not order, and what
+// nvcc makes of the code.
+//
+// Stricter than a GPU: lanes that meet at different operations, a block that waits for ever, or a shared-memory
+// access outside of what was asked for end the program with a message. Shared memory starts as 0xFF.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace simt {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "simt: %s\n", what);
+  std::abort();
+}
+
+constexpr int WARP = 32, STACK_BYTES = 256 << 10;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+};
+
+// What a group of lanes does together: the last one to arrive does it for all.
+struct Meeting {
+  int arrived = 0;
+  long generation = 0;
+  const char* operation = nullptr;
+  uint32_t in[WARP][8], out[WARP][4];
+};
+
+struct Copy {
+  uint32_t to;
+  const void* from;
+  int bytes;
+};
+
+struct Machine {
+  std::vector<uint8_t> shared;
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> warps;
+  Meeting block;
+  std::vector<std::vector<std::vector<Copy>>> copies;  // [thread][group]
+  bool late_copies = true;  // asynchronous copies happen when they are waited for, else at once
+  ucontext_t scheduler;
+  int current = 0;
+  long progress = 0;
+  dim3 thread_index, block_index, grid;
+  std::function<void()> body;
+};
+
+inline Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+inline void yield() {
+  Machine& m = machine();
+  swapcontext(&m.fibers[m.current].context, &m.scheduler);
+}
+
+// Meets the other lanes of the group; `together` runs once, when all are there.
+template <class F>
+void meet(Meeting& meeting, int members, const char* operation, F together) {
+  Machine& m = machine();
+  if (meeting.arrived == 0) meeting.operation = operation;
+  if (std::strcmp(meeting.operation, operation) != 0) fail("lanes meet at different operations");
+  const long generation = meeting.generation;
+  if (++meeting.arrived == members) {
+    together();
+    meeting.arrived = 0;
+    ++meeting.generation;
+    ++m.progress;
+    return;
+  }
+  while (meeting.generation == generation) yield();
+}
+
+inline int lane() { return machine().current % WARP; }
+inline Meeting& warp() { return machine().warps[machine().current / WARP]; }
+
+inline void entry() {
+  Machine& m = machine();
+  m.body();
+  m.fibers[m.current].done = true;
+  ++m.progress;
+  yield();
+}
+
+inline void run_block(int threads) {
+  Machine& m = machine();
+  m.fibers.resize(threads);
+  m.warps.assign(threads / WARP, {});
+  m.block = {};
+  m.copies.assign(threads, {});
+  for (Fiber& f : m.fibers) {
+    if (!f.stack) f.stack.reset(new char[STACK_BYTES]);
+    f.done = false;
+    getcontext(&f.context);
+    f.context.uc_stack = {f.stack.get(), 0, STACK_BYTES};
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, entry, 0);
+  }
+  for (int left = threads; left > 0;) {
+    const long before = m.progress;
+    left = 0;
+    for (int t = 0; t < threads; ++t) {
+      if (m.fibers[t].done) continue;
+      m.current = t;
+      m.thread_index.x = unsigned(t);
+      swapcontext(&m.scheduler, &m.fibers[t].context);
+      left += !m.fibers[t].done;
+    }
+    if (left > 0 && m.progress == before) fail("some threads wait for others that never come");
+  }
+}
+
+template <class F>
+void launch(dim3 grid, int threads, size_t shared_bytes, F kernel) {
+  Machine& m = machine();
+  m.grid = grid;
+  m.body = kernel;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      m.shared.assign(shared_bytes + 256, 0xFF);
+      m.block_index = {x, y, 0};
+      run_block(threads);
+    }
+  }
+}
+
+// Dynamic shared memory as the kernel sees it: 128-byte aligned.
+inline uint8_t* shared_base() {
+  uint8_t* p = machine().shared.data();
+  return p + (128 - reinterpret_cast<uintptr_t>(p) % 128) % 128;
+}
+inline uint8_t* shared_at(uint32_t address, int bytes) {
+  if (address + size_t(bytes) > machine().shared.size() - 128) fail("shared memory: out of bounds");
+  if (address % bytes != 0) fail("shared memory: misaligned");
+  return shared_base() + address;
+}
+
+inline uint32_t exchange(const char* operation, uint32_t mine, int from) {
+  Meeting& w = warp();
+  const int me = lane();
+  w.in[me][0] = mine;
+  w.in[me][1] = uint32_t(from);
+  meet(w, WARP, operation, [&w] {
+    for (int i = 0; i < WARP; ++i) w.out[i][0] = w.in[w.in[i][1] % WARP][0];
+  });
+  return w.out[me][0];
+}
+
+}  // namespace simt
+
+#define threadIdx (simt::machine().thread_index)
+#define blockIdx (simt::machine().block_index)
+#define gridDim (simt::machine().grid)
+#define XLAYER_DYNAMIC_SHARED(name) uint8_t* name = simt::shared_base()
+
+inline void __syncthreads() {
+  simt::meet(simt::machine().block, int(simt::machine().fibers.size()), "__syncthreads", [] {});
+}
+inline void __syncwarp() { simt::meet(simt::warp(), simt::WARP, "__syncwarp", [] {}); }
+
+template <class T>
+T __shfl_sync(unsigned, T x, int from) {
+  return __builtin_bit_cast(T, simt::exchange("__shfl_sync", __builtin_bit_cast(uint32_t, x), from));
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  const uint32_t got = simt::exchange("__shfl_xor_sync", __builtin_bit_cast(uint32_t, x), simt::lane() ^ mask);
+  return __builtin_bit_cast(T, got);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T x, int by) {
+  const int from = simt::lane() < by ? simt::lane() : simt::lane() - by;
+  return __builtin_bit_cast(T, simt::exchange("__shfl_up_sync", __builtin_bit_cast(uint32_t, x), from));
+}
+inline uint32_t __ballot_sync(unsigned, bool vote) {
+  simt::Meeting& w = simt::warp();
+  const int me = simt::lane();
+  w.in[me][0] = vote;
+  simt::meet(w, simt::WARP, "__ballot_sync", [&w] {
+    uint32_t all = 0;
+    for (int i = 0; i < simt::WARP; ++i) all |= w.in[i][0] << i;
+    for (int i = 0; i < simt::WARP; ++i) w.out[i][0] = all;
+  });
+  return w.out[me][0];
+}
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
+
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t select) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t s = select >> (4 * i) & 0xF;
+    if (s & 8) simt::fail("__byte_perm: sign replication is not emulated");
+    out |= uint32_t(bytes >> (8 * s) & 0xFF) << (8 * i);
+  }
+  return out;
+}
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+inline float __fdividef(float a, float b) { return a / b; }

@@ -1,0 +1,101 @@
+"""The CUDA kernels of nvfp4_paged_attention without a GPU, lane by lane, against float64 attention.
+
+What the emulation shows and what it does not: tests/emulation/include/simt.h.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference.attention_cases import Case, check_batch, make_batch
+from reference.emulated import emulated, why_not
+
+from vllm_xlayer.nvfp4 import ScaleOrder
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+CPU = torch.device("cpu")
+AROUND = (0, 1, 15, 16, 17, 63, 64, 65, 129)
+
+
+def check(case: Case, **how) -> None:
+    batch = emulated(make_batch(case, CPU), **how)
+    check_batch(batch, *batch.run())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 112, 128, 192, 256])
+def test_head_sizes(head_size, dtype):
+    check(Case(AROUND, head_size=head_size, dtype=dtype))
+
+
+@pytest.mark.parametrize(("q_len", "group"), [(1, 1), (1, 16), (2, 3), (4, 4), (8, 1), (8, 16)], ids=str)
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_query_rows(head_size, q_len, group):
+    """From one row of a head tile to several head tiles of a KV head."""
+    check(Case((1, 9, 64, 130), q_len, group=group, head_size=head_size, kv_heads=1))
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
+def test_pages(block_size):
+    check(Case((block_size - 1, block_size + 1, 200), block_size=block_size))
+
+
+@pytest.mark.parametrize("window", [1, 16, 17, 64, 100, 1000])
+@pytest.mark.parametrize("q_len", [1, 4])
+def test_window(window, q_len):
+    check(Case((0, 3, 16, 65, 128, 300), q_len, window=window, sinks=True))
+    check(Case((65, 300), q_len, window=window, head_size=64, block_size=64))
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 192, 256])
+def test_swizzled_scales(head_size):
+    check(Case((1, 63, 130), 2, head_size=head_size, order=ScaleOrder.SWIZZLED, block_size=32))
+
+
+def test_soft_cap_sinks_and_global_scales():
+    check(Case((1, 40, 0, 300), 3, soft_cap=5.0, sinks=True, k_scale=0.013, v_scale=20.0))
+
+
+@pytest.mark.parametrize("q_size", [1e-4, 1e4])
+def test_magnitudes(q_size):
+    check(Case((1, 40, 200), q_size=q_size, all_scales=True))
+
+
+@pytest.mark.parametrize("late_copies", [True, False], ids=["late copies", "early copies"])
+@pytest.mark.parametrize("parts", [1, 2, 7, 40])
+def test_ring_and_schedule(parts, late_copies):
+    """Long runs that go around the ring of stages, cut at many places. A copy may happen as late as it is
+    waited for, or as early as it is asked for."""
+    check(Case((1000, 1, 2500), kv_heads=2), parts=parts, late_copies=late_copies)
+
+
+@pytest.mark.parametrize("split_units", [1, 3, 1000])
+def test_fixed_split(split_units):
+    """The same bits alone, in a batch, and with any number of thread blocks."""
+    case = Case((300, 65, 0, 500), split_units=split_units, sinks=True)
+    batch = make_batch(case, CPU)
+    out, lse = emulated(batch, parts=5).run()
+    check_batch(batch, out, lse)
+    alone, alone_lse = emulated(batch.only([3]), parts=2).run()
+    assert torch.equal(alone, out[3:]) and torch.equal(alone_lse, lse[:, 3:])
+
+
+def test_a_nan_stays_where_it_is():
+    """In V: its 16 dimensions of the heads that see it. In a query: its row."""
+    batch = make_batch(Case((40, 100)), CPU)
+    pool = batch.pool
+    page = pool.raw[int(batch.block_table[1, 2]), pool.layer * pool.page_bytes :]
+    page[pool.page_bytes - 3] = 0x7F  # one of the last token's scales of V, head 1
+    q = batch.q.clone()
+    q[0, 5, 7] = torch.nan
+    q[1, 2, 0] = torch.inf
+    batch = replace(batch, q=q)
+    ran = emulated(batch)
+    check_batch(ran, *ran.run())
+
+
+def test_lengths_beyond_a_block_of_threads():
+    """The schedule's prefix sum goes on over more requests than it has threads."""
+    lengths = tuple(1 + i % 3 for i in range(300))
+    check(Case(lengths, head_size=64, group=1, kv_heads=1), parts=9)
