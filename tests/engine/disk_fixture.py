@@ -45,4 +45,5 @@ def cached(llm):
     return [list(o.outputs[0].token_ids) for o in outputs], [o.num_cached_tokens for o in outputs]
 
 
-WHOLE_BLOCKS = [len(p) // 16 * 16 for p in PROMPTS]
+WHOLE_BLOCKS = [(len(p) - 1) // 16 * 16 for p in PROMPTS]
+"""Tokens of each prompt that a cache can hold for it: its last token is always computed."""

@@ -82,8 +82,8 @@ def test_restored_prompts_give_the_computed_tokens(make_llm, tiny_llama, llama_a
     restored = vllm_outputs(llm, PROMPTS, NUM_TOKENS)
     assert tokens(restored) == llama_answers
     span = 16 * blocks_per_chunk
-    # Whole chunks. (A prompt of exactly one is restored whole; its last token is computed again.)
-    assert [output.num_cached_tokens for output in restored] == [len(p) // span * span for p in PROMPTS]
+    # Whole chunks, but never a prompt's last token.
+    assert [output.num_cached_tokens for output in restored] == [(len(p) - 1) // span * span for p in PROMPTS]
     assert live_connector().connector_worker.worker.rows_loaded > 0
 
 
@@ -100,7 +100,25 @@ def test_restored_rows_are_the_stored_bytes(make_llm, tiny_llama):
     restored = vllm_outputs(llm, PROMPTS, NUM_TOKENS)
     assert tokens(restored) == tokens(cached)
     loaded = live_connector().connector_worker.worker.rows_loaded - before
-    assert loaded == sum(len(p) // 16 for p in PROMPTS)
+    assert loaded == sum((len(p) - 1) // 16 for p in PROMPTS)
+
+
+def test_prompts_of_whole_blocks_are_cached_alike(make_llm, tiny_llama):
+    """On the device without the connector, with it, and restored: the same is left to compute. A prompt that
+    is on the device waits for no load."""
+    prompts = random_prompts([16, 32, 160])
+    stock = make_llm(tiny_llama, kv_cache_dtype="nvfp4")
+    vllm_greedy(stock, prompts, NUM_TOKENS)
+    answers = vllm_greedy(stock, prompts, NUM_TOKENS)
+    llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", kv_transfer_config=connector())
+    vllm_greedy(llm, prompts, NUM_TOKENS)
+    assert vllm_greedy(llm, prompts, NUM_TOKENS) == answers
+    worker = live_connector().connector_worker.worker
+    assert worker.rows_loaded == 0
+    assert llm.reset_prefix_cache()
+    live_connector().pool.fill_(0xFF)
+    assert vllm_greedy(llm, prompts, NUM_TOKENS) == answers
+    assert worker.rows_loaded == 0 + 1 + 9
 
 
 def test_nvfp4_tokens_do_not_depend_on_the_layout(make_llm, tiny_llama):

@@ -77,7 +77,7 @@ def test_failed_loads_are_computed(make_llm, tiny_llama, answers, copies, monkey
     forget_device_cache(llm)
     before = rows_loaded()
     assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == answers
-    assert rows_loaded() - before == sum(len(p) // 16 for p in PROMPTS)
+    assert rows_loaded() - before == sum((len(p) - 1) // 16 for p in PROMPTS)
     settle(llm)
 
 

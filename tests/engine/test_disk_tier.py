@@ -53,7 +53,8 @@ def test_a_restarted_engine_restores(make_llm, tiny_llama, tmp_path, kv_cache_dt
     live_connector().pool.fill_(0xFF)
     live_connector().connector_worker.worker.host.fill_(0xFF)
     span = 16 * blocks_per_chunk
-    assert cached(llm) == (tokens, [len(p) // span * span for p in PROMPTS])
+    assert cached(llm) == (tokens, [(len(p) - 1) // span * span for p in PROMPTS])
+    # Also the chunk that ends with a prompt's last token, which is then computed.
     assert manager_of(llm).disk.counts["hit"] == sum(len(p) // span for p in PROMPTS)
 
 
@@ -192,7 +193,8 @@ def test_after_kill_9_another_process_finds_what_was_whole(make_llm, tiny_llama,
     tokens, found = cached(llm)
     # A job's chunks are written in no particular order, so what lies behind a hole is not looked for.
     hits = manager_of(llm).disk.counts["hit"]
-    assert tokens == answers and 0 < hits <= 12 and sum(found) == hits * 16
+    assert tokens == answers and 0 < hits <= 12
+    assert hits * 16 - sum(found) in (0, 16)  # the block of the prompt of 16 is found, and computed
 
 
 def test_a_reset_of_the_connector_forgets_the_disk(make_llm, tiny_llama, answers, tmp_path):

@@ -64,9 +64,19 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
             group.next_stored_chunk_idx = min(group.next_stored_chunk_idx, held)
 
     def _lookup(self, req_status: RequestOffloadState) -> int | None:
+        """Tokens to load. Never a prompt's last token: it is computed in any case, for the next one.
+
+        vLLM's device cache leaves the block that ends with it to be computed, and so must the tier: else a
+        prompt that is on the device waits for one row from the host, and NVFP4 gives a restored prompt other
+        tokens than a cached one, as more of it is seen quantised.
+        """
         if req_status.req.request_id in self._load_failed:
             return 0
-        return super()._lookup(req_status)
+        tokens = super()._lookup(req_status)
+        if tokens and req_status.num_locally_computed_tokens + tokens == req_status.req.num_tokens:
+            # Sliding windows: vLLM has left it out already.
+            tokens -= max(group.tokens_per_chunk for group in self.config.kv_group_configs)
+        return tokens
 
     def _calc_num_offloadable_tokens(self, req_status: RequestOffloadState, num_computed_tokens: int) -> int:
         request = req_status.req
