@@ -17,3 +17,17 @@ def scrape(prefix):
                 text = ",".join(f"{k}={v}" for k, v in sorted(labels.items()))
                 found[f"{name}{{{text}}}" if text else name] = sample.value
     return found
+
+
+def record_every_step(llm):
+    """As `vllm serve` does. LLM drops the statistics of steps that end without a token for anybody."""
+    engine = llm.llm_engine
+    scheduler, loggers = engine.engine_core.engine_core.scheduler, engine.logger_manager
+    make_stats = scheduler.make_stats
+
+    def make_and_record(*args):
+        stats = make_stats(*args)
+        loggers.record(scheduler_stats=stats, iteration_stats=None)
+        return stats
+
+    scheduler.make_stats, engine.logger_manager = make_and_record, None

@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
+    KVConnectorStats,
     PromMetric,
     PromMetricT,
 )
@@ -32,7 +33,7 @@ from ..layout import LayoutDescriptor, check_allocation
 from ..patches.registry import REGISTRY
 from ..patches.rows import FEATURE as ROWS
 from .identity import tier_identity
-from .metrics import RowPromMetrics
+from .metrics import RowConnectorStats, RowPromMetrics
 from .offload import DiskSettings, RowOffloadingSpec, default_host_bytes
 from .scheduler import RowConnectorScheduler
 from .worker import RowConnectorWorker
@@ -92,6 +93,10 @@ class XLayerConnector(OffloadingConnector):
         if isinstance(self.connector_worker, RowConnectorWorker):
             return self.connector_worker.take_invalid_blocks()
         return set()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return RowConnectorStats() if data is None else RowConnectorStats(data)
 
     @classmethod
     def build_prom_metrics(
