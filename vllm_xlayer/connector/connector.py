@@ -4,6 +4,7 @@ Block hashing, lookup, eviction and scheduling are vLLM's. What is ours: the lay
 cache must have (rows), the check that the engine really allocated it, and the copies.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+    PromMetric,
+    PromMetricT,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadPromMetrics
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
@@ -25,6 +33,7 @@ from ..layout import LayoutDescriptor, check_allocation
 from ..patches.registry import REGISTRY
 from ..patches.rows import FEATURE as ROWS
 from .identity import tier_identity
+from .metrics import RowConnectorStats, RowPromMetrics
 from .offload import DiskSettings, RowOffloadingSpec, default_host_bytes
 from .scheduler import RowConnectorScheduler
 from .worker import RowConnectorWorker
@@ -85,6 +94,28 @@ class XLayerConnector(OffloadingConnector):
             return self.connector_worker.take_invalid_blocks()
         return set()
 
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return RowConnectorStats() if data is None else RowConnectorStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        assert vllm_config.kv_transfer_config is not None
+        ours = _has_our_spec(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        make = RowPromMetrics if ours else OffloadPromMetrics
+        return make(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _has_our_spec(extra: Mapping[str, Any]) -> bool:
+    """Whether the tiers are ours; the user may have named another spec of vLLM's."""
+    return extra.get("spec_name", "CPUOffloadingSpec") == "CPUOffloadingSpec"
+
 
 def _recompute_failed_loads(vllm_config: VllmConfig) -> None:
     """vLLM ends requests whose load failed, unless told otherwise. It reads the policy after this."""
@@ -103,7 +134,7 @@ def _offloading_spec(
 ) -> OffloadingSpec:
     config = build_offloading_config(vllm_config, kv_cache_config)
     extra = dict(config.extra_config)
-    if extra.get("spec_name", "CPUOffloadingSpec") != "CPUOffloadingSpec":
+    if not _has_our_spec(extra):
         return OffloadingSpecFactory.create_spec(config)
     extra.setdefault("cpu_bytes_to_use", default_host_bytes())
     disk = _disk_settings(vllm_config, layout, extra, config.cache.blocks_per_chunk)

@@ -47,7 +47,10 @@ class DiskTier(SecondaryTierManager):
 
     Attributes:
         problem: Why the tier is off; empty while it works.
-        counts: stored, hit, "miss: <reason>", "not stored: <reason>", in chunks.
+        counts: stored, hit, "miss: <reason>" (there, but not usable), "not stored: <reason>" and
+            "not loaded: <reason>", in chunks.
+        seconds: spent writing what was stored ("store"), and reading what was a hit ("load").
+        limit: bytes, as given.
 
     Raises:
         OSError: the folder cannot be used.
@@ -57,6 +60,8 @@ class DiskTier(SecondaryTierManager):
         self.tier_type = "xlayer-disk"
         self.problem = ""
         self.counts: Counter[str] = Counter()
+        self.seconds = {"store": 0.0, "load": 0.0}
+        self.limit = limit
         self._view = view
         self._max_waiting = max_waiting
         self._identity = identity
@@ -80,9 +85,19 @@ class DiskTier(SecondaryTierManager):
             folder, self._store.total / 2**30, limit / 2**30, identity.digest,
         )  # fmt: skip
 
+    @property
+    def used(self) -> int:
+        """Bytes of all entries in the folder, as far as known."""
+        return self._store.total
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of all TP ranks."""
+        return self._view.shape[1]
+
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        # Not counted: a request asks again in every step until what it found has been read.
         if self.problem or not self._store.contains(key):
-            self.counts["miss: absent"] += not self.problem
             return LookupResult.MISS
         return LookupResult.HIT
 
@@ -180,27 +195,44 @@ class DiskTier(SecondaryTierManager):
         good = True
         for key, chunk in zip(job.keys, job.block_ids, strict=True):
             if self.problem:
-                return False
+                good = False
+                self.counts["not loaded: off"] += 1
+                continue
+            started = time.perf_counter()
             try:
                 self._store.read(key, memoryview(self._view[int(chunk)]))
             except EntryError as error:
                 good = False
                 self._count_once(f"miss: {error.reason}", str(error))
+            except OSError as error:
+                good = False
+                self.counts["not loaded: disk error"] += 1
+                self._turn_off(error)
             else:
                 self.counts["hit"] += 1
+                self.seconds["load"] += time.perf_counter() - started
         return good
 
     def _write(self, job: JobMetadata) -> bool:
         for key, chunk in zip(job.keys, job.block_ids, strict=True):
             if self.problem:
-                return False
+                self.counts["not stored: off"] += 1
+                continue
             if self._store.contains(key):
                 continue
-            if self._store.write(key, memoryview(self._view[int(chunk)])):
+            started = time.perf_counter()
+            try:
+                written = self._store.write(key, memoryview(self._view[int(chunk)]))
+            except OSError as error:
+                self.counts["not stored: disk error"] += 1
+                self._turn_off(error)
+                continue
+            if written:
                 self.counts["stored"] += 1
+                self.seconds["store"] += time.perf_counter() - started
             else:
                 self._count_once("not stored: no room", key.hex())
-        return True
+        return not self.problem
 
     def _rescan(self) -> float:
         """When to look again."""

@@ -63,6 +63,10 @@ class HostTierManager(CPUOffloadingManager):
         """Whether a transfer of this chunk failed, and it is not gone yet."""
         return key in self._failed
 
+    def is_late(self, req_context: ReqContext) -> bool:
+        """Whether a request has waited too long for a tier behind this one."""
+        return False
+
     @property
     def host(self) -> "HostTierManager":
         return self

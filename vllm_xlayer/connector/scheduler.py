@@ -6,10 +6,12 @@ chance to fail, and without that rule a tier that always fails would hold the re
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     OffloadingConnectorScheduler,
     RequestOffloadState,
 )
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
@@ -18,6 +20,7 @@ from vllm.v1.request import Request
 
 from ..config import Config
 from .accounting import check_accounts
+from .activity import TierActivity, queues
 from .host_manager import HostTierManager
 from .tiering import TieredManager
 from .worker import RowWorkerMetadata
@@ -37,11 +40,14 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
     def __init__(self, spec: OffloadingSpec, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
         super().__init__(spec, vllm_config, kv_cache_config)
         self._load_failed: set[str] = set()
+        disk = self.manager.disk if isinstance(self.manager, TieredManager) else None
+        self.activity = TierActivity(self.manager.host, disk, spec.config.worker_kv_bytes_per_block)
         self._debug = Config.load().debug
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, RowWorkerMetadata):
+            self.activity.moved(meta.transfer_stats)
             if meta.problem:
                 self.manager.turn_off(meta.problem)
             for job_id in meta.failed_jobs:
@@ -78,6 +84,45 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
             tokens -= max(group.tokens_per_chunk for group in self.config.kv_group_configs)
         return tokens
 
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        found, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        asked = not request.skip_reading_prefix_cache and request.request_id not in self._load_failed
+        if found is not None and asked:
+            self._note_answer(self._req_status[request.request_id], num_computed_tokens, found)
+        return found, is_async
+
+    def _note_answer(self, status: RequestOffloadState, computed: int, found: int) -> None:
+        """Remembers what a request found (tokens), for when it is admitted."""
+        span = self.config.kv_group_configs[0].tokens_per_chunk
+        could = super()._calc_num_offloadable_tokens(status, status.req.num_tokens)
+        hits = (computed + found) // span - computed // span
+        misses = max(0, could // span - (computed + found) // span)
+        late = self.manager.is_late(status.req_context)
+        reason = "off" if self.manager.host.problem else "late" if late else "absent"
+        self.activity.lookups.answered(status.req.request_id, hits, misses, reason)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        self.activity.lookups.admitted(request.request_id)
+
+    def get_stats(self) -> OffloadingConnectorStats:
+        """What happened since the last call; vLLM asks after every step."""
+        under_way = [(job.keys, not job.is_store) for job in self._jobs.values()]
+        ours = self.activity.report(queues(under_way, self.manager.transfers()))
+        vllms = super().get_stats()
+        if vllms is not None:
+            ours.aggregate(vllms)
+        return ours
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.activity.report({})  # with what was written to the disk just now
+        self.activity.log()
+
     def _calc_num_offloadable_tokens(self, req_status: RequestOffloadState, num_computed_tokens: int) -> int:
         request = req_status.req
         if request.is_finished():
@@ -98,6 +143,7 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
 
     def request_finished(self, request: Request):
         self._load_failed.discard(request.request_id)
+        self.activity.lookups.forget(request.request_id)
         return super().request_finished(request)
 
     def _check(self) -> None:

@@ -43,14 +43,14 @@ class TieredManager(TieringOffloadingManager):
     def lookup(self, key: OffloadKey, req_context: ReqContext, *, exclude_tier=None) -> LookupResult:
         if self.host.problem or self.host.has_failed(key):
             return LookupResult.MISS
-        if self._is_late(req_context):
+        if self.is_late(req_context):
             # Also ends two requests' taking each other's chunks out of a host tier too small for both.
             self._maybe_process_finished_jobs()
             found = self.host.lookup(key, req_context)
             return found if found is LookupResult.HIT else LookupResult.MISS
         return super().lookup(key, req_context, exclude_tier=exclude_tier)
 
-    def _is_late(self, req_context: ReqContext) -> bool:
+    def is_late(self, req_context: ReqContext) -> bool:
         state = self._req_state.get(req_context.req_id)
         since = None if state is None else state.secondary_lookup_start_time
         return since is not None and time.monotonic() - since > DEADLINE_SECONDS
