@@ -96,7 +96,8 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
     def _note_answer(self, status: RequestOffloadState, computed: int, found: int) -> None:
         """Remembers what a request found (tokens), for when it is admitted."""
         span = self.config.kv_group_configs[0].tokens_per_chunk
-        could = super()._calc_num_offloadable_tokens(status, status.req.num_tokens)
+        # The last token is always computed: see _lookup.
+        could = super()._calc_num_offloadable_tokens(status, status.req.num_tokens - 1)
         hits = (computed + found) // span - computed // span
         misses = max(0, could // span - (computed + found) // span)
         late = self.manager.is_late(status.req_context)
