@@ -285,7 +285,8 @@ int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_
   const int checked_rows = int_between("rows", rows, 1, MAX_Q_LEN * MAX_GROUP);
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const int parts = nvfp4_attention_parts(int(head_size), checked_rows);
-  STD_TORCH_CHECK(parts > 0, "nvfp4_attention_parts: expected a GPU that this build has kernels for, but they ",
+  STD_TORCH_CHECK(parts > 0,
+                  "nvfp4_attention_parts: expected a GPU that this build has kernels for, but they ",
                   "cannot be loaded on it (see build_info()[\"archs\"])");
   return parts;
 }

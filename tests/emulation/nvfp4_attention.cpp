@@ -11,7 +11,9 @@ namespace {
 template <class C>
 void run(Nvfp4AttentionParams p) {
   const int tiles = p.page.heads * row_tiles(p.q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
-  const int64_t splits = p.split_units > 0 ? ceil_div(ceil_div(p.max_blocks * p.page.block_size, UNIT_TOKENS), p.split_units) : 0;
+  const int64_t splits =
+      p.split_units > 0 ? ceil_div(ceil_div(p.max_blocks * p.page.block_size, UNIT_TOKENS), p.split_units)
+                        : 0;
   const int64_t slots = p.split_units > 0 ? p.num_requests * tiles * splits : 2 * p.parts;
   // NaN: nothing is read that was not written.
   std::vector<float> out(slots * C::TILE_ROWS * C::DP, NAN), ml(slots * C::TILE_ROWS * 2, NAN);
@@ -23,7 +25,8 @@ void run(Nvfp4AttentionParams p) {
     schedule_kernel(p.seq_lens, p.schedule, p.num_requests, p.q_len, p.window, tiles, p.parts, p.split_units);
   });
   simt::launch({unsigned(p.parts), 1, 1}, THREADS, C::SHARED_BYTES, [&] { decode_kernel<C>(p); });
-  simt::launch({unsigned(tiles * C::TILE_ROWS), unsigned(p.num_requests), 1}, THREADS, 0, [&] { combine_kernel<C>(p); });
+  simt::launch({unsigned(tiles * C::TILE_ROWS), unsigned(p.num_requests), 1}, THREADS, 0,
+               [&] { combine_kernel<C>(p); });
 }
 
 }  // namespace
@@ -84,7 +87,9 @@ extern "C" int run_nvfp4_attention(const Args* a) {
 
   const int rows = p.q_len * (p.num_q_heads / p.page.heads);
   switch (p.page.head_size) {
-    case 64: rows <= 8 ? run<Config<64, 1>>(p) : rows <= 16 ? run<Config<64, 2>>(p) : run<Config<64, 4>>(p); return 0;
+    case 64:
+      rows <= 8 ? run<Config<64, 1>>(p) : rows <= 16 ? run<Config<64, 2>>(p) : run<Config<64, 4>>(p);
+      return 0;
     case 80: run<Config<80, 1>>(p); return 0;
     case 96: run<Config<96, 1>>(p); return 0;
     case 112: run<Config<112, 1>>(p); return 0;

@@ -10,7 +10,8 @@
 #define XLAYER_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
 #endif
 
-// Which instructions the code may use. XLAYER_FORCE_SM80 builds the oldest path for any GPU, to test it there.
+// Which instructions the code may use. XLAYER_FORCE_SM80 builds the oldest path for any GPU, to test it
+// there.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890 && !defined(XLAYER_FORCE_SM80)
 #define XLAYER_HAS_CVT_E4M3 1
 #else

@@ -6,7 +6,8 @@
 
 namespace xlayer::attention {
 
-// Grid: (KV head x row tile x row, request). A thread block merges one row: its warps take the parts in turn, then add.
+// Grid: (KV head x row tile x row, request). A thread block merges one row: its warps take the parts in turn,
+// then add.
 template <class C>
 __global__ void __launch_bounds__(THREADS) combine_kernel(const __grid_constant__ Nvfp4AttentionParams p) {
   __shared__ float shared[WARPS][C::DP];

@@ -7,11 +7,11 @@ namespace xlayer::attention {
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
-constexpr int TILE = 16;           // tokens a warp works on at a time
-constexpr int STAGES = 3;          // tiles in flight or in use a warp
-constexpr int ROWS = 8;            // query rows of one MMA
-constexpr float EMPTY = -1e30f;    // running maximum of no key; finite, so that exp2(x - EMPTY) has no NaN
-constexpr float LAZY = 8.0f;       // P may reach 2^LAZY before the accumulators are rescaled
+constexpr int TILE = 16;             // tokens a warp works on at a time
+constexpr int STAGES = 3;            // tiles in flight or in use a warp
+constexpr int ROWS = 8;              // query rows of one MMA
+constexpr float EMPTY = -1e30f;      // running maximum of no key; finite, so that exp2(x - EMPTY) has no NaN
+constexpr float LAZY = 8.0f;         // P may reach 2^LAZY before the accumulators are rescaled
 constexpr float UNSCALE = 16384.0f;  // dequantised values are 2^-14 of what they stand for
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
@@ -24,11 +24,11 @@ struct Config {
   static constexpr bool EXACT = D == DP;
   static constexpr int NT = NT_;
   static constexpr int TILE_ROWS = NT * ROWS;
-  static constexpr int S = D / GROUP;            // block scales a token
-  static constexpr int ROW = DP / 2;             // bytes of a token's data in shared memory
-  static constexpr int WORDS = DP / 32;          // 8-element words of one token a lane has of K
-  static constexpr int V_WORDS = DP / 64;        // ... and of V, for each of its four tokens
-  static constexpr int M_TILES = DP / 16;        // 16-row MMA tiles of the transposed output
+  static constexpr int S = D / GROUP;      // block scales a token
+  static constexpr int ROW = DP / 2;       // bytes of a token's data in shared memory
+  static constexpr int WORDS = DP / 32;    // 8-element words of one token a lane has of K
+  static constexpr int V_WORDS = DP / 64;  // ... and of V, for each of its four tokens
+  static constexpr int M_TILES = DP / 16;  // 16-row MMA tiles of the transposed output
 
   // One stage: K data, V data (rows of ROW bytes, swizzled), K scales, V scales (as in the page).
   static constexpr int V_DATA = TILE * ROW;
@@ -45,7 +45,9 @@ struct Config {
   static constexpr int BLOCKS = NT * DP <= 128 ? 4 : NT == 4 || D == 192 ? 2 : 3;
 
   // Which 16-byte chunk of a row chunk c is put at, so that the fragment loads meet no bank twice.
-  static __device__ __forceinline__ int k_chunk(int row, int c) { return DP == 256 ? c ^ ((row & 1) << 2) : c; }
+  static __device__ __forceinline__ int k_chunk(int row, int c) {
+    return DP == 256 ? c ^ ((row & 1) << 2) : c;
+  }
   static __device__ __forceinline__ int v_chunk(int row, int c) {
     return DP == 256 ? c ^ ((row & 3) << 1) : DP == 128 ? c ^ (row & 2) : c;
   }
@@ -57,7 +59,9 @@ struct Config {
 
 // Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k =
 // 2t, 2t + 1, 2t + 8, 2t + 9), meets V's tokens t, t + 4, t + 8, t + 12, which are loaded without conflicts.
-__host__ __device__ constexpr int token_of_row(int row) { return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2); }
+__host__ __device__ constexpr int token_of_row(int row) {
+  return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2);
+}
 __host__ __device__ constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
 
 }  // namespace xlayer::attention

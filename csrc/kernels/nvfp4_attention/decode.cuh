@@ -1,8 +1,9 @@
 // Attention of a few query tokens to an NVFP4 cache, one pass over the bytes.
 //
-// A thread block takes a part of the schedule (params.h): runs of 64-token units, each run of one request and head
-// tile. Its four warps take 16 tokens of a unit each and never wait for each other: every warp has its own ring of
-// stages and its own running maximum. At the end of a run the four results are merged in shared memory.
+// A thread block takes a part of the schedule (params.h): runs of 64-token units, each run of one request and
+// head tile. Its four warps take 16 tokens of a unit each and never wait for each other: every warp has its
+// own ring of stages and its own running maximum. At the end of a run the four results are merged in shared
+// memory.
 #pragma once
 
 #include "load.cuh"
@@ -19,11 +20,12 @@ struct Run {
   int64_t slot;    // else: where the partial result goes
 };
 
+// The warps' results of a run, added up: the output if the run is whole, else a partial result.
 template <class C>
-__device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, const WarpState<C>& state, const Run& run,
-                                                float* shared) {
+__device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, const WarpState<C>& state,
+                                                const Run& run, float* shared) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
-  float* outs = shared;                                        // [WARPS][TILE_ROWS][OUT_STRIDE]
+  float* outs = shared;                                           // [WARPS][TILE_ROWS][OUT_STRIDE]
   float* maxima = shared + WARPS * C::TILE_ROWS * C::OUT_STRIDE;  // [WARPS][TILE_ROWS]
   float* sums = maxima + WARPS * C::TILE_ROWS;
   __syncthreads();  // the last run's results have been read
@@ -40,8 +42,9 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
 #pragma unroll
       for (int d = 0; d < C::DP / 8; d += 4) {
         // Dimensions 2 m and 2 m + 1 are in MMA tile m's first and second row.
-        *reinterpret_cast<float4*>(out + d) = make_float4(state.out[n][d / 2][j], state.out[n][d / 2][2 + j],
-                                                          state.out[n][d / 2 + 1][j], state.out[n][d / 2 + 1][2 + j]);
+        *reinterpret_cast<float4*>(out + d) =
+            make_float4(state.out[n][d / 2][j], state.out[n][d / 2][2 + j], state.out[n][d / 2 + 1][j],
+                        state.out[n][d / 2 + 1][2 + j]);
       }
     }
   }
@@ -75,6 +78,7 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
   }
 }
 
+// A run from its first copy to its result. All threads of the block take part.
 template <class C>
 __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
                                            TileLoader<C>& loader, const LaneOffsets<C>& at, float* shared) {
@@ -97,14 +101,17 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   mask.window = p.window;
   mask.first_row = run.first_row;
   mask.group = p.num_q_heads / p.page.heads;
-  // Tokens [all_see_from, all_see_to) are seen by every query: of this warp's tiles, those from plain_from on.
+  // Tokens [all_see_from, all_see_to) are seen by every query: of this warp's tiles, those from plain_from
+  // on.
   const int all_see_from = p.window > 0 ? max(keys.last - p.window, 0) : 0;
   const int all_see_to = keys.last - p.q_len + 1;
   constexpr int STEP = WARPS * TILE;
   const int plain_from = max(0, (all_see_from - first_tile * TILE + STEP - 1) / STEP);
-  const int plain_to = all_see_to / TILE > first_tile ? (all_see_to / TILE - first_tile + WARPS - 1) / WARPS : 0;
+  const int plain_to =
+      all_see_to / TILE > first_tile ? (all_see_to / TILE - first_tile + WARPS - 1) / WARPS : 0;
 
-  uint32_t offset = 0, last_offset = (STAGES - 1) * C::STAGE_BYTES;  // in the ring: this tile's and the last's stage
+  uint32_t offset = 0,
+           last_offset = (STAGES - 1) * C::STAGE_BYTES;  // in the ring: this tile's and the last's stage
   for (int i = 0; i < count; ++i) {
     ptx::cp_async_wait<STAGES - 2>();
     __syncwarp();  // everybody's copies of this tile are there, and nobody reads the stage filled next
@@ -124,7 +131,8 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
 }
 
 template <class C>
-__global__ void __launch_bounds__(THREADS, C::BLOCKS) decode_kernel(const __grid_constant__ Nvfp4AttentionParams p) {
+__global__ void __launch_bounds__(THREADS, C::BLOCKS)
+    decode_kernel(const __grid_constant__ Nvfp4AttentionParams p) {
   XLAYER_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   uint8_t* stages = shared + warp * STAGES * C::STAGE_BYTES;

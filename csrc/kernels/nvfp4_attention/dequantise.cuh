@@ -18,8 +18,8 @@ struct HighBytes {
   uint32_t odd;   // elements 1, 3, 5, 7
 };
 
-// two: 2, but not known at compile time: nvcc then leaves the left shifts multiplications, which run beside the logic
-// pipe. That one is full.
+// two: 2, but not known at compile time: nvcc then leaves the left shifts multiplications, which run beside
+// the logic pipe. That one is full.
 __device__ __forceinline__ HighBytes high_bytes(uint32_t w, uint32_t two) {
   constexpr uint32_t SIGN = 0x80808080u, REST = 0x0E0E0E0Eu;
   return {((w * 16u) & SIGN) | ((w * two) & REST), (w & SIGN) | ((w >> 3) & REST)};

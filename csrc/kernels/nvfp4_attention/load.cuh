@@ -6,10 +6,11 @@
 
 namespace xlayer::attention {
 
-// The tiles of one warp in a run of units of one (request, KV head): tile i is tokens 16 (4 (unit + i) + warp).
+// The tiles of one warp in a run of units of one (request, KV head): tile i is tokens 16 (4 (unit + i) +
+// warp).
 //
-// A tile's K data is contiguous, and so are V's data and the scales: a lane copies pieces `lane`, `lane + 32`, ... of
-// each. Where a piece goes in shared memory is permuted (config.cuh), but the same for all tiles.
+// A tile's K data is contiguous, and so are V's data and the scales: a lane copies pieces `lane`, `lane +
+// 32`, ... of each. Where a piece goes in shared memory is permuted (config.cuh), but the same for all tiles.
 template <class C>
 class TileLoader {
  public:
@@ -32,8 +33,9 @@ class TileLoader {
     ptx::pin(scale_to_);
   }
 
-  // count: tiles this warp has, from tile `first_tile` on, WARPS apart. Blocks before that of tile `seen_from`, the
-  // first that a query sees, may be anything, also in the table: another is loaded in their place, and masked.
+  // count: tiles this warp has, from tile `first_tile` on, WARPS apart. Blocks before that of tile
+  // `seen_from`, the first that a query sees, may be anything, also in the table: another is loaded in their
+  // place, and masked.
   __device__ __forceinline__ void start(int request, int kv_head, int first_tile, int count, int seen_from) {
     const int lane = threadIdx.x & 31;
     table_ = p_.block_table + request * p_.block_table_stride;
@@ -47,7 +49,8 @@ class TileLoader {
     const bool is_v = lane >= C::S;
     k_from_ = p_.cache + (token * (C::D / 2) + lane * PIECE);
     v_from_ = k_from_ + v_offset_;
-    scale_from_ = p_.cache + (p_.page.data_bytes() + token * C::S) + (is_v ? v_offset_ + 16 * (lane - C::S) : 16 * lane);
+    scale_from_ = p_.cache + (p_.page.data_bytes() + token * C::S) +
+                  (is_v ? v_offset_ + 16 * (lane - C::S) : 16 * lane);
   }
 
   // Issues tile i (if there is one) into the stage `offset` bytes into the ring, as one group.
@@ -106,9 +109,9 @@ class TileLoader {
   const Nvfp4AttentionParams& p_;
   const int32_t* table_ = nullptr;
   int first_tile_ = 0, seen_from_ = 0, count_ = 0;
-  int block_ = 0, token_ = 0;        // of the tile this lane looked up
-  bool wanders_ = false;             // tiles lie at different places of their pages
-  uint32_t v_offset_;                // from K to V in a page
+  int block_ = 0, token_ = 0;  // of the tile this lane looked up
+  bool wanders_ = false;       // tiles lie at different places of their pages
+  uint32_t v_offset_;          // from K to V in a page
   // What this lane copies of block 0.
   const uint8_t* k_from_ = nullptr;
   const uint8_t* v_from_ = nullptr;

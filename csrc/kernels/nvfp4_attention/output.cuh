@@ -14,14 +14,15 @@ struct OutputRow {
   int head;
 };
 
-__device__ __forceinline__ OutputRow output_row(const Nvfp4AttentionParams& p, int request, int kv_head, int row) {
+__device__ __forceinline__ OutputRow output_row(const Nvfp4AttentionParams& p, int request, int kv_head,
+                                                int row) {
   const int group = p.num_q_heads / p.page.heads;
   return {int64_t(request) * p.q_len + row / group, kv_head * group + row % group};
 }
 
 // x times `scale` to elements d .. d + 7 of a row.
-__device__ __forceinline__ void store_out(const Nvfp4AttentionParams& p, OutputRow row, int d, const float (&x)[8],
-                                          float scale) {
+__device__ __forceinline__ void store_out(const Nvfp4AttentionParams& p, OutputRow row, int d,
+                                          const float (&x)[8], float scale) {
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -36,8 +37,8 @@ __device__ __forceinline__ void store_out(const Nvfp4AttentionParams& p, OutputR
 
 // The factor of a row's unnormalised output, from its running maximum (base 2) and sum; also stores the LSE.
 // `writes`: this thread is the one that stores it.
-__device__ __forceinline__ float finish_row(const Nvfp4AttentionParams& p, OutputRow row, float max, float sum,
-                                            bool writes) {
+__device__ __forceinline__ float finish_row(const Nvfp4AttentionParams& p, OutputRow row, float max,
+                                            float sum, bool writes) {
   // A query that does not exist sees no key: its output is 0 and its LSE -inf, with a sink or without.
   const bool exists = sum != 0.0f;
   float weight = 1.0f;

@@ -23,7 +23,7 @@ struct Schedule {
 };
 
 struct Nvfp4AttentionParams {
-  const void* q;  // [R * q_len][Hq][D] of dtype, D dense, 16-byte aligned rows
+  const void* q;       // [R * q_len][Hq][D] of dtype, D dense, 16-byte aligned rows
   int64_t q_stride_t;  // elements
   int64_t q_stride_h;
   void* out;  // as q
@@ -53,12 +53,12 @@ struct Nvfp4AttentionParams {
   ScaleOrder v_order;
 
   // CUDA only.
-  int32_t* schedule;    // see Schedule
-  int parts;            // parts to aim for: what runs at once on the device
-  int split_units;      // > 0: every (request, head) is cut into parts of so many units, whatever the batch
-  float* partial_out;   // [slots][tile rows][D padded], unnormalised
-  float* partial_ml;    // [slots][tile rows][2] running maximum (base 2), sum
-  uint32_t two = 2;     // see kernels/nvfp4_attention/dequantise.cuh
+  int32_t* schedule;   // see Schedule
+  int parts;           // parts to aim for: what runs at once on the device
+  int split_units;     // > 0: every (request, head) is cut into parts of so many units, whatever the batch
+  float* partial_out;  // [slots][tile rows][D padded], unnormalised
+  float* partial_ml;   // [slots][tile rows][2] running maximum (base 2), sum
+  uint32_t two = 2;    // see kernels/nvfp4_attention/dequantise.cuh
 };
 
 }  // namespace xlayer

@@ -12,8 +12,8 @@ __device__ __forceinline__ float2 to_float2(uint32_t bits, Dtype dtype) {
   return __bfloat1622float2(__nv_bfloat162(__builtin_bit_cast(__nv_bfloat162_raw, bits)));
 }
 
-// Fills state.q and state.factor. Rows become halves times a power of two that brings their largest element to
-// [128, 256): a bf16 row keeps all its bits where they matter, and no logit overflows.
+// Fills state.q and state.factor. Rows become halves times a power of two that brings their largest element
+// to [128, 256): a bf16 row keeps all its bits where they matter, and no logit overflows.
 template <class C>
 __device__ __forceinline__ void load_query(WarpState<C>& state, const Nvfp4AttentionParams& p, int request,
                                            int kv_head, int first_row) {
@@ -25,7 +25,8 @@ __device__ __forceinline__ void load_query(WarpState<C>& state, const Nvfp4Atten
   for (int n = 0; n < C::NT; ++n) {
     const int row = first_row + n * ROWS + g;
     const int query = row / group;
-    const uint16_t* q = static_cast<const uint16_t*>(p.q) + (int64_t(request) * p.q_len + query) * p.q_stride_t +
+    const uint16_t* q = static_cast<const uint16_t*>(p.q) +
+                        (int64_t(request) * p.q_len + query) * p.q_stride_t +
                         (kv_head * group + row - query * group) * p.q_stride_h;
     uint4 raw[C::WORDS];
     float amax = 0.0f;

@@ -1,11 +1,13 @@
 // A warp's work on one tile: 16 tokens of one KV head, all query rows of a head tile.
 //
 //   S^T [16 tokens x 8 rows]  = K [16 x D] Q^T [D x 8]       K is MMA operand A, straight from its bytes
-//   O^T [D x 8 rows]         += V^T [D x 16] P^T [16 x 8]    V^T is operand A; P^T = S^T's registers transposed
+//   O^T [D x 8 rows]         += V^T [D x 16] P^T [16 x 8]    V^T is operand A; P^T = S^T's registers
+//   transposed
 //
-// Lane = 4 g + t. It holds, of K, rows g and g + 8 (tokens token_of_row(g), + 8), D/4 dimensions each; of V, D/8
-// dimensions of tokens t, t + 4, t + 8, t + 12; of S^T and O^T, query rows 2t and 2t + 1. The dimensions are permuted
-// so that a lane's bytes are contiguous: Q is permuted with K, the output comes out in V's order.
+// Lane = 4 g + t. It holds, of K, rows g and g + 8 (tokens token_of_row(g), + 8), D/4 dimensions each; of V,
+// D/8 dimensions of tokens t, t + 4, t + 8, t + 12; of S^T and O^T, query rows 2t and 2t + 1. The dimensions
+// are permuted so that a lane's bytes are contiguous: Q is permuted with K, the output comes out in V's
+// order.
 #pragma once
 
 #include "../common/ptx.cuh"
@@ -142,12 +144,14 @@ class Tile {
 #pragma unroll
       for (int n = 0; n < C::NT; ++n) {
         ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], state.q[n][2 * w][0], state.q[n][2 * w][1]);
-        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], state.q[n][2 * w + 1][0], state.q[n][2 * w + 1][1]);
+        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], state.q[n][2 * w + 1][0],
+                       state.q[n][2 * w + 1][1]);
       }
     }
   }
 
-  // From the scale of group 2 t + j to that of 8 i groups further on, or the token's last: data is zero there.
+  // From the scale of group 2 t + j to that of 8 i groups further on, or the token's last: data is zero
+  // there.
   __device__ __forceinline__ static uint32_t groups_on(int i, int j) {
     const int group = 2 * int(threadIdx.x & 3) + j;
     return i == 0 ? 0 : min(8 * i, C::S - 1 - group);
@@ -159,7 +163,8 @@ class Tile {
   }
 
   // S^T becomes what gives the capped logits when it is multiplied by the factor.
-  __device__ __forceinline__ static void cap(float (&s)[C::NT][4], float soft_cap, const WarpState<C>& state) {
+  __device__ __forceinline__ static void cap(float (&s)[C::NT][4], float soft_cap,
+                                             const WarpState<C>& state) {
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
@@ -240,8 +245,9 @@ class Tile {
     return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(low, high)));
   }
 
-  __device__ __forceinline__ static void multiply_v(WarpState<C>& state, uint32_t stage, const LaneOffsets<C>& at,
-                                                    const uint32_t (&p)[C::NT][2], const TileMask* mask) {
+  __device__ __forceinline__ static void multiply_v(WarpState<C>& state, uint32_t stage,
+                                                    const LaneOffsets<C>& at, const uint32_t (&p)[C::NT][2],
+                                                    const TileMask* mask) {
     constexpr int BYTES = 4 * C::V_WORDS;
     uint32_t words[4][C::V_WORDS];  // of tokens t, t + 4, t + 8, t + 12
 #pragma unroll
@@ -260,7 +266,8 @@ class Tile {
         }
       }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) scales[group][j] = ptx::e4m3x2_to_half2(bytes[2 * j] | bytes[2 * j + 1] << 8);
+      for (int j = 0; j < 2; ++j)
+        scales[group][j] = ptx::e4m3x2_to_half2(bytes[2 * j] | bytes[2 * j + 1] << 8);
     }
 #pragma unroll
     for (int w = 0; w < C::V_WORDS; ++w) {
@@ -279,9 +286,10 @@ class Tile {
 #pragma unroll
         for (int n = 0; n < C::NT; ++n) {
           // Rows g and g + 8 of these tiles are dimensions 8 w + 4 half + (0, 1) and (2, 3) of the lane's.
-          ptx::mma_16816(state.out[n][4 * w + 2 * half], first[0], first[1], first[2], first[3], p[n][0], p[n][1]);
-          ptx::mma_16816(state.out[n][4 * w + 2 * half + 1], second[0], second[1], second[2], second[3], p[n][0],
+          ptx::mma_16816(state.out[n][4 * w + 2 * half], first[0], first[1], first[2], first[3], p[n][0],
                          p[n][1]);
+          ptx::mma_16816(state.out[n][4 * w + 2 * half + 1], second[0], second[1], second[2], second[3],
+                         p[n][0], p[n][1]);
         }
       }
     }

@@ -25,7 +25,8 @@ template <class C>
 int blocks_per_sm() {
   int blocks = 0;
   if (prepare<C>() != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, decode_kernel<C>, THREADS, C::SHARED_BYTES) != cudaSuccess) {
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, decode_kernel<C>, THREADS, C::SHARED_BYTES) !=
+          cudaSuccess) {
     return 0;
   }
   return blocks;

@@ -1,4 +1,5 @@
-// The part of CUDA's header that the kernels use, for the host compiler. One rounding an operation, as on the GPU.
+// The part of CUDA's header that the kernels use, for the host compiler. One rounding an operation, as on the
+// GPU.
 #pragma once
 
 #include "simt.h"

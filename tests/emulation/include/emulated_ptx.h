@@ -52,11 +52,14 @@ void cp_async_wait() {
   }
 }
 
-inline _Float16 half_of(uint32_t pair, int i) { return __builtin_bit_cast(_Float16, uint16_t(pair >> (16 * i))); }
+inline _Float16 half_of(uint32_t pair, int i) {
+  return __builtin_bit_cast(_Float16, uint16_t(pair >> (16 * i)));
+}
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k16": lane = 4 g + t holds A rows g and g + 8, columns 2t, 2t + 1 and 8 on;
-// B column g, rows 2t, 2t + 1 and 8 on; C rows g and g + 8, columns 2t and 2t + 1.
-inline void mma_16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+// PTX ISA, "Matrix Fragments for mma.m16n8k16": lane = 4 g + t holds A rows g and g + 8, columns 2t, 2t + 1
+// and 8 on; B column g, rows 2t, 2t + 1 and 8 on; C rows g and g + 8, columns 2t and 2t + 1.
+inline void mma_16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                      uint32_t b1) {
   simt::Meeting& w = simt::warp();
   const int me = simt::lane();
   const uint32_t in[6] = {a0, a1, a2, a3, b0, b1};

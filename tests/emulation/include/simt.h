@@ -1,12 +1,13 @@
 // Runs CUDA kernels on a CPU, lane by lane, for tests where no GPU is.
 //
-// Every thread of a block is a fiber. It runs until it meets the others (a warp's shuffle, vote, matrix product; a block's
-// barrier), and goes on when all of them are there. So the code of the kernels themselves runs: their addresses, masks,
-// schedules, rings of buffers. What does not show: speed, races between warps that barriers do not order, and what
-// nvcc makes of the code.
+// Every thread of a block is a fiber. It runs until it meets the others (a warp's shuffle, vote, matrix
+// product; a block's barrier), and goes on when all of them are there. So the code of the kernels themselves
+// runs: their addresses, masks, schedules, rings of buffers. What does not show: speed, races between warps
+// that barriers do not order, and what nvcc makes of the code.
 //
-// Stricter than a GPU: lanes that meet at different operations, a block that waits for ever, or a shared-memory
-// access outside of what was asked for end the program with a message. Shared memory starts as 0xFF.
+// Stricter than a GPU: lanes that meet at different operations, a block that waits for ever, or a
+// shared-memory access outside of what was asked for end the program with a message. Shared memory starts as
+// 0xFF.
 #pragma once
 
 #include <ucontext.h>
@@ -203,7 +204,9 @@ inline uint32_t exchange(const char* operation, uint32_t mine, int from) {
 inline void __syncthreads() {
   simt::meet(simt::machine().block, int(simt::machine().fibers.size()), "__syncthreads", [] {});
 }
-inline void __syncwarp() { simt::meet(simt::warp(), simt::WARP, "__syncwarp", [] {}); }
+inline void __syncwarp() {
+  simt::meet(simt::warp(), simt::WARP, "__syncwarp", [] {});
+}
 
 template <class T>
 T __shfl_sync(unsigned, T x, int from) {
@@ -211,7 +214,8 @@ T __shfl_sync(unsigned, T x, int from) {
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
-  const uint32_t got = simt::exchange("__shfl_xor_sync", __builtin_bit_cast(uint32_t, x), simt::lane() ^ mask);
+  const uint32_t got =
+      simt::exchange("__shfl_xor_sync", __builtin_bit_cast(uint32_t, x), simt::lane() ^ mask);
   return __builtin_bit_cast(T, got);
 }
 template <class T>
