@@ -10,6 +10,7 @@ pytest.importorskip("vllm")
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vllm_xlayer.attention import metadata
 from vllm_xlayer.attention.metadata import NVFP4MetadataBuilder
 
 LAYERS = ["a", "b"]
@@ -117,7 +118,10 @@ def test_what_can_be_captured(settings, expected):
     assert NVFP4MetadataBuilder.get_cudagraph_support(config(**settings), spec) is expected
 
 
-def test_heads_without_a_decode_kernel():
+def test_heads_without_a_decode_kernel(monkeypatch):
+    said = []
+    monkeypatch.setattr(metadata.logger, "warning_once", lambda text, *args: said.append(text % args))
     b = builder(head_size=48)
+    assert len(said) == 1 and "no decode kernel for heads of 48 and 4 query heads" in said[0]
     made = b.build(0, batch([1, 1], [5, 100]))
     assert b.reorder_batch_threshold is None and made.decode is None and made.seq_lens.tolist() == [5, 100]

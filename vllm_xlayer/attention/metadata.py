@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -12,8 +13,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from .decode import MAX_QUERY_LEN, DecodeBatch, DecodePlanner, has_kernel
+from .decode import HEAD_SIZES, MAX_GROUP, MAX_QUERY_LEN, DecodeBatch, DecodePlanner, has_kernel
 from .plan import Piece, plan_pieces
+
+logger = init_logger(__name__)
 
 
 @dataclass
@@ -114,6 +117,16 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         if shape := _decode_shape(vllm_config, kv_cache_spec):
             self.reorder_batch_threshold = self._decode_len
             self._planner = self._make_planner(vllm_config, shape, layer_names, device)
+        else:
+            logger.warning_once(
+                "NVFP4 KV cache: no decode kernel for heads of %d and %d query heads a KV head: decode is "
+                "slow (pages are dequantised first, and not in full CUDA graphs). There is one for heads of "
+                "%s and up to %d query heads a KV head.",
+                kv_cache_spec.head_size,
+                _num_query_heads(vllm_config) // kv_cache_spec.num_kv_heads,
+                ", ".join(map(str, sorted(HEAD_SIZES))),
+                MAX_GROUP,
+            )
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
@@ -179,6 +192,10 @@ def _decode_query_len(vllm_config) -> int:
 
 def _decode_shape(vllm_config, kv_cache_spec) -> tuple[int, int, int] | None:
     """(query heads, KV heads, head size) of a rank if there is a decode kernel for them, else None."""
-    num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
-    shape = (num_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
+    shape = (_num_query_heads(vllm_config), kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
     return shape if has_kernel(shape[2], shape[0], shape[1]) else None
+
+
+def _num_query_heads(vllm_config) -> int:
+    """Of a rank."""
+    return vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
