@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
       "int num_kv_heads, int head_size, int window, int parts, int split_units) -> ()");
   m.def(
       "nvfp4_paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor schedule, Tensor k_scale, Tensor v_scale, Tensor(a!) out, Tensor(b!)? lse, Tensor? sinks, "
+      "Tensor(d!) schedule, Tensor k_scale, Tensor v_scale, Tensor(a!) out, Tensor(b!)? lse, Tensor? sinks, "
       "Tensor(c!) workspace, float scale, int q_len, int window, float soft_cap, int scale_order, "
       "int parts, int split_units) -> ()");
   m.def("nvfp4_attention_parts(Tensor like, int head_size, int rows) -> int");

@@ -49,11 +49,12 @@ void check_seq_lens(const Tensor& seq_lens) {
   check_dense("seq_lens", seq_lens);
 }
 
-void check_schedule(const Tensor& schedule, int64_t requests) {
-  check_rank("schedule", schedule, 1, "(4 + requests + 1)");
+void check_schedule(const Tensor& schedule, int64_t requests, const Nvfp4AttentionParams& p) {
+  const int64_t needed = Schedule::size(requests, p.page.heads, p.q_len * (p.num_q_heads / p.page.heads));
+  check_rank("schedule", schedule, 1, "(entries)");
   check_dense("schedule", schedule);
-  STD_TORCH_CHECK(schedule.size(0) >= Schedule::size(requests), "schedule: expected at least ",
-                  Schedule::size(requests), " entries (4 + requests + 1), got ", schedule.size(0));
+  STD_TORCH_CHECK(schedule.size(0) >= needed, "schedule: expected at least ", needed, " entries for ",
+                  requests, " requests of this shape, got ", schedule.size(0));
 }
 
 Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
@@ -63,9 +64,9 @@ Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& sc
   check_dtype("seq_lens", seq_lens, {ScalarType::Int});
   check_dtype("schedule", schedule, {ScalarType::Int});
   check_seq_lens(seq_lens);
-  check_schedule(schedule, seq_lens.size(0));
   Nvfp4AttentionParams p =
       check_shape(q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units);
+  check_schedule(schedule, seq_lens.size(0), p);
   p.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
   p.num_requests = int(seq_lens.size(0));
   p.schedule = static_cast<int32_t*>(schedule.data_ptr());
@@ -130,13 +131,13 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
     check_dense("sinks", *sinks);
   }
   const int64_t R = seq_lens.size(0);
-  check_schedule(schedule, R);
   check_size("q", q, 2, page.head_size, "the head size of kv_cache");
   Nvfp4AttentionParams p =
       check_shape(q_len, q.size(1), page.heads, page.head_size, window, parts, split_units);
   check_size("q", q, 0, R * q_len, "the requests of seq_lens times q_len");
   check_size("block_table", block_table, 0, R, "the requests of seq_lens");
   check_sizes_of_q(q, out, lse, sinks);
+  check_schedule(schedule, R, p);
   STD_TORCH_CHECK(std::isfinite(scale) && scale > 0, "scale: expected a positive number, got ", scale);
   STD_TORCH_CHECK(std::isfinite(soft_cap) && soft_cap >= 0,
                   "soft_cap: expected 0 (none) or a positive number, got ", soft_cap);

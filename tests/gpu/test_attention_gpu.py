@@ -131,9 +131,11 @@ def test_the_schedule(window):
     workspace = batch.workspace(max_requests=len(lengths))
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=CUDA)
     ops.nvfp4_attention_schedule(seq_lens, workspace, 2, window)
-    chunk, parts, total, _, *begins = workspace.schedule.tolist()
+    chunk, parts, total, _, *rest = workspace.schedule.tolist()
+    begins, finished = rest[: len(lengths) + 1], rest[len(lengths) + 1 :]
     expected = [0]
     for length in lengths:
         expected.append(expected[-1] + units(case, length))
     assert begins == expected and total == expected[-1]
+    assert len(finished) == len(lengths) and not any(finished)
     assert (parts - 1) * chunk < total <= parts * chunk and parts <= workspace.parts_for(2)

@@ -17,6 +17,10 @@ def attend(**arguments) -> None:
     torch.ops.vllm_xlayer.nvfp4_paged_attention(**arguments)
 
 
+ENTRIES = 11
+"""Of a schedule for 2 requests: 4, where each begins, the end, and a counter for each (request, KV head)."""
+
+
 def schedule(**arguments) -> None:
     ops.load()
     torch.ops.vllm_xlayer.nvfp4_attention_schedule(**arguments)
@@ -29,7 +33,7 @@ def attention_arguments() -> dict[str, torch.Tensor | int | float]:
         "kv_cache": make_pool(CPU, B, H, N, D).cache,
         "block_table": torch.zeros(2, 3, dtype=torch.int32),
         "seq_lens": torch.tensor([5, 48], dtype=torch.int32),
-        "schedule": torch.zeros(7, dtype=torch.int32),
+        "schedule": torch.zeros(ENTRIES, dtype=torch.int32),
         "k_scale": scalar(1.0, CPU),
         "v_scale": scalar(1.0, CPU),
         "out": torch.full((4, 4, D), 7.0, dtype=torch.bfloat16),
@@ -49,7 +53,7 @@ def attention_arguments() -> dict[str, torch.Tensor | int | float]:
 def schedule_arguments() -> dict[str, torch.Tensor | int]:
     return {
         "seq_lens": torch.tensor([5, 48], dtype=torch.int32),
-        "schedule": torch.full((7,), -9, dtype=torch.int32),
+        "schedule": torch.full((ENTRIES,), -9, dtype=torch.int32),
         "q_len": 2,
         "num_q_heads": 4,
         "num_kv_heads": H,
@@ -79,7 +83,7 @@ def int32(*values: int) -> torch.Tensor:
         ({"out": torch.full((4, 4, D), 7.0)}, "out: expected bfloat16, got float32"),
         ({"block_table": torch.zeros(2, 3)}, "block_table: expected int32, got float32"),
         ({"seq_lens": torch.tensor([5, 48])}, "seq_lens: expected int32, got int64"),
-        ({"schedule": torch.zeros(7)}, "schedule: expected int32, got float32"),
+        ({"schedule": torch.zeros(ENTRIES)}, "schedule: expected int32, got float32"),
         ({"workspace": torch.zeros(0, dtype=torch.uint8)}, "workspace: expected float32, got uint8"),
         ({"lse": torch.zeros(4, 4, dtype=torch.bfloat16)}, "lse: expected float32, got bfloat16"),
         ({"sinks": torch.zeros(4, dtype=torch.float64)}, "sinks: expected float32, got float64"),
@@ -126,7 +130,7 @@ def int32(*values: int) -> torch.Tensor:
         ({"lse": torch.zeros(4, 5)}, "lse: expected size 4 in dimension 1 .*tokens of q"),
         ({"lse": torch.zeros(2, 4)}, "lse: expected size 4 in dimension 0 .*heads of q"),
         ({"sinks": torch.zeros(2)}, "sinks: expected size 4 in dimension 0"),
-        ({"schedule": int32(*[0] * 6)}, r"schedule: expected at least 7 entries .*got 6"),
+        ({"schedule": int32(*[0] * 10)}, r"schedule: expected at least 11 entries .*got 10"),
         ({"q_len": 0}, "q_len: expected 1 to 8, got 0"),
         ({"q_len": 9}, "q_len: expected 1 to 8, got 9"),
         ({"window": -1}, "window: expected 0 to 2147483647, got -1"),
@@ -169,12 +173,12 @@ def test_attention_checks_only_the_blocks_it_reads():
     ("change", "message"),
     [
         ({"seq_lens": torch.tensor([5, 48])}, "seq_lens: expected int32, got int64"),
-        ({"schedule": torch.zeros(7)}, "schedule: expected int32, got float32"),
+        ({"schedule": torch.zeros(ENTRIES)}, "schedule: expected int32, got float32"),
         ({"seq_lens": int32(5, 48).view(2, 1)}, "seq_lens: expected 1 dimensions"),
-        ({"schedule": int32(*[0] * 14)[::2]}, "schedule: expected a contiguous tensor"),
+        ({"schedule": int32(*[0] * 2 * ENTRIES)[::2]}, "schedule: expected a contiguous tensor"),
         (
-            {"schedule": int32(*[0] * 6)},
-            r"schedule: expected at least 7 entries .*got 6",
+            {"schedule": int32(*[0] * 10)},
+            r"schedule: expected at least 11 entries .*got 10",
         ),
         ({"q_len": 9}, "q_len: expected 1 to 8, got 9"),
         ({"num_kv_heads": 0}, "num_kv_heads: expected 1 to .*got 0"),

@@ -223,7 +223,8 @@ def assert_accurate(
 ) -> None:
     """flash-attention's rule: at most twice the error of plain PyTorch in the dtype, and one rounding.
 
-    A NaN must be where the exact result has one, and only there.
+    A NaN must be where the exact result has one, and only there. Plain PyTorch may spread one further (some
+    matrix products do): its error counts where it has a number.
     """
     nan = exact.isnan()
     assert torch.equal(got.isnan(), nan), f"{what}: NaN at {(got.isnan() != nan).nonzero()[:5].tolist()}"
@@ -231,7 +232,8 @@ def assert_accurate(
         return
     finite = ~nan
     error = float((got[finite].double() - exact[finite]).abs().max())
-    allowed = 2 * float((plain[finite].double() - exact[finite]).abs().max())
+    plain_error = (plain.double() - exact)[finite & plain.isfinite()].abs()
+    allowed = 2 * float(plain_error.max()) if plain_error.numel() else 0.0
     allowed += rounding(dtype, exact[finite])
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
 

@@ -29,7 +29,7 @@ class AttentionWorkspace:
     parts: tuple[int, ...]
     """Parts to cut a batch into, for 1, 2, ... query tokens a request."""
     schedule: torch.Tensor
-    """int32 [4 + max_requests + 1]"""
+    """int32 [entries]: where requests begin, and which of their parts have finished"""
     partial: torch.Tensor
     """float32 [floats], empty on the CPU"""
 
@@ -62,6 +62,8 @@ class AttentionWorkspace:
         require_cuda_build("nvfp4_paged_attention", like)
         load()
         shape, parts, floats = (num_q_heads, num_kv_heads, head_size), [], 0
+        # Of a request: one for 8 query rows of a KV head (csrc/kernels/nvfp4_attention/params.h).
+        counters = num_kv_heads * -(-max_q_len * (num_q_heads // num_kv_heads) // 8)
         for q_len in range(1, max_q_len + 1):
             rows = q_len * (num_q_heads // num_kv_heads)
             parts.append(torch.ops.vllm_xlayer.nvfp4_attention_parts(like, head_size, rows))
@@ -73,7 +75,7 @@ class AttentionWorkspace:
             *shape,
             split_units=split_units,
             parts=tuple(parts),
-            schedule=torch.zeros(4 + max_requests + 1, dtype=torch.int32, device=device),
+            schedule=torch.zeros(5 + max_requests * (1 + counters), dtype=torch.int32, device=device),
             partial=torch.empty(floats, dtype=torch.float32, device=device),
         )
 

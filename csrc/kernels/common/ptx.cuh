@@ -54,14 +54,11 @@ __device__ __forceinline__ uint32_t load_shared_u16(uint32_t at) {
 // Keeps a value in its register: where registers are short, nvcc would compute it anew in every iteration.
 __device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
-// base + a * b in one instruction. nvcc would multiply once and add for each of several bases.
-__device__ __forceinline__ const uint8_t* mad_wide(uint32_t a, uint32_t b, const uint8_t* base) {
-  const uint8_t* sum;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(base));
-  return sum;
-}
+// A value that is the same in all lanes, in a register that the compiler knows to be so (REDUX ends in one):
+// loops and branches on it then need no code for lanes that part.
+__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(0xFFFFFFFFu, x); }
 
-// Asynchronous copies of BYTES (8 or 16) to shared memory; 16-byte ones do not pass through L1.
+// Asynchronous copies of BYTES (4, 8 or 16) to shared memory; 16-byte ones do not pass through L1.
 template <int BYTES>
 __device__ __forceinline__ void cp_async(uint32_t dst, const void* src) {
   if constexpr (BYTES == 16) {
@@ -90,6 +87,17 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t a) {
   uint32_t d;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
   return d;
+}
+
+// Adds and returns what was there. Orders memory: what a block wrote before (and a barrier) is seen by a
+// block that comes later, after a barrier.
+__device__ __forceinline__ int add_acq_rel(int* counter, int x) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(x)
+               : "memory");
+  return before;
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {

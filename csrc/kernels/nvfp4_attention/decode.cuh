@@ -6,21 +6,14 @@
 // memory.
 #pragma once
 
+#include "combine.cuh"
 #include "load.cuh"
-#include "output.cuh"
 #include "query.cuh"
-#include "work.cuh"
 
 namespace xlayer::attention {
 
-struct Run {
-  int request, kv_head, first_row;
-  int begin, end;  // units, from the first that a query sees
-  bool whole;      // all units of this request and head tile
-  int64_t slot;    // else: where the partial result goes
-};
-
-// The warps' results of a run, added up: the output if the run is whole, else a partial result.
+// The warps' results of a run, added up: the output if the run is whole, else a partial result, and the
+// output if it is the last one.
 template <class C>
 __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, const WarpState<C>& state,
                                                 const Run& run, float* shared) {
@@ -65,7 +58,7 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[j] += outs[at * C::OUT_STRIDE + d + j] * weight;
     }
-    if (run.whole) {
+    if (run.whole()) {
       const OutputRow to = output_row(p, run.request, run.kv_head, run.first_row + row);
       store_out(p, to, d, x, finish_row(p, to, max, sum, d == 0));
     } else {
@@ -76,18 +69,19 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
       if (d == 0) reinterpret_cast<float2*>(p.partial_ml)[at] = make_float2(max, sum);
     }
   }
+  if (!run.whole() && comes_last<C>(p, run)) combine<C>(p, run, rows);
 }
 
 // A run from its first copy to its result. All threads of the block take part.
 template <class C>
 __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
                                            TileLoader<C>& loader, const LaneOffsets<C>& at, float* shared) {
-  const int warp = threadIdx.x / 32;
+  const int warp = ptx::uniform(threadIdx.x / 32);
   const int seq_len = p.seq_lens[run.request];
   const Range keys = key_range(seq_len, p.q_len, p.window);
   const int first_tile = (keys.begin_unit + run.begin) * WARPS + warp;
   const int last_tile = min((keys.begin_unit + run.end) * WARPS, (keys.last + TILE - 1) / TILE);
-  const int count = last_tile > first_tile ? (last_tile - first_tile + WARPS - 1) / WARPS : 0;
+  const int count = ptx::uniform(last_tile > first_tile ? (last_tile - first_tile + WARPS - 1) / WARPS : 0);
   loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) loader.load(i, i * C::STAGE_BYTES);
@@ -101,14 +95,16 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   mask.window = p.window;
   mask.first_row = run.first_row;
   mask.group = p.num_q_heads / p.page.heads;
+  mask.soft_cap = p.soft_cap;
   // Tokens [all_see_from, all_see_to) are seen by every query: of this warp's tiles, those from plain_from
   // on.
   const int all_see_from = p.window > 0 ? max(keys.last - p.window, 0) : 0;
   const int all_see_to = keys.last - p.q_len + 1;
   constexpr int STEP = WARPS * TILE;
-  const int plain_from = max(0, (all_see_from - first_tile * TILE + STEP - 1) / STEP);
-  const int plain_to =
-      all_see_to / TILE > first_tile ? (all_see_to / TILE - first_tile + WARPS - 1) / WARPS : 0;
+  const int plain_from = ptx::uniform(max(0, (all_see_from - first_tile * TILE + STEP - 1) / STEP));
+  const int plain_to = ptx::uniform(p.soft_cap == 0.0f && all_see_to / TILE > first_tile
+                                        ? (all_see_to / TILE - first_tile + WARPS - 1) / WARPS
+                                        : 0);
 
   uint32_t offset = 0,
            last_offset = (STAGES - 1) * C::STAGE_BYTES;  // in the ring: this tile's and the last's stage
@@ -117,10 +113,10 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
     __syncwarp();  // everybody's copies of this tile are there, and nobody reads the stage filled next
     loader.load(i + STAGES - 1, last_offset);
     if (i >= plain_from && i < plain_to) {
-      Tile<C>::attend(state, offset, at, p.soft_cap, nullptr);
+      Tile<C>::attend(state, offset, at, nullptr);
     } else {
       mask.first_token = (first_tile + i * WARPS) * TILE;
-      Tile<C>::attend(state, offset, at, p.soft_cap, &mask);
+      Tile<C>::attend(state, offset, at, &mask);
     }
     last_offset = offset;
     offset = offset == (STAGES - 1) * C::STAGE_BYTES ? 0 : offset + C::STAGE_BYTES;
@@ -163,21 +159,24 @@ __global__ void __launch_bounds__(THREADS, C::BLOCKS)
       const int units = key_range(p.seq_lens[request], p.q_len, p.window).units;
       const int line = line_units(units, p.split_units);
       const int within = position - begins[request];
-      const int head_tile = within / line;
       Run run;
       run.request = request;
-      run.kv_head = head_tile / tiles_per_head;
-      run.first_row = head_tile % tiles_per_head * C::TILE_ROWS;
-      run.begin = within - head_tile * line;
+      run.head_tile = within / line;
+      run.kv_head = run.head_tile / tiles_per_head;
+      run.first_row = run.head_tile % tiles_per_head * C::TILE_ROWS;
+      run.begin = within - run.head_tile * line;
       const int advance = min(line - run.begin, part_end - position);
       run.end = min(run.begin + advance, units);
-      run.whole = run.begin == 0 && run.end == units;
-      // A balanced part begins in the middle of at most one run and ends in the middle of at most one.
-      run.slot = p.split_units > 0 ? part : 2 * int64_t(part) + (position != part_begin);
+      const int begin = position - run.begin;  // of all units of this request and head tile
+      run.first_part = ptx::uniform(begin / chunk);
+      run.last_part = ptx::uniform((begin + units - 1) / chunk);
+      run.starts_inside = begin != run.first_part * chunk;
+      run.slot = slot_of(p, part, position != part_begin);
       attend_run(p, run, state, loader, at, merge);
       position += advance;
     }
   }
+  store_empty_requests<C>(p);
 }
 
 }  // namespace xlayer::attention

@@ -18,11 +18,16 @@ struct HighBytes {
   uint32_t odd;   // elements 1, 3, 5, 7
 };
 
-// two: 2, but not known at compile time: nvcc then leaves the left shifts multiplications, which run beside
+// 2 and 16, but not known at compile time: nvcc then leaves the left shifts multiplications, which run beside
 // the logic pipe. That one is full.
-__device__ __forceinline__ HighBytes high_bytes(uint32_t w, uint32_t two) {
+struct Shifts {
+  const uint32_t& two;
+  const uint32_t& sixteen;
+};
+
+__device__ __forceinline__ HighBytes high_bytes(uint32_t w, Shifts by) {
   constexpr uint32_t SIGN = 0x80808080u, REST = 0x0E0E0E0Eu;
-  return {((w * 16u) & SIGN) | ((w * two) & REST), (w & SIGN) | ((w >> 3) & REST)};
+  return {((w * by.sixteen) & SIGN) | ((w * by.two) & REST), (w & SIGN) | ((w >> 3) & REST)};
 }
 
 // Bytes I and J of x, each as the high byte of a half, times s.

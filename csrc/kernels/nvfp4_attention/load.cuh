@@ -29,13 +29,13 @@ class TileLoader {
       ptx::pin(k_to_[j]);
       ptx::pin(v_to_[j]);
     }
-    scale_to_ = ring + C::K_SCALE + 16 * lane;
+    scale_to_ = ring + C::K_SCALE + SCALE_PIECE * lane;
     ptx::pin(scale_to_);
   }
 
-  // count: tiles this warp has, from tile `first_tile` on, WARPS apart. Blocks before that of tile
-  // `seen_from`, the first that a query sees, may be anything, also in the table: another is loaded in their
-  // place, and masked.
+  // count: tiles this warp has (a uniform value), from tile `first_tile` on, WARPS apart. Blocks before that
+  // of tile `seen_from`, the first that a query sees, may be anything, also in the table: another is loaded
+  // in their place, and masked.
   __device__ __forceinline__ void start(int request, int kv_head, int first_tile, int count, int seen_from) {
     const int lane = threadIdx.x & 31;
     table_ = p_.block_table + request * p_.block_table_stride;
@@ -45,29 +45,25 @@ class TileLoader {
     // Pages of 16, 32 and 64 tokens: a warp's tiles have the same place in all of them.
     const int tiles_per_page = p_.page.block_size / TILE;
     wanders_ = WARPS % tiles_per_page != 0;
-    const int token = kv_head * p_.page.block_size + (wanders_ ? 0 : first_tile % tiles_per_page * TILE);
-    const bool is_v = lane >= C::S;
+    place_ = first_tile % tiles_per_page;
+    const int token = kv_head * p_.page.block_size + place_ * TILE;
+    const bool is_v = lane >= SCALE_LANES / 2;
     k_from_ = p_.cache + (token * (C::D / 2) + lane * PIECE);
     v_from_ = k_from_ + v_offset_;
     scale_from_ = p_.cache + (p_.page.data_bytes() + token * C::S) +
-                  (is_v ? v_offset_ + 16 * (lane - C::S) : 16 * lane);
+                  (is_v ? v_offset_ + SCALE_PIECE * (lane - SCALE_LANES / 2) : SCALE_PIECE * lane);
   }
 
   // Issues tile i (if there is one) into the stage `offset` bytes into the ring, as one group.
   __device__ __forceinline__ void load(int i, uint32_t offset) {
     if (i % 32 == 0) look_up(i);
     if (i < count_) {
+      if (wanders_) move_to(__shfl_sync(0xFFFFFFFFu, looked_up_place_, i % 32));
       const int block = __shfl_sync(0xFFFFFFFFu, block_, i % 32);
-      const uint32_t stride = uint32_t(p_.block_stride);
-      const uint8_t* k = ptx::mad_wide(block, stride, k_from_);
-      const uint8_t* v = ptx::mad_wide(block, stride, v_from_);
-      const uint8_t* scales = ptx::mad_wide(block, stride, scale_from_);
-      if (wanders_) {
-        const int token = __shfl_sync(0xFFFFFFFFu, token_, i % 32);
-        k += token * (C::D / 2);
-        v += token * (C::D / 2);
-        scales += token * C::S;
-      }
+      const uint64_t block_at = uint64_t(uint32_t(block)) * uint32_t(p_.block_stride);
+      const uint8_t* k = k_from_ + block_at;
+      const uint8_t* v = v_from_ + block_at;
+      const uint8_t* scales = scale_from_ + block_at;
       const int lane = threadIdx.x & 31;
 #pragma unroll
       for (int j = 0; j < PIECES; ++j) {
@@ -76,7 +72,7 @@ class TileLoader {
           ptx::cp_async<PIECE>(to(v_to_, j, 8) + offset, v + 32 * j * PIECE);
         }
       }
-      if (lane < 2 * C::S) ptx::cp_async<16>(scale_to_ + offset, scales);
+      if (SCALE_LANES == 32 || lane < SCALE_LANES) ptx::cp_async<SCALE_PIECE>(scale_to_ + offset, scales);
     }
     ptx::cp_async_commit();
   }
@@ -86,6 +82,9 @@ class TileLoader {
   static constexpr int PIECES_PER_TOKEN = C::D / 2 / PIECE;
   static constexpr int TOTAL = TILE * PIECES_PER_TOKEN;
   static constexpr int PIECES = (TOTAL + 31) / 32;
+  // Of scales all lanes take a piece, if there is a copy of that size: no branch.
+  static constexpr int SCALE_PIECE = C::S == 4 || C::S == 8 ? C::S : 16;
+  static constexpr int SCALE_LANES = 2 * TILE * C::S / SCALE_PIECE;
   // Of the pieces 8 tokens further on, a lane's place is that of the first ones, 8 rows further on.
   static constexpr int PERIOD = C::EXACT && 8 * PIECES_PER_TOKEN >= 32 ? 8 * PIECES_PER_TOKEN / 32 : PIECES;
   static constexpr int ADDRESSES = PERIOD < PIECES ? PERIOD : PIECES;
@@ -102,16 +101,26 @@ class TileLoader {
       const int tile = first_tile_ + mine * WARPS;
       const int logical = tiles_per_page == 1 ? tile : tile / tiles_per_page;
       block_ = table_[max(logical, seen_from_ / tiles_per_page)];
-      token_ = (tile - logical * tiles_per_page) * TILE;
+      looked_up_place_ = tile - logical * tiles_per_page;
     }
+  }
+
+  // To another place in the page, in tiles.
+  __device__ __forceinline__ void move_to(int place) {
+    const int tokens = (place - place_) * TILE;
+    k_from_ += tokens * (C::D / 2);
+    v_from_ += tokens * (C::D / 2);
+    scale_from_ += tokens * C::S;
+    place_ = place;
   }
 
   const Nvfp4AttentionParams& p_;
   const int32_t* table_ = nullptr;
   int first_tile_ = 0, seen_from_ = 0, count_ = 0;
-  int block_ = 0, token_ = 0;  // of the tile this lane looked up
-  bool wanders_ = false;       // tiles lie at different places of their pages
-  uint32_t v_offset_;          // from K to V in a page
+  int block_ = 0, looked_up_place_ = 0;  // of the tile this lane looked up
+  bool wanders_ = false;                 // tiles lie at different places of their pages
+  int place_ = 0;                        // ... and `from` is at this one
+  uint32_t v_offset_;                    // from K to V in a page
   // What this lane copies of block 0.
   const uint8_t* k_from_ = nullptr;
   const uint8_t* v_from_ = nullptr;

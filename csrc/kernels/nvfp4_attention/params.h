@@ -13,13 +13,19 @@ namespace xlayer {
 //   |--part 0--|--part 1--|--part 2--|--part 3--|--part 4--| ...
 //
 // A part that holds a (request, head) whole writes its output; the others write partial results, which
-// the combine kernel merges in the order of the parts. Nothing depends on which thread block takes a part.
+// the last of them to finish merges in the order of the parts. Nothing depends on which thread block takes a
+// part.
 constexpr int UNIT_TOKENS = 64;
 
 struct Schedule {
-  // int32 [4 + R + 1]: chunk, parts, total, 0, then for each request where its units begin, and `total`.
+  // int32 [4 + R + 1 + R * T]: chunk, parts, total, 0; for each request where its units begin, and `total`;
+  // for each request and head tile how many parts have finished, 0 between two launches. T: at most one head
+  // tile for 8 query rows.
   static constexpr int CHUNK = 0, PARTS = 1, TOTAL = 2, BEGINS = 4;
-  static constexpr int64_t size(int64_t requests) { return BEGINS + requests + 1; }
+  XLAYER_HD static constexpr int64_t counters(int64_t requests) { return BEGINS + requests + 1; }
+  static constexpr int64_t size(int64_t requests, int heads, int rows) {
+    return counters(requests) + requests * heads * ((rows + 7) / 8);
+  }
 };
 
 struct Nvfp4AttentionParams {
@@ -58,7 +64,7 @@ struct Nvfp4AttentionParams {
   int split_units;     // > 0: every (request, head) is cut into parts of so many units, whatever the batch
   float* partial_out;  // [slots][tile rows][D padded], unnormalised
   float* partial_ml;   // [slots][tile rows][2] running maximum (base 2), sum
-  uint32_t two = 2;    // see kernels/nvfp4_attention/dequantise.cuh
+  uint32_t two = 2, sixteen = 16;  // see dequantise.cuh
 };
 
 }  // namespace xlayer

@@ -14,6 +14,8 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
                     int head_tiles, int parts, int split_units) {
   __shared__ int sums[SCHEDULE_THREADS / 32];
   int32_t* begins = schedule + Schedule::BEGINS;
+  int32_t* counters = schedule + Schedule::counters(requests);
+  for (int i = threadIdx.x; i < requests * head_tiles; i += SCHEDULE_THREADS) counters[i] = 0;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int total = 0;
   for (int base = 0; base < requests; base += SCHEDULE_THREADS) {

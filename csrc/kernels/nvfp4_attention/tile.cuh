@@ -16,12 +16,13 @@
 
 namespace xlayer::attention {
 
-// What all lanes must know of the tile's place among the keys.
+// What all lanes must know of the tile's place among the keys, and of capped logits.
 struct TileMask {
   int first_token;       // of the tile
   int first, last;       // tokens outside are garbage: memory that nobody wrote, or freed
   int q_len, window;     // causal among the last q_len tokens; window 0: none
   int first_row, group;  // of the head tile; rows are query token * group + head in group
+  float soft_cap;        // 0: none
 };
 
 template <class C>
@@ -30,6 +31,7 @@ struct WarpState {
   float out[C::NT][C::M_TILES][4];     // O^T, times UNSCALE^-1
   float factor[C::NT][2];              // logits in base 2 = S^T * factor
   float max[C::NT][2];                 // of the logits in base 2, may lag by LAZY
+  float limit[C::NT][2];               // S^T beyond which it lags too much
   float sum[C::NT][2];                 // this lane's part
 
   __device__ __forceinline__ void clear() {
@@ -41,7 +43,7 @@ struct WarpState {
         for (int i = 0; i < 4; ++i) out[n][m][i] = 0.0f;
       }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) max[n][j] = EMPTY, sum[n][j] = 0.0f;
+      for (int j = 0; j < 2; ++j) max[n][j] = EMPTY, limit[n][j] = -INFINITY, sum[n][j] = 0.0f;
     }
   }
 };
@@ -51,9 +53,10 @@ template <class C>
 struct LaneOffsets {
   static constexpr int V_GROUPS = C::DP == 256 ? 2 : 1;  // scale groups of V's dimensions of a lane
   uint32_t k_data, k_scale[C::EXACT && C::DP > 64 ? 1 : 2], v_data, v_scale[V_GROUPS];
-  const uint32_t& two;  // see high_bytes
+  const Shifts shifts;
 
-  __device__ __forceinline__ LaneOffsets(uint32_t ring, const Nvfp4AttentionParams& p) : two(p.two) {
+  __device__ __forceinline__ LaneOffsets(uint32_t ring, const Nvfp4AttentionParams& p)
+      : shifts{p.two, p.sixteen} {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int token = token_of_row(g);
     if (C::DP == 64) {
@@ -84,13 +87,16 @@ struct LaneOffsets {
 template <class C>
 class Tile {
  public:
-  // stage: its offset in the ring. mask: null where every query sees every token of the tile.
+  // stage: its offset in the ring. mask: null where every query sees every token of the tile and no logit is
+  // capped.
   __device__ __forceinline__ static void attend(WarpState<C>& state, uint32_t stage, const LaneOffsets<C>& at,
-                                                float soft_cap, const TileMask* mask) {
+                                                const TileMask* mask) {
     float s[C::NT][4];
     multiply_k(state, stage, at, s);
-    if (soft_cap > 0.0f) cap(s, soft_cap, state);
-    if (mask != nullptr) mask_logits(s, *mask);
+    if (mask != nullptr) {
+      if (mask->soft_cap > 0.0f) cap(s, mask->soft_cap, state);
+      mask_logits(s, *mask);
+    }
     uint32_t p[C::NT][2];
     softmax(state, s, p);
     multiply_v(state, stage, at, p, mask);
@@ -135,7 +141,7 @@ class Tile {
     }
 #pragma unroll
     for (int w = 0; w < C::WORDS; ++w) {
-      const HighBytes a = high_bytes(words[0][w], at.two), b = high_bytes(words[1][w], at.two);
+      const HighBytes a = high_bytes(words[0][w], at.shifts), b = high_bytes(words[1][w], at.shifts);
       const __half2 a_scale = scale_of_word(scales[0], w), b_scale = scale_of_word(scales[1], w);
       const uint32_t even[4] = {scaled_pair<0, 1>(a.even, a_scale), scaled_pair<0, 1>(b.even, b_scale),
                                 scaled_pair<2, 3>(a.even, a_scale), scaled_pair<2, 3>(b.even, b_scale)};
@@ -197,16 +203,12 @@ class Tile {
   __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4],
                                                  uint32_t (&p)[C::NT][2]) {
     bool grows = false;
-    float top[C::NT][2];
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        top[n][j] = fmaxf(s[n][j], s[n][2 + j]) * state.factor[n][j];
-        grows = grows || top[n][j] > state.max[n][j] + LAZY;
-      }
+      for (int j = 0; j < 2; ++j) grows = grows || fmaxf(s[n][j], s[n][2 + j]) > state.limit[n][j];
     }
-    if (__any_sync(0xFFFFFFFFu, grows)) rescale(state, top);
+    if (__any_sync(0xFFFFFFFFu, grows)) rescale(state, s);
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
       float e[4];
@@ -220,17 +222,18 @@ class Tile {
     }
   }
 
-  __device__ __forceinline__ static void rescale(WarpState<C>& state, float (&top)[C::NT][2]) {
+  __device__ __forceinline__ static void rescale(WarpState<C>& state, const float (&s)[C::NT][4]) {
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float m = top[n][j];
+        float m = fmaxf(s[n][j], s[n][2 + j]) * state.factor[n][j];
 #pragma unroll
         for (int lanes = 4; lanes < 32; lanes *= 2) m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, lanes));
         m = fmaxf(m, state.max[n][j]);
         const float shrink = ptx::exp2_approx(state.max[n][j] - m);
         state.max[n][j] = m;
+        state.limit[n][j] = __fdividef(m + LAZY, state.factor[n][j]);
         state.sum[n][j] *= shrink;
 #pragma unroll
         for (int d = 0; d < C::M_TILES; ++d) {
@@ -277,8 +280,8 @@ class Tile {
       for (int half = 0; half < 2; ++half) {  // elements 0..3 and 4..7 of the word
         // Two tokens' four elements side by side: pairs of the same dimension are then 16 bits apart.
         constexpr uint32_t SELECT[2] = {0x5410u, 0x7632u};
-        const HighBytes a = high_bytes(__byte_perm(words[0][w], words[1][w], SELECT[half]), at.two);
-        const HighBytes b = high_bytes(__byte_perm(words[2][w], words[3][w], SELECT[half]), at.two);
+        const HighBytes a = high_bytes(__byte_perm(words[0][w], words[1][w], SELECT[half]), at.shifts);
+        const HighBytes b = high_bytes(__byte_perm(words[2][w], words[3][w], SELECT[half]), at.shifts);
         const uint32_t first[4] = {scaled_pair<0, 2>(a.even, s0), scaled_pair<0, 2>(a.odd, s0),
                                    scaled_pair<0, 2>(b.even, s1), scaled_pair<0, 2>(b.odd, s1)};
         const uint32_t second[4] = {scaled_pair<1, 3>(a.even, s0), scaled_pair<1, 3>(a.odd, s0),

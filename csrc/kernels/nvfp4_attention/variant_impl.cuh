@@ -1,6 +1,5 @@
 #pragma once
 
-#include "combine.cuh"
 #include "decode.cuh"
 #include "variant.cuh"
 
@@ -15,9 +14,6 @@ template <class C>
 cudaError_t launch(const Nvfp4AttentionParams& p, cudaStream_t stream) {
   if (const cudaError_t error = prepare<C>(); error != cudaSuccess) return error;
   decode_kernel<C><<<p.parts, THREADS, C::SHARED_BYTES, stream>>>(p);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  const int tiles = p.page.heads * row_tiles(p.q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
-  combine_kernel<C><<<dim3(tiles * C::TILE_ROWS, p.num_requests), THREADS, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

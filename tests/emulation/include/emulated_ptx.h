@@ -23,7 +23,11 @@ inline uint32_t load_shared_u16(uint32_t at) {
 }
 
 inline void pin(uint32_t&) {}
-inline const uint8_t* mad_wide(uint32_t a, uint32_t b, const uint8_t* base) { return base + uint64_t(a) * b; }
+// Fails where lanes differ.
+inline int uniform(int x) {
+  if (simt::exchange("uniform", uint32_t(x), 0) != uint32_t(x)) simt::fail("uniform: lanes differ");
+  return x;
+}
 
 inline std::vector<std::vector<simt::Copy>>& my_copies() {
   auto& groups = simt::machine().copies[simt::machine().current];
@@ -106,6 +110,12 @@ inline uint32_t transpose_8x8(uint32_t x) {
     }
   });
   return w.out[me][0];
+}
+
+inline int add_acq_rel(int* counter, int x) {
+  const int before = *counter;
+  *counter += x;
+  return before;
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }

@@ -163,12 +163,10 @@ void launch(dim3 grid, int threads, size_t shared_bytes, F kernel) {
   Machine& m = machine();
   m.grid = grid;
   m.body = kernel;
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      m.shared.assign(shared_bytes + 256, 0xFF);
-      m.block_index = {x, y, 0};
-      run_block(threads);
-    }
+  for (unsigned i = 0; i < grid.x; ++i) {
+    m.shared.assign(shared_bytes + 256, 0xFF);
+    m.block_index.x = m.late_copies ? i : grid.x - 1 - i;  // both orders are seen
+    run_block(threads);
   }
 }
 
@@ -203,6 +201,15 @@ inline uint32_t exchange(const char* operation, uint32_t mine, int from) {
 
 inline void __syncthreads() {
   simt::meet(simt::machine().block, int(simt::machine().fibers.size()), "__syncthreads", [] {});
+}
+inline int __syncthreads_or(int vote) {
+  static int any = 0, result = 0;
+  any |= vote;
+  simt::meet(simt::machine().block, int(simt::machine().fibers.size()), "__syncthreads_or", [] {
+    result = any;
+    any = 0;
+  });
+  return result;
 }
 inline void __syncwarp() {
   simt::meet(simt::warp(), simt::WARP, "__syncwarp", [] {});
