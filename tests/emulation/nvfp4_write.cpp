@@ -51,13 +51,12 @@ extern "C" void run_nvfp4_write(const WriteArgs* a) {
   p.v_scale = a->v_scale;
   p.v_order = a->swizzled ? ScaleOrder::SWIZZLED : ScaleOrder::LINEAR;
   p.choice = ScaleChoice::BEST_OF_9;
-  const WriteGrid grid = write_grid(p, int(a->lanes));
-  const float inv_S = 1.0f / float(p.page.scales());
-  simt::launch(grid.blocks, WRITE_THREADS, 0, [&] {
+  const WriteLaunch launch = write_launch(p, int(a->lanes));
+  simt::launch(launch.blocks, WRITE_THREADS, 0, [&] {
     if (a->lanes == 1) {
-      nvfp4_write_kernel<__nv_bfloat16, ScaleChoice::BEST_OF_9, 1>(p, grid.tokens_per_block, inv_S, a->wide);
+      nvfp4_write_kernel<__nv_bfloat16, ScaleChoice::BEST_OF_9, 1>(p, launch, a->wide);
     } else {
-      nvfp4_write_kernel<__nv_bfloat16, ScaleChoice::BEST_OF_9, 4>(p, grid.tokens_per_block, inv_S, a->wide);
+      nvfp4_write_kernel<__nv_bfloat16, ScaleChoice::BEST_OF_9, 4>(p, launch, a->wide);
     }
   });
 }

@@ -6,10 +6,10 @@
 //   data: the e2m1 nearest to x/scale in exact arithmetic, ties to the even code, saturating at 6
 //   scale 0: data 0.  A NaN in the group: scale NaN, data 0.  Inf: scale 448, data +-6.
 //
-// CPU and GPU often get there by the same operations. Where they don't (the CPU divides and compares, the
-// GPU has fma and neither of those for little), both forms stand side by side, and both give what the
-// definition says. tests/ops/test_nvfp4_write_emulated.py runs the GPU's form on a CPU.
-// No instruction newer than sm_80 is needed.
+// CPU and GPU mostly get there by the same operations. Where they don't (the CPU divides and compares; for
+// the GPU fma is cheap and both of those are dear), both forms stand side by side, and give the same bits:
+// the definition's. tests/ops/test_nvfp4_write_emulated.py runs the GPU's form on a CPU. No instruction newer
+// than sm_80 is needed.
 #pragma once
 
 #include "page.cuh"
@@ -167,7 +167,7 @@ XLAYER_HD float choose_scale(const float (&a)[GROUP / LANES], float amax) {
     if constexpr (CHOICE == ScaleChoice::FOUR_OVER_SIX) {
       try_divisor(4.0f, 0.25f);
     } else {
-      XLAYER_UNROLL(2 * LANES)
+      XLAYER_UNROLL(LANES == 1 ? 2 : 4)
       for (int i = 0; i < 8; ++i) try_divisor(OTHER_DIVISORS[i].d, OTHER_DIVISORS[i].inverse);
     }
   }

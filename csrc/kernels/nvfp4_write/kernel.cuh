@@ -5,8 +5,8 @@
 //   group g of a token:  | K h=0 s=0..S-1 | K h=1 ... | V h=0 s=0..S-1 | V h=1 ... |
 //
 // A thread block takes `tokens_per_block` tokens (small heads) or a part of one token (blockIdx.y).
-// LANES is 1: a thread loads its 16 elements by 16-byte loads. Only for the search over few tokens, when the
-// GPU has more schedulers than there are warps, it is 4: the same result a few hundred cycles earlier.
+// LANES is 1: 16-byte loads; or, for the search over few tokens, when there would be fewer warps than
+// schedulers, 4: each searches with 4 of the elements, to the same bits (NOTES.md has the calculation).
 // One 8-byte data store a group. Four neighbouring groups have four neighbouring scales of one token and head
 // when S % 4 == 0: they store them as one word.
 #pragma once
@@ -20,16 +20,22 @@ namespace xlayer {
 
 constexpr int WRITE_THREADS = 128;
 
-// How many tokens a thread block takes, and the thread blocks.
-struct WriteGrid {
-  int tokens_per_block;
+// What the host works out for a launch.
+struct WriteLaunch {
   dim3 blocks;
+  int tokens_per_block;
+  // Integer divisions are 20 to 30 instructions for the GPU. Instead of them a product with 1 / S, and the
+  // upper half of one with 2^64 / N, rounded up.
+  float inv_scales;
+  uint64_t inv_block_size;
 };
-inline WriteGrid write_grid(const Nvfp4WriteParams& p, int lanes) {
+inline WriteLaunch write_launch(const Nvfp4WriteParams& p, int lanes) {
   const int threads = 2 * p.page.heads * p.page.scales() * lanes;  // of a token
   const int tokens = threads >= WRITE_THREADS ? 1 : WRITE_THREADS / threads;
-  return {tokens,
-          {unsigned(ceil_div(p.num_slots, tokens)), unsigned(ceil_div(threads * tokens, WRITE_THREADS)), 1}};
+  return {{unsigned(ceil_div(p.num_slots, tokens)), unsigned(ceil_div(threads * tokens, WRITE_THREADS)), 1},
+          tokens,
+          1.0f / float(p.page.scales()),
+          ~uint64_t(0) / uint64_t(p.page.block_size) + 1};
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -56,20 +62,18 @@ __device__ __forceinline__ void load_group(const T* p, int lane, bool wide, floa
 
 template <typename T, ScaleChoice CHOICE, int LANES>
 __global__ void __launch_bounds__(WRITE_THREADS)
-    nvfp4_write_kernel(const Nvfp4WriteParams p, int tokens_per_block, float inv_S, bool wide) {
+    nvfp4_write_kernel(const Nvfp4WriteParams p, const WriteLaunch launch, bool wide) {
   const int S = p.page.scales();
   const int k_groups = p.page.heads * S;
   const int work = (blockIdx.y * WRITE_THREADS + threadIdx.x) / LANES;
   const int lane = threadIdx.x % LANES;  // of the group's
-  const int local_token = tokens_per_block == 1 ? 0 : work / (2 * k_groups);
-  const int64_t token = int64_t(blockIdx.x) * tokens_per_block + local_token;
+  const int local_token = launch.tokens_per_block == 1 ? 0 : work / (2 * k_groups);
+  const int64_t token = int64_t(blockIdx.x) * launch.tokens_per_block + local_token;
   int g = work - local_token * 2 * k_groups;
-  const bool in_range = local_token < tokens_per_block && g < 2 * k_groups && token < p.num_slots;
+  const bool in_range = local_token < launch.tokens_per_block && g < 2 * k_groups && token < p.num_slots;
   const bool is_v = g >= k_groups;
   if (is_v) g -= k_groups;
-  // g / S by a float product, half a step away from where rounding matters (for g < 2^21): integer division
-  // is 20 instructions.
-  const int h = int((float(g) + 0.5f) * inv_S);
+  const int h = int((float(g) + 0.5f) * launch.inv_scales);  // half a step from the next: right for g < 2^21
   const int s = g - h * S;
 
   // The elements are asked for before it is known whether the token has a slot: one wait, not two.
@@ -85,9 +89,11 @@ __global__ void __launch_bounds__(WRITE_THREADS)
   }
   const bool active = slot >= 0;
   if (!__any_sync(~0u, active)) return;  // else the whole warp stays: its lanes shuffle
-  const Group group = encode_group<CHOICE, LANES>(x, div_rn(1.0f, global_scale), lane);
+  uint32_t inv_bits = float_bits(div_rn(1.0f, global_scale));
+  ptx::pin(inv_bits);  // nvcc would divide again after the search
+  const Group group = encode_group<CHOICE, LANES>(x, bits_float(inv_bits), lane);
 
-  const int64_t block = slot / p.page.block_size;
+  const auto block = int64_t(__umul64hi(uint64_t(slot), launch.inv_block_size));  // for slot * N < 2^64
   const int n = int(slot - block * p.page.block_size);
   uint8_t* page = p.cache + block * p.block_stride;
   uint8_t* scales = page + p.page.scale_base(is_v, h);

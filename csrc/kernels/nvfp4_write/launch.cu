@@ -4,9 +4,8 @@
 namespace xlayer {
 namespace {
 
-// Up to here four threads a group: with one there would be fewer warps than a large GPU has schedulers (528
-// on an H200), and each would take its time.
-constexpr int64_t FEW_GROUPS = 16384;
+// Up to here four threads a group: with one, half of a large GPU's schedulers would have no warp.
+constexpr int64_t FEW_GROUPS = 8192;
 
 template <typename T, ScaleChoice CHOICE, int LANES>
 cudaError_t launch(const Nvfp4WriteParams& p, cudaStream_t stream) {
@@ -16,9 +15,8 @@ cudaError_t launch(const Nvfp4WriteParams& p, cudaStream_t stream) {
   };
   const bool wide =
       aligned(p.key, p.key_stride_t, p.key_stride_h) && aligned(p.value, p.value_stride_t, p.value_stride_h);
-  const WriteGrid grid = write_grid(p, LANES);
-  nvfp4_write_kernel<T, CHOICE, LANES><<<grid.blocks, WRITE_THREADS, 0, stream>>>(
-      p, grid.tokens_per_block, 1.0f / float(p.page.scales()), wide);
+  const WriteLaunch launch = write_launch(p, LANES);
+  nvfp4_write_kernel<T, CHOICE, LANES><<<launch.blocks, WRITE_THREADS, 0, stream>>>(p, launch, wide);
   return cudaGetLastError();
 }
 
