@@ -14,8 +14,8 @@ void write_token(const Page& page, uint8_t* page_bytes, bool is_v, int n, const 
     uint8_t* scales = page_bytes + page.scale_base(is_v, h);
     for (int s = 0; s < page.scales(); ++s) {
       float x[GROUP];
-      for (int i = 0; i < GROUP; ++i) x[i] = to_float(in[h * stride_h + s * GROUP + i]) * inv;
-      const Group group = encode_group<CHOICE>(x);
+      for (int i = 0; i < GROUP; ++i) x[i] = to_float(in[h * stride_h + s * GROUP + i]);
+      const Group group = encode_group<CHOICE>(x, inv);
       std::memcpy(data + s * sizeof group.data, &group.data, sizeof group.data);
       scales[page.scale_index(order, n, s)] = group.scale;
     }

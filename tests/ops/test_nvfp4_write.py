@@ -105,6 +105,28 @@ def test_op_equals_the_torch_codec_bit_for_bit(device, choice, dtype):
         assert torch.equal(scale_view.transpose(1, 2).flatten(0, 1).cpu(), scales)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [16, 80, 128])
+def test_few_tokens_at_a_time_give_the_same_bytes_as_many(device, dtype, head_size):
+    """The CUDA kernel shares a group among several threads where there are few."""
+    generator = torch.Generator().manual_seed(23)
+    tokens, heads = {16: 1280, 80: 256, 128: 160}[head_size], 8  # 20,480 groups
+    x = torch.randn(2, tokens, heads, head_size, generator=generator) * 3
+    x[0, 5, 0, 1], x[1, 6, 0, 2] = torch.nan, torch.inf
+    key, value = x.to(dtype).to(device)
+    slots = torch.randperm(tokens, generator=generator)
+    slots[7] = -1
+    many, few = (
+        make_pool(device, blocks=tokens // 16, heads=heads, head_size=head_size, layers=1, layer=0)
+        for _ in range(2)
+    )
+    write(many, key, value, slots, 0.37, 1.9, choice=ScaleChoice.BEST_OF_9)
+    for start in range(0, tokens, 19):
+        part = slice(start, start + 19)
+        write(few, key[part], value[part], slots[part], 0.37, 1.9, choice=ScaleChoice.BEST_OF_9)
+    assert torch.equal(many.raw, few.raw)
+
+
 # NVFP4.md's table on Gaussian data; 2^20 values put the standard error of these below 1e-4.
 @pytest.mark.parametrize(
     ("choice", "rmse"),

@@ -1,4 +1,4 @@
-"""The CUDA kernels of nvfp4_paged_attention on the CPU (tests/emulation), as a `Batch` to check."""
+"""The CUDA kernels on the CPU (tests/emulation): nvfp4_paged_attention as a `Batch`, and the writer."""
 
 import ctypes
 import functools
@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 from reference.attention_cases import Batch
+from reference.pools import Pool
+
+from vllm_xlayer.nvfp4 import GROUP, ScaleChoice, ScaleOrder
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "tests/emulation/nvfp4_attention.cpp"
+SOURCES = ROOT / "tests/emulation"
 
 POINTER, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-# As struct Args in SOURCE.
+# As struct Args in nvfp4_attention.cpp.
 FIELDS = [
     ("q", POINTER), ("q_stride_t", INT), ("q_stride_h", INT),
     ("out", POINTER), ("out_stride_t", INT), ("out_stride_h", INT),
@@ -29,33 +32,41 @@ FIELDS = [
 ]  # fmt: skip
 
 
+# As struct WriteArgs in nvfp4_write.cpp.
+WRITE_FIELDS = [
+    ("key", POINTER), ("value", POINTER),
+    ("key_stride_t", INT), ("key_stride_h", INT), ("value_stride_t", INT), ("value_stride_h", INT),
+    ("cache", POINTER), ("block_stride", INT), ("heads", INT), ("block_size", INT), ("head_size", INT),
+    ("slots", POINTER), ("num_slots", INT), ("k_scale", POINTER), ("v_scale", POINTER),
+    ("swizzled", INT), ("lanes", INT), ("wide", INT),
+]  # fmt: skip
+
+
 class Args(ctypes.Structure):
     _fields_ = FIELDS
+
+
+class WriteArgs(ctypes.Structure):
+    _fields_ = WRITE_FIELDS
 
 
 def why_not() -> str | None:
     """The reason why the kernels cannot be built for the CPU here, None if they can."""
     if shutil.which("g++") is None:
         return "no g++, which builds the kernels for the CPU"
-    if not SOURCE.is_file():
-        return f"no source tree: {SOURCE} is not there"
+    if not SOURCES.is_dir():
+        return f"no source tree: {SOURCES} is not there"
     return None
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(name: str) -> ctypes.CDLL:
+    """Builds and loads NAME.cpp of tests/emulation."""
     folder = Path(tempfile.mkdtemp(prefix="vllm-xlayer-emulation-"))
     target = folder / "kernels.so"
-    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-DXLAYER_EMULATED"]
-    command += [
-        "-I",
-        str(SOURCE.parent / "include"),
-        "-I",
-        str(ROOT / "csrc"),
-        str(SOURCE),
-        "-o",
-        str(target),
-    ]
+    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-DXLAYER_EMULATED"]
+    command += ["-I", str(SOURCES / "include"), "-I", str(ROOT / "csrc"), str(SOURCES / f"{name}.cpp")]
+    command += ["-o", str(target)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
         return ctypes.CDLL(str(target))
@@ -87,8 +98,40 @@ class EmulatedBatch(Batch):
             c.softmax_scale, c.soft_cap,
             c.window, int(c.order), self.parts, c.split_units, self.late_copies,
         )  # fmt: skip
-        assert library().run_nvfp4_attention(ctypes.byref(args)) == 0
+        assert library("nvfp4_attention").run_nvfp4_attention(ctypes.byref(args)) == 0
 
 
 def emulated(batch: Batch, **how: object) -> EmulatedBatch:
     return EmulatedBatch(**vars(batch), **how)  # type: ignore[arg-type]
+
+
+def encode(groups: torch.Tensor, inverse: float, choice: ScaleChoice) -> tuple[torch.Tensor, torch.Tensor]:
+    """The GPU's codec: float32 groups [G, 16] times inverse to (data [G, 8], scale [G]) uint8."""
+    assert groups.dtype == torch.float32 and groups.is_contiguous() and groups.shape[1] == GROUP
+    count = groups.shape[0]
+    data, scale = (torch.empty(count, width, dtype=torch.uint8) for width in (GROUP // 2, 1))
+    run = library("nvfp4_write").run_encode
+    run.argtypes = [POINTER, INT, ctypes.c_float, INT, POINTER, POINTER]
+    run(groups.data_ptr(), count, inverse, int(choice), data.data_ptr(), scale.data_ptr())
+    return data, scale.flatten()
+
+
+def write(
+    pool: Pool,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    order: ScaleOrder,
+    lanes: int,
+    wide: bool,
+) -> None:
+    """The writer's kernel with ``lanes`` threads a group, best of 9, bf16. ``wide``: 16-byte loads."""
+    args = WriteArgs(
+        key.data_ptr(), value.data_ptr(), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        pool.cache.data_ptr(), pool.cache.stride(0), pool.heads, pool.block_size, pool.head_size,
+        slots.data_ptr(), slots.shape[0], k_scale.data_ptr(), v_scale.data_ptr(),
+        int(order), lanes, wide,
+    )  # fmt: skip
+    library("nvfp4_write").run_nvfp4_write(ctypes.byref(args))

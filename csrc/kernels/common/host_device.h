@@ -1,6 +1,7 @@
 // Helpers that let one header serve nvcc and the host compiler.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -8,6 +9,13 @@
 #define XLAYER_HD __host__ __device__ __forceinline__
 #else
 #define XLAYER_HD inline __attribute__((always_inline))
+#endif
+
+// Where the GPU's form of a computation is compiled. XLAYER_EMULATED: on a CPU, to test it there.
+#if defined(__CUDA_ARCH__) || defined(XLAYER_EMULATED)
+#define XLAYER_DEVICE_CODE 1
+#else
+#define XLAYER_DEVICE_CODE 0
 #endif
 
 // Before a short loop over a group's elements: registers on the device, vector instructions on the host
@@ -18,6 +26,21 @@
 #define XLAYER_LANES  // nvcc's host pass: never run
 #else
 #define XLAYER_LANES _Pragma("omp simd")
+#endif
+
+// How far the device unrolls a loop whose iterations should overlap; the host decides for itself.
+#if defined(__CUDA_ARCH__)
+#define XLAYER_UNROLL_TEXT(text) _Pragma(#text)
+#define XLAYER_UNROLL(n) XLAYER_UNROLL_TEXT(unroll n)
+#else
+#define XLAYER_UNROLL(n)
+#endif
+
+// A table that device code reads by a variable index.
+#if defined(__CUDACC__)
+#define XLAYER_CONSTANT static __constant__ const
+#else
+#define XLAYER_CONSTANT constexpr
 #endif
 
 namespace xlayer {
@@ -71,6 +94,50 @@ XLAYER_HD float div_rn(float a, float b) {
   return __fdiv_rn(a, b);
 #else
   return a / b;
+#endif
+}
+
+// a * b + c, rounded once. In the GPU's form of a computation only: x86-64's first CPUs cannot do it.
+XLAYER_HD float fma_rn(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+// a * b + c where a * b is exact: the same bits with and without an fma instruction.
+XLAYER_HD float add_exact_product(float a, float b, float c) {
+#if XLAYER_DEVICE_CODE
+  return fma_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// |a * b|. Not a NaN with a sign.
+XLAYER_HD float abs_product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(fabsf(a), fabsf(b));  // no instructions for the two; NaN results are positive
+#else
+  return std::fabs(a * b);
+#endif
+}
+
+// The smaller and the larger; `limit` where x is NaN.
+XLAYER_HD float min_or(float x, float limit) {
+#if defined(__CUDA_ARCH__)
+  return fminf(x, limit);
+#else
+  return x < limit ? x : limit;
+#endif
+}
+
+XLAYER_HD float max_or(float x, float limit) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(x, limit);
+#else
+  return x > limit ? x : limit;
 #endif
 }
 

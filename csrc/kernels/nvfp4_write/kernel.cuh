@@ -1,12 +1,14 @@
 // The NVFP4 cache writer.
 //
-// Thread map: one thread a group of 16 elements. A token has 2*H*S groups (S = D/16), K's first:
+// Thread map: LANES threads a group of 16 elements. A token has 2*H*S groups (S = D/16), K's first:
 //
 //   group g of a token:  | K h=0 s=0..S-1 | K h=1 ... | V h=0 s=0..S-1 | V h=1 ... |
 //
 // A thread block takes `tokens_per_block` tokens (small heads) or a part of one token (blockIdx.y).
-// Each thread: 16 elements by 16-byte loads, one 8-byte data store. Four neighbours hold four
-// neighbouring scales of one token and head when S % 4 == 0: they store them as one word.
+// LANES is 1: 16-byte loads; or, for the search over few tokens, when there would be fewer warps than
+// schedulers, 4: each searches with 4 of the elements, to the same bits (NOTES.md has the calculation).
+// One 8-byte data store a group. Four neighbouring groups have four neighbouring scales of one token and head
+// when S % 4 == 0: they store them as one word.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,15 +20,33 @@ namespace xlayer {
 
 constexpr int WRITE_THREADS = 128;
 
+// What the host works out for a launch.
+struct WriteLaunch {
+  dim3 blocks;
+  int tokens_per_block;
+  // Integer divisions are 20 to 30 instructions for the GPU. Instead of them a product with 1 / S, and the
+  // upper half of one with 2^64 / N, rounded up.
+  float inv_scales;
+  uint64_t inv_block_size;
+};
+inline WriteLaunch write_launch(const Nvfp4WriteParams& p, int lanes) {
+  const int threads = 2 * p.page.heads * p.page.scales() * lanes;  // of a token
+  const int tokens = threads >= WRITE_THREADS ? 1 : WRITE_THREADS / threads;
+  return {{unsigned(ceil_div(p.num_slots, tokens)), unsigned(ceil_div(threads * tokens, WRITE_THREADS)), 1},
+          tokens,
+          1.0f / float(p.page.scales()),
+          ~uint64_t(0) / uint64_t(p.page.block_size) + 1};
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// 16 elements times inv into x. `wide`: p is 16-byte aligned.
-template <typename T>
-__device__ __forceinline__ void load_group(const T* p, bool wide, float inv, float (&x)[GROUP]) {
-  alignas(16) T raw[GROUP];
-  if (wide) {
+// The elements of a group that this thread of LANES has, into x. `wide`: p is 16-byte aligned.
+template <int LANES, typename T>
+__device__ __forceinline__ void load_group(const T* p, int lane, bool wide, float (&x)[GROUP / LANES]) {
+  alignas(16) T raw[GROUP / LANES];
+  if (LANES == 1 && wide) {
     constexpr int WORDS = GROUP * sizeof(T) / 16;
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
@@ -34,55 +54,65 @@ __device__ __forceinline__ void load_group(const T* p, bool wide, float inv, flo
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i) raw[i] = p[i];
+    for (int i = 0; i < GROUP / LANES; ++i) raw[i] = p[i * LANES + lane];
   }
 #pragma unroll
-  for (int i = 0; i < GROUP; ++i) x[i] = mul_rn(to_float(raw[i]), inv);
+  for (int i = 0; i < GROUP / LANES; ++i) x[i] = to_float(raw[i]);
 }
 
-template <typename T, ScaleChoice CHOICE>
+template <typename T, ScaleChoice CHOICE, int LANES>
 __global__ void __launch_bounds__(WRITE_THREADS)
-    nvfp4_write_kernel(const Nvfp4WriteParams p, int tokens_per_block, bool wide) {
+    nvfp4_write_kernel(const Nvfp4WriteParams p, const WriteLaunch launch, bool wide) {
   const int S = p.page.scales();
   const int k_groups = p.page.heads * S;
-  const int work = blockIdx.y * WRITE_THREADS + threadIdx.x;
-  const int local_token = work / (2 * k_groups);
-  const int64_t token = int64_t(blockIdx.x) * tokens_per_block + local_token;
-  if (local_token >= tokens_per_block || token >= p.num_slots) return;
-  const int64_t slot = p.slots[token];
-  if (slot < 0) return;
-
+  const int work = (blockIdx.y * WRITE_THREADS + threadIdx.x) / LANES;
+  const int lane = threadIdx.x % LANES;  // of the group's
+  const int local_token = launch.tokens_per_block == 1 ? 0 : work / (2 * k_groups);
+  const int64_t token = int64_t(blockIdx.x) * launch.tokens_per_block + local_token;
   int g = work - local_token * 2 * k_groups;
+  const bool in_range = local_token < launch.tokens_per_block && g < 2 * k_groups && token < p.num_slots;
   const bool is_v = g >= k_groups;
   if (is_v) g -= k_groups;
-  const int h = g / S;
+  const int h = int((float(g) + 0.5f) * launch.inv_scales);  // half a step from the next: right for g < 2^21
   const int s = g - h * S;
 
-  const T* in = static_cast<const T*>(is_v ? p.value : p.key) +
-                token * (is_v ? p.value_stride_t : p.key_stride_t) +
-                h * (is_v ? p.value_stride_h : p.key_stride_h) + s * GROUP;
-  float x[GROUP];
-  load_group(in, wide, div_rn(1.0f, is_v ? *p.v_scale : *p.k_scale), x);
-  const Group group = encode_group<CHOICE>(x);
+  // The elements are asked for before it is known whether the token has a slot: one wait, not two.
+  int64_t slot = -1;
+  float x[GROUP / LANES] = {}, global_scale = 1.0f;
+  if (in_range) {
+    slot = p.slots[token];
+    const T* in = static_cast<const T*>(is_v ? p.value : p.key) +
+                  token * (is_v ? p.value_stride_t : p.key_stride_t) +
+                  h * (is_v ? p.value_stride_h : p.key_stride_h) + s * GROUP;
+    load_group<LANES>(in, lane, wide, x);
+    global_scale = is_v ? *p.v_scale : *p.k_scale;
+  }
+  const bool active = slot >= 0;
+  if (!__any_sync(~0u, active)) return;  // else the whole warp stays: its lanes shuffle
+  uint32_t inv_bits = float_bits(div_rn(1.0f, global_scale));
+  ptx::pin(inv_bits);  // nvcc would divide again after the search
+  const Group group = encode_group<CHOICE, LANES>(x, bits_float(inv_bits), lane);
 
-  const int64_t block = slot / p.page.block_size;
+  const auto block = int64_t(__umul64hi(uint64_t(slot), launch.inv_block_size));  // for slot * N < 2^64
   const int n = int(slot - block * p.page.block_size);
   uint8_t* page = p.cache + block * p.block_stride;
-  reinterpret_cast<uint64_t*>(page + p.page.data_offset(is_v, h, n))[s] = group.data;
-
   uint8_t* scales = page + p.page.scale_base(is_v, h);
-  const ScaleOrder order = is_v ? p.v_order : ScaleOrder::LINEAR;
-  if (S % 4 == 0 && order == ScaleOrder::LINEAR) {
-    // The four threads of a quad agree on token, K or V, and head, so they are here together.
-    const int lane = threadIdx.x & 31;
-    const unsigned quad = 0xFu << (lane & ~3);
-    uint32_t word = uint32_t(group.scale) << (8 * (lane & 3));
-    word |= __shfl_xor_sync(quad, word, 1);
-    word |= __shfl_xor_sync(quad, word, 2);
-    if ((lane & 3) == 0) *reinterpret_cast<uint32_t*>(scales + n * S + s) = word;
-  } else {
-    scales[p.page.scale_index(order, n, s)] = group.scale;
+  if (active && lane == 0) {
+    reinterpret_cast<uint64_t*>(page + p.page.data_offset(is_v, h, n))[s] = group.data;
   }
+  const ScaleOrder order = is_v ? p.v_order : ScaleOrder::LINEAR;
+  if (S % 4 == 0) {
+    // Four neighbouring groups agree on token, K or V, and head.
+    const int neighbour = threadIdx.x / LANES % 4;
+    uint32_t word = uint32_t(group.scale) << (8 * neighbour);
+    word |= __shfl_xor_sync(~0u, word, LANES);
+    word |= __shfl_xor_sync(~0u, word, 2 * LANES);
+    if (order == ScaleOrder::LINEAR) {
+      if (active && neighbour == 0 && lane == 0) *reinterpret_cast<uint32_t*>(scales + n * S + s) = word;
+      return;
+    }
+  }
+  if (active && lane == 0) scales[p.page.scale_index(order, n, s)] = group.scale;
 }
 
 }  // namespace xlayer

@@ -16,6 +16,10 @@ struct __nv_bfloat162 {
   explicit operator __nv_bfloat162_raw() const { return {x, y}; }
 };
 
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
 inline float emulated_bf16_to_float(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 inline uint16_t emulated_float_to_bf16(float x) {
   const uint32_t u = __builtin_bit_cast(uint32_t, x);
@@ -28,3 +32,4 @@ inline float2 __bfloat1622float2(__nv_bfloat162 a) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {emulated_float_to_bf16(a), emulated_float_to_bf16(b)};
 }
+inline float __bfloat162float(__nv_bfloat16 x) { return emulated_bf16_to_float(x.bits); }

@@ -4,6 +4,9 @@
 
 #include "simt.h"
 
+using __half = _Float16;
+inline float __half2float(__half x) { return float(x); }
+
 struct __half2_raw {
   uint16_t x, y;
 };

@@ -242,6 +242,7 @@ inline uint32_t __ballot_sync(unsigned, bool vote) {
   return w.out[me][0];
 }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
 inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t select) {
