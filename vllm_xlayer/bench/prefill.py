@@ -67,7 +67,13 @@ def run(args: argparse.Namespace) -> int:
             warm_up(engines[cache], batch[1], long)
         for number in range(args.rounds):
             for cache in list(engines)[:: 1 if number % 2 == 0 else -1]:
-                measure(engines[cache], caches[cache], number, batch, long, args.prompts)
+                try:
+                    measure(engines[cache], caches[cache], number, batch, long, args.prompts)
+                except EngineFailed as error:
+                    print(f"{cache}: {error}, see above", file=sys.stderr)
+                    failed.append(cache)
+                    del engines[cache], caches[cache]
+                    continue
                 seconds = caches[cache]["batch_seconds"][-1]
                 print(f"round {number + 1} of {args.rounds}, {cache}: {seconds:.2f} s", flush=True)
             if caches:
