@@ -3,10 +3,12 @@
 The sizes and times of a KV cache do not depend on the weights.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -84,13 +86,19 @@ class Engine:
         )  # fmt: skip
         self._process = context.Process(target=_serve, args=(there, job))
         self._process.start()
+        self._pid = self._process.pid
         there.close()
-        self.about: dict[str, Any] = self._receive()
-        """start_seconds, runner, capacity (tokens of KV), vocabulary"""
+        try:
+            self.about: dict[str, Any] = self._receive()
+            """start_seconds, runner, capacity (tokens of KV), vocabulary"""
+        except BaseException:
+            self._end()
+            raise
 
     def generate(self, asked: list[Prompt], tokens: int) -> Answer:
         """All prompts at once, so many tokens for each."""
-        self._pipe.send((asked, tokens))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_receive` says it
+            self._pipe.send((asked, tokens))
         return Answer(*self._receive())
 
     def step_seconds(self, asked: list[Prompt], steps: int) -> float:
@@ -102,11 +110,19 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pipe.close()  # it ends when nobody can ask any more
-        self._process.join(60)
-        if self._process.is_alive():
-            self._process.kill()
+        if kind is None:
+            self._process.join(60)
+        self._end()
+
+    def _end(self) -> None:
+        """Ends the process and those that vLLM started from it, which would keep the GPU's memory."""
+        pid, self._pid = self._pid, None
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            self._process.kill()  # before it had a group of its own
             self._process.join()
 
     def _receive(self) -> Any:
@@ -117,12 +133,13 @@ class Engine:
                 return self._pipe.recv()
         except (EOFError, ConnectionResetError):
             pass
-        self._process.join()
+        self._end()
         raise EngineFailed(f"the engine ended with exit code {self._process.exitcode}")
 
 
 def _serve(pipe: Connection, job: dict[str, Any]) -> None:
     """The engine's process: one LLM, asked until the other end of the pipe is closed."""
+    os.setsid()  # one group with all that vLLM starts
     os.environ.update(SAMPLER | os.environ)
     from vllm import LLM, SamplingParams, TokensPrompt
 
