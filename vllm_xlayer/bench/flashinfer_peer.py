@@ -8,6 +8,7 @@ It is compiled at first use, a minute or two for each head size.
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,15 +38,7 @@ def nvfp4(inputs: Inputs) -> Calls:
 def error(shape: Shape, device: str = "cuda") -> float:
     """Relative L2 error against float64 attention over the dequantised pages, with this shape's heads and
     pages and requests of ``CHECKED`` lengths."""
-    shape = Shape(
-        "check",
-        CHECKED,
-        shape.num_q_heads,
-        shape.num_kv_heads,
-        shape.head_size,
-        shape.block_size,
-        shape.q_len,
-    )
+    shape = replace(shape, lens=CHECKED)
     inputs = Inputs(shape, 1, device)
     size = (inputs.num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_size)
     data, scale = encode(torch.randn(size, device=inputs.device))
