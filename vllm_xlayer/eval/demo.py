@@ -23,6 +23,9 @@ from . import TASKS
 DOCUMENTS = 32
 """Documents a task where nobody says how many."""
 
+WIDTH = 120
+"""Characters: the table with all of its columns."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if limit < 1:
         print(f"--limit: expected at least 1, got {limit}", file=sys.stderr)
         return 2
-    console = Console(width=100, highlight=False)
+    console = Console(width=WIDTH, highlight=False)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-demo-") as folder:
         for number, setup in enumerate(SETUPS, 1):
