@@ -141,14 +141,24 @@ def _serve(pipe: Connection, job: dict[str, Any]) -> None:
     """The engine's process: one LLM, asked until the other end of the pipe is closed."""
     os.setsid()  # one group with all that vLLM starts
     os.environ.update(SAMPLER | os.environ)
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM
 
     begin = time.perf_counter()
     llm = LLM(**job)
     start = time.perf_counter() - begin
+    try:
+        _answer(pipe, llm, start)
+    finally:
+        # Also after an exception: Python waits at its end for vLLM's processes, which nobody else ends.
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
+    from vllm import SamplingParams, TokensPrompt
+
     config = llm.llm_engine.vllm_config
     about = {
-        "start_seconds": start,
+        "start_seconds": start_seconds,
         "runner": "V2" if config.use_v2_model_runner else "V1",
         "capacity": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
         "vocabulary": llm.llm_engine.model_config.get_vocab_size(),
@@ -158,14 +168,13 @@ def _serve(pipe: Connection, job: dict[str, Any]) -> None:
         try:
             asked, tokens = pipe.recv()
         except EOFError:
-            break
+            return
         batch = [TokensPrompt(prompt_token_ids=prompt) for prompt in asked]
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         begin = time.perf_counter()
         outputs = llm.generate(batch, sampling, use_tqdm=False)
         seconds = time.perf_counter() - begin
         pipe.send((seconds, [output.num_cached_tokens or 0 for output in outputs]))
-    llm.llm_engine.engine_core.shutdown()
 
 
 def run_engine(
