@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     demo = commands.add_parser(
-        "demo", help="answer lm_eval tasks with the stock KV cache, with rows, and with NVFP4 rows restored"
+        "demo", help="answer lm_eval tasks with stock KV caches, with rows, and with NVFP4 rows restored"
     )
     demo.add_argument("--limit", type=int, default=None, help="documents a task (default: as many as fit)")
     demo.add_argument("--json", metavar="FILE", help="also write the results there")

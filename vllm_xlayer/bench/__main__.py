@@ -3,9 +3,12 @@
 import argparse
 import sys
 
-from . import capacity, decode, engine, suite, write
+from . import capacity, decode, engine, load, prefill, suite, write
 
-QUESTIONS = {"capacity": capacity, "decode": decode, "engine": engine, "suite": suite, "write": write}
+QUESTIONS = {
+    "capacity": capacity, "decode": decode, "engine": engine, "load": load, "prefill": prefill,
+    "suite": suite, "write": write,
+}  # fmt: skip
 
 
 def main() -> int:

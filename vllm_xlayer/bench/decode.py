@@ -1,4 +1,4 @@
-"""Decode attention: ours beside FlashAttention-3 in one process, against the device's copy rate."""
+"""Decode attention: ours beside its peers in one process, against the device's copy rate."""
 
 import argparse
 import gc
@@ -10,13 +10,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .peers import PEERS, TITLES, Inputs, Shape, bytes_per_token
+from .inputs import Inputs, Shape
+from .peers import PEERS, Peer
 from .record import RESULTS, write
 from .timing import copy_rate, graph_seconds
 
 L2_TIMES = 4
 """Copies of the cache are rotated until they are so many times the L2."""
 MAX_COPIES = 32
+MAX_ERROR = 0.02
+"""Relative L2 error of a peer's result: 16-bit rounding stays below 0.01, a page read wrongly is near 1."""
+GROUPS = ("fa3", "flashinfer")
+"""What ``--peers`` takes. FlashInfer is compiled at first use, for minutes, so it has to be asked for."""
 
 SHAPES = (
     Shape("64 x 8192", (8192,) * 64),
@@ -44,6 +49,7 @@ PLOTTED = ("64 x 1024", "64 x 2048", "64 x 4096", "64 x 8192", "64 x 16384")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--peers", nargs="*", choices=GROUPS, default=["fa3"])
     parser.add_argument("--only", help="shapes whose name contains this")
     parser.add_argument("--json", type=Path, default=RESULTS / "decode.json", help="file to write")
     parser.add_argument("--plot", type=Path, help="PNG to draw from the results (needs matplotlib)")
@@ -51,13 +57,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures every shape, prints the table, writes the JSON. Returns a process exit code."""
-    console = Console(width=100, highlight=False)
+    console = Console(width=120, highlight=False)
     rate = copy_rate()
     shapes = [s for s in SHAPES if args.only is None or args.only in s.name]
-    results = [measure(s, args.repeats) for s in track(shapes, "decode", console=console)]
+    results: list[dict[str, Any]] = [
+        {"name": s.name, "tokens": s.tokens, "seconds": {}, "bytes": {}, "error": {}, "failed": {}}
+        for s in shapes
+    ]
+    # The compiled peer last: if it takes the process with it, the others' numbers are written.
+    for groups in (("ours", "fa3"), ("flashinfer",)):
+        names = [n for n, p in PEERS.items() if p.group in groups and p.group in ("ours", *args.peers)]
+        if not names:
+            continue
+        for i in track(range(len(shapes)), f"decode, {', '.join(names)}", console=console):
+            for name in names:
+                measure(name, PEERS[name], shapes[i], args.repeats, results[i])
+        write(args.json, {"copy_rate": rate, "shapes": results})
     console.print(_table(results, rate))
-    console.print(f"device copy rate: {rate / 1e12:.2f} TB/s. Missing peers: FlashInfer (not measured here)")
-    write(args.json, {"copy_rate": rate, "shapes": results})
+    console.print(f"device copy rate: {rate / 1e12:.2f} TB/s", markup=False)
+    for line in missing(results):
+        console.print(line, markup=False)
     if args.plot:
         from .plot import decode_plot
 
@@ -65,36 +84,52 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(shape: Shape, repeats: int) -> dict[str, Any]:
-    """Seconds of every peer on one shape, and why one could not run."""
+def measure(name: str, peer: Peer, shape: Shape, repeats: int, result: dict[str, Any]) -> None:
+    """Puts a peer's seconds on one shape into the result, or why it has none."""
+    # Rows of other layers are not read: they only spread the pages.
+    if shape.layers > 1 and name != "nvfp4":
+        return
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    result: dict[str, Any] = {"name": shape.name, "tokens": shape.tokens, "seconds": {}, "failed": {}}
-    for name, make in PEERS.items():
-        # Rows of other layers are not read: they only spread the pages.
-        if shape.layers > 1 and name != "nvfp4":
-            continue
-        size = bytes_per_token(name, shape) * shape.tokens
-        copies = 1 if shape.layers > 1 else min(MAX_COPIES, max(2, int(L2_TIMES * l2 / size) + 1))
-        try:
-            result["seconds"][name] = graph_seconds(make(Inputs(shape, copies)), repeats)
-        except (RuntimeError, ImportError, TypeError) as error:
-            result["failed"][name] = f"{type(error).__name__}: {error}"[:300]
-        gc.collect()
-        torch.cuda.empty_cache()
-    result["bytes"] = {name: bytes_per_token(name, shape) * shape.tokens for name in result["seconds"]}
-    return result
+    size = peer.bytes_per_token(shape) * shape.tokens
+    copies = 1 if shape.layers > 1 else min(MAX_COPIES, max(2, int(L2_TIMES * l2 / size) + 1))
+    try:
+        if peer.error is not None:
+            result["error"][name] = peer.error(shape)
+            if not result["error"][name] <= MAX_ERROR:
+                raise ArithmeticError(f"relative error of its result: {result['error'][name]:.3f}")
+        result["seconds"][name] = graph_seconds(peer.make(Inputs(shape, copies)), repeats)
+        result["bytes"][name] = size
+    except Exception as error:  # whatever a peer raises: the others are measured
+        result["failed"][name] = f"{type(error).__name__}: {error}"[:300]
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def missing(results: list[dict[str, Any]]) -> list[str]:
+    """A line for each peer that has no number on some shape, with the reason."""
+    lines = []
+    for name, peer in PEERS.items():
+        reasons: dict[str, list[str]] = {}
+        for r in results:
+            if name in r["failed"]:
+                reasons.setdefault(r["failed"][name], []).append(r["name"])
+        lines += [f"{peer.title}, missing on {'; '.join(on)}: {why}" for why, on in reasons.items()]
+        if not any(name in r["seconds"] or name in r["failed"] for r in results):
+            lines.append(f"{peer.title}, missing: not asked for (--peers {peer.group})")
+    return lines
 
 
 def _table(results: list[dict[str, Any]], rate: float) -> Table:
+    shown = [name for name in PEERS if any(name in r["seconds"] for r in results)]
     grid = Table(title="One layer's decode attention, microseconds (share of the copy rate)")
     grid.add_column("batch x context")
-    for name in PEERS:
-        grid.add_column(TITLES[name], justify="right", no_wrap=True)
+    for name in shown:
+        grid.add_column(PEERS[name].title, justify="right", no_wrap=True)
     grid.add_column("floor", justify="right")
     grid.add_column("fp8 / ours", justify="right")
     for r in results:
         cells = []
-        for name in PEERS:
+        for name in shown:
             seconds = r["seconds"].get(name)
             cells.append(
                 "-" if seconds is None else f"{seconds * 1e6:.0f} ({r['bytes'][name] / seconds / rate:.2f})"

@@ -1,114 +1,119 @@
-"""Decode steps and prefill in vLLM's engine, with each KV cache: an engine of a real model's shape."""
+"""Decode steps and start in vLLM's engine, with each KV cache: an engine of a real model's shape.
+
+All are started once more at the end: a first start on a machine reads files that the next finds in memory.
+"""
 
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .engines import SHAPES, run_engine, write_model
+from .bounds import SHAPE, Bound
+from .engines import CACHES, SHAPES, Engine, EngineFailed, prompts, write_model
 from .record import RESULTS, write
 
-CACHES = (("bf16", "auto"), ("fp8", "fp8"), ("nvfp4", "nvfp4"))
-"""Name, --kv-cache-dtype."""
 DECODES = ((64, 8192), (1, 16384))
 """Requests, tokens of each."""
 STEPS = 32
-"""Decode steps timed, on top of the first token."""
+"""Decode steps timed, on top of the first tokens."""
+START_SECONDS = 3.0
+"""What nvfp4 may start later than fp8."""
+STEP_MS = 11.5
+RATIOS = {(64, 8192): 0.70, (1, 16384): 1.0}
+"""Requests, tokens -> what a step with nvfp4 may take of one with fp8."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--caches", nargs="+", choices=[c[0] for c in CACHES], default=[c[0] for c in CACHES])
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--scale", type=int, default=1, help="divides requests and tokens, to try it out")
     parser.add_argument("--json", type=Path, default=RESULTS / "engine.json", help="file to write")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs an engine for each cache, prints the table, writes the JSON. Returns a process exit code."""
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="vllm-xlayer-engine-") as name:
-        folder = Path(name)
-        model = write_model(folder, args.shape)
-        for cache, dtype in CACHES:
-            if cache not in args.caches:
-                continue
-            print(f"{cache}: starting", flush=True)
-            decodes = [(max(1, n // args.scale), tokens // args.scale) for n, tokens in DECODES]
-            job = dict(
-                model=str(model), dtype=dtype, utilization=args.gpu_memory_utilization, decodes=decodes
-            )
-            result = run_engine(f"{__name__}:measure", job, folder)
-            if result is None:
-                print(f"{cache}: the engine failed, see above", file=sys.stderr)
-                return 1
-            results[cache] = result
-            # What is measured is kept, whatever happens to the next engine.
-            write(args.json, {"shape": args.shape, "steps": STEPS, "caches": results})
-    Console(width=100).print(_table(results))
-    return 0
-
-
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """One engine, in its own process."""
-    from vllm import LLM, SamplingParams, TokensPrompt
-
-    begin = time.perf_counter()
-    llm = LLM(
-        job["model"], load_format="dummy", skip_tokenizer_init=True, kv_cache_dtype=job["dtype"],
-        max_model_len=2 * max(tokens for _, tokens in job["decodes"]),
-        max_num_seqs=max(n for n, _ in job["decodes"]),
-        gpu_memory_utilization=job["utilization"],
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    """Runs an engine for each cache, prints the table, writes the JSON. Returns 1 if an engine failed."""
+    decodes = [(max(1, n // args.scale), tokens // args.scale) for n, tokens in DECODES]
+    settings = dict(
+        max_model_len=2 * max(tokens for _, tokens in decodes), max_num_seqs=max(n for n, _ in decodes),
+        gpu_memory_utilization=args.gpu_memory_utilization,
     )  # fmt: skip
-    report: dict[str, Any] = {"start_seconds": time.perf_counter() - begin, "decodes": []}
-    report["runner"] = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    caches: dict[str, Any] = {}
+    results = {"shape": args.shape, "steps": STEPS, "caches": caches}
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="vllm-xlayer-engine-") as folder:
+        model = write_model(Path(folder), args.shape)
+        for again in (False, True):
+            for cache in args.caches:
+                if cache in failed:
+                    continue
+                print(f"{cache}: starting{' again' if again else ''}", flush=True)
+                try:
+                    with Engine(model, cache, **settings) as engine:
+                        if again:
+                            caches[cache]["start_again_seconds"] = engine.about["start_seconds"]
+                        else:
+                            caches[cache] = measure(engine, decodes)
+                except EngineFailed as error:
+                    print(f"{cache}: {error}, see above", file=sys.stderr)
+                    failed.append(cache)
+                    continue
+                # What is measured is kept, whatever happens to the next engine.
+                write(args.json, results)
+    if caches:
+        grid = Table("", *caches, title=f"One engine a KV cache, {args.shape}")
+        for label, cells in rows(results):
+            grid.add_row(label, *cells)
+        Console(width=100).print(grid)
+    for bound in bounds(results):
+        print(bound)
+    return int(bool(failed))
 
-    def seconds(prompts: list[TokensPrompt], tokens: int) -> float:
-        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
-        begin = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - begin
 
-    for number, (requests, tokens) in enumerate(job["decodes"]):
-        prompts = [
-            TokensPrompt(
-                prompt_token_ids=[(31 * i + 7 * n + 101 * number) % vocabulary for i in range(tokens)]
-            )
-            for n in range(requests)
-        ]
-        prefill = seconds(prompts, 1)
-        # The prompts are cached now: what more tokens take is decode steps.
-        few = min(seconds(prompts, 1 + STEPS // 4) for _ in range(2))
-        many = min(seconds(prompts, 1 + STEPS // 4 + STEPS) for _ in range(2))
-        report["decodes"].append(
-            {
-                "requests": requests,
-                "tokens": tokens,
-                "prefill_seconds": prefill,
-                "step_seconds": (many - few) / STEPS,
-            }
-        )
+def measure(engine: Engine, decodes: list[tuple[int, int]]) -> dict[str, Any]:
+    """Decode steps of one engine."""
+    report: dict[str, Any] = {key: engine.about[key] for key in ("start_seconds", "runner")}
+    report["decodes"] = []
+    for requests, tokens in decodes:
+        asked = prompts(f"{requests} x {tokens}", requests, tokens, engine.about["vocabulary"])
+        engine.generate(asked, 1)  # they are in the prefix cache then
+        step = engine.step_seconds(asked, STEPS)
+        report["decodes"].append({"requests": requests, "tokens": tokens, "step_seconds": step})
     return report
 
 
-def _table(results: dict[str, Any]) -> Table:
-    runners = {r["runner"] for r in results.values()}
-    grid = Table(title=f"One engine a KV cache, model runner {' and '.join(sorted(runners))}")
-    grid.add_column("")
-    for name in results:
-        grid.add_column(name, justify="right")
-    grid.add_row("start, s", *(f"{r['start_seconds']:.1f}" for r in results.values()))
-    for i, first in enumerate(next(iter(results.values()))["decodes"]):
-        batch = f"{first['requests']} x {first['tokens']}"
-        steps = [r["decodes"][i]["step_seconds"] * 1e3 for r in results.values()]
-        prefill = [r["decodes"][i]["prefill_seconds"] for r in results.values()]
-        grid.add_row(f"decode step {batch}, ms", *(f"{s:.2f}" for s in steps))
-        grid.add_row(f"prefill {batch}, s", *(f"{s:.2f}" for s in prefill))
-    return grid
+def rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Label and a cell for each cache."""
+    columns = list(results["caches"].values())
+    lines = []
+    for i, first in enumerate(columns[0]["decodes"]):
+        steps = [f"{c['decodes'][i]['step_seconds'] * 1e3:.2f}" for c in columns]
+        lines.append((f"decode step {first['requests']} x {first['tokens']:,}, ms", steps))
+    if all("start_again_seconds" in c for c in columns):
+        lines.append(("first start, in this order, s", [f"{c['start_seconds']:.1f}" for c in columns]))
+        lines.append(("start again, s", [f"{c['start_again_seconds']:.1f}" for c in columns]))
+    return lines
+
+
+def bounds(results: dict[str, Any]) -> list[Bound]:
+    """Of nvfp4, where both it and fp8 were measured at full size."""
+    nvfp4, fp8 = (results["caches"].get(name) for name in ("nvfp4", "fp8"))
+    if results["shape"] != SHAPE or nvfp4 is None or fp8 is None:
+        return []
+    found = []
+    for ours, theirs in zip(nvfp4["decodes"], fp8["decodes"], strict=True):
+        batch = (ours["requests"], ours["tokens"])
+        what = "decode step {} x {:,}".format(*batch)
+        if batch == DECODES[0]:
+            found.append(Bound(f"nvfp4, {what}", ours["step_seconds"] * 1e3, STEP_MS, " ms"))
+        if batch in RATIOS:
+            ratio = ours["step_seconds"] / theirs["step_seconds"]
+            found.append(Bound(f"nvfp4 / fp8, {what}", ratio, RATIOS[batch]))
+    if "start_again_seconds" in nvfp4 and "start_again_seconds" in fp8:
+        later = nvfp4["start_again_seconds"] - fp8["start_again_seconds"]
+        found.append(Bound("nvfp4 - fp8, start again", later, START_SECONDS, " s"))
+    return found

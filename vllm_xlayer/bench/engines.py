@@ -3,10 +3,17 @@
 The sizes and times of a KV cache do not depend on the weights.
 """
 
+import contextlib
 import json
+import multiprocessing
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +31,150 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_key_value_heads=2, head_dim=128, vocab_size=512, max_position_embeddings=32768,
     ),
 }  # fmt: skip
+CACHES = {"bf16": "auto", "fp8": "fp8", "nvfp4": "nvfp4"}
+"""Name of a KV cache -> --kv-cache-dtype."""
+SAMPLER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+"""FlashInfer's sampler is compiled at the first start on a machine: minutes that are not the cache's."""
+Prompt = list[int]
 
 
-def write_model(folder: Path, shape: str) -> Path:
-    """A folder with the config of a shape; vLLM makes the weights (load_format="dummy")."""
+class EngineFailed(RuntimeError):
+    """The engine's process ended; it said why on stderr."""
+
+
+def write_model(folder: Path, shape: str, layers: int | None = None) -> Path:
+    """A folder with the config of a shape, cut to so many layers; vLLM makes the weights."""
     model = folder / shape
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(LLAMA | SHAPES[shape]))
+    cut = {} if layers is None else {"num_hidden_layers": layers}
+    (model / "config.json").write_text(json.dumps(LLAMA | SHAPES[shape] | cut))
     return model
+
+
+def prompts(seed: str, requests: int, tokens: int, vocabulary: int) -> list[Prompt]:
+    """Random token ids, which no other seed gives: nothing of them is in a prefix cache by chance."""
+    draw = random.Random(seed)
+    return [draw.choices(range(vocabulary), k=tokens) for _ in range(requests)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `Engine.generate` saw."""
+
+    seconds: float
+    """From the call to the last token, in the engine's process: the transfer of the prompts is not in it."""
+    cached: list[int]
+    """Prompt tokens a request found in the prefix cache."""
+
+
+class Engine:
+    """vLLM's LLM in a new process, which ends with the `with` block and gives its memory back.
+
+    It computes only while `generate` runs, so that several can share a GPU and be timed in turn.
+
+    Raises:
+        EngineFailed: from the constructor and from `generate`.
+    """
+
+    def __init__(self, model: Path, cache: str, **settings: Any) -> None:
+        """settings: vLLM's, besides those that are the same in every benchmark."""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        job = dict(
+            model=str(model), kv_cache_dtype=CACHES[cache], load_format="dummy", skip_tokenizer_init=True,
+            compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, **settings,
+        )  # fmt: skip
+        self._process = context.Process(target=_serve, args=(there, job))
+        self._process.start()
+        self._pid = self._process.pid
+        there.close()
+        try:
+            self.about: dict[str, Any] = self._receive()
+            """start_seconds, runner, capacity (tokens of KV), vocabulary"""
+        except BaseException:
+            self._end()
+            raise
+
+    def generate(self, asked: list[Prompt], tokens: int) -> Answer:
+        """All prompts at once, so many tokens for each."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_receive` says it
+            self._pipe.send((asked, tokens))
+        return Answer(*self._receive())
+
+    def step_seconds(self, asked: list[Prompt], steps: int) -> float:
+        """A decode step of these prompts, which are in the prefix cache: what ``steps`` more tokens take."""
+        few = min(self.generate(asked, 1 + steps // 4).seconds for _ in range(2))
+        many = min(self.generate(asked, 1 + steps // 4 + steps).seconds for _ in range(2))
+        return (many - few) / steps
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pipe.close()  # it ends when nobody can ask any more
+        if kind is None:
+            self._process.join(60)
+        self._end()
+
+    def _end(self) -> None:
+        """Ends the process and those that vLLM started from it, which would keep the GPU's memory."""
+        pid, self._pid = self._pid, None
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            self._process.kill()  # before it had a group of its own
+            self._process.join()
+
+    def _receive(self) -> Any:
+        # Not the pipe alone: vLLM's own processes may hold its other end open.
+        wait([self._pipe, self._process.sentinel])
+        try:
+            if self._pipe.poll():
+                return self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            pass
+        self._end()
+        raise EngineFailed(f"the engine ended with exit code {self._process.exitcode}")
+
+
+def _serve(pipe: Connection, job: dict[str, Any]) -> None:
+    """The engine's process: one LLM, asked until the other end of the pipe is closed."""
+    os.setsid()  # one group with all that vLLM starts
+    os.environ.update(SAMPLER | os.environ)
+    from vllm import LLM
+
+    begin = time.perf_counter()
+    llm = LLM(**job)
+    start = time.perf_counter() - begin
+    try:
+        _answer(pipe, llm, start)
+    finally:
+        # Also after an exception: Python waits at its end for vLLM's processes, which nobody else ends.
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
+    from vllm import SamplingParams, TokensPrompt
+
+    config = llm.llm_engine.vllm_config
+    about = {
+        "start_seconds": start_seconds,
+        "runner": "V2" if config.use_v2_model_runner else "V1",
+        "capacity": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+        "vocabulary": llm.llm_engine.model_config.get_vocab_size(),
+    }
+    pipe.send(about)
+    while True:
+        try:
+            asked, tokens = pipe.recv()
+        except EOFError:
+            return
+        batch = [TokensPrompt(prompt_token_ids=prompt) for prompt in asked]
+        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        begin = time.perf_counter()
+        outputs = llm.generate(batch, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        pipe.send((seconds, [output.num_cached_tokens or 0 for output in outputs]))
 
 
 def run_engine(
@@ -44,7 +187,7 @@ def run_engine(
     out = folder / "out.json"
     out.unlink(missing_ok=True)
     module, name = function.split(":")
-    env = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | os.environ
+    env = SAMPLER | os.environ
     if core_here:
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     code = (

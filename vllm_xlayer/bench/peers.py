@@ -1,68 +1,14 @@
 """Decode attention of this package and of its peers, on the same shapes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from .. import ops
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch of decode requests; lens in tokens."""
-
-    name: str
-    lens: tuple[int, ...]
-    num_q_heads: int = 32
-    num_kv_heads: int = 8
-    head_size: int = 128
-    block_size: int = 16
-    q_len: int = 1
-    layers: int = 1
-    """Pages of so many layers lie between two blocks of one: cross-layer rows where it is more than 1."""
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lens)
-
-    @property
-    def blocks(self) -> list[int]:
-        return [-(-n // self.block_size) for n in self.lens]
-
-
-@dataclass
-class Inputs:
-    """Tensors all peers share. ``tables``: one a copy of the cache, with blocks of their own, shuffled."""
-
-    shape: Shape
-    copies: int
-    q: torch.Tensor = field(init=False)
-    out: torch.Tensor = field(init=False)
-    seq_lens: torch.Tensor = field(init=False)
-    tables: list[torch.Tensor] = field(init=False)
-    num_blocks: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        s = self.shape
-        size = (len(s.lens) * s.q_len, s.num_q_heads, s.head_size)
-        self.q = torch.randn(size, dtype=torch.bfloat16, device="cuda")
-        self.out = torch.empty_like(self.q)
-        self.seq_lens = torch.tensor(s.lens, dtype=torch.int32, device="cuda")
-        self.num_blocks = sum(s.blocks) * self.copies
-        order = torch.randperm(self.num_blocks, dtype=torch.int32)
-        self.tables, at = [], 0
-        for _ in range(self.copies):
-            table = torch.zeros(len(s.lens), max(s.blocks), dtype=torch.int32)
-            for r, count in enumerate(s.blocks):
-                table[r, :count] = order[at : at + count]
-                at += count
-            self.tables.append(table.cuda())
-
-
-Calls = list[Callable[[], Any]]
+from . import flashinfer_peer
+from .inputs import Calls, Inputs, Shape
 
 
 def nvfp4(inputs: Inputs) -> Calls:
@@ -123,15 +69,29 @@ def flash_attention_3(inputs: Inputs, dtype: torch.dtype) -> Calls:
     return [partial(call, table) for table in inputs.tables]
 
 
-def bytes_per_token(name: str, shape: Shape) -> float:
-    """Of K and V of one layer."""
-    bits = {"nvfp4": 4.5, "fa3_fp8": 8, "fa3_bf16": 16}[name]
-    return 2 * shape.num_kv_heads * shape.head_size * bits / 8
+@dataclass(frozen=True)
+class Peer:
+    """A decode kernel."""
+
+    title: str
+    group: str
+    """What ``--peers`` calls it."""
+    bits: float
+    """Of an element of K or V."""
+    make: Callable[[Inputs], Calls]
+    error: Callable[[Shape], float] | None = None
+    """Relative error of its result with a shape's heads and pages; None where tests elsewhere see to it."""
+
+    def bytes_per_token(self, shape: Shape) -> float:
+        """Of K and V of one layer."""
+        return 2 * shape.num_kv_heads * shape.head_size * self.bits / 8
 
 
-PEERS: dict[str, Callable[[Inputs], Calls]] = {
-    "nvfp4": nvfp4,
-    "fa3_fp8": lambda inputs: flash_attention_3(inputs, torch.float8_e4m3fn),
-    "fa3_bf16": lambda inputs: flash_attention_3(inputs, torch.bfloat16),
+PEERS = {
+    "nvfp4": Peer("ours, NVFP4", "ours", 4.5, nvfp4),
+    "fa3_fp8": Peer("FA3 fp8", "fa3", 8, lambda inputs: flash_attention_3(inputs, torch.float8_e4m3fn)),
+    "fa3_bf16": Peer("FA3 bf16", "fa3", 16, lambda inputs: flash_attention_3(inputs, torch.bfloat16)),
+    "flashinfer_nvfp4": Peer(
+        "FlashInfer NVFP4", "flashinfer", 4.5, flashinfer_peer.nvfp4, flashinfer_peer.error
+    ),
 }
-TITLES = {"nvfp4": "ours, NVFP4", "fa3_fp8": "FA3 fp8", "fa3_bf16": "FA3 bf16"}

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from .peers import TITLES
+from .peers import PEERS
 
 SOURCE = "Source"
 """Text field of a PNG with the digest of the results file it was drawn from."""
@@ -27,12 +27,16 @@ def decode_plot(results: Path, png: Path) -> None:
     data = json.loads(results.read_text())
     shapes = {s["name"]: s for s in data["shapes"]}
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for name, title in TITLES.items():
+    for name, peer in PEERS.items():
         points = [shapes[p] for p in PLOTTED if p in shapes and name in shapes[p]["seconds"]]
+        if not points:
+            continue
         context = [p["tokens"] / 64 for p in points]
-        axes[0].plot(context, [p["tokens"] / p["seconds"][name] / 1e9 for p in points], "o-", label=title)
+        axes[0].plot(
+            context, [p["tokens"] / p["seconds"][name] / 1e9 for p in points], "o-", label=peer.title
+        )
         axes[1].plot(
-            context, [p["bytes"][name] / p["seconds"][name] / 1e12 for p in points], "o-", label=title
+            context, [p["bytes"][name] / p["seconds"][name] / 1e12 for p in points], "o-", label=peer.title
         )
     axes[1].axhline(data["copy_rate"] / 1e12, color="grey", linestyle="--", label="device copy")
     axes[0].set_ylabel("10⁹ tokens of KV read a second")

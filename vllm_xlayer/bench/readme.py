@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..eval import TASKS
-from .peers import TITLES
+from . import engine, load, prefill
+from .bounds import Bound
+from .peers import PEERS
 from .plot import decode_plot
 from .record import RESULTS
 from .write import TITLES as WRITERS
@@ -29,8 +31,13 @@ PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 
 def demo_table(results: dict[str, Any]) -> str:
     """Markdown of the demo's table and what it was taken on."""
-    columns = [results[name] for name in ("stock", "rows", "nvfp4")]
-    head = ["", "stock, bf16", "rows, bf16", "rows, NVFP4, prompts restored"]
+    titles = {
+        "stock": "stock, bf16", "fp8": "stock, fp8", "rows": "rows, bf16",
+        "nvfp4": "rows, NVFP4, prompts restored",
+    }  # fmt: skip
+    shown = [name for name in titles if name in results]  # fp8 is missing where there is no GPU
+    columns = [results[name] for name in shown]
+    head = ["", *(titles[name] for name in shown)]
     lines = [
         ("bytes a token", [f"{c['bytes_per_token']:,}" for c in columns]),
         ("tokens in 256 MiB", [f"{c['tokens_per_256_mib']:,}" for c in columns]),
@@ -49,19 +56,19 @@ def demo_table(results: dict[str, Any]) -> str:
     return f"{_table(head, lines)}\n\n{_about(about, about['runner'])}"
 
 
-def gain(decode: dict[str, Any], engine: dict[str, Any], capacity: dict[str, Any]) -> str:
+def gain(decode: dict[str, Any], engines: dict[str, Any], capacity: dict[str, Any]) -> str:
     """The first screen: what a user of a Hopper GPU gains."""
     shape = decode["shapes"][0]
     us = {name: f"{seconds * 1e6:.0f}" for name, seconds in shape["seconds"].items()}
     times = shape["seconds"]["fa3_fp8"] / shape["seconds"]["nvfp4"]
-    step = {name: cache["decodes"][0]["step_seconds"] for name, cache in engine["caches"].items()}
+    step = {name: cache["decodes"][0]["step_seconds"] for name, cache in engines["caches"].items()}
     return (
         f"- **{capacity['capacity_ratio']:.2f} times the tokens of bf16** in the same memory "
         f"({capacity['shape']} shape, as vLLM counts them).\n"
         f"- **Decode attention {times:.1f} times as fast as with fp8 KV**: one layer, {shape['name']}: "
         f"{us['nvfp4']} us; FlashAttention-3 {us['fa3_fp8']} us with fp8, {us['fa3_bf16']} us with bf16.\n"
         f"- **In vLLM's engine**, a decode step of that batch takes {_ms(step['nvfp4'], 1)} ms, "
-        f"with fp8 {_ms(step['fp8'], 1)} ms ({engine['shape']} shape).\n\n"
+        f"with fp8 {_ms(step['fp8'], 1)} ms ({engines['shape']} shape).\n\n"
         f"{decode['hardware']}; how it was measured, and where it is not faster: [Measured](#measured)."
     )
 
@@ -74,16 +81,19 @@ def short_decode_table(results: dict[str, Any]) -> str:
 def decode_table(results: dict[str, Any], shapes: int | None = None) -> str:
     """Markdown of `bench decode`: all shapes, or the first so many."""
     rate, lines = results["copy_rate"], []
+    shown = [name for name in PEERS if any(name in shape["seconds"] for shape in results["shapes"])]
     for shape in results["shapes"][:shapes]:
         seconds, moved = shape["seconds"], shape["bytes"]
         cells = [
             f"{t * 1e6:.0f} ({moved[name] / t / rate:.2f})" if (t := seconds.get(name)) else "-"
-            for name in TITLES
+            for name in shown
         ]
         fp8 = seconds.get("fa3_fp8")
         cells += [f"{moved['nvfp4'] / rate * 1e6:.0f}", f"{fp8 / seconds['nvfp4']:.2f}x" if fp8 else "-"]
         lines.append((shape["name"], cells))
-    return _table(["requests x tokens", *TITLES.values(), "floor", "fp8 / ours"], lines) + (
+    return _table(
+        ["requests x tokens", *(PEERS[name].title for name in shown), "floor", "fp8 / ours"], lines
+    ) + (
         "\n\nMicroseconds of one layer, in brackets the share of the device's copy rate "
         f"({rate / 1e12:.2f} TB/s, read plus written; reading alone is faster). {_about(results)}"
     )
@@ -91,15 +101,41 @@ def decode_table(results: dict[str, Any], shapes: int | None = None) -> str:
 
 def engine_table(results: dict[str, Any]) -> str:
     """Markdown of `bench engine`."""
-    caches = results["caches"]
-    lines: list[tuple[str, list[str]]] = []
-    for i, first in enumerate(next(iter(caches.values()))["decodes"]):
-        batch = f"{first['requests']} x {first['tokens']:,}"
-        columns = [c["decodes"][i] for c in caches.values()]
-        lines.append((f"decode step {batch}, ms", [_ms(c["step_seconds"], 2) for c in columns]))
-        lines.append((f"prefill {batch}, s", [f"{c['prefill_seconds']:.2f}" for c in columns]))
-    runner = next(iter(caches.values()))["runner"]
-    return f"{_table([results['shape'], *caches], lines)}\n\n{_about(results, runner)}"
+    lines = engine.rows(results)
+    # Results of before `bench prefill` was a benchmark of its own.
+    for i, first in enumerate(next(iter(results["caches"].values()))["decodes"]):
+        if "prefill_seconds" in first:
+            cells = [f"{c['decodes'][i]['prefill_seconds']:.2f}" for c in results["caches"].values()]
+            lines.append((f"prefill {first['requests']} x {first['tokens']:,}, s", cells))
+    return _caches(results, lines, engine.bounds(results))
+
+
+def prefill_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench prefill`, with its heading."""
+    table = _caches(results, prefill.rows(results), prefill.bounds(results))
+    return f"""\
+### Prefill
+
+`python -m vllm_xlayer.bench prefill`: engines share the GPU and are timed in turn, a round in this order, the
+next in the other; medians. With all of a prompt cached, what is left is the time of everything else.
+
+{table}"""
+
+
+def load_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench load`, with its heading."""
+    layers = f"{results['layers']} of {results['of_layers']} layers"
+    return f"""\
+### More context than fp8 can keep
+
+`python -m vllm_xlayer.bench load`: {load.title(results)} offered at once, each answered with
+{results["output"]} tokens; then the same requests again. What does not fit waits, and is computed again.
+
+The model is cut to {layers} and the memory for KV to {results["kv_bytes"] / 1e9:.1f} GB, what NVFP4
+needs for these requests, so that filling it takes seconds. What a step does once (sampling, the last matrix,
+scheduling) weighs more than with all layers.
+
+{_caches(results, load.rows(results), [])}"""
 
 
 def write_table(results: dict[str, Any]) -> str:
@@ -136,23 +172,13 @@ def capacity_table(results: dict[str, Any]) -> str:
     )
 
 
-def gpu_tests(suite: dict[str, Any], demo: dict[str, Any]) -> str:
-    """Markdown of what else ran on the GPU: the tests' outcome, and the demo in a sentence."""
+def gpu_tests(suite: dict[str, Any]) -> str:
+    """Markdown of the GPU tests' outcome."""
     counts: Counter[str] = Counter()
     for outcomes in suite["files"].values():
         counts.update(outcomes)
     told = ", ".join(f"{counts[kind]} {word}" for kind, word in OUTCOMES if counts[kind] or kind == "passed")
-    nvfp4 = demo["nvfp4"]
-    right = ", ".join(
-        f"{task.removeprefix('xlayer_')} {100 * nvfp4['scores'][task]['exact_match']:.1f} %" for task in TASKS
-    )
-    same = {name: "{} of {}".format(*column["identical"]) for name, column in demo.items()}
-    return (
-        f"- `pytest -m {suite['mark']}`: {told}. {_about(suite)}\n"
-        f"- `vllm-xlayer demo`: exact match with NVFP4 rows restored: {right}. Answers identical to the "
-        f"stock cache: {same['rows']} with bf16 rows, {same['nvfp4']} with NVFP4 rows. "
-        f"{_about(nvfp4, nvfp4['runner'])}"
-    )
+    return f"`pytest -m {suite['mark']}`: {told}. {_about(suite)}"
 
 
 BLOCK = 16
@@ -166,9 +192,14 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "engine": (("h200-engine.json",), engine_table),
     "write": (("h200-write.json",), write_table),
     "capacity": (("h200-capacity.json",), capacity_table),
-    "gpu": (("h200-suite.json", "h200-demo.json"), gpu_tests),
+    "quality": (("h200-demo.json",), demo_table),
+    "prefill": (("h200-prefill.json",), prefill_section),
+    "load": (("h200-load.json",), load_section),
+    "gpu": (("h200-suite.json",), gpu_tests),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
+SECTIONS = ("prefill", "load")
+"""Nothing is shown for these, not even a heading, until their results are there."""
 
 
 def rendered(text: str) -> str:
@@ -184,14 +215,27 @@ def rendered(text: str) -> str:
         files, make = TABLES[name]
         before, _, rest = text.partition(begin)
         after = rest.partition(end)[2]
-        results = [json.loads((RESULTS / file).read_text()) for file in files]
-        text = f"{before}{begin}\n{make(*results)}\n{end}{after}"
+        paths = [RESULTS / file for file in files]
+        made = ""
+        if name not in SECTIONS or all(path.exists() for path in paths):
+            made = make(*(json.loads(path.read_text()) for path in paths)) + "\n"
+        text = f"{before}{begin}\n{made}{end}{after}"
     return text
 
 
 def _table(head: list[str], lines: list[tuple[str, list[str]]]) -> str:
     rows = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join(rows + ["| " + " | ".join([name, *cells]) + " |" for name, cells in lines])
+
+
+def _caches(results: dict[str, Any], lines: list[tuple[str, list[str]]], bounds: list[Bound]) -> str:
+    """Table with a column for each cache, its bounds, what it was taken on."""
+    told = [
+        _table([results["shape"], *results["caches"]], lines),
+        "\n".join(f"- {bound}" for bound in bounds),
+    ]
+    runner = next(iter(results["caches"].values()))["runner"]
+    return "\n\n".join(part for part in (*told, _about(results, runner)) if part)
 
 
 def _about(results: dict[str, Any], runner: str | None = None) -> str:

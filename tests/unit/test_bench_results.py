@@ -1,0 +1,178 @@
+"""What the documents and the printed tables make of results files of every kind: old, new, with and without
+what is optional."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from vllm_xlayer.bench import bounds, engine, load, prefill, readme
+from vllm_xlayer.eval import TASKS, demo
+
+ABOUT = {
+    "hardware": "some GPU", "date": "today", "commit": "abc", "runner": "V2",
+    "versions": {"vllm": "1", "torch": "2"},
+}  # fmt: skip
+PREFILL = {
+    **ABOUT, "shape": "llama-3.1-8b", "requests": 64, "tokens": 8192, "long": 16384,
+    "caches": {
+        "bf16": {
+            "runner": "V2", "batch_seconds": [13.0, 13.2], "half_seconds": [0.20, 0.9, 0.20],
+            "cached_seconds": [0.02],
+        },
+        "fp8": {
+            "runner": "V2", "batch_seconds": [10.0, 10.0], "half_seconds": [0.21], "cached_seconds": [0.02],
+        },
+        "nvfp4": {
+            "runner": "V2", "batch_seconds": [10.2, 10.3], "half_seconds": [0.22], "cached_seconds": [0.03],
+        },
+    },
+}  # fmt: skip
+LOAD = {
+    **ABOUT, "shape": "llama-3.1-8b", "layers": 8, "of_layers": 32, "requests": 352, "tokens": 8192,
+    "output": 64, "kv_bytes": 27_000_000_000,
+    "caches": {
+        "nvfp4": {
+            "runner": "V2", "capacity": 2_900_000, "fit": 352, "step_seconds": 0.01,
+            "new": {"seconds": 20.0, "cached": 0}, "again": {"seconds": 1.0, "cached": 352 * 4096},
+        },
+    },
+}  # fmt: skip
+
+
+def engines(**steps):
+    """Results of `bench engine` with these steps (64 x 8192, 1 x 16384) and warm starts, in seconds."""
+    caches = {
+        name: {
+            "runner": "V2", "start_seconds": 40.0, "start_again_seconds": start,
+            "decodes": [
+                {"requests": 64, "tokens": 8192, "step_seconds": batch},
+                {"requests": 1, "tokens": 16384, "step_seconds": one},
+            ],
+        }
+        for name, (batch, one, start) in steps.items()
+    }  # fmt: skip
+    return {**ABOUT, "shape": "llama-3.1-8b", "caches": caches}
+
+
+@pytest.mark.parametrize(
+    ("module", "results", "kept"),
+    [
+        (prefill, PREFILL, [True, False]),
+        (engine, engines(fp8=(0.0165, 0.005, 7.0), nvfp4=(0.0115, 0.005, 10.0)), [True, True, True, True]),
+        (engine, engines(fp8=(0.0160, 0.005, 7.0), nvfp4=(0.0116, 0.0051, 10.1)), [False] * 4),
+    ],
+    ids=["prefill", "engine, kept", "engine, missed"],
+)
+def test_bounds(module, results, kept):
+    found = module.bounds(results)
+    assert [b.kept for b in found] == kept
+    assert [str(b).rpartition(": ")[2] for b in found] == ["kept" if k else "missed" for k in kept]
+
+
+def test_what_is_just_over_a_bound_does_not_read_as_kept():
+    assert "1.034" in str(bounds.Bound("ratio", 1.034, 1.03))
+
+
+def test_bounds_are_for_the_full_size_only():
+    assert not prefill.bounds({**PREFILL, "tokens": 256})
+    assert not engine.bounds({**engines(fp8=(1, 1, 1), nvfp4=(1, 1, 1)), "shape": "tiny"})
+    assert not engine.bounds(engines(bf16=(1, 1, 1), nvfp4=(1, 1, 1)))
+
+
+def test_prefill_shows_medians_and_ratios():
+    text = readme.prefill_section(PREFILL)
+    assert "| first token of 16,384, half cached, ms | 200.0 | 210.0 | 220.0 |" in text
+    assert "- nvfp4 / fp8, prefill 64 x 8,192: 1.025, bound 1.03: kept" in text
+    assert "- nvfp4 / bf16, first token of 16,384, half cached: 1.100, bound 1.05: missed" in text
+    assert "some GPU; vLLM 1, torch 2, model runner V2, today, commit abc." in text
+
+
+def test_load_shows_what_was_cut_and_what_was_kept():
+    text = readme.load_section(LOAD)
+    assert "352 x 8,192 tokens (2.88 million)" in text and "8 of 32 layers" in text and "27.0 GB" in text
+    assert "| - of their tokens still cached | 50 % |" in text
+    assert "| - output tokens a second | 22,528 |" in text  # 352 x 64 in a second
+    assert "| - output tokens a second | 35,200 |" in text  # 352 in a step of 10 ms
+
+
+@pytest.mark.parametrize(("name", "results"), [("prefill", PREFILL), ("load", LOAD)])
+def test_a_section_is_there_when_its_results_are(name, results, tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    empty = f"before\n\n<!-- {name}: begin -->\n<!-- {name}: end -->\n\nafter\n"
+    assert readme.rendered(empty) == empty
+    (tmp_path / f"h200-{name}.json").write_text(json.dumps(results))
+    full = readme.rendered(empty)
+    assert "\n### " in full and readme.rendered(full) == full
+    (tmp_path / f"h200-{name}.json").unlink()
+    assert readme.rendered(full) == empty
+
+
+def test_a_table_that_is_not_optional_needs_its_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError):
+        readme.rendered("<!-- write: begin -->\n<!-- write: end -->\n")
+
+
+def test_flashinfer_has_a_column_where_it_was_measured():
+    shape = {
+        "name": "64 x 8192", "seconds": {"nvfp4": 1e-4, "fa3_fp8": 2e-4}, "bytes": {"nvfp4": 1, "fa3_fp8": 1},
+    }  # fmt: skip
+    without = {**ABOUT, "copy_rate": 1e12, "shapes": [shape]}
+    assert "FlashInfer" not in readme.decode_table(without)
+    for key, value in (("seconds", 7e-4), ("bytes", 1)):
+        shape[key]["flashinfer_nvfp4"] = value
+    assert "FlashInfer NVFP4" in readme.decode_table(without) and "| 700 (" in readme.decode_table(without)
+
+
+def demo_results(*names):
+    column = {
+        **ABOUT, "bytes_per_token": 4096, "tokens_per_256_mib": 65536, "copies": 4, "copy_bytes": 16384,
+        "scores": {task: {"exact_match": 1.0, "stderr": 0.0} for task in TASKS}, "ttft": {"cold": 0.1},
+        "answers": {"a": "1", "b": "2"},
+    }  # fmt: skip
+    return {name: dict(column) for name in names}
+
+
+@pytest.mark.parametrize("names", [("stock", "rows", "nvfp4"), ("stock", "fp8", "rows", "nvfp4")])
+def test_the_demo_has_fp8_beside_it_where_it_ran(names):
+    results = demo_results(*names)
+    results[names[1]]["answers"] = {"a": "1", "b": "x"}
+    demo.add_identical(results)
+    assert results[names[1]]["identical"] == [1, 2]
+    assert ("stock, fp8" in readme.demo_table(results)) == ("fp8" in names)
+    console = Console(width=demo.WIDTH)
+    with console.capture() as printed:
+        console.print(demo.table(results))
+    assert printed.get().count("layer by layer") == names.count("stock") + names.count("fp8")
+    assert "…" not in printed.get()
+
+
+def test_the_demo_leaves_fp8_out_without_a_gpu(monkeypatch, capsys):
+    ran = []
+
+    def engine_of(setup, limit, folder):
+        ran.append(setup.name)
+        return demo_results(setup.name)[setup.name]
+
+    monkeypatch.setattr(demo, "_run_engine", engine_of)
+    monkeypatch.setattr(demo, "footer", lambda results: "")
+    monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: False)
+    args = type("Arguments", (), {"limit": 1, "json": None})
+    assert demo.run(args) == 0
+    assert ran == ["stock", "rows", "nvfp4"] and "left out" in capsys.readouterr().out
+
+
+def test_the_demo_goes_on_where_fp8_does_not_run(monkeypatch, capsys):
+    monkeypatch.setattr(
+        demo, "_run_engine", lambda setup, *_: demo_results("x")["x"] if setup.name != "fp8" else None
+    )
+    monkeypatch.setattr(demo, "footer", lambda results: "")
+    monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: True)
+    args = type("Arguments", (), {"limit": 1, "json": None})
+    assert demo.run(args) == 0 and "left out" in capsys.readouterr().out
+
+
+def test_rows_of_load_and_engine_have_a_cell_for_each_cache():
+    for lines in (load.rows(LOAD), engine.rows(engines(fp8=(1, 1, 1), nvfp4=(1, 1, 1)))):
+        assert len({len(cells) for _, cells in lines}) == 1

@@ -1,0 +1,64 @@
+"""A batch of decode requests, and the tensors that all peers share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of decode requests; lens in tokens."""
+
+    name: str
+    lens: tuple[int, ...]
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_size: int = 128
+    block_size: int = 16
+    q_len: int = 1
+    layers: int = 1
+    """Pages of so many layers lie between two blocks of one: cross-layer rows where it is more than 1."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lens)
+
+    @property
+    def blocks(self) -> list[int]:
+        return [-(-n // self.block_size) for n in self.lens]
+
+
+@dataclass
+class Inputs:
+    """``tables``: one a copy of the cache, with blocks of their own, shuffled."""
+
+    shape: Shape
+    copies: int
+    device: str = "cuda"
+    q: torch.Tensor = field(init=False)
+    out: torch.Tensor = field(init=False)
+    seq_lens: torch.Tensor = field(init=False)
+    tables: list[torch.Tensor] = field(init=False)
+    num_blocks: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.shape
+        size = (len(s.lens) * s.q_len, s.num_q_heads, s.head_size)
+        self.q = torch.randn(size, dtype=torch.bfloat16, device=self.device)
+        self.out = torch.empty_like(self.q)
+        self.seq_lens = torch.tensor(s.lens, dtype=torch.int32, device=self.device)
+        self.num_blocks = sum(s.blocks) * self.copies
+        order = torch.randperm(self.num_blocks, dtype=torch.int32)
+        self.tables, at = [], 0
+        for _ in range(self.copies):
+            table = torch.zeros(len(s.lens), max(s.blocks), dtype=torch.int32)
+            for r, count in enumerate(s.blocks):
+                table[r, :count] = order[at : at + count]
+                at += count
+            self.tables.append(table.to(self.device))
+
+
+Calls = list[Callable[[], Any]]
+"""The same attention on each copy of the cache, into ``Inputs.out``."""

@@ -1,0 +1,113 @@
+"""More context than fp8 can keep: requests that all fit as NVFP4, offered at once to the same memory.
+
+The model is cut to a few layers and the memory with it: what fits, and what a step's attention takes beside
+the rest of a layer, is that of all layers in a memory so many times as large, but filling it takes seconds.
+What a step does once (sampling, the last matrix, scheduling) weighs more here than with all layers.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..nvfp4 import content_bytes
+from .bounds import SHAPE
+from .engines import CACHES, SHAPES, Engine, EngineFailed, prompts, write_model
+from .record import RESULTS, write
+
+LAYERS = 8
+REQUESTS, TOKENS = 352, 8192
+"""2.9 million tokens."""
+OUTPUT = 64
+"""Tokens every request is answered with."""
+STEPS = 32
+SPARE = 1.02
+"""Memory for so many times what the requests take as NVFP4."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=["fp8", "nvfp4"])
+    parser.add_argument("--scale", type=int, default=1, help="divides requests and tokens, to try it out")
+    parser.add_argument("--json", type=Path, default=RESULTS / "load.json", help="file to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs an engine for each cache, prints the table, writes the JSON. Returns 1 if an engine failed."""
+    shape = SHAPES[args.shape]
+    layers = min(LAYERS, shape["num_hidden_layers"])
+    requests, tokens = max(1, REQUESTS // args.scale), TOKENS // args.scale
+    token_bytes = layers * shape["num_key_value_heads"] * content_bytes(shape["head_dim"])
+    memory = int(SPARE * requests * (tokens + OUTPUT) * token_bytes)
+    settings = dict(max_model_len=tokens + 2 * OUTPUT, max_num_seqs=requests, kv_cache_memory_bytes=memory)
+    caches: dict[str, Any] = {}
+    results = {
+        "shape": args.shape, "layers": layers, "of_layers": shape["num_hidden_layers"],
+        "requests": requests, "tokens": tokens, "output": OUTPUT, "kv_bytes": memory, "caches": caches,
+    }  # fmt: skip
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="vllm-xlayer-load-") as folder:
+        model = write_model(Path(folder), args.shape, layers)
+        for cache in args.caches:
+            print(f"{cache}: starting", flush=True)
+            try:
+                with Engine(model, cache, **settings) as engine:
+                    caches[cache] = measure(engine, requests, tokens)
+            except EngineFailed as error:
+                print(f"{cache}: {error}, see above", file=sys.stderr)
+                failed.append(cache)
+                continue
+            # What is measured is kept, whatever happens to the next engine.
+            write(args.json, results)
+    if caches:
+        grid = Table("", *caches, title=f"{title(results)}, {args.shape}")
+        for label, cells in rows(results):
+            grid.add_row(label, *cells)
+        Console(width=100).print(grid)
+    return int(bool(failed))
+
+
+def measure(engine: Engine, requests: int, tokens: int) -> dict[str, Any]:
+    """The requests twice, then a decode step of as many as fit."""
+    asked = prompts("load", requests, tokens, engine.about["vocabulary"])
+    report: dict[str, Any] = {key: engine.about[key] for key in ("runner", "capacity")}
+    # Kernels are loaded and chosen at their first use.
+    engine.generate(prompts("warm up", min(4, requests), tokens, engine.about["vocabulary"]), OUTPUT)
+    for turn in ("new", "again"):
+        answer = engine.generate(asked, OUTPUT)
+        report[turn] = {"seconds": answer.seconds, "cached": sum(answer.cached)}
+        print(f"  {turn}: {answer.seconds:.1f} s", flush=True)
+    # The last ones: the cache forgets what was not used for longest.
+    fit = min(requests, engine.about["capacity"] // (tokens + OUTPUT))
+    report["fit"] = fit
+    report["step_seconds"] = engine.step_seconds(asked[-fit:], STEPS)
+    return report
+
+
+def title(results: dict[str, Any]) -> str:
+    """What was offered."""
+    context = results["requests"] * results["tokens"]
+    return f"{results['requests']} x {results['tokens']:,} tokens ({context / 1e6:.2f} million)"
+
+
+def rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Label and a cell for each cache."""
+    columns = list(results["caches"].values())
+    out, context = results["requests"] * results["output"], results["requests"] * results["tokens"]
+    return [
+        ("tokens that fit", [f"{c['capacity']:,}" for c in columns]),
+        ("contexts that fit", [f"{c['fit']:,}" for c in columns]),
+        ("new contexts, s", [f"{c['new']['seconds']:.1f}" for c in columns]),
+        ("the same again, s", [f"{c['again']['seconds']:.1f}" for c in columns]),
+        (
+            "- of their tokens still cached",
+            [f"{100 * c['again']['cached'] / context:.0f} %" for c in columns],
+        ),
+        ("- output tokens a second", [f"{out / c['again']['seconds']:,.0f}" for c in columns]),
+        ("decode step of as many as fit, ms", [f"{c['step_seconds'] * 1e3:.2f}" for c in columns]),
+        ("- output tokens a second", [f"{c['fit'] / c['step_seconds']:,.0f}" for c in columns]),
+    ]
