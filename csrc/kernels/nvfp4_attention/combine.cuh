@@ -43,52 +43,55 @@ __device__ __forceinline__ bool comes_last(const Nvfp4AttentionParams& p, const 
   return ptx::uniform(__syncthreads_or(last)) != 0;
 }
 
-// A thread takes 8 dimensions of a row. No branch that lanes could part at (but for loads and stores): the
+// A warp takes a row, a lane four dimensions of it (or twice four). No branch that lanes could part at: the
 // decode loop around this needs no code for that then.
 template <class C>
 __device__ __forceinline__ void combine(const Nvfp4AttentionParams& p, const Run& run, int rows) {
-  constexpr int LANES = C::DP / 8;  // a row; a power of two, so that a warp has whole rows
+  constexpr int VECTORS = C::DP <= 128 ? 1 : C::DP / 128;
+  const int lane = threadIdx.x & 31;
+  const int count = run.last_part - run.first_part + 1;
   const float2* ml = reinterpret_cast<const float2*>(p.partial_ml);
-  const float2 nothing = make_float2(EMPTY, 0.0f);
-  const int lane = threadIdx.x % LANES, d = 8 * lane;
 #pragma unroll 1
-  for (int first_row = 0; first_row < C::TILE_ROWS; first_row += THREADS / LANES) {
-    const int row = first_row + threadIdx.x / LANES;
-    const bool there = row < rows && (C::EXACT || d < C::D);  // other rows were not written
-    const auto at = [&](int part) {
-      return slot_of(p, part, part == run.first_part && run.starts_inside) * C::TILE_ROWS + row;
+  for (int row = ptx::uniform(threadIdx.x / 32); row < ptx::uniform(rows); row += WARPS) {
+    const auto at = [&](int i) {
+      return slot_of(p, run.first_part + i, i == 0 && run.starts_inside) * C::TILE_ROWS + row;
     };
+    const auto max_and_sum = [&](int i) { return i < count ? ml[at(i)] : make_float2(EMPTY, 0.0f); };
     float max = EMPTY, sum = 0.0f;
-    for (int i = run.first_part; i <= run.last_part; i += LANES) {
-      const float2 other = row < rows && i + lane <= run.last_part ? ml[at(i + lane)] : nothing;
+    for (int base = 0; base < count; base += 32) {
+      const float2 other = max_and_sum(base + lane);
       const float top = fmaxf(max, other.x);
       sum = sum * exp2f(max - top) + other.y * exp2f(other.x - top);
       max = top;
     }
+    float top = max;
 #pragma unroll
-    for (int lanes = 1; lanes < LANES; lanes *= 2) {
-      const float other_max = __shfl_xor_sync(0xFFFFFFFFu, max, lanes);
-      const float other_sum = __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-      const float top = fmaxf(max, other_max);
-      sum = sum * exp2f(max - top) + other_sum * exp2f(other_max - top);
-      max = top;
-    }
-    float x[8] = {};
-#pragma unroll 4
-    for (int part = run.first_part; part <= run.last_part; ++part) {
-      float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
-      float weight = 0.0f;
-      if (there) {
-        const float4* from = reinterpret_cast<const float4*>(p.partial_out + at(part) * C::DP + d);
-        a = from[0], b = from[1];
-        weight = exp2f(ml[at(part)].x - max);
+    for (int lanes = 1; lanes < 32; lanes *= 2) top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, lanes));
+    sum *= exp2f(max - top);
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+
+    float x[VECTORS][4] = {};
+    for (int base = 0; base < count; base += 32) {
+      const float weight = exp2f(max_and_sum(base + lane).x - top);
+      const int here = min(32, count - base);
+#pragma unroll 8
+      for (int i = 0; i < here; ++i) {
+        const float w = __shfl_sync(0xFFFFFFFFu, weight, i);
+        const float* from = p.partial_out + at(base + i) * C::DP;
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+          const float4 y = *reinterpret_cast<const float4*>(from + min(4 * lane + 128 * v, C::D - 4));
+          x[v][0] += y.x * w, x[v][1] += y.y * w, x[v][2] += y.z * w, x[v][3] += y.w * w;
+        }
       }
-      x[0] += a.x * weight, x[1] += a.y * weight, x[2] += a.z * weight, x[3] += a.w * weight;
-      x[4] += b.x * weight, x[5] += b.y * weight, x[6] += b.z * weight, x[7] += b.w * weight;
     }
-    if (there) {
-      const OutputRow to = output_row(p, run.request, run.kv_head, run.first_row + row);
-      store_out(p, to, d, x, finish_row(p, to, max, sum, lane == 0));
+    const OutputRow to = output_row(p, run.request, run.kv_head, run.first_row + row);
+    const float factor = finish_row(p, to, top, sum, lane == 0);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      const int d = 4 * lane + 128 * v;
+      if (d < C::D) store_out(p, to, d, x[v], factor);
     }
   }
 }

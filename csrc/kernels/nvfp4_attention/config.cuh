@@ -8,7 +8,6 @@ namespace xlayer::attention {
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int TILE = 16;             // tokens a warp works on at a time
-constexpr int STAGES = 3;            // tiles in flight or in use a warp
 constexpr int ROWS = 8;              // query rows of one MMA
 constexpr float EMPTY = -1e30f;      // running maximum of no key; finite, so that exp2(x - EMPTY) has no NaN
 constexpr float LAZY = 8.0f;         // P may reach 2^LAZY before the accumulators are rescaled
@@ -23,6 +22,7 @@ struct Config {
   static constexpr int DP = D <= 64 ? 64 : D <= 128 ? 128 : 256;  // what the fragments are cut for
   static constexpr bool EXACT = D == DP;
   static constexpr int NT = NT_;
+  static constexpr int STAGES = DP == 256 ? 2 : 3;  // tiles in flight or in use a warp
   static constexpr int TILE_ROWS = NT * ROWS;
   static constexpr int S = D / GROUP;      // block scales a token
   static constexpr int ROW = DP / 2;       // bytes of a token's data in shared memory

@@ -84,7 +84,7 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   const int count = ptx::uniform(last_tile > first_tile ? (last_tile - first_tile + WARPS - 1) / WARPS : 0);
   loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) loader.load(i, i * C::STAGE_BYTES);
+  for (int i = 0; i < C::STAGES - 1; ++i) loader.load(i, i * C::STAGE_BYTES);
   state.clear();
   load_query(state, p, run.request, run.kv_head, run.first_row);
 
@@ -107,11 +107,11 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
                                         : 0);
 
   uint32_t offset = 0,
-           last_offset = (STAGES - 1) * C::STAGE_BYTES;  // in the ring: this tile's and the last's stage
+           last_offset = (C::STAGES - 1) * C::STAGE_BYTES;  // in the ring: this tile's and the last's stage
   for (int i = 0; i < count; ++i) {
-    ptx::cp_async_wait<STAGES - 2>();
+    ptx::cp_async_wait<C::STAGES - 2>();
     __syncwarp();  // everybody's copies of this tile are there, and nobody reads the stage filled next
-    loader.load(i + STAGES - 1, last_offset);
+    loader.load(i + C::STAGES - 1, last_offset);
     if (i >= plain_from && i < plain_to) {
       Tile<C>::attend(state, offset, at, nullptr);
     } else {
@@ -119,7 +119,7 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
       Tile<C>::attend(state, offset, at, &mask);
     }
     last_offset = offset;
-    offset = offset == (STAGES - 1) * C::STAGE_BYTES ? 0 : offset + C::STAGE_BYTES;
+    offset = offset == (C::STAGES - 1) * C::STAGE_BYTES ? 0 : offset + C::STAGE_BYTES;
   }
   ptx::cp_async_wait<0>();
   __syncwarp();
@@ -131,12 +131,12 @@ __global__ void __launch_bounds__(THREADS, C::BLOCKS)
     decode_kernel(const __grid_constant__ Nvfp4AttentionParams p) {
   XLAYER_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  uint8_t* stages = shared + warp * STAGES * C::STAGE_BYTES;
+  uint8_t* stages = shared + warp * C::STAGES * C::STAGE_BYTES;
   const uint32_t ring = ptx::shared_address(stages);
-  float* merge = reinterpret_cast<float*>(shared + WARPS * STAGES * C::STAGE_BYTES);
+  float* merge = reinterpret_cast<float*>(shared + WARPS * C::STAGES * C::STAGE_BYTES);
   if constexpr (!C::EXACT) {
     // Dimensions from D to DP stay zero: no copy goes there.
-    for (int i = lane; i < STAGES * C::STAGE_BYTES / 16; i += 32) {
+    for (int i = lane; i < C::STAGES * C::STAGE_BYTES / 16; i += 32) {
       reinterpret_cast<uint4*>(stages)[i] = make_uint4(0, 0, 0, 0);
     }
     __syncwarp();
@@ -155,7 +155,6 @@ __global__ void __launch_bounds__(THREADS, C::BLOCKS)
     const int part_begin = position, part_end = min(position + chunk, total);
     int request = find_request(begins, p.num_requests, position);
     while (position < part_end) {
-      while (begins[request + 1] <= position) ++request;
       const int units = key_range(p.seq_lens[request], p.q_len, p.window).units;
       const int line = line_units(units, p.split_units);
       const int within = position - begins[request];
@@ -174,6 +173,7 @@ __global__ void __launch_bounds__(THREADS, C::BLOCKS)
       run.slot = slot_of(p, part, position != part_begin);
       attend_run(p, run, state, loader, at, merge);
       position += advance;
+      while (position < part_end && begins[request + 1] <= position) ++request;
     }
   }
   store_empty_requests<C>(p);

@@ -1,4 +1,4 @@
-// Eight floats of an output row, and what a query's row is called in the output.
+// Four or eight floats of an output row, and what a query's row is called in the output.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,19 +20,24 @@ __device__ __forceinline__ OutputRow output_row(const Nvfp4AttentionParams& p, i
   return {int64_t(request) * p.q_len + row / group, kv_head * group + row % group};
 }
 
-// x times `scale` to elements d .. d + 7 of a row.
+// x times `scale` to elements d .. d + N - 1 of a row, 4 or 8.
+template <int N>
 __device__ __forceinline__ void store_out(const Nvfp4AttentionParams& p, OutputRow row, int d,
-                                          const float (&x)[8], float scale) {
-  uint32_t words[4];
+                                          const float (&x)[N], float scale) {
+  uint32_t words[N / 2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < N / 2; ++i) {
     const float low = x[2 * i] * scale, high = x[2 * i + 1] * scale;
     words[i] = p.dtype == Dtype::F16
                    ? __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(low, high)))
                    : __builtin_bit_cast(uint32_t, __nv_bfloat162_raw(__floats2bfloat162_rn(low, high)));
   }
   uint16_t* out = static_cast<uint16_t*>(p.out) + row.token * p.out_stride_t + row.head * p.out_stride_h + d;
-  *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+  if constexpr (N == 8) {
+    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {
+    *reinterpret_cast<uint2*>(out) = make_uint2(words[0], words[1]);
+  }
 }
 
 // The factor of a row's unnormalised output, from its running maximum (base 2) and sum; also stores the LSE.
