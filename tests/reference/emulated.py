@@ -1,4 +1,4 @@
-"""The CUDA kernels of nvfp4_paged_attention on the CPU (tests/emulation), as a `Batch` to check."""
+"""CUDA kernels built for the CPU (tests/emulation); those of nvfp4_paged_attention as a `Batch` to check."""
 
 import ctypes
 import functools
@@ -12,10 +12,10 @@ import torch
 from reference.attention_cases import Batch
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "tests/emulation/nvfp4_attention.cpp"
+SOURCES = ROOT / "tests/emulation"
 
 POINTER, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-# As struct Args in SOURCE.
+# As struct Args in nvfp4_attention.cpp.
 FIELDS = [
     ("q", POINTER), ("q_stride_t", INT), ("q_stride_h", INT),
     ("out", POINTER), ("out_stride_t", INT), ("out_stride_h", INT),
@@ -37,25 +37,19 @@ def why_not() -> str | None:
     """The reason why the kernels cannot be built for the CPU here, None if they can."""
     if shutil.which("g++") is None:
         return "no g++, which builds the kernels for the CPU"
-    if not SOURCE.is_file():
-        return f"no source tree: {SOURCE} is not there"
+    if not (ROOT / "csrc").is_dir():
+        return f"no source tree: {ROOT / 'csrc'} is not there"
     return None
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(name: str) -> ctypes.CDLL:
+    """tests/emulation/`name`.cpp, compiled."""
     folder = Path(tempfile.mkdtemp(prefix="vllm-xlayer-emulation-"))
     target = folder / "kernels.so"
     command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-DXLAYER_EMULATED"]
-    command += [
-        "-I",
-        str(SOURCE.parent / "include"),
-        "-I",
-        str(ROOT / "csrc"),
-        str(SOURCE),
-        "-o",
-        str(target),
-    ]
+    command += ["-I", str(SOURCES / "include"), "-I", str(ROOT / "csrc")]
+    command += [str(SOURCES / f"{name}.cpp"), "-o", str(target)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
         return ctypes.CDLL(str(target))
@@ -87,7 +81,7 @@ class EmulatedBatch(Batch):
             c.softmax_scale, c.soft_cap,
             c.window, int(c.order), self.parts, c.split_units, self.late_copies,
         )  # fmt: skip
-        assert library().run_nvfp4_attention(ctypes.byref(args)) == 0
+        assert library("nvfp4_attention").run_nvfp4_attention(ctypes.byref(args)) == 0
 
 
 def emulated(batch: Batch, **how: object) -> EmulatedBatch:

@@ -5,6 +5,8 @@
 
 namespace xlayer {
 
+enum class CopyMethod : int { ENGINE, KERNEL };
+
 struct BlockCopyParams {
   const uint8_t* src;  // [n] pieces
   uint8_t* dst;        // [m] pieces
@@ -14,6 +16,12 @@ struct BlockCopyParams {
   const int64_t* src_ids;  // [num_pairs] on the host
   const int64_t* dst_ids;  // [num_pairs] on the host
   int64_t num_pairs;
+};
+
+// Where one piece lies: bytes from `src` and from `dst`.
+struct alignas(16) CopyPair {
+  int64_t src;
+  int64_t dst;
 };
 
 }  // namespace xlayer
