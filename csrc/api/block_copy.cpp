@@ -84,9 +84,9 @@ uint8_t* check_mapped(const char* name, const uint8_t* base, int64_t stride, int
 Tensor pairs_on_device(const BlockCopyParams& p, const Tensor& on_device) {
   const torch::stable::Device host(torch::headeronly::DeviceType::CPU);
   const int64_t shape[] = {p.num_pairs, 2};
-  Tensor pinned = torch::stable::empty(shape, ScalarType::Long, std::nullopt, host, true);
+  Tensor pinned = torch::stable::empty(shape, ScalarType::Int, std::nullopt, host, true);
   write_pairs(p, static_cast<CopyPair*>(pinned.data_ptr()));
-  Tensor pairs = torch::stable::empty(shape, ScalarType::Long, std::nullopt, on_device.device());
+  Tensor pairs = torch::stable::empty(shape, ScalarType::Int, std::nullopt, on_device.device());
   torch::stable::copy_(pairs, pinned, true);
   return pairs;
 }
@@ -94,6 +94,9 @@ Tensor pairs_on_device(const BlockCopyParams& p, const Tensor& on_device) {
 void copy_by_kernel(BlockCopyParams p, const Tensor& src, const Tensor& dst, cudaStream_t stream) {
   STD_TORCH_CHECK(p.piece_bytes <= int64_t(1) << 30,
                   "src: expected pieces of at most 1 GiB (method: kernel), got ", p.piece_bytes, " bytes");
+  STD_TORCH_CHECK(src.size(0) <= INT32_MAX && dst.size(0) <= INT32_MAX,
+                  "src, dst: expected at most 2^31 - 1 pieces (method: kernel), got ", src.size(0), " and ",
+                  dst.size(0));
   if (src.is_cpu()) p.src = check_mapped("src", p.src, p.src_stride, p.piece_bytes, p.src_ids, p.num_pairs);
   if (dst.is_cpu()) p.dst = check_mapped("dst", p.dst, p.dst_stride, p.piece_bytes, p.dst_ids, p.num_pairs);
   const bool touches_host = src.is_cpu() || dst.is_cpu();

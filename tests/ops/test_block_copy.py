@@ -60,7 +60,7 @@ def test_pieces_and_gaps(how, size, gaps):
     copy_and_compare(how, size, *gaps, pairs=7)
 
 
-@pytest.mark.parametrize("pairs", [224, 225, 5000])
+@pytest.mark.parametrize("pairs", [448, 449, 5000])
 def test_pairs_that_travel_with_a_launch_and_more(how, pairs):
     copy_and_compare(how, 64, 0, 64, pairs)
 

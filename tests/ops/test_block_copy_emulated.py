@@ -13,23 +13,20 @@ POISON = 0xA5
 
 
 def check(size: int, pairs: int, gap: int, *, wide: bool, with_launch: bool, ctas: int) -> None:
-    """Pieces of `size` bytes, `gap` bytes apart, sources repeated, by so many thread blocks."""
+    """Pieces of `size` bytes, `gap` and twice as many bytes apart, sources repeated, by so many thread blocks."""
     generator = torch.Generator().manual_seed(size + pairs)
-    stride = size + gap
     # torch allocates at multiples of 64 bytes.
-    src = torch.randint(0, 256, (pairs + 3, stride), dtype=torch.uint8, generator=generator)
-    dst = torch.full((pairs + 5, stride), POISON, dtype=torch.uint8)
+    src = torch.randint(0, 256, (pairs + 3, size + gap), dtype=torch.uint8, generator=generator)
+    dst = torch.full((pairs + 5, size + 2 * gap), POISON, dtype=torch.uint8)
     src_ids = torch.randint(0, pairs + 3, (pairs,), generator=generator)
     dst_ids = torch.randperm(pairs + 5, generator=generator)[:pairs]
     expected = dst.clone()
     expected[dst_ids, :size] = src[src_ids, :size]
-    offsets = torch.stack((src_ids, dst_ids), dim=1) * stride
-    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (src, dst))
-    numbers = [ctypes.c_int64(n) for n in (pairs, wide, with_launch, ctas)]
-    result = library("block_copy").run_block_copy(
-        *pointers, ctypes.c_int64(size), ctypes.c_void_p(offsets.data_ptr()), *numbers
-    )
-    assert result == 0
+    ids = torch.stack((src_ids, dst_ids), dim=1).int()
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (src, dst, ids)]
+    sizes = [ctypes.c_int64(n) for n in (size, src.stride(0), dst.stride(0))]
+    how = [ctypes.c_int64(n) for n in (pairs, wide, with_launch, ctas)]
+    assert library("block_copy").run_block_copy(*pointers[:2], *sizes, pointers[2], *how) == 0
     assert torch.equal(dst, expected)
 
 

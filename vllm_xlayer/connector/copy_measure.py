@@ -90,11 +90,11 @@ def measure(device: torch.device) -> CopyTimes:
 def _sample(src: torch.Tensor, dst: torch.Tensor, size: int, method: CopyMethod) -> Sample:
     many = min(PIECES, MOVED // size)
     few = max(1, many // 8)
-    pieces = src.view(-1, size), dst.view(-1, size)
+    src, dst = src.view(-1, size), dst.view(-1, size)
 
     def copy(count: int) -> Callable[[], None]:
-        ids = [torch.randperm(len(p))[:count] for p in pieces]  # others each time, against caches
-        return lambda: ops.copy_blocks(*pieces, *ids, method)
+        src_ids, dst_ids = (torch.randperm(len(p))[:count] for p in (src, dst))  # others each time
+        return lambda: ops.copy_blocks(src, dst, src_ids, dst_ids, method)
 
     def seconds(count: int) -> float:
         copy(count)()  # loads the kernel, pins the memory for the ids

@@ -17,18 +17,19 @@ namespace xlayer {
 constexpr int COPY_THREADS = 512;
 constexpr int COPY_UNROLL = 4;
 constexpr int COPY_TILE = COPY_THREADS * COPY_UNROLL;
-constexpr int COPY_FEW = 224;  // pairs that travel with a launch: 3,584 of the 4,096 bytes it may be given
+constexpr int COPY_FEW = 448;  // pairs that travel with a launch: 3,584 of the 4,096 bytes it may be given
 
 struct FewPairs {
   CopyPair at[COPY_FEW];
 };
 
 // WORD: uint4 where everything is 16-byte aligned, else uint8_t.
-// length: WORDs of a piece; total: of all pieces, at most 2^30.
+// Strides in bytes. length: WORDs of a piece; total: of all pieces, at most 2^30.
 // many: [total / length] in device memory, or nullptr: the pairs are in `few`.
 template <typename WORD>
 __global__ void __launch_bounds__(COPY_THREADS)
-    block_copy_kernel(const uint8_t* src, uint8_t* dst, uint32_t length, uint32_t total, const CopyPair* many,
+    block_copy_kernel(const uint8_t* src, uint8_t* dst, int64_t src_stride, int64_t dst_stride,
+                      uint32_t length, uint32_t total, const CopyPair* many,
                       const __grid_constant__ FewPairs few) {
   const CopyPair* pairs = many != nullptr ? many : few.at;
   for (uint32_t tile = blockIdx.x; tile * COPY_TILE < total; tile += gridDim.x) {
@@ -42,8 +43,8 @@ __global__ void __launch_bounds__(COPY_THREADS)
       const uint32_t word = min(first + i * COPY_THREADS, total - 1);
       const uint32_t piece = word / length;
       const CopyPair pair = pairs[piece];
-      from[i] = reinterpret_cast<const WORD*>(src + pair.src) + (word - piece * length);
-      to[i] = reinterpret_cast<WORD*>(dst + pair.dst) + (word - piece * length);
+      from[i] = reinterpret_cast<const WORD*>(src + pair.src * src_stride) + (word - piece * length);
+      to[i] = reinterpret_cast<WORD*>(dst + pair.dst * dst_stride) + (word - piece * length);
     }
 #pragma unroll
     for (int i = 0; i < COPY_UNROLL; ++i) words[i] = __ldcs(from[i]);

@@ -7,8 +7,8 @@
 namespace xlayer {
 namespace {
 
-constexpr int64_t MAX_WORDS = int64_t(1)
-                              << 30;  // of one launch: the kernel counts in 32 bits, past the end too
+// Of one launch: the kernel counts in 32 bits, and past the end.
+constexpr int64_t MAX_WORDS = int64_t(1) << 30;
 constexpr int64_t HOST_CTAS = 12;
 
 template <typename WORD>
@@ -27,7 +27,8 @@ cudaError_t launch(const BlockCopyParams& p, bool touches_host, const CopyPair* 
     const int64_t tiles = ceil_div(total, COPY_TILE);
     const int64_t ctas = touches_host ? std::min(tiles, HOST_CTAS) : tiles;
     block_copy_kernel<WORD><<<unsigned(ctas), COPY_THREADS, 0, stream>>>(
-        p.src, p.dst, uint32_t(length), uint32_t(total), pairs == nullptr ? nullptr : pairs + begin, few);
+        p.src, p.dst, p.src_stride, p.dst_stride, uint32_t(length), uint32_t(total),
+        pairs == nullptr ? nullptr : pairs + begin, few);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -78,7 +79,7 @@ bool pairs_fit_launch(const BlockCopyParams& p) { return p.num_pairs <= COPY_FEW
 
 void write_pairs(const BlockCopyParams& p, CopyPair* pairs) {
   for (int64_t i = 0; i < p.num_pairs; ++i) {
-    pairs[i] = {p.src_ids[i] * p.src_stride, p.dst_ids[i] * p.dst_stride};
+    pairs[i] = {int32_t(p.src_ids[i]), int32_t(p.dst_ids[i])};
   }
 }
 

@@ -16,9 +16,9 @@ bool pairs_fit_launch(const BlockCopyParams& params);
 void write_pairs(const BlockCopyParams& params, CopyPair* pairs);
 
 // By a kernel, on `stream` of the current device. src and dst are addresses on the device, a piece has at
-// most 2^30 bytes. touches_host: with few thread blocks, which fill the link and leave the rest to the model.
-// pairs: [num_pairs] in device memory, until the stream has got there; or nullptr. Without, the launch may be
-// captured in a CUDA graph.
+// most 2^30 bytes, an id 31 bits. touches_host: with few thread blocks, which fill the link and leave the
+// rest to the model. pairs: [num_pairs] in device memory, until the stream has got there; or nullptr.
+// Without, the launch may be captured in a CUDA graph.
 cudaError_t launch_block_copy(const BlockCopyParams& params, bool touches_host, const CopyPair* pairs,
                               cudaStream_t stream);
 

@@ -18,10 +18,10 @@ struct BlockCopyParams {
   int64_t num_pairs;
 };
 
-// Where one piece lies: bytes from `src` and from `dst`.
-struct alignas(16) CopyPair {
-  int64_t src;
-  int64_t dst;
+// Ids of one pair, as the kernel reads them: half of what the caller's take, since they cross the link first.
+struct alignas(8) CopyPair {
+  int32_t src;
+  int32_t dst;
 };
 
 }  // namespace xlayer
