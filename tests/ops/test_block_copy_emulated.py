@@ -13,7 +13,7 @@ POISON = 0xA5
 
 
 def check(size: int, pairs: int, gap: int, *, wide: bool, with_launch: bool, ctas: int) -> None:
-    """Pieces of `size` bytes, `gap` and twice as many bytes apart, sources repeated, by so many thread blocks."""
+    """Pieces of `size` bytes, `gap` and 2 `gap` bytes apart, sources repeated, by so many thread blocks."""
     generator = torch.Generator().manual_seed(size + pairs)
     # torch allocates at multiples of 64 bytes.
     src = torch.randint(0, 256, (pairs + 3, size + gap), dtype=torch.uint8, generator=generator)
