@@ -33,7 +33,7 @@ def peers(times: CopyTimes) -> dict[str, Peer]:
         return partial(ops.copy_blocks, src, dst, src_ids, dst_ids, method)
 
     def by(method: CopyMethod) -> Peer:
-        return lambda *pieces: partial(ops.copy_blocks, *pieces, method)
+        return lambda src, dst, src_ids, dst_ids: partial(ops.copy_blocks, src, dst, src_ids, dst_ids, method)
 
     return {
         "ours": ours,

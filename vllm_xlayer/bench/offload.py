@@ -12,16 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..connector.transfers import make_direction
 from .engines import SHAPES, run_engine, write_model
 from .record import RESULTS, write
 from .timing import link_rate
 
 LAST = 7
 """A prompt is so many tokens short of whole blocks: vLLM computes a whole prompt's last block in any case."""
-WARM, STEPS = 8, 32
-"""Decode steps before and while the clock runs."""
-ROUNDS = 3
 CPU = torch.device("cpu")
 
 
@@ -32,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="restored prompts")
     parser.add_argument("--requests", type=int, default=64, help="in the decoding batch")
     parser.add_argument("--tokens", type=int, default=8192, help=f"of each of them, less {LAST}")
+    parser.add_argument("--steps", type=int, default=32, help="decode steps timed, after a quarter as many")
+    parser.add_argument("--rounds", type=int, default=3, help="of decoding alone, beside stores and loads")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
     parser.add_argument("--host-bytes", type=int, default=8 << 30, help="host tier")
     parser.add_argument("--json", type=Path, default=RESULTS / "offload.json", help="file to write")
@@ -44,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(name)
         job = dict(
             model=str(write_model(folder, args.shape)), dtype=args.kv_cache_dtype, prompt=args.prompt,
-            repeats=args.repeats, requests=args.requests, tokens=args.tokens,
-            utilization=args.gpu_memory_utilization, host_bytes=args.host_bytes,
+            repeats=args.repeats, requests=args.requests, tokens=args.tokens, steps=args.steps,
+            rounds=args.rounds, utilization=args.gpu_memory_utilization, host_bytes=args.host_bytes,
         )  # fmt: skip
         for which, connector in (("with", True), ("without", False)):
             print(f"engine {which} XLayerConnector: starting", flush=True)
@@ -57,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=100, highlight=False)
     console.print(restore_table(results["with"]))
     console.print(decode_table(results, f"{args.requests} x {args.tokens:,}"))
-    numbers = {k: job[k] for k in ("dtype", "prompt", "repeats", "requests", "tokens")}
-    write(args.json, {"shape": args.shape, "steps": STEPS, "rounds": ROUNDS, **numbers, "engines": results})
+    asked = {k: job[k] for k in ("dtype", "prompt", "repeats", "requests", "tokens", "steps", "rounds")}
+    write(args.json, {"shape": args.shape, **asked, "engines": results})
     return 0
 
 
@@ -77,7 +75,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     llm = LLM(
         job["model"], load_format="dummy", skip_tokenizer_init=True, kv_cache_dtype=job["dtype"],
-        max_model_len=max(job["prompt"], job["tokens"]) + 2 * (WARM + STEPS), max_num_seqs=job["requests"],
+        max_model_len=max(job["prompt"], job["tokens"]) + 2 * job["steps"], max_num_seqs=job["requests"],
         gpu_memory_utilization=job["utilization"],
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, **settings,
     )  # fmt: skip
@@ -91,7 +89,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         report["link"] = _link()
         report["restore"] = restores(llm, job["prompt"] - LAST, job["repeats"])
     batch = _prompts(llm, job["requests"], job["tokens"] - LAST, seed=101)
-    report["decode"] = decodes(llm, batch, job["connector"], report["row_bytes"])
+    report["decode"] = decodes(llm, batch, job, report["row_bytes"])
     return report
 
 
@@ -135,34 +133,34 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
     return report
 
 
-def decodes(llm: Any, prompts: list[list[int]], connector: bool, row_bytes: int) -> dict[str, Any]:
+def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any], row_bytes: int) -> dict[str, Any]:
     """Seconds of a decode step, the batch's prompts on the device: alone, and beside copies of rows.
 
     With the connector, "alone" is with what it stores itself: the blocks that decoding fills.
     """
-    steps(llm, prompts, None)  # computes the prompts
+    steps(llm, prompts, job["steps"], None)  # computes the prompts
     beside: dict[str, RowCopies | None] = {"alone": None}
-    if connector:
+    if job["connector"]:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         beside |= {name: RowCopies(name == "loads", row_bytes, device) for name in ("stores", "loads")}
     report: dict[str, Any] = {name: {"seconds": [], "copied_per_second": []} for name in beside}
-    for _ in range(ROUNDS):
+    for _ in range(job["rounds"]):
         for name, copies in beside.items():
-            seconds, rate = steps(llm, prompts, copies)
+            seconds, rate = steps(llm, prompts, job["steps"], copies)
             report[name]["seconds"].append(seconds)
             report[name]["copied_per_second"].append(rate)
     return report
 
 
-def steps(llm: Any, prompts: list[list[int]], copies: "RowCopies | None") -> tuple[float, float]:
+def steps(llm: Any, prompts: list[list[int]], timed: int, copies: "RowCopies | None") -> tuple[float, float]:
     """(seconds of a decode step, bytes copied a second meanwhile)."""
     from vllm import SamplingParams
 
     from .. import compat
 
     compat.current().settle(llm)
-    engine = llm.llm_engine
-    sampling = SamplingParams(max_tokens=2 * WARM + STEPS, temperature=0.0, ignore_eos=True, detokenize=False)
+    engine, warm = llm.llm_engine, timed // 4
+    sampling = SamplingParams(max_tokens=2 * warm + timed, temperature=0.0, ignore_eos=True, detokenize=False)
     for n, prompt in enumerate(prompts):
         engine.add_request(f"{time.perf_counter()}-{n}", {"prompt_token_ids": prompt}, sampling)
     done: dict[str, int] = {}
@@ -176,14 +174,14 @@ def steps(llm: Any, prompts: list[list[int]], copies: "RowCopies | None") -> tup
                 done[output.request_id] = len(output.outputs[0].token_ids)
         return time.perf_counter()
 
-    begin = run_to(WARM)
+    begin = run_to(warm)
     before = 0 if copies is None else copies.bytes
-    end = run_to(WARM + STEPS)
+    end = run_to(warm + timed)
     moved = 0 if copies is None else copies.bytes - before
     if copies is not None:
         copies.stop()
-    run_to(2 * WARM + STEPS)
-    return (end - begin) / STEPS, moved / (end - begin)
+    run_to(2 * warm + timed)
+    return (end - begin) / timed, moved / (end - begin)
 
 
 class RowCopies:
@@ -193,6 +191,8 @@ class RowCopies:
     """Jobs ahead of the device: 2 GiB, which take a PCIe 5.0 link longer than two decode steps take."""
 
     def __init__(self, load: bool, row_bytes: int, device: torch.device):
+        from ..connector.transfers import make_direction
+
         rows = max(1, self.JOB_BYTES // row_bytes)
         pool = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, device=device)
         host = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
