@@ -5,7 +5,9 @@ import logging
 
 import pytest
 import torch
+from rich.console import Console
 
+from vllm_xlayer import doctor
 from vllm_xlayer.connector import copy_measure
 from vllm_xlayer.connector.copy_choice import CopyTimes, Sample, Way, choose
 from vllm_xlayer.ops import CopyMethod
@@ -182,3 +184,18 @@ def test_a_cache_that_cannot_be_written(machine, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, copy_measure.logger.name):
         assert copy_measure.times_here(GPU) is known
     assert "not kept" in caplog.text and "copy engine from 133," in caplog.text
+
+
+def test_doctor_shows_the_choice(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor._copies() == {"state": "no GPU: nothing to choose"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert doctor._copies()["state"].startswith("not measured yet")
+    copy_measure.keep(times(engine, kernel), GPU)
+    report = doctor._copies()
+    assert "host to device: copy engine from 133," in report["state"]
+    assert report["file"] == str(copy_measure.cache_file(machine))
+    console = Console(width=100, record=True)
+    console.print(doctor._rates(report["GB/s"]))
+    assert "65,536" in console.export_text() and json.dumps(report)
+    assert report["GB/s"]["host to device"][2]["kernel"] == pytest.approx(40)

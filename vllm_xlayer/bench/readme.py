@@ -148,7 +148,7 @@ def copy_section(results: dict[str, Any]) -> str:
     parts = [
         "## Copies",
         "`vllm-xlayer bench copy`: scattered pieces, GB/s on the device (submitting them is not in it), "
-        "beside vLLM's two paths in the same process. \"ours\" is what the measurement at start chose, which "
+        'beside vLLM\'s two paths in the same process. "ours" is what the measurement at start chose, which '
         f"took {results['choice_seconds']:.2f} s. Not measured: {', '.join(NOT_MEASURED)}.",
         f"![GB/s against bytes a piece](results/{COPY_PLOT[1].name})",
     ]
@@ -180,8 +180,9 @@ def offload_section(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     return "\n\n".join([
         "## The host tier in vLLM's engine",
-        f"`vllm-xlayer bench offload`: {results['shape']} shape, random weights, {results['dtype']}. Time to "
-        f"the first token of {results['repeats']} prompts a few tokens short of {results['prompt']:,}, median:",
+        f"`vllm-xlayer bench offload`: {results['shape']} shape, random weights, {results['dtype']}. Time "
+        f"to the first token of {results['repeats']} prompts just short of {results['prompt']:,} tokens, "
+        "median:",
         _table(["prompt", "ms"], first),
         f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
         f"{results['rounds']} rounds of {results['steps']}. The copies are of rows, by the connector's own "
