@@ -3,6 +3,7 @@
 import argparse
 import gc
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,9 @@ def run(args: argparse.Namespace) -> int:
     for way in WAYS:
         console.print(_table(way, ways[way], link[way]))
     console.print(f"Missing peers, not measured here: {', '.join(NOT_MEASURED)}")
-    wrong = False
-    for way, r in ((way, r) for way, lines in ways.items() for r in lines):
-        for name, why in r["failed"].items():
-            console.print(
-                f"{way}, {r['piece_bytes']:,} bytes, {TITLES[name]}: {why}", markup=False, style="red"
-            )
-            wrong |= why == WRONG
+    failed = Counter(f for lines in ways.values() for r in lines for f in r["failed"].items())
+    for (name, why), times_failed in failed.items():
+        console.print(f"{TITLES[name]}, {times_failed} times: {why}", markup=False, style="red")
     write(
         args.json,
         {"link": link, "choice_seconds": choice_seconds, "crossover": crossover, "ways": ways},
@@ -80,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         from .plot import copy_plot
 
         copy_plot(args.json, args.plot)
-    return int(wrong)
+    return int(any(why == WRONG for _, why in failed))
 
 
 class Buffers:
@@ -111,7 +108,7 @@ class Buffers:
         """(src, dst, src_ids, dst_ids): pieces that lie anywhere in the buffers."""
         src, dst = (t[: t.numel() // size * size].view(-1, size) for t in self.ends[way])
         moved, pieces = (DEVICE_MOVED, DEVICE_PIECES) if way == "D2D" else (HOST_MOVED, HOST_PIECES)
-        count = min(moved // size, pieces)
+        count = min(moved // size, pieces, len(src), len(dst))
         return src, dst, torch.randperm(len(src))[:count], torch.randperm(len(dst))[:count]
 
     def at_once(self, first: Call, second: Call) -> Call:
