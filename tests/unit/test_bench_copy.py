@@ -58,6 +58,7 @@ def offloads() -> dict:
                "rows_restored": 3069}  # fmt: skip
     ours = {"runner": "V2", "row_bytes": 589824, "link": 55e9, "restore": restore,
             "decode": decode(0.0101, stores=(0.0102, 50e9), loads=(0.0104, 52e9))}  # fmt: skip
+    ours["decode"]["rows_stored"] = 1728
     asked = dict(dtype="nvfp4", prompt=16384, repeats=3, requests=64, tokens=8192, steps=32, rounds=3)
     engines = {"with": ours, "without": {"runner": "V2", "decode": decode(0.0100)}}
     return {**provenance(), "shape": "llama-3.1-8b", **asked, "engines": engines}
@@ -74,6 +75,7 @@ def test_offload_in_tables(offloads):
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
     markdown = readme.offload_section(offloads)
+    assert "Decoding stored 1,728 rows" in markdown
     for found in (text, markdown):
         assert "12.0" in found and "11.0" in found
         assert "+1.0 %" in found and "+3.0 %" in found and "52.0" in found

@@ -70,7 +70,10 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     if job["connector"]:
         settings["kv_transfer_config"] = {
             "kv_connector": "XLayerConnector", "kv_role": "kv_both",
-            "kv_connector_extra_config": {"cpu_bytes_to_use": job["host_bytes"]},
+            # vLLM stores what a prompt fills only; here what is decoded too, so that decoding has stores.
+            "kv_connector_extra_config": {
+                "cpu_bytes_to_use": job["host_bytes"], "offload_prompt_only": False,
+            },
         }  # fmt: skip
     started = time.perf_counter()
     llm = LLM(
@@ -138,17 +141,25 @@ def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any], row_bytes: 
 
     With the connector, "alone" is with what it stores itself: the blocks that decoding fills.
     """
+    from .. import compat
+
     steps(llm, prompts, job["steps"], None)  # computes the prompts
     beside: dict[str, RowCopies | None] = {"alone": None}
     if job["connector"]:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         beside |= {name: RowCopies(name == "loads", row_bytes, device) for name in ("stores", "loads")}
     report: dict[str, Any] = {name: {"seconds": [], "copied_per_second": []} for name in beside}
-    for _ in range(job["rounds"]):
+    before = compat.current().rows_stored() if job["connector"] else 0
+    for number in range(job["rounds"]):
         for name, copies in beside.items():
-            seconds, rate = steps(llm, prompts, job["steps"], copies)
+            # Another last token each time: what is decoded after it is new to the tier.
+            last = number * len(beside) + list(beside).index(name) + 1
+            seconds, rate = steps(llm, [[*p[:-1], last] for p in prompts], job["steps"], copies)
             report[name]["seconds"].append(seconds)
             report[name]["copied_per_second"].append(rate)
+    compat.current().settle(llm)
+    if job["connector"]:
+        report["rows_stored"] = compat.current().rows_stored() - before
     return report
 
 
@@ -253,7 +264,7 @@ def step_lines(results: dict[str, Any]) -> list[tuple[str, float, float | None, 
     alone = statistics.median(decode["alone"]["seconds"])
     lines: list[tuple[str, float, float | None, float]] = [
         ("without the connector", without, None, 0.0),
-        ("with the connector, which stores what fills up", alone, without, 0.0),
+        ("with the connector, storing what it decodes", alone, without, 0.0),
     ]
     for name, title in (("stores", "beside copies to the host"), ("loads", "beside copies from the host")):
         seconds, copied = (statistics.median(decode[name][k]) for k in ("seconds", "copied_per_second"))

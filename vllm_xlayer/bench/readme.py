@@ -186,7 +186,8 @@ def offload_section(results: dict[str, Any]) -> str:
         _table(["prompt", "ms"], first),
         f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
         f"{results['rounds']} rounds of {results['steps']}. The copies are of rows, by the connector's own "
-        "code, without a pause, between memory that the engine does not use:",
+        "code, without a pause, between memory that the engine does not use. Decoding stored "
+        f"{ours['decode']['rows_stored']:,} rows in all rounds:",
         _table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], steps),
         _about(results, ours["runner"]),
     ])  # fmt: skip
