@@ -45,6 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     from .connector import tier_cli
 
     tier_cli.add_parsers(commands)
+    commands.add_parser("bench", help="benchmarks; bench --help lists them", add_help=False)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:  # has parsers of its own, which take seconds to import
+        from .bench.__main__ import main as bench
+
+        return bench(argv[1:])
     args = parser.parse_args(argv)
     try:
         return _command(args.command)(args)

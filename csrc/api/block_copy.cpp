@@ -1,5 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
 #include "../cpu/block_copy.h"
 #include "checks.h"
 #include "ops.h"
@@ -26,6 +28,11 @@ void check_ids(const char* name, const Tensor& ids, const char* of, const Tensor
     STD_TORCH_CHECK(values[i] >= 0 && values[i] < pieces.size(0), name, ": expected ids from 0 to ",
                     pieces.size(0) - 1, " (the pieces of ", of, "), got ", values[i], " at ", i);
   }
+}
+
+CopyMethod check_method(int64_t method) {
+  STD_TORCH_CHECK(method == 0 || method == 1, "method: expected 0 (copy engine) or 1 (kernel), got ", method);
+  return CopyMethod(method);
 }
 
 BlockCopyParams check(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids) {
@@ -58,9 +65,58 @@ BlockCopyParams check(const Tensor& src, const Tensor& dst, const Tensor& src_id
   return p;
 }
 
+#if defined(XLAYER_WITH_CUDA)
+// A kernel's address of host memory whose address is `base`. The pieces that `ids` names must be pinned.
+uint8_t* check_mapped(const char* name, const uint8_t* base, int64_t stride, int64_t piece_bytes,
+                      const int64_t* ids, int64_t num_pairs) {
+  const auto [low, high] = std::minmax_element(ids, ids + num_pairs);
+  const uint8_t* first = base + *low * stride;
+  const uint8_t* last = base + *high * stride + piece_bytes - 1;
+  uint8_t* on_device = device_address(first);
+  STD_TORCH_CHECK(
+      on_device != nullptr && device_address(last) == on_device + (last - first), name,
+      ": expected pinned host memory (method: kernel), got memory that the device does not reach");
+  return on_device - *low * stride;
+}
+
+// Where the pairs do not fit a launch: in device memory, until the current stream has got there. torch keeps
+// what it frees from other uses until then.
+Tensor pairs_on_device(const BlockCopyParams& p, const Tensor& on_device) {
+  const torch::stable::Device host(torch::headeronly::DeviceType::CPU);
+  const int64_t shape[] = {p.num_pairs, 2};
+  Tensor pinned = torch::stable::empty(shape, ScalarType::Int, std::nullopt, host, true);
+  write_pairs(p, static_cast<CopyPair*>(pinned.data_ptr()));
+  Tensor pairs = torch::stable::empty(shape, ScalarType::Int, std::nullopt, on_device.device());
+  torch::stable::copy_(pairs, pinned, true);
+  return pairs;
+}
+
+void copy_by_kernel(BlockCopyParams p, const Tensor& src, const Tensor& dst, cudaStream_t stream) {
+  STD_TORCH_CHECK(p.piece_bytes <= int64_t(1) << 30,
+                  "src: expected pieces of at most 1 GiB (method: kernel), got ", p.piece_bytes, " bytes");
+  STD_TORCH_CHECK(src.size(0) <= INT32_MAX && dst.size(0) <= INT32_MAX,
+                  "src, dst: expected at most 2^31 - 1 pieces (method: kernel), got ", src.size(0), " and ",
+                  dst.size(0));
+  if (src.is_cpu()) p.src = check_mapped("src", p.src, p.src_stride, p.piece_bytes, p.src_ids, p.num_pairs);
+  if (dst.is_cpu()) p.dst = check_mapped("dst", p.dst, p.dst_stride, p.piece_bytes, p.dst_ids, p.num_pairs);
+  const bool touches_host = src.is_cpu() || dst.is_cpu();
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check_cuda("copy_blocks", cudaStreamIsCapturing(stream, &capture));
+  if (pairs_fit_launch(p) || capture != cudaStreamCaptureStatusNone) {
+    check_cuda("copy_blocks", launch_block_copy(p, touches_host, nullptr, stream));
+  } else {
+    const Tensor pairs = pairs_on_device(p, src.is_cuda() ? src : dst);
+    check_cuda("copy_blocks",
+               launch_block_copy(p, touches_host, static_cast<CopyPair*>(pairs.data_ptr()), stream));
+  }
+}
+#endif
+
 }  // namespace
 
-void copy_blocks_cpu(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids) {
+void copy_blocks_cpu(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids,
+                     int64_t method) {
+  check_method(method);
   const BlockCopyParams p = check(src, dst, src_ids, dst_ids);
   if (p.num_pairs == 0) return;
   const int64_t grain = ceil_div(256 << 10, p.piece_bytes);
@@ -69,7 +125,8 @@ void copy_blocks_cpu(const Tensor& src, const Tensor& dst, const Tensor& src_ids
 }
 
 #if defined(XLAYER_WITH_CUDA)
-void copy_blocks_cuda(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids) {
+void copy_blocks_cuda(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids,
+                      int64_t method) {
   for (const auto& [name, tensor] : {std::pair{"src", &src}, std::pair{"dst", &dst}}) {
     STD_TORCH_CHECK(tensor->is_cuda() || tensor->is_cpu(), name, ": expected a CUDA device or cpu, got ",
                     device_name(*tensor));
@@ -77,15 +134,18 @@ void copy_blocks_cuda(const Tensor& src, const Tensor& dst, const Tensor& src_id
   STD_TORCH_CHECK(src.is_cuda() || dst.is_cuda(), "src, dst: expected one of them on a CUDA device, got ",
                   device_name(src), " and ", device_name(dst));
   if (src.is_cuda() && dst.is_cuda()) check_device("dst", dst, "src", src);
+  const CopyMethod by = check_method(method);
   const BlockCopyParams p = check(src, dst, src_ids, dst_ids);
   if (p.num_pairs == 0) return;
   const Tensor& on_device = src.is_cuda() ? src : dst;
   const torch::stable::accelerator::DeviceGuard guard(on_device.get_device_index());
   const cudaStream_t stream = current_stream(on_device);
-  if (src.is_cuda() && dst.is_cuda()) {
-    check_cuda("copy_blocks", launch_block_copy(p, stream));
+  if (by == CopyMethod::KERNEL) {
+    copy_by_kernel(p, src, dst, stream);
   } else {
-    const cudaMemcpyKind kind = src.is_cuda() ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice;
+    const cudaMemcpyKind kind = src.is_cpu()   ? cudaMemcpyHostToDevice
+                                : dst.is_cpu() ? cudaMemcpyDeviceToHost
+                                               : cudaMemcpyDeviceToDevice;
     check_cuda("copy_blocks", submit_block_copy(p, kind, stream));
   }
 }

@@ -28,7 +28,8 @@ int64_t nvfp4_attention_parts_cpu(const Tensor& like, int64_t head_size, int64_t
 int64_t nvfp4_attention_workspace_size_cpu(const Tensor& like, int64_t requests, int64_t max_tokens,
                                            int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
                                            int64_t head_size, int64_t parts, int64_t split_units);
-void copy_blocks_cpu(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids);
+void copy_blocks_cpu(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids,
+                     int64_t method);
 
 #if defined(XLAYER_WITH_CUDA)
 void reshape_and_cache_nvfp4_cuda(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
@@ -50,7 +51,8 @@ int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
                                             int64_t head_size, int64_t parts, int64_t split_units);
-void copy_blocks_cuda(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids);
+void copy_blocks_cuda(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids,
+                      int64_t method);
 #endif
 
 }  // namespace xlayer::api

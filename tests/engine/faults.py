@@ -62,7 +62,7 @@ class Copies:
         self.loads = self.stores = self.failed = 0
         monkeypatch.setattr(transfers.ops, "copy_blocks", self)
 
-    def __call__(self, src, dst, src_ids, dst_ids):
+    def __call__(self, src, dst, src_ids, dst_ids, *method):
         is_load = dst.data_ptr() == self._pool_of().data_ptr()
         number = self.loads if is_load else self.stores
         if is_load:
@@ -72,9 +72,9 @@ class Copies:
         if (self.fail_loads if is_load else self.fail_stores)(number):
             self.failed += 1
             half = len(src_ids) // 2  # as a batch may fail half way
-            self._real(src, dst, src_ids[:half], dst_ids[:half])
+            self._real(src, dst, src_ids[:half], dst_ids[:half], *method)
             raise RuntimeError(f"injected copy error {number % 2}")
-        self._real(src, dst, src_ids, dst_ids)
+        self._real(src, dst, src_ids, dst_ids, *method)
 
 
 def live_connector():

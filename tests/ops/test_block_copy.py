@@ -1,21 +1,31 @@
-"""copy_blocks: every device pair, every alignment, bytes compared."""
+"""copy_blocks: every device pair, method and alignment; every byte of the destination is compared, the gaps
+between its pieces and the pieces that are not copied as well."""
 
 import pytest
 import torch
 
 from vllm_xlayer import ops
+from vllm_xlayer.ops import CopyMethod
 
 CPU = torch.device("cpu")
 PIECES = [1, 15, 16, 4096, 18432 + 16]
 
-
 GPU_PAIRS = ("cuda-cuda", "cuda-cpu", "cpu-cuda")
+GPU_CASES = [(pair, method) for pair in GPU_PAIRS for method in CopyMethod]
+CASES = [("cpu-cpu", None), *(pytest.param(case, marks=pytest.mark.gpu) for case in GPU_CASES)]
 
 
-@pytest.fixture(params=["cpu-cpu", *(pytest.param(pair, marks=pytest.mark.gpu) for pair in GPU_PAIRS)])
-def devices(request: pytest.FixtureRequest) -> tuple[torch.device, torch.device]:
-    src, dst = request.param.split("-")
-    return torch.device(src), torch.device(dst)
+def case_id(case) -> str:
+    pair, method = case
+    return pair if method is None else f"{pair}-{method.name.lower()}"
+
+
+@pytest.fixture(params=CASES, ids=[case_id(getattr(c, "values", [c])[0]) for c in CASES])
+def how(request: pytest.FixtureRequest) -> tuple[tuple[torch.device, torch.device], CopyMethod | None]:
+    """((device of src, device of dst), method)."""
+    pair, method = request.param
+    src, dst = pair.split("-")
+    return (torch.device(src), torch.device(dst)), method
 
 
 def pieces(count: int, size: int, gap: int, device: torch.device, pinned: bool, seed: int) -> torch.Tensor:
@@ -26,7 +36,8 @@ def pieces(count: int, size: int, gap: int, device: torch.device, pinned: bool, 
     return raw[:, :size]
 
 
-def copy_and_compare(devices, size: int, src_gap: int, dst_gap: int, pairs: int, pinned: bool) -> None:
+def copy_and_compare(how, size: int, src_gap: int, dst_gap: int, pairs: int, pinned: bool = True) -> None:
+    devices, method = how
     on_gpu = "cuda" in {device.type for device in devices}
     pins = [pinned and on_gpu and device == CPU for device in devices]
     src = pieces(pairs + 3, size, src_gap, devices[0], pins[0], 1)
@@ -37,7 +48,7 @@ def copy_and_compare(devices, size: int, src_gap: int, dst_gap: int, pairs: int,
     whole = dst.as_strided((pairs + 5, size + dst_gap), (size + dst_gap, 1))
     expected = whole.cpu().clone()
     expected[dst_ids, :size] = src.cpu()[src_ids]
-    ops.copy_blocks(src, dst, src_ids, dst_ids)
+    ops.copy_blocks(src, dst, src_ids, dst_ids, method)
     if on_gpu:
         torch.cuda.synchronize()
     assert torch.equal(whole.cpu(), expected)
@@ -45,28 +56,72 @@ def copy_and_compare(devices, size: int, src_gap: int, dst_gap: int, pairs: int,
 
 @pytest.mark.parametrize("size", PIECES)
 @pytest.mark.parametrize("gaps", [(0, 0), (32, 16), (3, 0)], ids=["dense", "strided", "odd"])
-def test_pieces_and_gaps(devices, size, gaps):
-    copy_and_compare(devices, size, *gaps, pairs=7, pinned=True)
+def test_pieces_and_gaps(how, size, gaps):
+    copy_and_compare(how, size, *gaps, pairs=7)
 
 
-def test_more_pairs_than_one_launch_takes(devices):
-    copy_and_compare(devices, 64, 0, 64, pairs=1000, pinned=True)
+@pytest.mark.parametrize("pairs", [448, 449, 5000])
+def test_pairs_that_travel_with_a_launch_and_more(how, pairs):
+    copy_and_compare(how, 64, 0, 64, pairs)
 
 
-def test_pageable_host_memory(devices):
-    copy_and_compare(devices, 4096, 0, 0, pairs=9, pinned=False)
-
-
-def test_a_row_of_an_8b_model(devices):
+def test_a_row_of_an_8b_model(how):
     """589,824 bytes: 32 layers, 8 KV heads, head size 128, 16 tokens."""
-    copy_and_compare(devices, 589824, 0, 0, pairs=5, pinned=True)
+    copy_and_compare(how, 589824, 0, 0, pairs=5)
+
+
+def test_pageable_host_memory(how):
+    devices, method = how
+    if method is not CopyMethod.KERNEL or CPU not in devices:
+        copy_and_compare(how, 4096, 0, 0, pairs=9, pinned=False)
+        return
+    name = "src" if devices[0] == CPU else "dst"
+    with pytest.raises(RuntimeError, match=f"{name}: expected pinned host memory"):
+        copy_and_compare(how, 4096, 0, 0, pairs=9, pinned=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", list(CopyMethod))
+def test_registered_host_memory(method):
+    """As the tier has it that workers share: pinned by cudaHostRegister, this rank's rows two rows apart."""
+    whole = torch.zeros(20, 2, 4608, dtype=torch.uint8)
+    cudart = torch.cuda.cudart()
+    assert int(cudart.cudaHostRegister(whole.data_ptr(), whole.nbytes, 0)) == 0
+    try:
+        rank = whole[:, 1]
+        rows = torch.randint(0, 256, (20, 4608), dtype=torch.uint8)
+        back, ids = torch.zeros(20, 4608, dtype=torch.uint8, device="cuda"), torch.randperm(20)
+        ops.copy_blocks(rows.cuda(), rank, ids, ids.flip(0), method)
+        torch.cuda.synchronize()
+        assert torch.equal(rank[ids.flip(0)], rows[ids]) and not whole[:, 0].any()
+        ops.copy_blocks(rank, back, ids.flip(0), ids, method)
+        assert torch.equal(back.cpu(), rows)
+    finally:
+        torch.cuda.synchronize()
+        assert int(cudart.cudaHostUnregister(whole.data_ptr())) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pairs", [100, 1000])
+def test_the_kernel_in_a_graph(pairs):
+    """The ids are those of the capture, also where they are more than travel with one launch."""
+    src, dst = (torch.zeros(pairs, 48, dtype=torch.uint8, device="cuda") for _ in range(2))
+    ids = torch.randperm(pairs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.copy_blocks(src, dst, ids, ids.flip(0), CopyMethod.KERNEL)
+    src.copy_(torch.randint(0, 256, (pairs, 48), dtype=torch.uint8))
+    graph.replay()
+    assert torch.equal(dst[ids.flip(0)], src[ids])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
-@pytest.mark.parametrize("pair", GPU_PAIRS)
-def test_on_a_side_stream(pair, pinned):
+@pytest.mark.parametrize(("pair", "method"), GPU_CASES, ids=map(case_id, GPU_CASES))
+def test_on_a_side_stream(pair, method, pinned):
     """On torch's current stream, after what is already queued there: here the batched submission is used."""
+    if not pinned and method is CopyMethod.KERNEL and pair != "cuda-cuda":
+        pytest.skip("refused, see test_pageable_host_memory")
     src, dst = (
         torch.zeros(64, 1 << 20, dtype=torch.uint8, device=place, pin_memory=pinned and place == "cpu")
         for place in pair.split("-")
@@ -78,18 +133,19 @@ def test_on_a_side_stream(pair, pinned):
         if src.is_cuda:
             torch.cuda._sleep(10_000_000)  # cycles: a copy on another stream would be too early
         src.copy_(torch.arange(64, dtype=torch.uint8).unsqueeze(1))
-        ops.copy_blocks(src, dst, ids, ids.flip(0))
+        ops.copy_blocks(src, dst, ids, ids.flip(0), method)
     stream.synchronize()
     assert torch.equal(
         dst.cpu(), torch.arange(64, dtype=torch.uint8).flip(0).unsqueeze(1).expand(64, 1 << 20)
     )
 
 
-def test_nothing_to_copy(devices):
+def test_nothing_to_copy(how):
+    devices, method = how
     src, dst = pieces(3, 16, 0, devices[0], False, 1), pieces(3, 16, 0, devices[1], False, 2)
     before = dst.cpu().clone()
     none = torch.empty(0, dtype=torch.int64)
-    ops.copy_blocks(src, dst, none, none)
+    ops.copy_blocks(src, dst, none, none, method)
     assert torch.equal(dst.cpu(), before)
 
 
@@ -122,6 +178,7 @@ def test_inside_one_tensor(device):
         ({"src_ids": torch.tensor([4])}, r"src_ids: expected ids from 0 to 3 .*got 4 at 0"),
         ({"dst_ids": torch.tensor([-1])}, r"dst_ids: expected ids from 0 to 3 .*got -1 at 0"),
         ({"dst_ids": torch.tensor([1, 2])}, "dst_ids: expected size 1"),
+        ({"method": 2}, r"method: expected 0 \(copy engine\) or 1 \(kernel\), got 2"),
     ],
 )
 def test_bad_input(change, message):

@@ -40,7 +40,7 @@ def arguments_of(name: str, device: torch.device) -> tuple:
         partial = torch.zeros_like(workspace.partial)
         return *inputs, out, lse, batch.sinks, partial, 0.125, 2, 0, 0.0, 0, workspace.parts_for(2), 0
     ids = torch.tensor([0, 2])
-    return pool.raw, pool.raw.clone(), ids, ids.flip(0)
+    return pool.raw, pool.raw.clone(), ids, ids.flip(0), 1
 
 
 @pytest.mark.parametrize("name", ops.extension.OPS)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_xlayer.bench import readme
 from vllm_xlayer.bench.plot import SOURCE, digest
-from vllm_xlayer.bench.readme import PLOT, TABLES, rendered
+from vllm_xlayer.bench.readme import COPY_PLOT, PLOT, TABLES, rendered
 from vllm_xlayer.bench.record import provenance
 
 # The source tree's: the installed package has no README beside it.
@@ -26,11 +27,24 @@ def test_every_table_is_shown_somewhere():
     assert all(f"<!-- {name}: begin -->" in texts for name in TABLES)
 
 
-def test_the_picture_is_of_these_results():
+@pytest.mark.parametrize(
+    ("plot", "path"), [(PLOT, DOCUMENTS[0]), (COPY_PLOT, DOCUMENTS[1])], ids=["decode", "copy"]
+)
+def test_the_picture_is_of_these_results(plot, path):
     image = pytest.importorskip("PIL.Image")
-    results, png = PLOT
+    results, png = plot
+    if plot is COPY_PLOT and not results.exists():
+        pytest.skip("no such results yet")
     assert image.open(png).text[SOURCE] == digest(results), "run `python -m vllm_xlayer.bench.readme`"
-    assert f"results/{png.name}" in README.read_text()
+    assert f"results/{png.name}" in path.read_text()
+
+
+def test_a_section_without_results_is_empty(tmp_path, monkeypatch):
+    text = "a\n<!-- copy: begin -->\nold\n<!-- copy: end -->\nb\n"
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert rendered(text) == "a\n<!-- copy: begin -->\n<!-- copy: end -->\nb\n"
+    with pytest.raises(FileNotFoundError):  # the others must be there
+        rendered(text.replace("copy", "write"))
 
 
 def test_the_two_commands_are_the_ones_ci_knows():

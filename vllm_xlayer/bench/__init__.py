@@ -1,5 +1,5 @@
 """Benchmarks: one module a question. Each prints a table and writes a JSON file to ``results/``.
 
-``python -m vllm_xlayer.bench QUESTION``; ``python -m vllm_xlayer.bench.readme`` puts the results into
+``vllm-xlayer bench QUESTION``; ``python -m vllm_xlayer.bench.readme`` puts the results into
 the README.
 """

@@ -1,22 +1,29 @@
-"""``python -m vllm_xlayer.bench QUESTION``."""
+"""``vllm-xlayer bench QUESTION``, or ``python -m vllm_xlayer.bench QUESTION``."""
 
 import argparse
 import sys
 
-from . import capacity, decode, engine, load, prefill, suite, write
+from . import capacity, copy, decode, engine, load, offload, prefill, suite, write
 
 QUESTIONS = {
-    "capacity": capacity, "decode": decode, "engine": engine, "load": load, "prefill": prefill,
-    "suite": suite, "write": write,
-}  # fmt: skip
+    "capacity": capacity,
+    "copy": copy,
+    "decode": decode,
+    "engine": engine,
+    "load": load,
+    "offload": offload,
+    "prefill": prefill,
+    "suite": suite,
+    "write": write,
+}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m vllm_xlayer.bench")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vllm-xlayer bench")
     commands = parser.add_subparsers(dest="question", required=True)
     for name, module in QUESTIONS.items():
         module.add_arguments(commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0]))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     return QUESTIONS[args.question].run(args)
 
 

@@ -11,7 +11,7 @@ SOURCE = "Source"
 
 
 def digest(results: Path) -> str:
-    """What `decode_plot` writes into its picture of these results."""
+    """What a plot writes into its picture of these results."""
     return hashlib.sha256(results.read_bytes()).hexdigest()
 
 
@@ -48,4 +48,34 @@ def decode_plot(results: Path, png: Path) -> None:
         a.grid(alpha=0.3)
         a.legend()
     figure.suptitle(f"Decode attention, 32 query heads, 8 KV heads, D=128, page 16 — {data['hardware']}")
+    figure.savefig(png, dpi=110, metadata={SOURCE: digest(results)})
+
+
+def copy_plot(results: Path, png: Path) -> None:
+    """Bandwidth against piece size, one panel a direction."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from .copy import WAYS
+    from .copy_peers import TITLES as COPIERS
+
+    data = json.loads(results.read_text())
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    for a, (way, title) in zip(axes.flat, WAYS.items(), strict=True):
+        lines = data["ways"][way]
+        for name, label in COPIERS.items():
+            points = [(r["piece_bytes"], r["rates"][name] / 1e9) for r in lines if name in r["rates"]]
+            style = {"linewidth": 3, "alpha": 0.5} if name == "ours" else {}
+            a.plot(*zip(*points, strict=True), "o-", label=label, **style)
+        a.axhline(data["link"][way] / 1e9, color="grey", linestyle="--", label="one large copy")
+        a.set_title(title)
+        a.set_xscale("log", base=2)
+        a.set_xlabel("bytes a piece")
+        a.set_ylabel("GB/s")
+        a.set_ylim(bottom=0)
+        a.grid(alpha=0.3)
+        a.legend(fontsize="small")
+    figure.suptitle(f"Scattered pieces — {data['hardware']}")
     figure.savefig(png, dpi=110, metadata={SOURCE: digest(results)})

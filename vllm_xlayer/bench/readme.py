@@ -7,6 +7,7 @@ drawn anew (needs the extra "bench").
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -16,8 +17,12 @@ from typing import Any
 from ..eval import TASKS
 from . import engine, load, prefill
 from .bounds import Bound
+from .copy import WAYS, ratios
+from .copy_peers import NOT_MEASURED
+from .copy_peers import TITLES as COPIERS
+from .offload import added, floor, step_lines
 from .peers import PEERS
-from .plot import decode_plot
+from .plot import copy_plot, decode_plot
 from .record import RESULTS
 from .write import TITLES as WRITERS
 
@@ -27,6 +32,8 @@ SHORT = 5
 """Shapes in the README's table."""
 PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
+COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / "h200-copy.png")
+"""The same for RESULTS; drawn once the file is there."""
 
 
 def demo_table(results: dict[str, Any]) -> str:
@@ -172,6 +179,56 @@ def capacity_table(results: dict[str, Any]) -> str:
     )
 
 
+def copy_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench copy`, with its heading."""
+    parts = [
+        "## Copies",
+        "`vllm-xlayer bench copy`: scattered pieces, GB/s on the device (submitting them is not in it), "
+        'beside vLLM\'s two paths in the same process. "ours" is what the measurement at start chose, which '
+        f"took {results['choice_seconds']:.2f} s. Not measured: {', '.join(NOT_MEASURED)}.",
+        f"![GB/s against bytes a piece](results/{COPY_PLOT[1].name})",
+    ]
+    for way, title in WAYS.items():
+        link = results["link"][way]
+        reference = "device copy" if way == "D2D" else "link"
+        lines = []
+        for r in results["ways"][way]:
+            cells = [f"{r['rates'][name] / 1e9:,.1f}" if name in r["rates"] else "-" for name in COPIERS]
+            lines.append((f"{r['piece_bytes']:,}", [*cells, *ratios(r["rates"], link)]))
+        head = ["bytes a piece", *COPIERS.values(), f"ours / {reference}", "ours / better of vLLM's"]
+        parts += [f"{title.capitalize()}; one large copy: {link / 1e9:,.1f} GB/s.", _table(head, lines)]
+    return "\n\n".join([*parts, _about(results)])
+
+
+def offload_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench offload`, with its heading."""
+    ours = results["engines"]["with"]
+    least, restore = floor(ours), ours["restore"]
+    kinds = (("computed", "cold"), ("on the device", "cached"), ("in the host tier", "restored"))
+    first = [(title, [_ms(statistics.median(restore[kind]), 1)]) for title, kind in kinds]
+    first += [("host tier - device", [_ms(added(restore), 1)]), ("floor: the link's time", [_ms(least, 1)])]
+    steps = [
+        (title, [
+            _ms(seconds, 2), "" if compared is None else f"{100 * (seconds / compared - 1):+.1f} %",
+            f"{copied / 1e9:.1f}" if copied else "",
+        ])
+        for title, seconds, compared, copied in step_lines(results["engines"])
+    ]  # fmt: skip
+    return "\n\n".join([
+        "## The host tier in vLLM's engine",
+        f"`vllm-xlayer bench offload`: {results['shape']} shape, random weights, {results['dtype']}. Time "
+        f"to the first token of {results['repeats']} prompts just short of {results['prompt']:,} tokens, "
+        "median:",
+        _table(["prompt", "ms"], first),
+        f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
+        f"{results['rounds']} rounds of {results['steps']}. The copies are of rows, by the connector's own "
+        "code, without a pause, between memory that the engine does not use. Decoding stored "
+        f"{ours['decode']['rows_stored']:,} rows in all rounds:",
+        _table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], steps),
+        _about(results, ours["runner"]),
+    ])  # fmt: skip
+
+
 def gpu_tests(suite: dict[str, Any]) -> str:
     """Markdown of the GPU tests' outcome."""
     counts: Counter[str] = Counter()
@@ -196,9 +253,11 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "prefill": (("h200-prefill.json",), prefill_section),
     "load": (("h200-load.json",), load_section),
     "gpu": (("h200-suite.json",), gpu_tests),
+    "copy": (("h200-copy.json",), copy_section),
+    "offload": (("h200-offload.json",), offload_section),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
-SECTIONS = ("prefill", "load")
+SECTIONS = ("prefill", "load", "copy", "offload")
 """Nothing is shown for these, not even a heading, until their results are there."""
 
 
@@ -266,6 +325,8 @@ def main() -> int:
     for path in stale:
         path.write_text(rendered(path.read_text()))
     decode_plot(*PLOT)
+    if COPY_PLOT[0].exists():
+        copy_plot(*COPY_PLOT)
     return 0
 
 

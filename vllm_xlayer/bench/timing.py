@@ -1,6 +1,7 @@
-"""Times on a GPU: CUDA graphs, medians, and the device's own copy rate as the ceiling."""
+"""Times on a GPU: CUDA graphs, queued calls, medians, and the rates of device and link as the ceiling."""
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,3 +43,46 @@ def copy_rate(gigabytes: float = 2.0) -> float:
         end.synchronize()
         best = min(best, begin.elapsed_time(end) * 1e-3)
     return 2 * n / best
+
+
+CYCLES = 2e9
+"""A second, in cycles of a GPU's clock, or more."""
+
+
+def queued_seconds(make: Callable[[], Callable[[], object]], repeats: int) -> tuple[float, float]:
+    """Median seconds of a call on the current stream, and seconds that submitting it took.
+
+    The stream is kept busy while a timed call is submitted: so the first number is the device's alone.
+    make: prepares the next call, each time on other memory. Not on the default stream.
+    """
+    submit, times = float("inf"), []
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for i in range(WARM_UP + repeats):
+        call = make()
+        torch.cuda.synchronize()
+        if i >= WARM_UP:
+            torch.cuda._sleep(int((1.5 * submit + 1e-4) * CYCLES))  # type: ignore[no-untyped-call]
+        begin.record()
+        started = time.perf_counter()
+        call()
+        took = time.perf_counter() - started
+        end.record()
+        end.synchronize()
+        if i < WARM_UP:
+            submit = min(submit, took)
+        else:
+            times.append(begin.elapsed_time(end) * 1e-3)
+    return statistics.median(times), submit
+
+
+def link_rate(src: torch.Tensor, dst: torch.Tensor) -> float:
+    """Bytes a second of one large copy; the best of five. Host memory must be pinned."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        begin.record()
+        dst.copy_(src, non_blocking=True)
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end) * 1e-3)
+    return src.nbytes / best

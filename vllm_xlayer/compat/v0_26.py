@@ -241,21 +241,28 @@ def cache_geometry(llm) -> tuple[int, int, bool, int, int]:
 
 def rows_loaded() -> int:
     """Rows that XLayerConnector has loaded from its host tier in this process."""
+    return _connector_worker().rows_loaded
+
+
+def rows_stored() -> int:
+    """Rows that XLayerConnector has stored in its host tier in this process."""
+    return _connector_worker().rows_stored
+
+
+def _connector_worker() -> Any:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     connector: Any = get_kv_transfer_group()
-    return connector.connector_worker.worker.rows_loaded
+    return connector.connector_worker.worker
 
 
-def empty_device_cache(llm, seconds: float = 60.0) -> None:
-    """Forgets what the device's prefix cache holds, of a running engine whose core is in this process.
+def settle(llm, seconds: float = 60.0) -> None:
+    """Steps a running engine whose core is in this process until nothing is under way.
 
-    After the last answer a step may be under way that was scheduled ahead of it, and transfers. vLLM forgets
-    no block that is in use, and only steps of the engine find out that it no longer is.
+    After the last answer that may be a step that was scheduled ahead of it, and transfers.
 
     Raises:
         TimeoutError: something is still under way after ``seconds``.
-        RuntimeError: vLLM refuses, though nothing is.
     """
     core = llm.llm_engine.engine_core.engine_core
     deadline = time.monotonic() + seconds
@@ -264,6 +271,18 @@ def empty_device_cache(llm, seconds: float = 60.0) -> None:
             raise TimeoutError(f"expected all steps and transfers to end within {seconds} s; some have not")
         llm.llm_engine.step()
         time.sleep(0.001)
+
+
+def empty_device_cache(llm, seconds: float = 60.0) -> None:
+    """Forgets what the device's prefix cache holds, of a running engine whose core is in this process.
+
+    vLLM forgets no block that is in use, and only steps of the engine find out that it no longer is.
+
+    Raises:
+        TimeoutError: something is still under way after ``seconds``.
+        RuntimeError: vLLM refuses, though nothing is.
+    """
+    settle(llm, seconds)
     if not llm.reset_prefix_cache():
         raise RuntimeError("the device's prefix cache could not be emptied")
 

@@ -1,13 +1,13 @@
 """Copies one way between the device pool and the host tier, and what became of them.
 
 A direction never raises: a copy that fails is a finished transfer without success, which the connector
-reports and vLLM recovers from. On a GPU a transfer is one batched submission on a stream of its own; on the
-CPU platform it is done when the call returns.
+reports and vLLM recovers from. On a GPU a transfer is batches on the direction's own stream; on the CPU
+platform it is done when the call returns.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +16,15 @@ from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import TransferResult
 
 from .. import ops
+from .copy_choice import Way, choose
+from .copy_measure import times_here
 
 logger = init_logger(__name__)
+
+BATCH_BYTES = 16 << 20
+"""Of one submission. A copy engine does one after the other: the small copies that vLLM makes in every step
+wait for the rest of one of these (a fraction of a millisecond over PCIe 5.0), not for all of a prompt. Much
+smaller ones would leave the link idle between them."""
 
 
 class Direction(Protocol):
@@ -96,16 +103,30 @@ class _Running:
     num_bytes: int
     start: torch.cuda.Event
     end: torch.cuda.Event
-    # The tensors a running copy reads must outlive it.
-    ids: tuple[torch.Tensor, torch.Tensor]
+
+
+def batches(
+    src_ids: torch.Tensor, dst_ids: torch.Tensor, row_bytes: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A transfer's ids in parts of at most BATCH_BYTES, or of one row."""
+    rows = max(1, BATCH_BYTES // row_bytes)
+    return zip(src_ids.split(rows), dst_ids.split(rows), strict=True)
+
+
+def kernel_can(rows: torch.Tensor) -> bool:
+    """Whether the kernel reaches these rows, 16 bytes at a time."""
+    aligned = all(x % 16 == 0 for x in (rows.data_ptr(), rows.stride(0), rows.shape[1]))
+    return aligned and (rows.is_cuda or rows.is_pinned())
 
 
 class StreamDirection(HostDirection):
-    """Copies on a stream of its own."""
+    """Copies on a stream of its own, each batch by copy engine or kernel."""
 
     def __init__(self, src: torch.Tensor, dst: torch.Tensor, device: torch.device):
         super().__init__(src, dst)
         self.stream = torch.cuda.Stream(device)
+        self._way = Way.of(src.device, dst.device)
+        self._times = times_here(device) if kernel_can(src) and kernel_can(dst) else None
         self._running: deque[_Running] = deque()
 
     def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
@@ -116,7 +137,9 @@ class StreamDirection(HostDirection):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with torch.cuda.stream(self.stream):
                 start.record()
-                ops.copy_blocks(self.src, self.dst, src_ids, dst_ids)
+                for batch in batches(src_ids, dst_ids, self.src.shape[1]):
+                    method = choose(self._times, self._way, self.src.shape[1], len(batch[0]))
+                    ops.copy_blocks(self.src, self.dst, *batch, method)
                 end.record()
         except Exception as error:  # as above
             self._stop_touching_memory()
@@ -124,10 +147,10 @@ class StreamDirection(HostDirection):
             return
         self.rows += len(src_ids)
         num_bytes = len(src_ids) * self.src.shape[1]
-        self._running.append(_Running(job_id, num_bytes, start, end, (src_ids, dst_ids)))
+        self._running.append(_Running(job_id, num_bytes, start, end))
 
     def _stop_touching_memory(self) -> None:
-        # A part of the batch may have been submitted: its blocks are given away once we say "failed".
+        # A part of the transfer may have been submitted: its blocks are given away once we say "failed".
         try:
             self.stream.synchronize()
         except RuntimeError as error:

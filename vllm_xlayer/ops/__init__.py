@@ -10,12 +10,13 @@ CPU they are always checked.
 """
 
 from .attention import AttentionWorkspace, nvfp4_attention_schedule, nvfp4_paged_attention
-from .cache import copy_blocks, gather_nvfp4, reshape_and_cache_nvfp4
+from .cache import CopyMethod, copy_blocks, gather_nvfp4, reshape_and_cache_nvfp4
 from .extension import DEBUG_ENV, ExtensionMissingError, build_info, load
 
 __all__ = [
     "DEBUG_ENV",
     "AttentionWorkspace",
+    "CopyMethod",
     "ExtensionMissingError",
     "build_info",
     "copy_blocks",

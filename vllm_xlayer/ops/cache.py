@@ -1,11 +1,21 @@
 """Ops that write, read and move cache memory."""
 
 import itertools
+from enum import IntEnum
 
 import torch
 
 from ..nvfp4 import ScaleChoice, ScaleOrder
 from .extension import debug, load, require_cuda_build
+
+
+class CopyMethod(IntEnum):
+    """Who moves the bytes of ``copy_blocks`` where device memory takes part."""
+
+    ENGINE = 0
+    """The copy engine: leaves the SMs to the model, and is slow for small pieces."""
+    KERNEL = 1
+    """A kernel: at most 12 thread blocks between device and host, as many as help inside a device."""
 
 
 def reshape_and_cache_nvfp4(
@@ -118,7 +128,13 @@ def _check_gather_indices(
             )
 
 
-def copy_blocks(src: torch.Tensor, dst: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
+def copy_blocks(
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    src_ids: torch.Tensor,
+    dst_ids: torch.Tensor,
+    method: CopyMethod | None = None,
+) -> None:
     """Copy equal-sized pieces: dst[dst_ids[i]] = src[src_ids[i]] for every i.
 
     Args:
@@ -126,14 +142,20 @@ def copy_blocks(src: torch.Tensor, dst: torch.Tensor, src_ids: torch.Tensor, dst
         dst: uint8 [m, piece], the same piece size; CPU or the CUDA device of src.
         src_ids: int64 [P] on the CPU, each below n.
         dst_ids: int64 [P] on the CPU, each below m.
+        method: a ``CopyMethod``; None is the kernel inside a device, else the copy engine. Which one is
+            faster between device and host, ``connector.copy_choice`` knows. No meaning between host memory.
 
-    Between CUDA memory: a kernel. Between CUDA and host: one submission to the copy engine. Both run on
-    torch's current stream; host memory must be pinned for the copy to be asynchronous, and must stay alive
-    and unchanged until the stream has got there. Between host memory: threads, done on return.
+    Copy engine: one submission for all pairs. Kernel: host memory must be pinned or registered, a piece has
+    at most 1 GiB, and it is fast only where addresses, strides and piece are multiples of 16 bytes. Both run
+    on torch's current stream; host memory must be pinned for the copy to be asynchronous, and must stay alive
+    and unchanged until the stream has got there (the ids need not). Between host memory: threads, done on
+    return.
 
     The pairs are copied in no particular order. That no destination occurs twice and none overlaps a source
     of another pair is the caller's duty; it is not checked.
     """
     require_cuda_build("copy_blocks", src, dst)
     load()
-    torch.ops.vllm_xlayer.copy_blocks(src, dst, src_ids, dst_ids)
+    if method is None:
+        method = CopyMethod.KERNEL if src.is_cuda and dst.is_cuda else CopyMethod.ENGINE
+    torch.ops.vllm_xlayer.copy_blocks(src, dst, src_ids, dst_ids, int(method))

@@ -1,41 +1,57 @@
-// Copies equal-sized pieces inside one device's memory.
+// Copies equal-sized pieces between any two memories that the device reaches.
 //
-// Thread map: blockIdx.y is the pair; each thread block copies TILE consecutive elements of the
-// piece, a thread UNROLL of them with all loads in flight before the first store.
+// Thread map: the pieces, one after the other, are cut into tiles of COPY_TILE words; a tile may begin and
+// end inside a piece, so that a few thread blocks are evenly busy with pieces of any size.
+//
+//   pieces   |      0      |      1      |      2      |
+//   tiles    |   0   |   1   |   2   |   3   |   4   |      thread block b: tiles b, b + gridDim.x, ...
+//
+// A thread has COPY_UNROLL words of a tile, COPY_THREADS apart, and all its loads in flight before the first
+// store. 12 thread blocks then have 384 KiB in flight: several times what a PCIe link needs to be full.
 #pragma once
 
 #include "params.h"
 
 namespace xlayer {
 
-constexpr int COPY_THREADS = 256;
+constexpr int COPY_THREADS = 512;
 constexpr int COPY_UNROLL = 4;
 constexpr int COPY_TILE = COPY_THREADS * COPY_UNROLL;
-constexpr int COPY_PAIRS = 224;  // pairs of one launch: 3,584 bytes of the 4,096 a kernel may be given
+constexpr int COPY_FEW = 448;  // pairs that travel with a launch: 3,584 of the 4,096 bytes it may be given
 
-struct CopyPairs {
-  int64_t src[COPY_PAIRS];
-  int64_t dst[COPY_PAIRS];
+struct FewPairs {
+  CopyPair at[COPY_FEW];
 };
 
-// WORD: uint4 where everything is 16-byte aligned, else uint8_t. Strides and length in WORDs.
+// WORD: uint4 where everything is 16-byte aligned, else uint8_t.
+// Strides in bytes. length: WORDs of a piece; total: of all pieces, at most 2^30.
+// many: [total / length] in device memory, or nullptr: the pairs are in `few`.
 template <typename WORD>
 __global__ void __launch_bounds__(COPY_THREADS)
-    block_copy_kernel(const WORD* src, WORD* dst, int64_t src_stride, int64_t dst_stride, int64_t length,
-                      const __grid_constant__ CopyPairs pairs) {
-  const WORD* from = src + pairs.src[blockIdx.y] * src_stride;
-  WORD* to = dst + pairs.dst[blockIdx.y] * dst_stride;
-  const int64_t first = int64_t(blockIdx.x) * COPY_TILE + threadIdx.x;
-  WORD words[COPY_UNROLL];
+    block_copy_kernel(const uint8_t* src, uint8_t* dst, int64_t src_stride, int64_t dst_stride,
+                      uint32_t length, uint32_t total, const CopyPair* many,
+                      const __grid_constant__ FewPairs few) {
+  const CopyPair* pairs = many != nullptr ? many : few.at;
+  for (uint32_t tile = blockIdx.x; tile * COPY_TILE < total; tile += gridDim.x) {
+    const uint32_t first = tile * COPY_TILE + threadIdx.x;
+    const WORD* from[COPY_UNROLL];
+    WORD* to[COPY_UNROLL];
+    WORD words[COPY_UNROLL];
 #pragma unroll
-  for (int i = 0; i < COPY_UNROLL; ++i) {
-    const int64_t at = first + i * COPY_THREADS;
-    if (at < length) words[i] = from[at];
-  }
+    for (int i = 0; i < COPY_UNROLL; ++i) {
+      // Past the end: the last word, so that no load waits for a branch.
+      const uint32_t word = min(first + i * COPY_THREADS, total - 1);
+      const uint32_t piece = word / length;
+      const CopyPair pair = pairs[piece];
+      from[i] = reinterpret_cast<const WORD*>(src + pair.src * src_stride) + (word - piece * length);
+      to[i] = reinterpret_cast<WORD*>(dst + pair.dst * dst_stride) + (word - piece * length);
+    }
 #pragma unroll
-  for (int i = 0; i < COPY_UNROLL; ++i) {
-    const int64_t at = first + i * COPY_THREADS;
-    if (at < length) to[at] = words[i];
+    for (int i = 0; i < COPY_UNROLL; ++i) words[i] = __ldcs(from[i]);
+#pragma unroll
+    for (int i = 0; i < COPY_UNROLL; ++i) {
+      if (first + i * COPY_THREADS < total) __stcs(to[i], words[i]);
+    }
   }
 }
 

@@ -7,19 +7,28 @@
 namespace xlayer {
 namespace {
 
+// Of one launch: the kernel counts in 32 bits, and past the end.
+constexpr int64_t MAX_WORDS = int64_t(1) << 30;
+constexpr int64_t HOST_CTAS = 12;
+
 template <typename WORD>
-cudaError_t launch(const BlockCopyParams& p, cudaStream_t stream) {
-  constexpr int64_t BYTES = sizeof(WORD);
-  const int64_t length = p.piece_bytes / BYTES;
-  for (int64_t begin = 0; begin < p.num_pairs; begin += COPY_PAIRS) {
-    const int64_t count = std::min<int64_t>(COPY_PAIRS, p.num_pairs - begin);
-    CopyPairs pairs = {};
-    std::copy_n(p.src_ids + begin, count, pairs.src);
-    std::copy_n(p.dst_ids + begin, count, pairs.dst);
-    const dim3 grid(unsigned(ceil_div(length, COPY_TILE)), unsigned(count));
-    block_copy_kernel<WORD><<<grid, COPY_THREADS, 0, stream>>>(
-        reinterpret_cast<const WORD*>(p.src), reinterpret_cast<WORD*>(p.dst), p.src_stride / BYTES,
-        p.dst_stride / BYTES, length, pairs);
+cudaError_t launch(const BlockCopyParams& p, bool touches_host, const CopyPair* pairs, cudaStream_t stream) {
+  const int64_t length = p.piece_bytes / int64_t(sizeof(WORD));
+  const int64_t fit = std::max<int64_t>(1, MAX_WORDS / length);
+  const int64_t step = pairs != nullptr ? fit : std::min<int64_t>(fit, COPY_FEW);
+  for (int64_t begin = 0; begin < p.num_pairs; begin += step) {
+    BlockCopyParams part = p;
+    part.src_ids += begin;
+    part.dst_ids += begin;
+    part.num_pairs = std::min(step, p.num_pairs - begin);
+    FewPairs few = {};
+    if (pairs == nullptr) write_pairs(part, few.at);
+    const int64_t total = part.num_pairs * length;
+    const int64_t tiles = ceil_div(total, COPY_TILE);
+    const int64_t ctas = touches_host ? std::min(tiles, HOST_CTAS) : tiles;
+    block_copy_kernel<WORD><<<unsigned(ctas), COPY_THREADS, 0, stream>>>(
+        p.src, p.dst, p.src_stride, p.dst_stride, uint32_t(length), uint32_t(total),
+        pairs == nullptr ? nullptr : pairs + begin, few);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -43,12 +52,6 @@ cudaError_t submit_batch(const BlockCopyParams& p, cudaStream_t stream) {
   return cudaMemcpyBatchAsync(to.data(), from.data(), sizes.data(), count, &attributes, &first_of_attributes,
                               1, stream);
 }
-
-bool is_pinned(const void* host) {
-  cudaPointerAttributes attributes = {};
-  return cudaPointerGetAttributes(&attributes, host) == cudaSuccess &&
-         attributes.type != cudaMemoryTypeUnregistered;
-}
 #endif
 
 cudaError_t submit_one_by_one(const BlockCopyParams& p, cudaMemcpyKind kind, cudaStream_t stream) {
@@ -63,18 +66,38 @@ cudaError_t submit_one_by_one(const BlockCopyParams& p, cudaMemcpyKind kind, cud
 
 }  // namespace
 
-cudaError_t launch_block_copy(const BlockCopyParams& p, cudaStream_t stream) {
+uint8_t* device_address(const uint8_t* host) {
+  cudaPointerAttributes attributes = {};
+  if (cudaPointerGetAttributes(&attributes, host) != cudaSuccess) {
+    cudaGetLastError();  // so that nobody takes it for a kernel's
+    return nullptr;
+  }
+  return attributes.type == cudaMemoryTypeHost ? static_cast<uint8_t*>(attributes.devicePointer) : nullptr;
+}
+
+bool pairs_fit_launch(const BlockCopyParams& p) { return p.num_pairs <= COPY_FEW; }
+
+void write_pairs(const BlockCopyParams& p, CopyPair* pairs) {
+  for (int64_t i = 0; i < p.num_pairs; ++i) {
+    pairs[i] = {int32_t(p.src_ids[i]), int32_t(p.dst_ids[i])};
+  }
+}
+
+cudaError_t launch_block_copy(const BlockCopyParams& p, bool touches_host, const CopyPair* pairs,
+                              cudaStream_t stream) {
   const auto bits = reinterpret_cast<uintptr_t>(p.src) | reinterpret_cast<uintptr_t>(p.dst) |
                     uintptr_t(p.src_stride) | uintptr_t(p.dst_stride) | uintptr_t(p.piece_bytes);
-  return bits % 16 == 0 ? launch<uint4>(p, stream) : launch<uint8_t>(p, stream);
+  return bits % 16 == 0 ? launch<uint4>(p, touches_host, pairs, stream)
+                        : launch<uint8_t>(p, touches_host, pairs, stream);
 }
 
 cudaError_t submit_block_copy(const BlockCopyParams& p, cudaMemcpyKind kind, cudaStream_t stream) {
 #if CUDART_VERSION >= 13000
   // Handle 0 is the legacy default stream, which is torch's default. Pageable memory is staged by the
   // driver, piece by piece, in either case.
-  const void* host = kind == cudaMemcpyDeviceToHost ? p.dst : p.src;
-  if (stream != nullptr && stream != cudaStreamLegacy && is_pinned(host)) return submit_batch(p, stream);
+  const bool pinned = kind == cudaMemcpyDeviceToDevice ||
+                      device_address(kind == cudaMemcpyDeviceToHost ? p.dst : p.src) != nullptr;
+  if (stream != nullptr && stream != cudaStreamLegacy && pinned) return submit_batch(p, stream);
 #endif
   return submit_one_by_one(p, kind, stream);
 }

@@ -6,13 +6,24 @@
 
 namespace xlayer {
 
-// Device to device by a kernel, on `stream` of the current device. May be captured in a CUDA graph:
-// the ids travel as kernel parameters.
-cudaError_t launch_block_copy(const BlockCopyParams& params, cudaStream_t stream);
+// The address by which the current device reaches host memory; nullptr where it does not (pageable memory).
+uint8_t* device_address(const uint8_t* host);
 
-// Device to host or host to device by the copy engine, on `stream`: one submission for all pairs, or one a
-// pair on the legacy default stream, for pageable memory and with CUDA before 13. Asynchronous for pinned
-// host memory.
+// Whether the pairs of this copy travel with the launch. Those of others should be in device memory: without,
+// they travel with many launches.
+bool pairs_fit_launch(const BlockCopyParams& params);
+
+void write_pairs(const BlockCopyParams& params, CopyPair* pairs);
+
+// By a kernel, on `stream` of the current device. src and dst are addresses on the device, a piece has at
+// most 2^30 bytes, an id 31 bits. touches_host: with few thread blocks, which fill the link and leave the
+// rest to the model. pairs: [num_pairs] in device memory, until the stream has got there; or nullptr.
+// Without, the launch may be captured in a CUDA graph.
+cudaError_t launch_block_copy(const BlockCopyParams& params, bool touches_host, const CopyPair* pairs,
+                              cudaStream_t stream);
+
+// By the copy engine, on `stream`: one submission for all pairs, or one a pair on the legacy default stream,
+// for pageable memory and with CUDA before 13. Asynchronous for pinned host memory.
 cudaError_t submit_block_copy(const BlockCopyParams& params, cudaMemcpyKind kind, cudaStream_t stream);
 
 }  // namespace xlayer

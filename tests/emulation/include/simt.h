@@ -45,6 +45,14 @@ struct alignas(16) float4 {
 struct float2 {
   float x, y;
 };
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T value) {
+  *p = value;
+}
 inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(8) uint2 {
   uint32_t x, y;

@@ -1,0 +1,81 @@
+"""What is shown of `bench copy` and `bench offload`, from made-up results."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from vllm_xlayer.bench import copy, offload, plot, readme
+from vllm_xlayer.bench.copy_peers import TITLES
+from vllm_xlayer.bench.record import provenance
+
+
+@pytest.fixture
+def copies() -> dict:
+    rates = {"ours": 50e9, "engine": 5e9, "kernel": 50e9, "vllm_dma": 5e9, "vllm_kernel": 40e9}
+    some = {name: rates[name] for name in ("ours", "engine")}
+    lines = [
+        {"piece_bytes": 4608, "pieces": 16384, "rates": rates, "submit": {}, "failed": {}},
+        {"piece_bytes": 2097152, "pieces": 64, "rates": some, "submit": {}, "failed": {"kernel": "why"}},
+    ]
+    return {
+        **provenance(),
+        "link": dict.fromkeys(copy.WAYS, 55e9),
+        "choice_seconds": 0.25,
+        "ways": dict.fromkeys(copy.WAYS, lines),
+    }
+
+
+def test_copies_in_a_table(copies):
+    console = Console(width=100, record=True)
+    for way in copy.WAYS:
+        console.print(copy._table(way, copies["ways"][way], copies["link"][way]))
+    text = console.export_text()
+    assert "0.91" in text and "1.25x" in text
+    assert "…" not in text and max(map(len, text.splitlines())) <= 100
+    markdown = readme.copy_section(copies)
+    assert "| 4,608 | 50.0 | 5.0 | 50.0 | 5.0 | 40.0 | 0.91 | 1.25x |" in markdown
+    assert "| 2,097,152 | 50.0 | 5.0 | - | - | - | 0.91 | - |" in markdown
+    assert all(title in markdown for title in TITLES.values())
+
+
+def test_copies_in_a_picture(copies, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    results, png = tmp_path / "copy.json", tmp_path / "copy.png"
+    results.write_text(json.dumps(copies))
+    plot.copy_plot(results, png)
+    assert image.open(png).text[plot.SOURCE] == plot.digest(results)
+
+
+@pytest.fixture
+def offloads() -> dict:
+    def decode(alone, **beside):
+        rows = {"alone": (alone, 0.0), **beside}
+        return {k: {"seconds": [s, s, 9.0], "copied_per_second": [c, c, 0.0]} for k, (s, c) in rows.items()}
+
+    restore = {"cold": [0.5], "cached": [0.020, 0.021, 0.9], "restored": [0.031, 0.033, 0.034],
+               "rows_restored": 3069}  # fmt: skip
+    ours = {"runner": "V2", "row_bytes": 589824, "link": 55e9, "restore": restore,
+            "decode": decode(0.0101, stores=(0.0102, 50e9), loads=(0.0104, 52e9))}  # fmt: skip
+    ours["decode"]["rows_stored"] = 1728
+    asked = dict(dtype="nvfp4", prompt=16384, repeats=3, requests=64, tokens=8192, steps=32, rounds=3)
+    engines = {"with": ours, "without": {"runner": "V2", "decode": decode(0.0100)}}
+    return {**provenance(), "shape": "llama-3.1-8b", **asked, "engines": engines}
+
+
+def test_offload_in_tables(offloads):
+    """Medians; the floor is 1,023 rows x 589,824 bytes at 55 GB/s."""
+    engines = offloads["engines"]
+    assert offload.added(engines["with"]["restore"]) == pytest.approx(0.012)
+    assert offload.floor(engines["with"]) == pytest.approx(1023 * 589824 / 55e9)
+    console = Console(width=100, record=True)
+    console.print(offload.restore_table(engines["with"]))
+    console.print(offload.decode_table(engines, "64 x 8,192"))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 100
+    markdown = readme.offload_section(offloads)
+    assert "Decoding stored 1,728 rows" in markdown
+    for found in (text, markdown):
+        assert "12.0" in found and "11.0" in found
+        assert "+1.0 %" in found and "+3.0 %" in found and "52.0" in found

@@ -1,0 +1,184 @@
+"""Scattered pieces between device and host: ours beside vLLM's two paths, against the link's own rate."""
+
+import argparse
+import gc
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ..connector import copy_measure
+from ..connector.copy_choice import Way
+from .copy_peers import NOT_MEASURED, TITLES, Call, Peer, peers
+from .record import RESULTS, write
+from .timing import copy_rate, link_rate, queued_seconds
+
+PIECES = (4608, 9216, 18432, 32768, 65536, 589824, 2097152)
+"""Bytes: pages of NVFP4 (4,608 to 18,432) and bf16 (65,536) caches, rows of an 8B model in NVFP4 and bf16."""
+BOTH = "BOTH"
+"""Host to device and device to host at once; the rate is of their sum."""
+WAYS = {way.name: way.value for way in Way} | {BOTH: "both directions at once"}
+HOST_GIB, DEVICE_GIB = 1, 4
+"""Of each buffer. Pieces are picked anew, from all of it, for every timed call."""
+HOST_MOVED, DEVICE_MOVED = 128 << 20, 1 << 30
+"""Bytes of a timed copy, at most."""
+HOST_PIECES, DEVICE_PIECES = 1 << 14, 1 << 17
+"""Of a timed copy, at most."""
+WRONG = "copied other bytes than expected"
+CHECKED = 16 << 20
+"""Bytes of a copy that are compared."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--pieces", type=int, nargs="+", default=PIECES, help="bytes of a piece")
+    parser.add_argument("--json", type=Path, default=RESULTS / "copy.json", help="file to write")
+    parser.add_argument("--plot", type=Path, help="PNG to draw from the results (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures all, prints the tables, writes the JSON. Returns a process exit code, 1 for wrong bytes."""
+    console = Console(width=100, highlight=False)
+    if not torch.cuda.is_available():
+        console.print("copy: expected an NVIDIA GPU, got none")
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    started = time.perf_counter()
+    times = copy_measure.measure(device)
+    choice_seconds = time.perf_counter() - started
+    console.print(f"measured for the choice in {choice_seconds:.2f} s: {copy_measure.told(times)}")
+    device_rate = copy_rate() / 2  # of copying: read plus written is twice that
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        buffers = Buffers()
+        link = {"D2D": device_rate, **buffers.link_rates()}
+        ways: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+        for way, size in track([(w, s) for w in WAYS for s in args.pieces], "copy", console=console):
+            ways[way].append(measure(buffers, way, size, peers(times), args.repeats))
+    crossover = {way.name: times.crossover(way) for way in Way}
+    for way in WAYS:
+        console.print(_table(way, ways[way], link[way]))
+    console.print(f"Missing peers, not measured here: {', '.join(NOT_MEASURED)}")
+    failed = Counter(f for lines in ways.values() for r in lines for f in r["failed"].items())
+    for (name, why), times_failed in failed.items():
+        console.print(f"{TITLES[name]}, {times_failed} times: {why}", markup=False, style="red")
+    write(
+        args.json,
+        {"link": link, "choice_seconds": choice_seconds, "crossover": crossover, "ways": ways},
+    )
+    if args.plot:
+        from .plot import copy_plot
+
+        copy_plot(args.json, args.plot)
+    return int(any(why == WRONG for _, why in failed))
+
+
+class Buffers:
+    """Source and destination of every way, full of random bytes."""
+
+    def __init__(self) -> None:
+        near, far = torch.randint(0, 256, (2, DEVICE_GIB << 30), dtype=torch.uint8, device="cuda")
+        source, target = torch.empty((2, HOST_GIB << 30), dtype=torch.uint8, pin_memory=True)
+        source.copy_(near[: source.numel()])
+        target.zero_()
+        # The first ends of H2D and D2H are not each other's, so that both can run at once.
+        self.ends = {"H2D": (source, near), "D2H": (far, target), "D2D": (far, near)}
+        self.other_stream = torch.cuda.Stream()
+
+    def link_rates(self) -> dict[str, float]:
+        """Bytes a second of large copies to device, to host, and both at once."""
+        whole = {way: [t[: HOST_GIB << 29] for t in self.ends[way]] for way in ("H2D", "D2H")}
+        rates = {way: link_rate(*pair) for way, pair in whole.items()}
+
+        def both() -> Call:
+            copies = [partial(dst.copy_, src, non_blocking=True) for src, dst in whole.values()]
+            return self.at_once(*copies)
+
+        seconds, _ = queued_seconds(both, 5)
+        return rates | {BOTH: 2 * whole["H2D"][0].nbytes / seconds}
+
+    def pick(self, way: str, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(src, dst, src_ids, dst_ids): pieces that lie anywhere in the buffers."""
+        src, dst = (t[: t.numel() // size * size].view(-1, size) for t in self.ends[way])
+        moved, pieces = (DEVICE_MOVED, DEVICE_PIECES) if way == "D2D" else (HOST_MOVED, HOST_PIECES)
+        count = min(moved // size, pieces, len(src), len(dst))
+        return src, dst, torch.randperm(len(src))[:count], torch.randperm(len(dst))[:count]
+
+    def at_once(self, first: Call, second: Call) -> Call:
+        """The second on another stream; the current one goes on when both are done."""
+
+        def call() -> None:
+            here = torch.cuda.current_stream()
+            self.other_stream.wait_stream(here)
+            with torch.cuda.stream(self.other_stream):
+                second()
+            first()
+            here.wait_stream(self.other_stream)
+
+        return call
+
+
+def measure(buffers: Buffers, way: str, size: int, by: dict[str, Peer], repeats: int) -> dict[str, Any]:
+    """Bytes a second of every peer for pieces of one size, and why one could not run."""
+    directions = ("H2D", "D2H") if way == BOTH else (way,)
+    count = len(buffers.pick(directions[0], size)[2])
+    result: dict[str, Any] = {"piece_bytes": size, "pieces": count, "rates": {}, "submit": {}, "failed": {}}
+    for name, peer in by.items():
+
+        def make(peer: Peer = peer) -> Call:
+            calls = [peer(*buffers.pick(d, size)) for d in directions]
+            return buffers.at_once(*calls) if way == BOTH else calls[0]
+
+        try:
+            if not all(copies_right(peer, *buffers.pick(d, size)) for d in directions):
+                result["failed"][name] = WRONG
+                continue
+            seconds, submit = queued_seconds(make, repeats)
+        except (RuntimeError, ImportError, TypeError, AttributeError) as error:
+            result["failed"][name] = f"{type(error).__name__}: {error}"[:300]
+            continue
+        result["rates"][name] = len(directions) * count * size / seconds
+        result["submit"][name] = submit
+    gc.collect()
+    return result
+
+
+def copies_right(
+    peer: Peer, src: torch.Tensor, dst: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor
+) -> bool:
+    """Whether the bytes arrive, looked at in the first CHECKED bytes and the last piece."""
+    some = [*range(min(len(src_ids), max(1, CHECKED // src.shape[1]))), len(src_ids) - 1]
+    dst[dst_ids[some].to(dst.device)] = 0
+    torch.cuda.synchronize()
+    peer(src, dst, src_ids, dst_ids)()
+    torch.cuda.synchronize()
+    return torch.equal(dst[dst_ids[some].to(dst.device)].cpu(), src[src_ids[some].to(src.device)].cpu())
+
+
+def _table(way: str, results: list[dict[str, Any]], link: float) -> Table:
+    reference = "device copy" if way == "D2D" else "link"
+    grid = Table(title=f"{WAYS[way]}, GB/s ({reference}: {link / 1e9:,.1f})")
+    grid.add_column("bytes a piece", justify="right")
+    for title in TITLES.values():
+        grid.add_column(title, justify="right")
+    grid.add_column(f"ours / {reference}", justify="right")
+    grid.add_column("ours / vLLM", justify="right")
+    for r in results:
+        cells = (f"{r['rates'][name] / 1e9:,.1f}" if name in r["rates"] else "-" for name in TITLES)
+        grid.add_row(f"{r['piece_bytes']:,}", *cells, *ratios(r["rates"], link))
+    return grid
+
+
+def ratios(rates: dict[str, float], link: float) -> tuple[str, str]:
+    """Ours of the link's rate, and of the better of vLLM's paths."""
+    theirs = max((rates[name] for name in ("vllm_dma", "vllm_kernel") if name in rates), default=None)
+    ours = rates.get("ours")
+    share = f"{ours / link:.2f}" if ours else "-"
+    return share, f"{ours / theirs:.2f}x" if ours and theirs else "-"

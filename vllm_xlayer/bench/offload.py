@@ -1,0 +1,282 @@
+"""The host tier in vLLM's engine: first tokens of restored prompts, and decode steps beside copies."""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .engines import SHAPES, run_engine, write_model
+from .record import RESULTS, write
+from .timing import link_rate
+
+LAST = 7
+"""A prompt is so many tokens short of whole blocks: vLLM computes a whole prompt's last block in any case."""
+CPU = torch.device("cpu")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--kv-cache-dtype", default="nvfp4", help="as for vllm serve (default: nvfp4)")
+    parser.add_argument("--prompt", type=int, default=16384, help=f"tokens of a restored prompt, less {LAST}")
+    parser.add_argument("--repeats", type=int, default=5, help="restored prompts")
+    parser.add_argument("--requests", type=int, default=64, help="in the decoding batch")
+    parser.add_argument("--tokens", type=int, default=8192, help=f"of each of them, less {LAST}")
+    parser.add_argument("--steps", type=int, default=32, help="decode steps timed, after a quarter as many")
+    parser.add_argument("--rounds", type=int, default=3, help="of decoding alone, beside stores and loads")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
+    parser.add_argument("--host-bytes", type=int, default=8 << 30, help="host tier")
+    parser.add_argument("--json", type=Path, default=RESULTS / "offload.json", help="file to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs an engine with the connector and one without, prints the tables, writes the JSON."""
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="vllm-xlayer-offload-") as name:
+        folder = Path(name)
+        job = dict(
+            model=str(write_model(folder, args.shape)), dtype=args.kv_cache_dtype, prompt=args.prompt,
+            repeats=args.repeats, requests=args.requests, tokens=args.tokens, steps=args.steps,
+            rounds=args.rounds, utilization=args.gpu_memory_utilization, host_bytes=args.host_bytes,
+        )  # fmt: skip
+        for which, connector in (("with", True), ("without", False)):
+            print(f"engine {which} XLayerConnector: starting", flush=True)
+            result = run_engine(f"{__name__}:engine", {**job, "connector": connector}, folder, core_here=True)
+            if result is None:
+                print(f"the engine {which} XLayerConnector failed, see above", file=sys.stderr)
+                return 1
+            results[which] = result
+    console = Console(width=100, highlight=False)
+    console.print(restore_table(results["with"]))
+    console.print(decode_table(results, f"{args.requests} x {args.tokens:,}"))
+    asked = {k: job[k] for k in ("dtype", "prompt", "repeats", "requests", "tokens", "steps", "rounds")}
+    write(args.json, {"shape": args.shape, **asked, "engines": results})
+    return 0
+
+
+def engine(job: dict[str, Any]) -> dict[str, Any]:
+    """One engine, in its own process."""
+    from vllm import LLM
+
+    from .. import compat
+
+    settings: dict[str, Any] = {}
+    if job["connector"]:
+        settings["kv_transfer_config"] = {
+            "kv_connector": "XLayerConnector", "kv_role": "kv_both",
+            # vLLM stores what a prompt fills only; here what is decoded too, so that decoding has stores.
+            "kv_connector_extra_config": {
+                "cpu_bytes_to_use": job["host_bytes"], "offload_prompt_only": False,
+            },
+        }  # fmt: skip
+    started = time.perf_counter()
+    llm = LLM(
+        job["model"], load_format="dummy", skip_tokenizer_init=True, kv_cache_dtype=job["dtype"],
+        max_model_len=max(job["prompt"], job["tokens"]) + 2 * job["steps"], max_num_seqs=job["requests"],
+        gpu_memory_utilization=job["utilization"],
+        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, **settings,
+    )  # fmt: skip
+    layers, page_bytes, *_ = compat.current().cache_geometry(llm)
+    report: dict[str, Any] = {
+        "runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1",
+        "start_seconds": time.perf_counter() - started,
+        "row_bytes": layers * page_bytes,
+    }
+    if job["connector"]:
+        report["link"] = _link()
+        report["restore"] = restores(llm, job["prompt"] - LAST, job["repeats"])
+    batch = _prompts(llm, job["requests"], job["tokens"] - LAST, seed=101)
+    report["decode"] = decodes(llm, batch, job, report["row_bytes"])
+    return report
+
+
+def _link() -> float | None:
+    """Bytes a second from host to device; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    host = torch.zeros(256 << 20, dtype=torch.uint8).pin_memory()
+    return link_rate(host, torch.empty_like(host, device="cuda"))
+
+
+def _prompts(llm: Any, count: int, tokens: int, seed: int) -> list[list[int]]:
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    return [[(31 * i + 7 * n + seed) % vocabulary for i in range(tokens)] for n in range(count)]
+
+
+def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
+    """Seconds to the first token: prompts that are new, on the device, and in the host tier only."""
+    from vllm import SamplingParams, TokensPrompt
+
+    from .. import compat
+
+    one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+
+    def first_tokens() -> list[float]:
+        times = []
+        for prompt in prompts:
+            begin = time.perf_counter()
+            llm.generate([TokensPrompt(prompt_token_ids=prompt)], one, use_tqdm=False)
+            times.append(time.perf_counter() - begin)
+        return times
+
+    prompts = _prompts(llm, repeats, tokens, seed=0)
+    report: dict[str, Any] = {"cold": first_tokens()}
+    compat.current().settle(llm)
+    report["cached"] = first_tokens()
+    before = compat.current().rows_loaded()
+    compat.current().empty_device_cache(llm)
+    report["restored"] = first_tokens()
+    report["rows_restored"] = compat.current().rows_loaded() - before
+    return report
+
+
+def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any], row_bytes: int) -> dict[str, Any]:
+    """Seconds of a decode step, the batch's prompts on the device: alone, and beside copies of rows.
+
+    With the connector, "alone" is with what it stores itself: the blocks that decoding fills.
+    """
+    from .. import compat
+
+    steps(llm, prompts, job["steps"], None)  # computes the prompts
+    beside: dict[str, RowCopies | None] = {"alone": None}
+    if job["connector"]:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+        beside |= {name: RowCopies(name == "loads", row_bytes, device) for name in ("stores", "loads")}
+    report: dict[str, Any] = {name: {"seconds": [], "copied_per_second": []} for name in beside}
+    before = compat.current().rows_stored() if job["connector"] else 0
+    for number in range(job["rounds"]):
+        for name, copies in beside.items():
+            # Another last token each time: what is decoded after it is new to the tier.
+            last = number * len(beside) + list(beside).index(name) + 1
+            seconds, rate = steps(llm, [[*p[:-1], last] for p in prompts], job["steps"], copies)
+            report[name]["seconds"].append(seconds)
+            report[name]["copied_per_second"].append(rate)
+    compat.current().settle(llm)
+    if job["connector"]:
+        report["rows_stored"] = compat.current().rows_stored() - before
+    return report
+
+
+def steps(llm: Any, prompts: list[list[int]], timed: int, copies: "RowCopies | None") -> tuple[float, float]:
+    """(seconds of a decode step, bytes copied a second meanwhile)."""
+    from vllm import SamplingParams
+
+    from .. import compat
+
+    compat.current().settle(llm)
+    engine, warm = llm.llm_engine, timed // 4
+    sampling = SamplingParams(max_tokens=2 * warm + timed, temperature=0.0, ignore_eos=True, detokenize=False)
+    for n, prompt in enumerate(prompts):
+        engine.add_request(f"{time.perf_counter()}-{n}", {"prompt_token_ids": prompt}, sampling)
+    done: dict[str, int] = {}
+
+    def run_to(count: int) -> float:
+        """Steps until every request has so many tokens; the time then."""
+        while len(done) < len(prompts) or min(done.values()) < count:
+            if copies is not None:
+                copies.go_on()
+            for output in engine.step():
+                done[output.request_id] = len(output.outputs[0].token_ids)
+        return time.perf_counter()
+
+    begin = run_to(warm)
+    before = 0 if copies is None else copies.bytes
+    end = run_to(warm + timed)
+    moved = 0 if copies is None else copies.bytes - before
+    if copies is not None:
+        copies.stop()
+    run_to(2 * warm + timed)
+    return (end - begin) / timed, moved / (end - begin)
+
+
+class RowCopies:
+    """Copies rows without a pause, as the connector does, between memory that nobody else uses."""
+
+    JOB_BYTES, JOBS = 64 << 20, 32
+    """Jobs ahead of the device: 2 GiB, which take a PCIe 5.0 link longer than two decode steps take."""
+
+    def __init__(self, load: bool, row_bytes: int, device: torch.device):
+        from ..connector.transfers import make_direction
+
+        rows = max(1, self.JOB_BYTES // row_bytes)
+        pool = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, device=device)
+        host = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._direction = make_direction(host, pool, device) if load else make_direction(pool, host, device)
+        self._rows, self._running = rows, 0
+        self._ahead = self.JOBS if device.type == "cuda" else 1  # on the CPU a job is done at once
+        self.bytes = 0
+        """Copied so far."""
+
+    def go_on(self) -> None:
+        for result in self._direction.take_finished():
+            if not result.success:
+                raise RuntimeError("a copy of rows failed, see above")
+            self.bytes += result.transfer_size or 0
+            self._running -= 1
+        while self._running < self._ahead:
+            src_ids, dst_ids = (torch.randperm(2 * self._rows)[: self._rows] for _ in "12")
+            self._direction.submit(self._running, src_ids, dst_ids)
+            self._running += 1
+
+    def stop(self) -> None:
+        self._direction.drain()
+        self._running = 0
+
+
+def added(restore: dict[str, Any]) -> float:
+    """Seconds that a first token comes later from the host tier than from the device's cache."""
+    return statistics.median(restore["restored"]) - statistics.median(restore["cached"])
+
+
+def floor(result: dict[str, Any]) -> float | None:
+    """Seconds that the link needs for one prompt's rows."""
+    restore = result["restore"]
+    moved = restore["rows_restored"] * result["row_bytes"] / len(restore["restored"])
+    return moved / result["link"] if result["link"] else None
+
+
+def restore_table(result: dict[str, Any]) -> Table:
+    restore, least = result["restore"], floor(result)
+    grid = Table(title=f"First token, model runner {result['runner']}, {len(restore['cold'])} prompts")
+    grid.add_column("")
+    grid.add_column("ms, median", justify="right")
+    grid.add_column("all", justify="right")
+    for kind, title in (("cold", "computed"), ("cached", "on the device"), ("restored", "in the host tier")):
+        times = restore[kind]
+        each = " ".join(f"{t * 1e3:.1f}" for t in times)
+        grid.add_row(title, f"{statistics.median(times) * 1e3:.1f}", each)
+    grid.add_row("host tier - device", f"{added(restore) * 1e3:.1f}")
+    rows = f"{restore['rows_restored']:,} rows of {result['row_bytes']:,} bytes in all"
+    grid.add_row("floor: the link's time", "-" if least is None else f"{least * 1e3:.1f}", rows)
+    return grid
+
+
+def step_lines(results: dict[str, Any]) -> list[tuple[str, float, float | None, float]]:
+    """(what, seconds of a step, seconds compared with, bytes copied a second): medians of the rounds."""
+    decode = results["with"]["decode"]
+    without = statistics.median(results["without"]["decode"]["alone"]["seconds"])
+    alone = statistics.median(decode["alone"]["seconds"])
+    lines: list[tuple[str, float, float | None, float]] = [
+        ("without the connector", without, None, 0.0),
+        ("with the connector, storing what it decodes", alone, without, 0.0),
+    ]
+    for name, title in (("stores", "beside copies to the host"), ("loads", "beside copies from the host")):
+        seconds, copied = (statistics.median(decode[name][k]) for k in ("seconds", "copied_per_second"))
+        lines.append((title, seconds, alone, copied))
+    return lines
+
+
+def decode_table(results: dict[str, Any], batch: str) -> Table:
+    grid = Table(title=f"Decode step, {batch} tokens")
+    for title in ("", "ms", "slower by", "copied meanwhile, GB/s"):
+        grid.add_column(title, justify="right" if title else "left")
+    for title, seconds, compared, copied in step_lines(results):
+        slower = "" if compared is None else f"{100 * (seconds / compared - 1):+.1f} %"
+        grid.add_row(title, f"{seconds * 1e3:.2f}", slower, f"{copied / 1e9:.1f}" if copied else "")
+    return grid
