@@ -247,15 +247,14 @@ def rows_loaded() -> int:
     return connector.connector_worker.worker.rows_loaded
 
 
-def empty_device_cache(llm, seconds: float = 60.0) -> None:
-    """Forgets what the device's prefix cache holds, of a running engine whose core is in this process.
+def come_to_rest(llm, seconds: float = 60.0) -> None:
+    """Steps a running engine, whose core is in this process, until nothing is under way.
 
-    After the last answer a step may be under way that was scheduled ahead of it, and transfers. vLLM forgets
-    no block that is in use, and only steps of the engine find out that it no longer is.
+    After the last answer a step may be that was scheduled ahead of it, and transfers; after the start, the
+    pinning of the host tier. Only steps of the engine find out that it no longer is.
 
     Raises:
-        TimeoutError: something is still under way after ``seconds``.
-        RuntimeError: vLLM refuses, though nothing is.
+        TimeoutError: something still is after ``seconds``.
     """
     core = llm.llm_engine.engine_core.engine_core
     deadline = time.monotonic() + seconds
@@ -264,6 +263,18 @@ def empty_device_cache(llm, seconds: float = 60.0) -> None:
             raise TimeoutError(f"expected all steps and transfers to end within {seconds} s; some have not")
         llm.llm_engine.step()
         time.sleep(0.001)
+
+
+def empty_device_cache(llm, seconds: float = 60.0) -> None:
+    """Forgets what the device's prefix cache holds, of a running engine whose core is in this process.
+
+    vLLM forgets no block that is in use, so the engine comes to rest first.
+
+    Raises:
+        TimeoutError: as come_to_rest.
+        RuntimeError: vLLM refuses, though nothing is under way.
+    """
+    come_to_rest(llm, seconds)
     if not llm.reset_prefix_cache():
         raise RuntimeError("the device's prefix cache could not be emptied")
 
