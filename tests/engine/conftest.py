@@ -1,4 +1,7 @@
-"""Engines for the tests: real vLLM, in this process, on the CPU reference platform."""
+"""Engines for the tests: real vLLM, in this process, on the CPU reference platform.
+
+On a machine with a GPU only those tests run that are marked `anywhere` or `fault`, with engines on the GPU.
+"""
 
 import os
 
@@ -8,6 +11,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import pytest
 import torch
+from faults import COUNTS, TALLY
+from model_fixture import ON_GPU
 
 ENGINE_DEFAULTS = dict(
     skip_tokenizer_init=True,
@@ -16,6 +21,39 @@ ENGINE_DEFAULTS = dict(
     kv_cache_memory_bytes=32 << 20,
     seed=0,
 )
+if ON_GPU:
+    ENGINE_DEFAULTS |= dict(dtype="bfloat16", gpu_memory_utilization=0.2, enforce_eager=True)
+    # Tokens are compared exactly, of requests that were batched in other ways.
+    os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+
+def pytest_collection_modifyitems(items):
+    here = os.path.dirname(__file__)
+    for item in items:
+        anywhere = item.get_closest_marker("anywhere") or item.get_closest_marker("fault")
+        if ON_GPU and not anywhere and str(item.path).startswith(here):
+            item.add_marker(pytest.mark.skip(reason="needs a machine without GPU"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    from vllm_xlayer.connector.accounting import AccountingError
+
+    if call.excinfo is not None and isinstance(call.excinfo.value, AccountingError):
+        TALLY["leaked"] += len(call.excinfo.value.problems)
+
+
+@pytest.fixture(autouse=True)
+def fault_tally(request, record_property):
+    """What a test marked `fault` counted goes to the JUnit report, for `bench faults`."""
+    TALLY.clear()
+    yield
+    mark = request.node.get_closest_marker("fault")
+    if mark is not None:
+        record_property("fault", mark.args[0])
+        for name in COUNTS:
+            record_property(name, TALLY[name])
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +74,17 @@ def reference_platform():
 
 
 @pytest.fixture(scope="session")
-def make_llm(reference_platform):
+def platform(request):
+    """The GPU's, or the CPU reference platform."""
+    if not ON_GPU:
+        return request.getfixturevalue("reference_platform")
+    from vllm.platforms import current_platform
+
+    return current_platform
+
+
+@pytest.fixture(scope="session")
+def make_llm(platform):
     """make_llm(model_folder, **settings) -> vllm.LLM.
 
     The settings override ENGINE_DEFAULTS. One engine lives at a time: making the next shuts

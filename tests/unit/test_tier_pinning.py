@@ -84,7 +84,9 @@ def test_pages_are_there_before_they_are_pinned(cuda, monkeypatch):
     monkeypatch.setattr(pinning, "PIECE_BYTES", PAGE)
     memory, order = torch.frombuffer(mmap.mmap(-1, 3 * PAGE), dtype=torch.uint8), []
     real = cuda.pin
-    monkeypatch.setattr(pinning, "pin", lambda a, n: (order.append(("pin", a - memory.data_ptr())), real(a, n)))
+    monkeypatch.setattr(
+        pinning, "pin", lambda a, n: (order.append(("pin", a - memory.data_ptr())), real(a, n))
+    )
     pins = Pinning(memory, PAGE, GPU, lambda begin, count: order.append(("populate", begin)))
     wait(pins)
     assert order == [(what, i * PAGE) for i in range(3) for what in ("populate", "pin")]
@@ -122,9 +124,7 @@ def test_memory_that_is_not_there_is_refused_at_once(cuda):
 
 def test_shared_memory_gets_its_pages_while_it_is_pinned(cuda, monkeypatch, tmp_path):
     monkeypatch.setattr(host_memory, "SHARED_FOLDER", str(tmp_path))
-    shape = HostShape(
-        chunks=5, rows_per_chunk=2, row_bytes=4096, ranks=2, shared_as="t", in_process=False
-    )
+    shape = HostShape(chunks=5, rows_per_chunk=2, row_bytes=4096, ranks=2, shared_as="t", in_process=False)
     cuda.gate.clear()
     ranks = [worker_memory(shape, rank, GPU) for rank in range(2)]
     whole = scheduler_memory(shape)

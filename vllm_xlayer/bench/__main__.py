@@ -3,9 +3,16 @@
 import argparse
 import sys
 
-from . import capacity, decode, engine, suite, write
+from . import capacity, decode, engine, faults, suite, write
 
-QUESTIONS = {"capacity": capacity, "decode": decode, "engine": engine, "suite": suite, "write": write}
+QUESTIONS = {
+    "capacity": capacity,
+    "decode": decode,
+    "engine": engine,
+    "faults": faults,
+    "suite": suite,
+    "write": write,
+}
 
 
 def main() -> int:

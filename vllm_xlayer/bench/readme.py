@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..eval import TASKS
+from .faults import COUNTS
 from .peers import TITLES
 from .plot import decode_plot
 from .record import RESULTS
@@ -155,6 +156,23 @@ def gpu_tests(suite: dict[str, Any], demo: dict[str, Any]) -> str:
     )
 
 
+def fault_tables(*runs: dict[str, Any] | None) -> str:
+    """Markdown of `bench faults`, a table a device; what was not run is left out."""
+    return "\n\n".join(_fault_table(results) for results in runs if results is not None)
+
+
+def _fault_table(results: dict[str, Any]) -> str:
+    lines = [
+        (name, [f"{row[count]:,}" if row["tries"] else "-" for count in COUNTS])
+        for name, row in results["faults"].items()
+    ]
+    failed = sum(row["failed"] for row in results["faults"].values())
+    tests = sum(row["tests"] for row in results["faults"].values())
+    return _table(["fault", *COUNTS], lines) + (
+        f"\n\n{tests} tests, {failed} failed; the soak ran {results['soak_seconds']:.0f} s. {_about(results)}"
+    )
+
+
 BLOCK = 16
 """Tokens in a block where nobody says otherwise (vLLM's default)."""
 OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
@@ -167,8 +185,11 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "write": (("h200-write.json",), write_table),
     "capacity": (("h200-capacity.json",), capacity_table),
     "gpu": (("h200-suite.json", "h200-demo.json"), gpu_tests),
+    "faults": (("cpu-faults.json", "h200-faults.json"), fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
+OPTIONAL = {"h200-faults.json"}
+"""Results files that need not be there: None stands for their contents."""
 
 
 def rendered(text: str) -> str:
@@ -184,7 +205,12 @@ def rendered(text: str) -> str:
         files, make = TABLES[name]
         before, _, rest = text.partition(begin)
         after = rest.partition(end)[2]
-        results = [json.loads((RESULTS / file).read_text()) for file in files]
+        results = [
+            json.loads((RESULTS / file).read_text())
+            if file not in OPTIONAL or (RESULTS / file).exists()
+            else None
+            for file in files
+        ]
         text = f"{before}{begin}\n{make(*results)}\n{end}{after}"
     return text
 

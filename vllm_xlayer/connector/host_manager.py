@@ -28,7 +28,8 @@ class HostTierManager(CPUOffloadingManager):
     """Takes what CPUOffloadingManager takes; ``num_blocks`` is in chunks.
 
     Args:
-        workers_to_wait_for: until so many have said that their memory may be used, nothing is stored or found.
+        workers_to_wait_for: until so many have said that their memory may be used, nothing is stored or
+            found.
 
     Attributes:
         problem: Why the tier is off; empty while it works.

@@ -1,8 +1,8 @@
 """Host memory is pinned beside the engine's start: piece by piece, on a thread of its own.
 
 CUDA takes about 0.1 s a GB, and holds up other calls into the driver while it does: hence pieces. A copy must
-not begin in one piece and end in another (CUDA refuses it), so a piece holds whole chunks; and pages belong to
-one piece, so it is whole pages as well.
+not begin in one piece and end in another (CUDA refuses it), so a piece holds whole chunks; and a page belongs
+to one piece, so it is whole pages as well.
 """
 
 import ctypes
@@ -117,8 +117,9 @@ def touch(memory: torch.Tensor) -> Callable[[int, int], None]:
 def _explained(error: Exception, size: int, pinned: int) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"expected {size / GIB:.2f} GiB of pinned host memory, got {pinned / GIB:.2f} GiB, then: {reason}. Set "
-        "cpu_bytes_to_use in kv_connector_extra_config to less, or raise the limit of locked memory (ulimit -l)."
+        f"expected {size / GIB:.2f} GiB of pinned host memory, got {pinned / GIB:.2f} GiB, then: {reason}. "
+        "Set cpu_bytes_to_use in kv_connector_extra_config to less, or raise the limit of locked memory "
+        "(ulimit -l)."
     )
 
 
