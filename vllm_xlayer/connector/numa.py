@@ -6,6 +6,7 @@ makes memory of that node, as long as it has some.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
@@ -61,5 +62,5 @@ def _ids(text: str) -> set[int]:
 
 
 def _pci_address(device: torch.device) -> str:
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack these
     return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
