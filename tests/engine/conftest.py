@@ -9,10 +9,16 @@ import os
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+from model_fixture import ON_GPU
+
+if ON_GPU:
+    # Tokens are compared exactly, of requests that were batched in other ways.
+    os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
 import pytest
 import torch
 from faults import COUNTS, TALLY
-from model_fixture import ON_GPU
 
 ENGINE_DEFAULTS = dict(
     skip_tokenizer_init=True,
@@ -23,9 +29,6 @@ ENGINE_DEFAULTS = dict(
 )
 if ON_GPU:
     ENGINE_DEFAULTS |= dict(dtype="bfloat16", gpu_memory_utilization=0.2, enforce_eager=True)
-    # Tokens are compared exactly, of requests that were batched in other ways.
-    os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 
 def pytest_collection_modifyitems(items):
@@ -88,10 +91,12 @@ def make_llm(platform):
     """make_llm(model_folder, **settings) -> vllm.LLM.
 
     The settings override ENGINE_DEFAULTS. One engine lives at a time: making the next shuts
-    the last one down.
+    the last one down. Its host tier is pinned, unless wait_for_tier=False.
     """
     from vllm import LLM
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    from vllm_xlayer import compat
 
     live = []
 
@@ -100,9 +105,11 @@ def make_llm(platform):
             live.pop().llm_engine.engine_core.shutdown()
         ensure_kv_transfer_shutdown()  # an engine that failed to start leaves its connector behind
 
-    def make(model, **settings):
+    def make(model, wait_for_tier=True, **settings):
         shut_down()
         live.append(LLM(str(model), **(ENGINE_DEFAULTS | settings)))
+        if wait_for_tier:
+            compat.current().come_to_rest(live[-1])
         return live[-1]
 
     yield make

@@ -74,7 +74,7 @@ def answers(make_llm, tiny_llama):
 def start(make_llm, model, **extra):
     extra = {"cpu_bytes_to_use": PIECES * 32 * ROW} | extra
     transfer = dict(kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=extra)
-    llm = make_llm(model, kv_transfer_config=transfer)
+    llm = make_llm(model, wait_for_tier=False, kv_transfer_config=transfer)
     live_connector().pool.fill_(0xFF)
     return llm
 

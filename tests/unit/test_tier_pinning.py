@@ -70,6 +70,7 @@ def test_every_row_lies_in_one_piece(cuda, monkeypatch, rows_per_chunk):
         chunks=701, rows_per_chunk=rows_per_chunk, row_bytes=1008, ranks=1, shared_as=None, in_process=True
     )
     host, pins = worker_memory(shape, 0, GPU)
+    pins.start()
     wait(pins)
     assert pins.ready and not pins.problem and len(cuda.pieces) > 2
     assert torch.count_nonzero(host) == 0
@@ -88,6 +89,7 @@ def test_pages_are_there_before_they_are_pinned(cuda, monkeypatch):
         pinning, "pin", lambda a, n: (order.append(("pin", a - memory.data_ptr())), real(a, n))
     )
     pins = Pinning(memory, PAGE, GPU, lambda begin, count: order.append(("populate", begin)))
+    pins.start()
     wait(pins)
     assert order == [(what, i * PAGE) for i in range(3) for what in ("populate", "pin")]
     pins.close()
@@ -97,6 +99,7 @@ def test_a_refusal_leaves_nothing_pinned_and_says_what_to_do(cuda, monkeypatch):
     monkeypatch.setattr(pinning, "PIECE_BYTES", PAGE)
     cuda.refuse_after = 2
     pins = Pinning(torch.frombuffer(mmap.mmap(-1, 5 * PAGE), dtype=torch.uint8), PAGE, GPU, lambda *_: None)
+    pins.start()
     wait(pins)
     assert not pins.ready and len(cuda.pieces) == 2 and not cuda.pinned
     for text in ("cudaErrorMemoryAllocation", "cpu_bytes_to_use", "ulimit -l"):
@@ -108,6 +111,7 @@ def test_closed_in_the_middle(cuda, monkeypatch):
     monkeypatch.setattr(pinning, "PIECE_BYTES", PAGE)
     cuda.gate.clear()
     pins = Pinning(torch.frombuffer(mmap.mmap(-1, 50 * PAGE), dtype=torch.uint8), PAGE, GPU, lambda *_: None)
+    pins.start()
     threading.Timer(0.1, cuda.gate.set).start()
     pins.close()
     assert not pins._thread.is_alive() and not pins.ready and not pins.problem
@@ -128,6 +132,8 @@ def test_shared_memory_gets_its_pages_while_it_is_pinned(cuda, monkeypatch, tmp_
     cuda.gate.clear()
     ranks = [worker_memory(shape, rank, GPU) for rank in range(2)]
     whole = scheduler_memory(shape)
+    for _, pins in ranks:
+        pins.start()
     assert not any(pins.ready for _, pins in ranks)
     cuda.gate.set()
     for rank, (host, pins) in enumerate(ranks):

@@ -56,8 +56,8 @@ def worker_memory(
     """A rank's rows, uint8 [chunks * rows_per_chunk, row_bytes], dense or `ranks` rows apart.
 
     Args:
-        pin_for: the GPU that copies from and to them. Pinning has begun then, and they may not be used before
-            it has ended.
+        pin_for: the GPU that copies from and to them. They may not be used before they are pinned, and that
+            is for the caller to start.
 
     Raises:
         MemoryError: that much cannot be had.
@@ -80,7 +80,7 @@ def worker_memory(
     logger.info(
         "XLayerConnector: host tier of %d rows x %d bytes (%.2f GiB%s)",
         rows, shape.row_bytes, rows * shape.row_bytes / GIB,
-        "" if pins is None else "; being pinned, and until then requests are served without it",
+        "" if pins is None else "; until it is pinned, requests are served without it",
     )  # fmt: skip
     return host, pins
 

@@ -139,7 +139,7 @@ class RowOffloadingWorker(OffloadingWorker):
         pool: uint8 [num_blocks, row_bytes], on the device.
         host: uint8 [num_chunks * blocks_per_chunk, row_bytes].
         blocks_per_chunk: Blocks that the manager treats as one.
-        pins: pins the host memory, which is closed with this; None if it need not be.
+        pins: pins the host memory, started and closed with this; None if it need not be.
     """
 
     def __init__(
@@ -150,6 +150,8 @@ class RowOffloadingWorker(OffloadingWorker):
         self._pins = pins
         self._store = transfers.make_direction(pool, host, pool.device)
         self._load = transfers.make_direction(host, pool, pool.device)
+        if pins is not None:
+            pins.start()
 
     @property
     def ready(self) -> bool:

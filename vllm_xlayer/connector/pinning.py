@@ -31,7 +31,7 @@ def needed() -> bool:
 
 
 class Pinning:
-    """Pins memory, and unpins it when closed.
+    """Pins memory once it is started, and unpins it when closed.
 
     Args:
         memory: uint8 [bytes], dense, begins with a page; kept alive.
@@ -54,6 +54,8 @@ class Pinning:
         self._pinned: list[int] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="xlayer-pin", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def close(self) -> None:
