@@ -1,4 +1,7 @@
-"""Engines for the tests: real vLLM, in this process, on the CPU reference platform."""
+"""Engines for the tests: real vLLM, in this process, on the CPU reference platform.
+
+On a machine with a GPU only those tests run that are marked `anywhere` or `fault`, with engines on the GPU.
+"""
 
 import os
 
@@ -6,8 +9,16 @@ import os
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+from model_fixture import ON_GPU
+
+if ON_GPU:
+    # Tokens are compared exactly, of requests that were batched in other ways.
+    os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
 import pytest
 import torch
+from faults import COUNTS, TALLY
 
 ENGINE_DEFAULTS = dict(
     skip_tokenizer_init=True,
@@ -16,6 +27,36 @@ ENGINE_DEFAULTS = dict(
     kv_cache_memory_bytes=32 << 20,
     seed=0,
 )
+if ON_GPU:
+    ENGINE_DEFAULTS |= dict(dtype="bfloat16", gpu_memory_utilization=0.2, enforce_eager=True)
+
+
+def pytest_collection_modifyitems(items):
+    here = os.path.dirname(__file__)
+    for item in items:
+        anywhere = item.get_closest_marker("anywhere") or item.get_closest_marker("fault")
+        if ON_GPU and not anywhere and str(item.path).startswith(here):
+            item.add_marker(pytest.mark.skip(reason="needs a machine without GPU"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    from vllm_xlayer.connector.accounting import AccountingError
+
+    if call.excinfo is not None and isinstance(call.excinfo.value, AccountingError):
+        TALLY["leaked"] += len(call.excinfo.value.problems)
+
+
+@pytest.fixture(autouse=True)
+def fault_tally(request, record_property):
+    """What a test marked `fault` counted goes to the JUnit report, for `bench faults`."""
+    TALLY.clear()
+    yield
+    mark = request.node.get_closest_marker("fault")
+    if mark is not None:
+        record_property("fault", mark.args[0])
+        for name in COUNTS:
+            record_property(name, TALLY[name])
 
 
 @pytest.fixture(scope="session")
@@ -36,14 +77,26 @@ def reference_platform():
 
 
 @pytest.fixture(scope="session")
-def make_llm(reference_platform):
+def platform(request):
+    """The GPU's, or the CPU reference platform."""
+    if not ON_GPU:
+        return request.getfixturevalue("reference_platform")
+    from vllm.platforms import current_platform
+
+    return current_platform
+
+
+@pytest.fixture(scope="session")
+def make_llm(platform):
     """make_llm(model_folder, **settings) -> vllm.LLM.
 
     The settings override ENGINE_DEFAULTS. One engine lives at a time: making the next shuts
-    the last one down.
+    the last one down. Its host tier is pinned, unless wait_for_tier=False.
     """
     from vllm import LLM
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    from vllm_xlayer import compat
 
     live = []
 
@@ -52,9 +105,11 @@ def make_llm(reference_platform):
             live.pop().llm_engine.engine_core.shutdown()
         ensure_kv_transfer_shutdown()  # an engine that failed to start leaves its connector behind
 
-    def make(model, **settings):
+    def make(model, wait_for_tier=True, **settings):
         shut_down()
         live.append(LLM(str(model), **(ENGINE_DEFAULTS | settings)))
+        if wait_for_tier:
+            compat.current().come_to_rest(live[-1])
         return live[-1]
 
     yield make

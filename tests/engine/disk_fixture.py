@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from faults import core_of, live_connector, settle
+from faults import check, core_of, live_connector, settle
 from model_fixture import random_prompts, vllm_greedy, vllm_outputs
 
 NUM_TOKENS = 8
@@ -43,6 +43,13 @@ def cached(llm):
     outputs = vllm_outputs(llm, PROMPTS, NUM_TOKENS)
     settle(llm)
     return [list(o.outputs[0].token_ids) for o in outputs], [o.num_cached_tokens for o in outputs]
+
+
+def cached_right(llm, answers):
+    """Tokens found in a tier, of each of PROMPTS, whose answers are counted and compared."""
+    found = check(llm, PROMPTS, answers)
+    settle(llm)
+    return found
 
 
 WHOLE_BLOCKS = [(len(p) - 1) // 16 * 16 for p in PROMPTS]

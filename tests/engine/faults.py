@@ -1,23 +1,38 @@
-"""What the fault tests do to an engine: slow and failing copies, steps by hand, and the tier's accounts."""
+"""What the fault tests do to an engine: slow and failing copies, steps by hand, the tier's accounts.
+
+And what they count. TALLY holds it for the test that is running: conftest empties it before, and reports it
+after.
+"""
 
 import time
-from collections import deque
+from collections import Counter, deque
+
+from model_fixture import ON_GPU, transformers_greedy, vllm_greedy
+from vllm import SamplingParams
 
 from vllm_xlayer.connector import transfers
-from vllm_xlayer.connector.accounting import check_accounts
-from vllm_xlayer.connector.transfers import HostDirection
+from vllm_xlayer.connector.accounting import AccountingError, check_accounts
+from vllm_xlayer.connector.transfers import HostDirection, StreamDirection
+
+COUNTS = ("tries", "requests", "wrong", "lost", "leaked")
+"""How often the fault happened; answers compared with those without the connector, and how many of them were
+not the same, or never came; problems in the accounts."""
+TALLY: Counter[str] = Counter()
+ANSWER_SECONDS = 240
+"""A request that is not answered after so long is lost."""
 
 
-class SlowDirection(HostDirection):
-    """Copies only when it has been asked ``delay`` times what is finished, or when it must (wait, drain).
+class Slow:
+    """Before a direction: copies only when it was asked ``delay`` times what is finished, or when it must
+    (wait, drain).
 
     The bytes move late too, so that a block given away too early shows.
     """
 
     delay = 3
 
-    def __init__(self, src, dst):
-        super().__init__(src, dst)
+    def __init__(self, *args):
+        super().__init__(*args)
         self.running = deque()
 
     def submit(self, job_id, src_ids, dst_ids):
@@ -38,6 +53,7 @@ class SlowDirection(HostDirection):
         for job in [job for job in self.running if job[1] in wanted]:
             self.running.remove(job)
             self._copy(job)
+        super().wait(wanted)
 
     def drain(self):
         while self.running:
@@ -45,10 +61,20 @@ class SlowDirection(HostDirection):
         super().drain()
 
 
+def slow_direction(delay):
+    """Stands in for transfers.make_direction."""
+    on_host = type("SlowHost", (Slow, HostDirection), {"delay": delay})
+    on_stream = type("SlowStream", (Slow, StreamDirection), {"delay": delay})
+
+    def make(src, dst, device):
+        return on_stream(src, dst, device) if device.type == "cuda" else on_host(src, dst)
+
+    return make
+
+
 def slow_down(monkeypatch, delay=3):
     """Engines made from now on have transfers that stay under way for `delay` steps."""
-    direction = type("Slow", (SlowDirection,), {"delay": delay})
-    monkeypatch.setattr(transfers, "make_direction", lambda src, dst, device: direction(src, dst))
+    monkeypatch.setattr(transfers, "make_direction", slow_direction(delay))
 
 
 class Copies:
@@ -71,6 +97,7 @@ class Copies:
             self.stores += 1
         if (self.fail_loads if is_load else self.fail_stores)(number):
             self.failed += 1
+            TALLY["tries"] += 1
             half = len(src_ids) // 2  # as a batch may fail half way
             self._real(src, dst, src_ids[:half], dst_ids[:half], *method)
             raise RuntimeError(f"injected copy error {number % 2}")
@@ -96,6 +123,67 @@ def manager_of(llm):
     return scheduler_side(llm).manager
 
 
+def without_connector(make_llm, model, prompts, num_tokens):
+    """Answers of a run without the connector. On the CPU they are transformers' as well."""
+    answers = vllm_greedy(make_llm(model), prompts, num_tokens)
+    if not ON_GPU:
+        assert answers == transformers_greedy(model, prompts, num_tokens)
+    return answers
+
+
+def greedy(num_tokens):
+    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+
+
+def add(llm, names, prompts, sampling):
+    for name, prompt in zip(names, prompts, strict=True):
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+
+
+def finish(llm, outputs=()):
+    """Steps until all is answered or lost: {name: RequestOutput}, also what `outputs` has already."""
+    engine, outputs = llm.llm_engine, list(outputs)
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while engine.has_unfinished_requests() and time.monotonic() < deadline:
+        outputs += engine.step()
+    return {output.request_id: output for output in outputs if output.finished}
+
+
+def compare(outputs, answers):
+    """Counts and asserts that these are the answers: {name: RequestOutput}, {name: tokens}."""
+    got = {name: list(output.outputs[0].token_ids) for name, output in outputs.items()}
+    wrong = [name for name, answer in answers.items() if name in got and got[name] != answer]
+    lost = [name for name in answers if name not in got]
+    TALLY["requests"] += len(answers)
+    TALLY["wrong"] += len(wrong)
+    TALLY["lost"] += len(lost)
+    assert not wrong and not lost, f"of {len(answers)} requests wrong {wrong}, lost {lost}"
+
+
+def check(llm, prompts, answers):
+    """All in one batch; how many tokens of each were found in a cache."""
+    names = [f"check {i}" for i in range(len(prompts))]
+    add(llm, names, prompts, greedy(len(answers[0])))
+    outputs = finish(llm)
+    compare(outputs, dict(zip(names, answers, strict=True)))
+    return [outputs[name].num_cached_tokens for name in names]
+
+
+def under_way(llm, what):
+    """Requests with a transfer under way: "load" or "store"."""
+    jobs = scheduler_side(llm)._jobs.values()
+    return {job.req_id for job in jobs if job.is_store == (what == "store")}
+
+
+def step_until(llm, condition, outputs=None):
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "what was waited for did not happen"
+        found = llm.llm_engine.step()
+        if outputs is not None:
+            outputs += found
+
+
 SETTLE_SECONDS = 60
 """For all that is under way to end, on the slowest disk (one fsync can take seconds on a busy one)."""
 
@@ -104,19 +192,17 @@ def settle(llm):
     """Step until nothing is under way, then check the accounts of tier and device cache."""
     engine, core = llm.llm_engine, core_of(llm)
     deadline = time.monotonic() + SETTLE_SECONDS
-    while engine.has_unfinished_requests() or core.scheduler.has_requests() or _pushing(llm):
+    while engine.has_unfinished_requests() or core.scheduler.has_requests() or core.batch_queue:
         assert time.monotonic() < deadline, f"the engine did not come to rest in {SETTLE_SECONDS} s"
         engine.step()
         if not engine.has_unfinished_requests():
             time.sleep(0.001)  # only the tiers are busy: their threads need the processor, not more steps
     check_accounts(scheduler_side(llm), idle=True)
     pool = core.scheduler.kv_cache_manager.block_pool
-    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # block 0 is never handed out
+    lost = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # block 0 is never handed out
+    if lost:
+        raise AccountingError([f"a block of the device is not free when idle ({lost} in all)"] * abs(lost))
     assert not core.scheduler.failed_recving_kv_req_ids and not core.scheduler.finished_recving_kv_req_ids
-
-
-def _pushing(llm):
-    return core_of(llm).scheduler.connector.has_pending_push_work()
 
 
 def forget_device_cache(llm):

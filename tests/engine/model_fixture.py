@@ -6,6 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 VOCAB = 256
+ON_GPU = torch.cuda.is_available()
+"""The KV of a token has as many bytes on both: 32 elements a head in float32, or 64 in bfloat16."""
 
 SHAPE = dict(
     vocab_size=VOCAB,
@@ -14,7 +16,7 @@ SHAPE = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=32,
+    head_dim=64 if ON_GPU else 32,
     max_position_embeddings=1024,
     bos_token_id=None,
     eos_token_id=None,

@@ -1,7 +1,7 @@
 """Random arrivals, aborts, resets, copy errors and damaged files, with caches too small for anything.
 
-SOAK_SECONDS says how long (8 each; 600 for a release), SOAK_SEED from where. Every answer not aborted
-is compared, and the accounts are checked after every step.
+SOAK_SECONDS says how long (8 each; `bench faults --soak` sets it), SOAK_SEED from where. Every answer not
+aborted is compared, and the accounts are checked after every step.
 """
 
 import os
@@ -12,15 +12,26 @@ from pathlib import Path
 
 import pytest
 from disk_fixture import ROW, connector
-from faults import Copies, live_connector, manager_of, settle, slow_down
-from model_fixture import SHAPE, random_prompts, save_random_model, transformers_greedy
+from faults import (
+    TALLY,
+    Copies,
+    compare,
+    finish,
+    greedy,
+    live_connector,
+    manager_of,
+    settle,
+    slow_down,
+    without_connector,
+)
+from model_fixture import SHAPE, random_prompts, save_random_model
 from transformers import Gemma2Config
-from vllm import SamplingParams
 
 from vllm_xlayer.connector.disk_format import HEADER_BYTES
 
 NUM_TOKENS = 8
-SAMPLING = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
+SAMPLING = greedy(NUM_TOKENS)
+SECONDS = float(os.environ.get("SOAK_SECONDS", 8))
 
 
 def prompts_with_shared_prefixes():
@@ -45,11 +56,11 @@ class Soak:
 
     def step(self):
         for _ in range(self.rng.randint(1, 12)):
-            for output in self.llm.llm_engine.step():
-                if output.finished:
-                    which = self.running.pop(output.request_id)
-                    assert list(output.outputs[0].token_ids) == self.answers[which], output.request_id
-                    self.did["answers"] += 1
+            self.answered({o.request_id: o for o in self.llm.llm_engine.step() if o.finished})
+
+    def answered(self, outputs):
+        compare(outputs, {name: self.answers[self.running.pop(name)] for name in outputs})
+        self.did["answers"] += len(outputs)
 
     def abort(self):
         names = self.rng.sample(sorted(self.running), min(len(self.running), self.rng.randint(1, 4)))
@@ -94,8 +105,8 @@ class Soak:
                 self.step()
             else:
                 self.rng.choices(choices, weights)[0]()
-        while self.running:
-            self.step()
+        self.answered(finish(self.llm))
+        compare({}, {name: self.answers[which] for name, which in self.running.items()})  # lost
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +121,16 @@ def hybrid(tmp_path_factory):
     return save_random_model(config, tmp_path_factory.mktemp("hybrid"))
 
 
+@pytest.mark.fault("soak")
+@pytest.mark.timeout(SECONDS + 400)
 @pytest.mark.parametrize(("model", "blocks_per_chunk"), [("tiny_llama", 1), ("tiny_llama", 2), ("hybrid", 1)])
 def test_soak(make_llm, request, tmp_path, monkeypatch, model, blocks_per_chunk):
     monkeypatch.setenv("VLLM_XLAYER_DEBUG", "1")
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    seed, seconds = int(os.environ.get("SOAK_SEED", 0)), float(os.environ.get("SOAK_SECONDS", 8))
+    seed = int(os.environ.get("SOAK_SEED", 0))
     folder = request.getfixturevalue(model)
     prompts = prompts_with_shared_prefixes()
-    answers = transformers_greedy(folder, prompts, NUM_TOKENS)
+    answers = without_connector(make_llm, folder, prompts, NUM_TOKENS)
     slow_down(monkeypatch, 2)
     copies = Copies(monkeypatch, lambda: live_connector().pool)
     bound = 24 * (blocks_per_chunk * ROW + HEADER_BYTES)
@@ -130,9 +143,11 @@ def test_soak(make_llm, request, tmp_path, monkeypatch, model, blocks_per_chunk)
         kv_transfer_config=connector(tmp_path, blocks_per_chunk=blocks_per_chunk, **extra),
     )
     soak = Soak(llm, copies, tmp_path, prompts, answers, random.Random(seed))
-    soak.run(seconds)
+    soak.run(SECONDS)
     settle(llm)
     disk = manager_of(llm).disk
+    for what in ("aborted", "resets", "resets of tiers", "damaged"):
+        TALLY["tries"] += soak.did[what]  # and failed copies are in it
     print(f"soak: {dict(soak.did)}, copies failed {copies.failed} of {copies.loads + copies.stores}")
     print(f"soak: {dict(disk.counts)}")
     assert not disk.problem

@@ -25,7 +25,7 @@ def test_ranks_lie_side_by_side(shape, tmp_path):
     ranks = [None, None]
 
     def work(rank):
-        ranks[rank] = worker_memory(shape, rank, pinned=False)
+        ranks[rank], _ = worker_memory(shape, rank)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -46,7 +46,7 @@ def test_ranks_lie_side_by_side(shape, tmp_path):
 
 def test_in_one_process_it_is_the_same_tensor(shape):
     shape = replace(shape, ranks=1, in_process=True)
-    host = worker_memory(shape, 0, pinned=False)
+    host, _ = worker_memory(shape, 0)
     whole = scheduler_memory(shape)
     assert whole.data_ptr() == host.data_ptr() and whole.shape == (3, 96)
 
@@ -58,10 +58,10 @@ def test_no_memory(shape, tmp_path, monkeypatch):
     with pytest.raises(MemoryError, match="worker has no host memory"):
         scheduler_memory(replace(shape, in_process=True, shared_as="never made"))
     with pytest.raises(MemoryError, match="cpu_bytes_to_use"):
-        worker_memory(replace(shape, chunks=1 << 50, in_process=True), 0, pinned=False)
+        worker_memory(replace(shape, chunks=1 << 50, in_process=True), 0)
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(MemoryError, match="No space left"):
-        worker_memory(shape, 0, pinned=False)
+        worker_memory(shape, 0)
     assert not os.listdir(tmp_path)
     with pytest.raises(MemoryError, match="No such file"):
         scheduler_memory(shape)

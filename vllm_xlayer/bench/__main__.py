@@ -3,13 +3,14 @@
 import argparse
 import sys
 
-from . import capacity, copy, decode, engine, load, offload, prefill, suite, write
+from . import capacity, copy, decode, engine, faults, load, offload, prefill, suite, write
 
 QUESTIONS = {
     "capacity": capacity,
     "copy": copy,
     "decode": decode,
     "engine": engine,
+    "faults": faults,
     "load": load,
     "offload": offload,
     "prefill": prefill,

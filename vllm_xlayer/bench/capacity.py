@@ -74,6 +74,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, **settings,
     )  # fmt: skip
     start_seconds = time.perf_counter() - started
+    compat.current().come_to_rest(llm)  # the host tier is pinned
     layers, page_bytes, rows, tokens, _ = compat.current().cache_geometry(llm)
     one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()

@@ -125,9 +125,10 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
             times.append(time.perf_counter() - begin)
         return times
 
+    compat.current().come_to_rest(llm)  # the host tier is pinned
     prompts = _prompts(llm, repeats, tokens, seed=0)
     report: dict[str, Any] = {"cold": first_tokens()}
-    compat.current().settle(llm)
+    compat.current().come_to_rest(llm)
     report["cached"] = first_tokens()
     before = compat.current().rows_loaded()
     compat.current().empty_device_cache(llm)
@@ -157,7 +158,7 @@ def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any], row_bytes: 
             seconds, rate = steps(llm, [[*p[:-1], last] for p in prompts], job["steps"], copies)
             report[name]["seconds"].append(seconds)
             report[name]["copied_per_second"].append(rate)
-    compat.current().settle(llm)
+    compat.current().come_to_rest(llm)
     if job["connector"]:
         report["rows_stored"] = compat.current().rows_stored() - before
     return report
@@ -169,7 +170,7 @@ def steps(llm: Any, prompts: list[list[int]], timed: int, copies: "RowCopies | N
 
     from .. import compat
 
-    compat.current().settle(llm)
+    compat.current().come_to_rest(llm)
     engine, warm = llm.llm_engine, timed // 4
     sampling = SamplingParams(max_tokens=2 * warm + timed, temperature=0.0, ignore_eos=True, detokenize=False)
     for n, prompt in enumerate(prompts):

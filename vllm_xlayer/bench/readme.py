@@ -20,6 +20,7 @@ from .bounds import Bound
 from .copy import WAYS, ratios
 from .copy_peers import NOT_MEASURED
 from .copy_peers import TITLES as COPIERS
+from .faults import COUNTS
 from .offload import added, floor, step_lines
 from .peers import PEERS
 from .plot import copy_plot, decode_plot
@@ -238,6 +239,23 @@ def gpu_tests(suite: dict[str, Any]) -> str:
     return f"`pytest -m {suite['mark']}`: {told}. {_about(suite)}"
 
 
+def fault_tables(*runs: dict[str, Any] | None) -> str:
+    """Markdown of `bench faults`, a table a device; what was not run is left out."""
+    return "\n\n".join(_fault_table(results) for results in runs if results is not None)
+
+
+def _fault_table(results: dict[str, Any]) -> str:
+    lines = [
+        (name, [f"{row[count]:,}" if row["tries"] else "-" for count in COUNTS])
+        for name, row in results["faults"].items()
+    ]
+    failed = sum(row["failed"] for row in results["faults"].values())
+    tests = sum(row["tests"] for row in results["faults"].values())
+    return _table(["fault", *COUNTS], lines) + (
+        f"\n\n{tests} tests, {failed} failed; the soak ran {results['soak_seconds']:.0f} s. {_about(results)}"
+    )
+
+
 BLOCK = 16
 """Tokens in a block where nobody says otherwise (vLLM's default)."""
 OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
@@ -255,10 +273,13 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "gpu": (("h200-suite.json",), gpu_tests),
     "copy": (("h200-copy.json",), copy_section),
     "offload": (("h200-offload.json",), offload_section),
+    "faults": (("cpu-faults.json", "h200-faults.json"), fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
 SECTIONS = ("prefill", "load", "copy", "offload")
 """Nothing is shown for these, not even a heading, until their results are there."""
+OPTIONAL = {"h200-faults.json"}
+"""Results files that need not be there: None stands for their contents."""
 
 
 def rendered(text: str) -> str:
@@ -277,7 +298,11 @@ def rendered(text: str) -> str:
         paths = [RESULTS / file for file in files]
         made = ""
         if name not in SECTIONS or all(path.exists() for path in paths):
-            made = make(*(json.loads(path.read_text()) for path in paths)) + "\n"
+            results = [
+                json.loads(path.read_text()) if path.name not in OPTIONAL or path.exists() else None
+                for path in paths
+            ]
+            made = make(*results) + "\n"
         text = f"{before}{begin}\n{made}{end}{after}"
     return text
 

@@ -256,13 +256,14 @@ def _connector_worker() -> Any:
     return connector.connector_worker.worker
 
 
-def settle(llm, seconds: float = 60.0) -> None:
-    """Steps a running engine whose core is in this process until nothing is under way.
+def come_to_rest(llm, seconds: float = 60.0) -> None:
+    """Steps a running engine, whose core is in this process, until nothing is under way.
 
-    After the last answer that may be a step that was scheduled ahead of it, and transfers.
+    After the last answer a step may be that was scheduled ahead of it, and transfers; after the start, the
+    pinning of the host tier. Only steps of the engine find out that it no longer is.
 
     Raises:
-        TimeoutError: something is still under way after ``seconds``.
+        TimeoutError: something still is after ``seconds``.
     """
     core = llm.llm_engine.engine_core.engine_core
     deadline = time.monotonic() + seconds
@@ -276,13 +277,13 @@ def settle(llm, seconds: float = 60.0) -> None:
 def empty_device_cache(llm, seconds: float = 60.0) -> None:
     """Forgets what the device's prefix cache holds, of a running engine whose core is in this process.
 
-    vLLM forgets no block that is in use, and only steps of the engine find out that it no longer is.
+    vLLM forgets no block that is in use, so the engine comes to rest first.
 
     Raises:
-        TimeoutError: something is still under way after ``seconds``.
-        RuntimeError: vLLM refuses, though nothing is.
+        TimeoutError: as come_to_rest.
+        RuntimeError: vLLM refuses, though nothing is under way.
     """
-    settle(llm, seconds)
+    come_to_rest(llm, seconds)
     if not llm.reset_prefix_cache():
         raise RuntimeError("the device's prefix cache could not be emptied")
 

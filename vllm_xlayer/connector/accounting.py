@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 
 class AccountingError(AssertionError):
-    """The accounts do not balance; says where, one problem a line."""
+    """The accounts do not balance.
+
+    Attributes:
+        problems: where, one a line of the message.
+    """
+
+    def __init__(self, problems: list[str]):
+        super().__init__("host tier: " + "\n".join(problems))
+        self.problems = problems
 
 
 def check_accounts(scheduler: "RowConnectorScheduler", idle: bool = False) -> None:
@@ -39,7 +47,7 @@ def check_accounts(scheduler: "RowConnectorScheduler", idle: bool = False) -> No
     if idle:
         problems += _leftovers(scheduler)
     if problems:
-        raise AccountingError("host tier: " + "\n".join(problems))
+        raise AccountingError(problems)
 
 
 def _chunk_problems(manager: "HostTierManager") -> Iterator[str]:

@@ -132,6 +132,8 @@ def _recompute_failed_loads(vllm_config: VllmConfig) -> None:
 def _offloading_spec(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout: LayoutDescriptor, role: KVConnectorRole
 ) -> OffloadingSpec:
+    assert vllm_config.kv_transfer_config is not None
+    _check_block_size(vllm_config.kv_transfer_config.kv_connector_extra_config, kv_cache_config)
     config = build_offloading_config(vllm_config, kv_cache_config)
     extra = dict(config.extra_config)
     if not _has_our_spec(extra):
@@ -141,6 +143,17 @@ def _offloading_spec(
     if disk is not None and role == KVConnectorRole.SCHEDULER:
         compat.current().use_stable_block_hashes()
     return RowOffloadingSpec(replace(config, extra_config=extra), disk)
+
+
+def _check_block_size(extra: Mapping[str, Any], kv_cache_config: KVCacheConfig) -> None:
+    """vLLM asserts this, without a word."""
+    size = extra.get("block_size")
+    for group in kv_cache_config.kv_cache_groups:
+        tokens = group.kv_cache_spec.block_size
+        if size is not None and (int(size) <= 0 or int(size) % tokens):
+            raise ValueError(
+                f"kv_connector_extra_config: block_size: expected a multiple of {tokens}, got {size}"
+            )
 
 
 def _disk_settings(

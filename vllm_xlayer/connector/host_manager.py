@@ -27,22 +27,38 @@ logger = init_logger(__name__)
 class HostTierManager(CPUOffloadingManager):
     """Takes what CPUOffloadingManager takes; ``num_blocks`` is in chunks.
 
+    Args:
+        workers_to_wait_for: until so many have said that their memory may be used, nothing is stored or
+            found.
+
     Attributes:
         problem: Why the tier is off; empty while it works.
+        waits_for: Workers whose memory is not ready yet.
         stores_failed, loads_failed: Chunks, since the start.
     """
 
-    def __init__(self, num_blocks: int, **settings):
+    def __init__(self, num_blocks: int, workers_to_wait_for: int = 0, **settings):
         super().__init__(num_blocks, **settings)
         self.problem = ""
+        self.waits_for = workers_to_wait_for
         self.stores_failed = 0
         self.loads_failed = 0
         self._failed: set[OffloadKey] = set()
         if num_blocks == 0:
             self.turn_off("cpu_bytes_to_use: expected at least the bytes of one chunk, got less")
 
+    @property
+    def serves(self) -> bool:
+        """Whether anything is stored or found."""
+        return not self.problem and self.waits_for == 0
+
+    def ready(self, workers: int) -> None:
+        """So many more workers' memory may be used."""
+        self.waits_for = max(0, self.waits_for - workers)
+
     def turn_off(self, problem: str) -> None:
         """From now on nothing is found and nothing is stored. Transfers under way complete as usual."""
+        self.waits_for = 0
         if not self.problem:
             self.problem = problem
             logger.warning("XLayerConnector: the host tier is off: %s", problem)
@@ -84,14 +100,14 @@ class HostTierManager(CPUOffloadingManager):
         return policy.blocks
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        if self.problem or key in self._failed:
+        if not self.serves or key in self._failed:
             return LookupResult.MISS
         return super().lookup(key, req_context)
 
     def prepare_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext
     ) -> PrepareStoreOutput | None:
-        if self.problem:
+        if not self.serves:
             nowhere: LoadStoreSpec = self._get_load_store_spec([], [])
             return PrepareStoreOutput(keys_to_store=[], store_spec=nowhere, evicted_keys=[])
         return super().prepare_store(keys, req_context)

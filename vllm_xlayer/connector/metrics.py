@@ -15,7 +15,8 @@
 |                        |                         |         | too                                           |
 | misses_total           | tier, reason            | chunks  | host: of admitted requests' tokens, what was  |
 |                        |                         |         | neither in the device's cache nor in host     |
-|                        |                         |         | memory: absent, late (from the disk), off.    |
+|                        |                         |         | memory: absent, late (from the disk),         |
+|                        |                         |         | starting (not pinned yet), off.               |
 |                        |                         |         | disk: it had an entry, and could not use it:  |
 |                        |                         |         | short, format, damaged header, damaged        |
 |                        |                         |         | payload, other <field>, absent (another       |

@@ -23,12 +23,13 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
-from . import transfers
+from . import pinning, transfers
 from .disk_format import TierIdentity
 from .disk_tier import DiskTier
 from .host_manager import HostTierManager
 from .host_memory import GIB, HostShape, scheduler_memory, worker_memory
 from .identity import NoIdentity
+from .pinning import Pinning
 from .tiering import TieredManager
 
 logger = init_logger(__name__)
@@ -83,6 +84,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
                 enable_events=self.kv_events_config.enable_kv_cache_events,
                 store_threshold=int(self.extra_config.get("store_threshold", 0)),
                 max_tracker_size=int(self.extra_config.get("max_tracker_size", 64_000)),
+                workers_to_wait_for=self.config.parallel.world_size if pinning.needed() else 0,
             )
             self._manager = host if self._disk is None else self._with_disk(host, self._disk)
         return self._manager
@@ -112,11 +114,12 @@ class RowOffloadingSpec(CPUOffloadingSpec):
     def _make_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         pool = _pool_of(kv_caches)
         try:
-            host = worker_memory(self._shape, self.config.parallel.rank, pinned=pool.is_cuda)
+            host, pins = worker_memory(
+                self._shape, self.config.parallel.rank, pool.device if pinning.needed() else None
+            )
         except MemoryError as error:
-            logger.warning("XLayerConnector: the engine runs without its host tier: %s", error)
             return NoTierWorker(str(error))
-        return RowOffloadingWorker(pool, host, self.blocks_per_chunk)
+        return RowOffloadingWorker(pool, host, self.blocks_per_chunk, pins)
 
 
 def _pool_of(kv_caches: CanonicalKVCaches) -> torch.Tensor:
@@ -136,16 +139,29 @@ class RowOffloadingWorker(OffloadingWorker):
         pool: uint8 [num_blocks, row_bytes], on the device.
         host: uint8 [num_chunks * blocks_per_chunk, row_bytes].
         blocks_per_chunk: Blocks that the manager treats as one.
+        pins: pins the host memory, started and closed with this; None if it need not be.
     """
 
-    problem = ""
-    """Why there is no tier; empty, as there is one."""
-
-    def __init__(self, pool: torch.Tensor, host: torch.Tensor, blocks_per_chunk: int):
+    def __init__(
+        self, pool: torch.Tensor, host: torch.Tensor, blocks_per_chunk: int, pins: Pinning | None = None
+    ):
         self.blocks_per_chunk = blocks_per_chunk
         self.host = host
+        self._pins = pins
         self._store = transfers.make_direction(pool, host, pool.device)
         self._load = transfers.make_direction(host, pool, pool.device)
+        if pins is not None:
+            pins.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether transfers may be submitted."""
+        return self._pins is None or self._pins.ready
+
+    @property
+    def problem(self) -> str:
+        """Why that will never be; empty as long as it may."""
+        return "" if self._pins is None else self._pins.problem
 
     @property
     def rows_stored(self) -> int:
@@ -203,6 +219,8 @@ class RowOffloadingWorker(OffloadingWorker):
     def shutdown(self) -> None:
         self._store.drain()
         self._load.drain()
+        if self._pins is not None:
+            self._pins.close()
 
 
 class NoTierWorker(OffloadingWorker):
@@ -213,8 +231,10 @@ class NoTierWorker(OffloadingWorker):
     """
 
     rows_stored = rows_loaded = 0
+    ready = False
 
     def __init__(self, problem: str):
+        logger.warning("XLayerConnector: the engine runs without its host tier: %s", problem)
         self.problem = problem
         self._done: list[TransferResult] = []
 

@@ -50,6 +50,7 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
             self.activity.moved(meta.transfer_stats)
             if meta.problem:
                 self.manager.turn_off(meta.problem)
+            self.manager.host.ready(meta.ready)
             for job_id in meta.failed_jobs:
                 self._fail(job_id)
         super().update_connector_output(connector_output)
@@ -101,8 +102,14 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         hits = (computed + found) // span - computed // span
         misses = max(0, could // span - (computed + found) // span)
         late = self.manager.is_late(status.req_context)
-        reason = "off" if self.manager.host.problem else "late" if late else "absent"
+        host = self.manager.host
+        reason = "off" if host.problem else "starting" if host.waits_for else "late" if late else "absent"
         self.activity.lookups.answered(status.req.request_id, hits, misses, reason)
+
+    def has_pending_push_work(self) -> bool:
+        # Only steps bring the news that a worker's memory is ready: without them an idle engine would serve
+        # its first request without the tier.
+        return super().has_pending_push_work() or self.manager.host.waits_for > 0
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

@@ -41,7 +41,7 @@ class TieredManager(TieringOffloadingManager):
                 yield pending.keys, True
 
     def lookup(self, key: OffloadKey, req_context: ReqContext, *, exclude_tier=None) -> LookupResult:
-        if self.host.problem or self.host.has_failed(key):
+        if not self.host.serves or self.host.has_failed(key):
             return LookupResult.MISS
         if self.is_late(req_context):
             # Also ends two requests' taking each other's chunks out of a host tier too small for both.

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -126,7 +127,7 @@ class StreamDirection(HostDirection):
         super().__init__(src, dst)
         self.stream = torch.cuda.Stream(device)
         self._way = Way.of(src.device, dst.device)
-        self._times = times_here(device) if kernel_can(src) and kernel_can(dst) else None
+        self._times = times_here(device)
         self._running: deque[_Running] = deque()
 
     def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
@@ -137,8 +138,9 @@ class StreamDirection(HostDirection):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with torch.cuda.stream(self.stream):
                 start.record()
+                times = self._times if self._kernel_can else None
                 for batch in batches(src_ids, dst_ids, self.src.shape[1]):
-                    method = choose(self._times, self._way, self.src.shape[1], len(batch[0]))
+                    method = choose(times, self._way, self.src.shape[1], len(batch[0]))
                     ops.copy_blocks(self.src, self.dst, *batch, method)
                 end.record()
         except Exception as error:  # as above
@@ -148,6 +150,11 @@ class StreamDirection(HostDirection):
         self.rows += len(src_ids)
         num_bytes = len(src_ids) * self.src.shape[1]
         self._running.append(_Running(job_id, num_bytes, start, end))
+
+    @cached_property
+    def _kernel_can(self) -> bool:
+        # Asked with the first copy, not before: host memory is pinned by then.
+        return kernel_can(self.src) and kernel_can(self.dst)
 
     def _stop_touching_memory(self) -> None:
         # A part of the transfer may have been submitted: its blocks are given away once we say "failed".

@@ -27,6 +27,8 @@ class RowWorkerMetadata(OffloadingWorkerMetadata):
     """Jobs that some worker could not do; they are in completed_jobs as well."""
     problem: str = ""
     """Why some worker has no tier; said once."""
+    ready: int = 0
+    """Workers whose host memory may be used from now on; each says so once."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "RowWorkerMetadata":
         assert isinstance(other, RowWorkerMetadata)
@@ -37,6 +39,7 @@ class RowWorkerMetadata(OffloadingWorkerMetadata):
             merged.transfer_stats,
             self.failed_jobs | other.failed_jobs,
             self.problem or other.problem,
+            self.ready + other.ready,
         )
 
 
@@ -51,7 +54,7 @@ class RowConnectorWorker(OffloadingConnectorWorker):
         self._connector_worker_meta = RowWorkerMetadata()
         self._blocks_of_load: dict[int, np.ndarray] = {}
         self._invalid_blocks: set[int] = set()
-        self._said_problem = False
+        self._said_state = False
 
     def start_kv_transfers(self, metadata: OffloadingConnectorMetadata) -> None:
         for job_id, job in metadata.load_jobs.items():
@@ -85,12 +88,24 @@ class RowConnectorWorker(OffloadingConnectorWorker):
 
     def build_connector_worker_meta(self) -> RowWorkerMetadata | None:
         meta = self._connector_worker_meta
-        if self.worker is not None and not self._said_problem:
-            meta.problem, self._said_problem = self.worker.problem, True
-        if not meta.completed_jobs and not meta.problem:
+        if self.worker is not None and not self._said_state:
+            self._say_state(self.worker)
+        if not meta.completed_jobs and not meta.problem and not meta.ready:
             return None
         self._connector_worker_meta = RowWorkerMetadata()
         return meta
+
+    def _say_state(self, worker: RowOffloadingWorker | NoTierWorker) -> None:
+        if worker.problem:
+            if isinstance(worker, RowOffloadingWorker):  # its memory could not be pinned: let go of it
+                worker.shutdown()
+                self.worker = NoTierWorker(worker.problem)
+            self._connector_worker_meta.problem = worker.problem
+        elif worker.ready:
+            self._connector_worker_meta.ready = 1
+        else:
+            return
+        self._said_state = True
 
     def shutdown(self) -> None:
         super().shutdown()

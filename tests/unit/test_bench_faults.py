@@ -1,0 +1,64 @@
+"""`bench faults` adds up what the tests counted, and says when it is not nothing."""
+
+import sys
+
+import pytest
+
+from vllm_xlayer.bench import faults
+
+CASE = """
+import pytest
+
+@pytest.fixture(autouse=True)
+def tally(request, record_property):
+    yield
+    record_property("fault", request.node.get_closest_marker("fault").args[0])
+    for name, value in zip({counts}, request.node.get_closest_marker("fault").args[1:]):
+        record_property(name, value)
+
+@pytest.mark.fault("disk full", 3, 10, 0, 0, 0)
+def test_good(): pass
+
+@pytest.mark.fault("disk full", 1, 5, 0, 0, 0)
+def test_good_too(): pass
+
+@pytest.mark.fault("soak", 2, 100, 1, 2, 3)
+def test_bad(): assert False
+
+@pytest.mark.fault("preemption", 9, 9, 9, 9, 9)
+@pytest.mark.skip
+def test_skipped(): pass
+"""
+
+
+def report(tmp_path, text):
+    import subprocess
+
+    (tmp_path / "test_it.py").write_text(text.format(counts=faults.COUNTS))
+    xml = tmp_path / "report.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--rootdir",
+        str(tmp_path),
+        f"--junitxml={xml}",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=tmp_path, check=False, capture_output=True)
+    return xml
+
+
+def test_counts_are_added_up(tmp_path):
+    found, _ = faults.counted(report(tmp_path, CASE))
+    assert set(found) == set(faults.FAULTS)
+    names = ("tests", "failed", *faults.COUNTS)
+    assert [found["disk full"][n] for n in names] == [2, 0, 4, 15, 0, 0, 0]
+    assert [found["soak"][n] for n in names] == [1, 1, 2, 100, 1, 2, 3]
+    assert not any(found["preemption"].values())
+
+
+def test_a_fault_without_a_row_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="disc full"):
+        faults.counted(report(tmp_path, CASE.replace('"disk full", 3', '"disc full", 3')))
