@@ -175,9 +175,11 @@ void launch(dim3 grid, int threads, size_t shared_bytes, F kernel) {
   Machine& m = machine();
   m.grid = grid;
   m.body = kernel;
-  for (unsigned i = 0; i < grid.x; ++i) {
+  const unsigned blocks = grid.x * grid.y;
+  for (unsigned i = 0; i < blocks; ++i) {
+    const unsigned at = m.late_copies ? i : blocks - 1 - i;  // both orders are seen
     m.shared.assign(shared_bytes + 256, 0xFF);
-    m.block_index.x = m.late_copies ? i : grid.x - 1 - i;  // both orders are seen
+    m.block_index = {at % grid.x, at / grid.x, 0};
     run_block(threads);
   }
 }
