@@ -15,6 +15,8 @@ if ON_GPU:
     # Tokens are compared exactly, of requests that were batched in other ways.
     os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    # vLLM keeps the first engine's answer for the whole process; engines with rows need this one.
+    os.environ.setdefault("VLLM_KV_CACHE_LAYOUT", "HND")
 
 import pytest
 import torch
@@ -125,14 +127,15 @@ def tiny_llama(tmp_path_factory):
 
 
 @pytest.fixture
-def caplog_vllm(caplog):
-    """caplog, also for this package's logger, which hands its records to vLLM's handlers only."""
+def caplog_vllm(caplog, monkeypatch):
+    """caplog that hears this package's logger, once: it hands its records to vLLM's handlers only, and some
+    versions of pytest listen there and some do not."""
     import logging
 
     from vllm_xlayer import plugin
 
     plugin.register()  # gives our logger its handlers, unless it has some already
     ours = logging.getLogger("vllm_xlayer")
-    ours.addHandler(caplog.handler)
-    yield caplog
-    ours.removeHandler(caplog.handler)
+    monkeypatch.setattr(ours, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(ours, "propagate", True)
+    return caplog

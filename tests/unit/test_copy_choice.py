@@ -91,7 +91,8 @@ def machine(tmp_path, monkeypatch):
     told = {"host": "a", "gpu": "b", "driver": "c"}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(copy_measure, "machine", lambda device: told)
-    # For caplog: where vLLM has been imported, its handlers are ours and the root logger hears nothing.
+    # For caplog: where vLLM has been imported, its handlers are ours, and the root logger hears nothing.
+    monkeypatch.setattr(logging.getLogger("vllm_xlayer"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("vllm_xlayer"), "propagate", True)
     copy_measure.times_here.cache_clear()
     yield told

@@ -18,7 +18,7 @@ from .record import RESULTS, write
 
 DECODES = ((64, 8192), (1, 16384))
 """Requests, tokens of each."""
-STEPS = 32
+STEPS = 128
 """Decode steps timed, on top of the first tokens."""
 START_SECONDS = 3.0
 """What nvfp4 may start later than fp8."""

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -35,6 +36,8 @@ CACHES = {"bf16": "auto", "fp8": "fp8", "nvfp4": "nvfp4"}
 """Name of a KV cache -> --kv-cache-dtype."""
 SAMPLER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 """FlashInfer's sampler is compiled at the first start on a machine: minutes that are not the cache's."""
+WARM_STEPS = 8
+"""Decode steps before the timed ones."""
 Prompt = list[int]
 
 
@@ -102,9 +105,15 @@ class Engine:
         return Answer(*self._receive())
 
     def step_seconds(self, asked: list[Prompt], steps: int) -> float:
-        """A decode step of these prompts, which are in the prefix cache: what ``steps`` more tokens take."""
-        few = min(self.generate(asked, 1 + steps // 4).seconds for _ in range(2))
-        many = min(self.generate(asked, 1 + steps // 4 + steps).seconds for _ in range(2))
+        """A decode step of these prompts, which are in the prefix cache: what ``steps`` more tokens take.
+
+        Both runs hash the prompts, which takes as long as dozens of steps and never the same: ``steps`` must
+        be many for the difference to be theirs.
+        """
+        few, many = (
+            statistics.median(self.generate(asked, count).seconds for _ in range(3))
+            for count in (1 + WARM_STEPS, 1 + WARM_STEPS + steps)
+        )
         return (many - few) / steps
 
     def __enter__(self) -> "Engine":

@@ -64,19 +64,19 @@ def demo_table(results: dict[str, Any]) -> str:
     return f"{_table(head, lines)}\n\n{_about(about, about['runner'])}"
 
 
-def gain(decode: dict[str, Any], engines: dict[str, Any], capacity: dict[str, Any]) -> str:
+def gain(decode: dict[str, Any], offload: dict[str, Any], capacity: dict[str, Any]) -> str:
     """The first screen: what a user of a Hopper GPU gains."""
     shape = decode["shapes"][0]
     us = {name: f"{seconds * 1e6:.0f}" for name, seconds in shape["seconds"].items()}
     times = shape["seconds"]["fa3_fp8"] / shape["seconds"]["nvfp4"]
-    step = {name: cache["decodes"][0]["step_seconds"] for name, cache in engines["caches"].items()}
+    step = statistics.median(offload["engines"]["without"]["decode"]["alone"]["seconds"])
     return (
         f"- **{capacity['capacity_ratio']:.2f} times the tokens of bf16** in the same memory "
         f"({capacity['shape']} shape, as vLLM counts them).\n"
         f"- **Decode attention {times:.1f} times as fast as with fp8 KV**: one layer, {shape['name']}: "
         f"{us['nvfp4']} us; FlashAttention-3 {us['fa3_fp8']} us with fp8, {us['fa3_bf16']} us with bf16.\n"
-        f"- **In vLLM's engine**, a decode step of that batch takes {_ms(step['nvfp4'], 1)} ms, "
-        f"with fp8 {_ms(step['fp8'], 1)} ms ({engines['shape']} shape).\n\n"
+        f"- **In vLLM's engine**, a decode step of {offload['requests']} x {offload['tokens']} takes "
+        f"{_ms(step, 1)} ms ({offload['shape']} shape).\n\n"
         f"{decode['hardware']}; how it was measured, and where it is not faster: [Measured](#measured)."
     )
 
@@ -230,13 +230,20 @@ def offload_section(results: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def gpu_tests(suite: dict[str, Any]) -> str:
-    """Markdown of the GPU tests' outcome."""
+def gpu_tests(suite: dict[str, Any], sm80: dict[str, Any]) -> str:
+    """Markdown of the GPU tests' outcome, and of the ops' tests with kernels of sm_80's instructions."""
+    return (
+        f"- `pytest -m {suite['mark']}`: {_told(suite)}. {_about(suite)}\n"
+        f"- The ops' tests with kernels that use sm_80's instructions only (VLLM_XLAYER_FORCE_SM80): "
+        f"{_told(sm80)}. {_about(sm80)}"
+    )
+
+
+def _told(suite: dict[str, Any]) -> str:
     counts: Counter[str] = Counter()
     for outcomes in suite["files"].values():
         counts.update(outcomes)
-    told = ", ".join(f"{counts[kind]} {word}" for kind, word in OUTCOMES if counts[kind] or kind == "passed")
-    return f"`pytest -m {suite['mark']}`: {told}. {_about(suite)}"
+    return ", ".join(f"{counts[kind]} {word}" for kind, word in OUTCOMES if counts[kind] or kind == "passed")
 
 
 def fault_tables(*runs: dict[str, Any] | None) -> str:
@@ -261,7 +268,7 @@ BLOCK = 16
 OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), demo_table),
-    "gain": (("h200-decode.json", "h200-engine.json", "h200-capacity.json"), gain),
+    "gain": (("h200-decode.json", "h200-offload.json", "h200-capacity.json"), gain),
     "short": (("h200-decode.json",), short_decode_table),
     "decode": (("h200-decode.json",), decode_table),
     "engine": (("h200-engine.json",), engine_table),
@@ -270,7 +277,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "quality": (("h200-demo.json",), demo_table),
     "prefill": (("h200-prefill.json",), prefill_section),
     "load": (("h200-load.json",), load_section),
-    "gpu": (("h200-suite.json",), gpu_tests),
+    "gpu": (("h200-suite.json", "h200-suite-sm80.json"), gpu_tests),
     "copy": (("h200-copy.json",), copy_section),
     "offload": (("h200-offload.json",), offload_section),
     "faults": (("cpu-faults.json", "h200-faults.json"), fault_tables),

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 WARM_UP = 3
+GRAPH_CALLS = 16
+"""Calls in a graph, at least: starting it takes microseconds, which are a part of short calls else."""
 
 
 def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
     """Median seconds of one call. The calls do the same on different memory, so that together they read more
-    than the L2 holds; they are captured into one graph."""
+    than the L2 holds; they are captured into one graph, again and again."""
+    calls = [*calls] * -(-GRAPH_CALLS // len(calls))
     calls[0]()  # outside of capture: modules load, workspaces are made
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
