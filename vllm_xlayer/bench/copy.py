@@ -28,15 +28,15 @@ HOST_GIB, DEVICE_GIB = 1, 4
 """Of each buffer. Pieces are picked anew, from all of it, for every timed call."""
 HOST_MOVED, DEVICE_MOVED = 128 << 20, 1 << 30
 """Bytes of a timed copy, at most."""
-HOST_PIECES, DEVICE_PIECES = 1 << 14, 1 << 17
-"""Of a timed copy, at most."""
+HOST_PIECES, DEVICE_PIECES = 1 << 12, 1 << 15
+"""Of a timed copy, at most: peers that work through them one by one on the host take long."""
 WRONG = "copied other bytes than expected"
 CHECKED = 16 << 20
 """Bytes of a copy that are compared."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pieces", type=int, nargs="+", default=PIECES, help="bytes of a piece")
     parser.add_argument("--json", type=Path, default=RESULTS / "copy.json", help="file to write")
     parser.add_argument("--plot", type=Path, help="PNG to draw from the results (needs matplotlib)")
@@ -60,19 +60,17 @@ def run(args: argparse.Namespace) -> int:
         buffers = Buffers()
         link = {"D2D": device_rate, **buffers.link_rates()}
         ways: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+        crossover = {way.name: times.crossover(way) for way in Way}
+        numbers = {"link": link, "choice_seconds": choice_seconds, "crossover": crossover, "ways": ways}
         for way, size in track([(w, s) for w in WAYS for s in args.pieces], "copy", console=console):
             ways[way].append(measure(buffers, way, size, peers(times), args.repeats))
-    crossover = {way.name: times.crossover(way) for way in Way}
+            write(args.json, numbers)  # what is measured is kept
     for way in WAYS:
         console.print(_table(way, ways[way], link[way]))
     console.print(f"Missing peers, not measured here: {', '.join(NOT_MEASURED)}")
     failed = Counter(f for lines in ways.values() for r in lines for f in r["failed"].items())
     for (name, why), times_failed in failed.items():
         console.print(f"{TITLES[name]}, {times_failed} times: {why}", markup=False, style="red")
-    write(
-        args.json,
-        {"link": link, "choice_seconds": choice_seconds, "crossover": crossover, "ways": ways},
-    )
     if args.plot:
         from .plot import copy_plot
 
