@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from vllm_xlayer.bench import copy, offload, plot, readme
+from vllm_xlayer.bench import copy, markdown, offload, plot
 from vllm_xlayer.bench.copy_peers import TITLES
 from vllm_xlayer.bench.record import provenance
 
@@ -33,10 +33,10 @@ def test_copies_in_a_table(copies):
     text = console.export_text()
     assert "0.91" in text and "1.25x" in text
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
-    markdown = readme.copy_section(copies)
-    assert "| 4,608 | 50.0 | 5.0 | 50.0 | 5.0 | 40.0 | 0.91 | 1.25x |" in markdown
-    assert "| 2,097,152 | 50.0 | 5.0 | - | - | - | 0.91 | - |" in markdown
-    assert all(title in markdown for title in TITLES.values())
+    made = markdown.copy_section(copies)
+    assert "| 4,608 | 50.0 | 5.0 | 50.0 | 5.0 | 40.0 | 0.91 | 1.25x |" in made
+    assert "| 2,097,152 | 50.0 | 5.0 | - | - | - | 0.91 | - |" in made
+    assert all(title in made for title in TITLES.values())
 
 
 def test_copies_in_a_picture(copies, tmp_path):
@@ -74,8 +74,8 @@ def test_offload_in_tables(offloads):
     console.print(offload.decode_table(engines, "64 x 8,192"))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
-    markdown = readme.offload_section(offloads)
-    assert "Decoding stored 1,728 rows" in markdown
-    for found in (text, markdown):
+    made = markdown.offload_section(offloads)
+    assert "Decoding stored 1,728 rows" in made
+    for found in (text, made):
         assert "12.0" in found and "11.0" in found
         assert "+1.0 %" in found and "+3.0 %" in found and "52.0" in found

@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from vllm_xlayer.bench import bounds, engine, load, prefill, readme
+from vllm_xlayer.bench import bounds, engine, load, markdown, prefill, readme
 from vllm_xlayer.eval import TASKS, demo
 
 ABOUT = {
@@ -81,7 +81,7 @@ def test_bounds_are_for_the_full_size_only():
 
 
 def test_prefill_shows_medians_and_ratios():
-    text = readme.prefill_section(PREFILL)
+    text = markdown.prefill_section(PREFILL)
     assert "| first token of 16,384, half cached, ms | 200.0 | 210.0 | 220.0 |" in text
     assert "- nvfp4 / fp8, prefill 64 x 8,192: 1.025, bound 1.03: kept" in text
     assert "- nvfp4 / bf16, first token of 16,384, half cached: 1.100, bound 1.05: missed" in text
@@ -89,7 +89,7 @@ def test_prefill_shows_medians_and_ratios():
 
 
 def test_load_shows_what_was_cut_and_what_was_kept():
-    text = readme.load_section(LOAD)
+    text = markdown.load_section(LOAD)
     assert "352 x 8,192 tokens (2.88 million)" in text and "8 of 32 layers" in text and "27.0 GB" in text
     assert "| - of their tokens still cached | 50 % |" in text
     assert "| - output tokens a second | 22,528 |" in text  # 352 x 64 in a second
@@ -119,10 +119,11 @@ def test_flashinfer_has_a_column_where_it_was_measured():
         "name": "64 x 8192", "seconds": {"nvfp4": 1e-4, "fa3_fp8": 2e-4}, "bytes": {"nvfp4": 1, "fa3_fp8": 1},
     }  # fmt: skip
     without = {**ABOUT, "copy_rate": 1e12, "shapes": [shape]}
-    assert "FlashInfer" not in readme.decode_table(without)
+    assert "FlashInfer" not in markdown.decode_table(without)
     for key, value in (("seconds", 7e-4), ("bytes", 1)):
         shape[key]["flashinfer_nvfp4"] = value
-    assert "FlashInfer NVFP4" in readme.decode_table(without) and "| 700 (" in readme.decode_table(without)
+    with_it = markdown.decode_table(without)
+    assert "FlashInfer NVFP4" in with_it and "| 700 (" in with_it
 
 
 def demo_results(*names):
@@ -140,7 +141,7 @@ def test_the_demo_has_fp8_beside_it_where_it_ran(names):
     results[names[1]]["answers"] = {"a": "1", "b": "x"}
     demo.add_identical(results)
     assert results[names[1]]["identical"] == [1, 2]
-    assert ("stock, fp8" in readme.demo_table(results)) == ("fp8" in names)
+    assert ("stock, fp8" in markdown.demo_table(results)) == ("fp8" in names)
     console = Console(width=demo.WIDTH)
     with console.capture() as printed:
         console.print(demo.table(results))
