@@ -75,3 +75,32 @@ def test_a_store_and_a_load_in_many_batches(monkeypatch, method):
     assert load.take_finished()[0].success
     assert torch.equal(pool.cpu(), rows)
     assert used == 2 * ([(10, method)] * 50 + [(1, method)])
+
+
+@pytest.mark.parametrize("way", [Way.H2D, Way.D2H], ids=lambda way: way.name)
+def test_a_small_copy_gets_in_between(monkeypatch, way):
+    """Submitted on another stream after all batches of a long transfer, it is done long before the last.
+
+    All wait for the same kernel, so that nothing is copied before everything is submitted.
+    """
+    monkeypatch.setattr(transfers, "LEAST_QUEUED", 1 << 40)  # all of it on the device at once
+    monkeypatch.setattr(transfers, "times_here", lambda device: None)
+    pool = torch.zeros((1024, 589824), dtype=torch.uint8, device=GPU)
+    host = torch.zeros(pool.shape, dtype=torch.uint8, pin_memory=True)
+    small = [torch.zeros(256, dtype=torch.uint8, pin_memory=True), torch.zeros(256, dtype=torch.uint8).cuda()]
+    src, dst = (host, pool) if way is Way.H2D else (pool, host)
+    direction, other = transfers.make_direction(src, dst, GPU), torch.cuda.Stream(GPU)
+    (near, far) = small if way is Way.H2D else small[::-1]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    begin.record()
+    direction.submit(1, torch.arange(1024), torch.randperm(1024))
+    direction.take_finished()
+    other.wait_event(begin)
+    with torch.cuda.stream(other):
+        far.copy_(near, non_blocking=True)
+        end.record()
+    direction.wait([1])
+    all_of_it = begin.elapsed_time(direction._running[-1].paced.end)
+    assert begin.elapsed_time(end) < all_of_it / 4

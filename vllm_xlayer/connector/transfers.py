@@ -1,13 +1,13 @@
 """Copies one way between the device pool and the host tier, and what became of them.
 
 A direction never raises: a copy that fails is a finished transfer without success, which the connector
-reports and vLLM recovers from. On a GPU a transfer is batches on the direction's own stream; on the CPU
-platform it is done when the call returns.
+reports and vLLM recovers from. On a GPU transfers are cut into batches, which pacing.py puts on streams; on
+the CPU platform a transfer is done when the call returns.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -17,15 +17,21 @@ from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import TransferResult
 
 from .. import ops
-from .copy_choice import Way, choose
+from ..ops import CopyMethod
+from .copy_choice import ENOUGH, Way, choose
 from .copy_measure import times_here
+from .pacing import Chain, Paced
 
 logger = init_logger(__name__)
 
-BATCH_BYTES = 16 << 20
-"""Of one submission. A copy engine does one after the other: the small copies that vLLM makes in every step
-wait for the rest of one of these (a fraction of a millisecond over PCIe 5.0), not for all of a prompt. Much
-smaller ones would leave the link idle between them."""
+BATCH_BYTES = 4 << 20
+"""Of one submission: a small copy of vLLM's waits for a few of these (pacing.py), each less than a tenth of a
+millisecond over PCIe 5.0. Much smaller ones would cost the step loop more calls than the link takes time."""
+STORE_SHARE = 0.25
+"""Of the time between two steps: what stores may have queued on the link. A load is waited for, a store is
+not, and a step should wait neither for its copies nor for their submission."""
+LEAST_QUEUED, MOST_QUEUED = 32 << 20, 512 << 20
+"""Bounds of that, in bytes: for steps that do nothing, and for the first one after a pause."""
 
 
 class Direction(Protocol):
@@ -35,7 +41,7 @@ class Direction(Protocol):
     """Rows copied, or submitted to be copied, so far."""
 
     def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
-        """Starts copying rows src_ids -> dst_ids (int64 [P] on the CPU)."""
+        """Takes a job: rows src_ids -> dst_ids (int64 [P] on the CPU, not to be changed before it ends)."""
 
     def fail(self, job_id: int, error: Exception) -> None:
         """Lets a job that could not be submitted finish without success."""
@@ -98,98 +104,174 @@ class HostDirection:
         self._done.clear()
 
 
-@dataclass
-class _Running:
-    job_id: int
-    num_bytes: int
-    start: torch.cuda.Event
-    end: torch.cuda.Event
-
-
-def batches(
-    src_ids: torch.Tensor, dst_ids: torch.Tensor, row_bytes: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A transfer's ids in parts of at most BATCH_BYTES, or of one row."""
-    rows = max(1, BATCH_BYTES // row_bytes)
-    return zip(src_ids.split(rows), dst_ids.split(rows), strict=True)
-
-
 def kernel_can(rows: torch.Tensor) -> bool:
     """Whether the kernel reaches these rows, 16 bytes at a time."""
     aligned = all(x % 16 == 0 for x in (rows.data_ptr(), rows.stride(0), rows.shape[1]))
     return aligned and (rows.is_cuda or rows.is_pinned())
 
 
+@dataclass(eq=False)
+class _Job:
+    job_id: int
+    src_ids: torch.Tensor
+    dst_ids: torch.Tensor
+    sent: int = 0
+    """Rows that are part of a batch."""
+    done: int = 0
+    seconds: float = 0.0
+    failed: bool = False
+
+
+@dataclass
+class _Batch:
+    parts: list[tuple[_Job, int]]
+    """Jobs, and how many of their rows."""
+    rows: int
+    paced: Paced
+
+
 class StreamDirection(HostDirection):
-    """Copies on a stream of its own, each batch by copy engine or kernel."""
+    """Copies in paced batches, each with rows of one job or of several.
+
+    Loads are submitted at once. Stores are when the connector asks what has finished, which it does after
+    every step's launch: then those of a step's requests share batches.
+    """
 
     def __init__(self, src: torch.Tensor, dst: torch.Tensor, device: torch.device):
         super().__init__(src, dst)
-        self.stream = torch.cuda.Stream(device)
         self._way = Way.of(src.device, dst.device)
         self._times = times_here(device)
-        self._running: deque[_Running] = deque()
+        self._row_bytes = src.shape[1]
+        self._chain = Chain(device)
+        self._unsent: deque[_Job] = deque()
+        self._running: deque[_Batch] = deque()
+        self._rows_running = 0
+        self._bytes_copied, self._seconds_copying = 0, 0.0
+        self._asked = time.perf_counter()
 
     def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
         try:
             # A store reads what the model has written so far. A load waits as well: with asynchronous
             # scheduling the step in flight may still write to a block that has just been freed and reused.
-            self.stream.wait_stream(torch.cuda.current_stream())
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with torch.cuda.stream(self.stream):
-                start.record()
-                times = self._times if self._kernel_can else None
-                for batch in batches(src_ids, dst_ids, self.src.shape[1]):
-                    method = choose(times, self._way, self.src.shape[1], len(batch[0]))
-                    ops.copy_blocks(self.src, self.dst, *batch, method)
-                end.record()
-        except Exception as error:  # as above
-            self._stop_touching_memory()
+            self._chain.follow()
+        except RuntimeError as error:
             self.fail(job_id, error)
             return
-        self.rows += len(src_ids)
-        num_bytes = len(src_ids) * self.src.shape[1]
-        self._running.append(_Running(job_id, num_bytes, start, end))
-
-    @cached_property
-    def _kernel_can(self) -> bool:
-        # Asked with the first copy, not before: host memory is pinned by then.
-        return kernel_can(self.src) and kernel_can(self.dst)
-
-    def _stop_touching_memory(self) -> None:
-        # A part of the transfer may have been submitted: its blocks are given away once we say "failed".
-        try:
-            self.stream.synchronize()
-        except RuntimeError as error:
-            logger.error("XLayerConnector: the device does not answer: %s", error)
+        self._unsent.append(_Job(job_id, src_ids, dst_ids))
+        if self._way is Way.H2D:
+            self._send_all_but(0)
 
     def take_finished(self) -> list[TransferResult]:
-        while self._running:
-            t = self._running[0]
-            try:
-                if not t.end.query():
-                    break
-                seconds = t.start.elapsed_time(t.end) * 1e-3
-            except RuntimeError as error:  # the copy failed on the device
-                self.fail(t.job_id, error)
-            else:
-                self._done.append(TransferResult(t.job_id, True, t.num_bytes, seconds))
-            self._running.popleft()
+        self._book_what_ended()
+        room = self._room()
+        while self._unsent and self._rows_running * self._row_bytes < room:
+            self._send_batch()
         return super().take_finished()
+
+    def _room(self) -> float:
+        """Bytes that may be queued until this is asked again."""
+        now = time.perf_counter()
+        since, self._asked = now - self._asked, now
+        if not self._seconds_copying:
+            return LEAST_QUEUED
+        rate = self._bytes_copied / self._seconds_copying
+        return min(max(LEAST_QUEUED, STORE_SHARE * since * rate), MOST_QUEUED)
+
+    def _send_all_but(self, jobs: int) -> None:
+        """Submits all but the last so many of the jobs that wait."""
+        while len(self._unsent) > jobs:
+            self._send_batch()
+
+    def _send_batch(self) -> None:
+        parts, src, dst = [], [], []
+        room = max(1, BATCH_BYTES // self._row_bytes)
+        while self._unsent and room:
+            job = self._unsent[0]
+            these = slice(job.sent, job.sent + room)
+            src.append(job.src_ids[these])
+            dst.append(job.dst_ids[these])
+            rows = len(src[-1])
+            parts.append((job, rows))
+            job.sent += rows
+            room -= rows
+            if job.sent == len(job.src_ids):
+                self._unsent.popleft()
+        try:
+            src_ids, dst_ids = (ids[0] if len(ids) == 1 else torch.cat(ids) for ids in (src, dst))
+            paced = self._chain.run(
+                lambda: ops.copy_blocks(self.src, self.dst, src_ids, dst_ids, self._method)
+            )
+        except Exception as error:  # as above
+            self._give_up(parts, error)
+            return
+        self.rows += len(src_ids)
+        self._rows_running += len(src_ids)
+        self._running.append(_Batch(parts, len(src_ids), paced))
+
+    @cached_property
+    def _method(self) -> CopyMethod:
+        # Asked with the first copy, not before: host memory is pinned by then. For long copies, whatever a
+        # batch has: what a copy takes to start is over before the batch ahead of it is done.
+        times = self._times if kernel_can(self.src) and kernel_can(self.dst) else None
+        return choose(times, self._way, self._row_bytes, max(1, ENOUGH // self._row_bytes))
+
+    def _book_what_ended(self) -> None:
+        while self._running:
+            batch = self._running[0]
+            try:
+                if not batch.paced.end.query():
+                    return
+                seconds = batch.paced.seconds()
+            except RuntimeError as error:  # the copy failed on the device
+                self._forget_first()
+                self._give_up(batch.parts, error)
+                continue
+            self._forget_first()
+            self._bytes_copied += batch.rows * self._row_bytes
+            self._seconds_copying += seconds
+            for job, rows in batch.parts:
+                self._book(job, rows, seconds * rows / max(1, batch.rows))
+
+    def _forget_first(self) -> None:
+        self._rows_running -= self._running.popleft().rows
+
+    def _book(self, job: _Job, rows: int, seconds: float) -> None:
+        job.done += rows
+        job.seconds += seconds
+        total = len(job.src_ids)
+        if job.done == total:  # never, if one of its batches failed
+            self._done.append(TransferResult(job.job_id, True, total * self._row_bytes, job.seconds))
+
+    def _give_up(self, parts: list[tuple[_Job, int]], error: Exception) -> None:
+        # Their other batches, and a part of this one, may be running, and their blocks are given away once we
+        # say "failed".
+        try:
+            self._chain.synchronize()
+        except RuntimeError as unanswered:
+            logger.error("XLayerConnector: the device does not answer: %s", unanswered)
+        for job, _ in parts:
+            if not job.failed:
+                job.failed = True
+                self.fail(job.job_id, error)
+        self._unsent = deque(job for job in self._unsent if not job.failed)
 
     def wait(self, job_ids: Iterable[int]) -> None:
         wanted = set(job_ids)
-        if any(t.job_id in wanted for t in self._running):
-            self._synchronize([t for t in self._running if t.job_id in wanted])
+        unsent = [at for at, job in enumerate(self._unsent) if job.job_id in wanted]
+        if unsent:
+            self._send_all_but(len(self._unsent) - 1 - unsent[-1])
+        self._synchronize(b for b in self._running if any(job.job_id in wanted for job, _ in b.parts))
 
     def drain(self) -> None:
+        self._unsent.clear()
         self._synchronize(self._running)
         self._running.clear()
+        self._rows_running = 0
         super().drain()
 
-    def _synchronize(self, transfers: Iterable[_Running]) -> None:
-        for t in transfers:
+    def _synchronize(self, batches: Iterable[_Batch]) -> None:
+        for batch in batches:
             try:
-                t.end.synchronize()
+                batch.paced.end.synchronize()
             except RuntimeError as error:  # take_finished reports it
                 logger.error("XLayerConnector: waiting for a copy failed: %s", error)
