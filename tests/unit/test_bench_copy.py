@@ -79,3 +79,9 @@ def test_offload_in_tables(offloads):
     for found in (text, made):
         assert "12.0" in found and "11.0" in found
         assert "+1.0 %" in found and "+3.0 %" in found and "52.0" in found
+
+
+def test_rows_that_the_host_tier_must_hold():
+    """As counted on the CPU platform: 15 blocks of 256 - 7 tokens, and one more in each run of 12 tokens."""
+    job = dict(requests=2, tokens=256, steps=8, rounds=1, repeats=1, prompt=128)
+    assert offload.rows_needed(job, 16) == 2 * (15 + 4) + 7

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed, after a quarter as many")
     parser.add_argument("--rounds", type=int, default=3, help="of decoding alone, beside stores and loads")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
-    parser.add_argument("--host-bytes", type=int, default=8 << 30, help="host tier")
+    parser.add_argument("--host-bytes", type=int, default=24 << 30, help="host tier, for all prompts at once")
     parser.add_argument("--json", type=Path, default=RESULTS / "offload.json", help="file to write")
 
 
@@ -89,11 +89,25 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         "row_bytes": layers * page_bytes,
     }
     if job["connector"]:
+        block = llm.llm_engine.vllm_config.cache_config.block_size
+        if (needed := rows_needed(job, block) * report["row_bytes"]) > job["host_bytes"]:
+            raise ValueError(
+                f"--host-bytes: expected at least {needed} for all prompts, got {job['host_bytes']}"
+            )
         report["link"] = _link()
         report["restore"] = restores(llm, job["prompt"] - LAST, job["repeats"])
     batch = _prompts(llm, job["requests"], job["tokens"] - LAST, seed=101)
     report["decode"] = decodes(llm, batch, job, report["row_bytes"])
     return report
+
+
+def rows_needed(job: dict[str, Any], block: int) -> int:
+    """Rows, block tokens each, of all that is stored. In a smaller tier every round stores prompts anew."""
+    decoded = 2 * (job["steps"] // 4) + job["steps"]
+    kept = (job["tokens"] - LAST) // block
+    new = (job["tokens"] - LAST + decoded) // block - kept
+    runs = 1 + 3 * job["rounds"]  # of steps(): the first computes the prompts
+    return job["requests"] * (kept + runs * new) + job["repeats"] * ((job["prompt"] - LAST) // block)
 
 
 def _link() -> float | None:
@@ -197,10 +211,10 @@ def steps(llm: Any, prompts: list[list[int]], timed: int, copies: "RowCopies | N
 
 
 class RowCopies:
-    """Copies rows without a pause, as the connector does, between memory that nobody else uses."""
+    """Copies without end between memory that nobody else uses; how much is queued, the connector says."""
 
     JOB_BYTES, JOBS = 64 << 20, 32
-    """Jobs ahead of the device: 2 GiB, which take a PCIe 5.0 link longer than two decode steps take."""
+    """Jobs that are not finished: 2 GiB, which take a PCIe 5.0 link longer than two decode steps take."""
 
     def __init__(self, load: bool, row_bytes: int, device: torch.device):
         from ..connector.transfers import make_direction
