@@ -240,7 +240,7 @@ Workspace workspace_of(const Nvfp4AttentionParams& p, int64_t requests, int64_t 
   // A part shares at most two (request, head tile) with other parts: where it begins and where it ends.
   int64_t slots = 2 * int64_t(p.parts);
   if (p.split_units > 0) {
-    const int64_t splits = ceil_div(ceil_div(max_tokens, UNIT_TOKENS), p.split_units);
+    const int64_t splits = ceil_div(ceil_div(max_tokens, SPLIT_UNIT_TOKENS), p.split_units);
     slots = requests * p.page.heads * ceil_div(rows, tile_rows) * splits;
   }
   return {slots * tile_rows * nvfp4_attention_padded_head_size(p.page.head_size), slots * tile_rows * 2};

@@ -11,8 +11,9 @@ template <class C>
 void run(Nvfp4AttentionParams p) {
   const int tiles = p.page.heads * row_tiles(p.q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
   const int64_t splits =
-      p.split_units > 0 ? ceil_div(ceil_div(p.max_blocks * p.page.block_size, UNIT_TOKENS), p.split_units)
-                        : 0;
+      p.split_units > 0
+          ? ceil_div(ceil_div(p.max_blocks * p.page.block_size, SPLIT_UNIT_TOKENS), p.split_units)
+          : 0;
   const int64_t slots = p.split_units > 0 ? p.num_requests * tiles * splits : 2 * p.parts;
   // NaN: nothing is read that was not written.
   std::vector<float> out(slots * C::TILE_ROWS * C::DP, NAN), ml(slots * C::TILE_ROWS * 2, NAN);
@@ -22,9 +23,10 @@ void run(Nvfp4AttentionParams p) {
   p.partial_ml = ml.data();
   p.schedule = schedule.data();
   simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
-    schedule_kernel(p.seq_lens, p.schedule, p.num_requests, p.q_len, p.window, tiles, p.parts, p.split_units);
+    schedule_kernel(p.seq_lens, p.schedule, p.num_requests, p.q_len, p.window, C::UNIT_TOKENS, tiles, p.parts,
+                    p.split_units);
   });
-  simt::launch({unsigned(p.parts), 1, 1}, THREADS, C::SHARED_BYTES, [&] { decode_kernel<C>(p); });
+  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] { decode_kernel<C>(p); });
   for (int64_t i = Schedule::counters(p.num_requests); i < int64_t(schedule.size()); ++i) {
     if (schedule[i] > 0) simt::fail("a counter is not 0 after the launch");  // -1: never used
   }
@@ -49,10 +51,11 @@ struct Args {
   int64_t num_requests, q_len, num_q_heads;
   const float *k_scale, *v_scale, *sinks;
   double scale, soft_cap;
-  int64_t window, swizzled, parts, split_units, late_copies;
+  int64_t window, swizzled, parts, split_units, late_copies, warps;
 };
 
-// Tile rows are chosen as launch.cu does. Returns 1 for a head size without a kernel.
+// Tile rows are chosen as launch.cu does; warps: 4, or 8 where there is such a kernel. Returns 1 for a head
+// size without a kernel.
 extern "C" int run_nvfp4_attention(const Args* a) {
   using namespace xlayer::attention;
   xlayer::Nvfp4AttentionParams p = {};
@@ -87,6 +90,14 @@ extern "C" int run_nvfp4_attention(const Args* a) {
   simt::machine().late_copies = a->late_copies != 0;
 
   const int rows = p.q_len * (p.num_q_heads / p.page.heads);
+  if (a->warps == 8) {
+    if (rows > 8) return 1;
+    switch (p.page.head_size) {
+      case 64: run<Config<64, 1, 8>>(p); return 0;
+      case 128: run<Config<128, 1, 8>>(p); return 0;
+    }
+    return 1;
+  }
   switch (p.page.head_size) {
     case 64:
       rows <= 8 ? run<Config<64, 1>>(p) : rows <= 16 ? run<Config<64, 2>>(p) : run<Config<64, 4>>(p);

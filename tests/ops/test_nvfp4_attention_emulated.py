@@ -62,6 +62,22 @@ def test_magnitudes(q_size):
     check(Case((1, 40, 200), q_size=q_size, all_scales=True))
 
 
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_eight_warps(head_size):
+    """Thread blocks that small batches get: units of 128 tokens."""
+    around = (0, 1, 16, 63, 64, 127, 128, 129, 700)
+    check(Case(around, head_size=head_size, sinks=True), warps=8)
+    check(Case((0, 3, 200, 1000), 2, window=100, head_size=head_size, block_size=64), warps=8, parts=7)
+    check(Case((300, 1300), 1, group=8, head_size=head_size, block_size=48), warps=8, late_copies=False)
+
+
+@pytest.mark.parametrize("parts", [3, 7, 8, 15, 16])
+@pytest.mark.parametrize("length", [513, 1024])
+def test_equal_lengths(length, parts):
+    """Parts become whole lines, or a line whole parts, where that is about as even."""
+    check(Case((length,) * 4, kv_heads=2, group=2), parts=parts)
+
+
 @pytest.mark.parametrize("late_copies", [True, False], ids=["late copies", "early copies"])
 @pytest.mark.parametrize("parts", [1, 2, 7, 40])
 def test_ring_and_schedule(parts, late_copies):

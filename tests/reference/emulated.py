@@ -29,6 +29,7 @@ FIELDS = [
     ("k_scale", POINTER), ("v_scale", POINTER), ("sinks", POINTER),
     ("scale", DOUBLE), ("soft_cap", DOUBLE),
     ("window", INT), ("swizzled", INT), ("parts", INT), ("split_units", INT), ("late_copies", INT),
+    ("warps", INT),
 ]  # fmt: skip
 
 
@@ -78,10 +79,11 @@ def library(name: str) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class EmulatedBatch(Batch):
-    """Runs through the CUDA kernels' own code, with as many thread blocks as `parts`."""
+    """Runs through the CUDA kernels' own code, with as many thread blocks as `parts`, of so many warps."""
 
     parts: int = 3
     late_copies: bool = True
+    warps: int = 4
 
     def launch(self, workspace: object, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         c, cache = self.case, self.pool.cache
@@ -97,6 +99,7 @@ class EmulatedBatch(Batch):
             None if self.sinks is None else self.sinks.data_ptr(),
             c.softmax_scale, c.soft_cap,
             c.window, int(c.order), self.parts, c.split_units, self.late_copies,
+            self.warps,
         )  # fmt: skip
         assert library("nvfp4_attention").run_nvfp4_attention(ctypes.byref(args)) == 0
 

@@ -48,11 +48,12 @@ __device__ __forceinline__ bool comes_last(const Nvfp4AttentionParams& p, const 
 template <class C>
 __device__ __forceinline__ void combine(const Nvfp4AttentionParams& p, const Run& run, int rows) {
   constexpr int VECTORS = C::DP <= 128 ? 1 : C::DP / 128;
+  constexpr int TOGETHER = 8 / VECTORS;  // parts read at a time: their latencies overlap
   const int lane = threadIdx.x & 31;
   const int count = run.last_part - run.first_part + 1;
   const float2* ml = reinterpret_cast<const float2*>(p.partial_ml);
 #pragma unroll 1
-  for (int row = ptx::uniform(threadIdx.x / 32); row < ptx::uniform(rows); row += WARPS) {
+  for (int row = ptx::uniform(threadIdx.x / 32); row < ptx::uniform(rows); row += C::WARPS) {
     const auto at = [&](int i) {
       return slot_of(p, run.first_part + i, i == 0 && run.starts_inside) * C::TILE_ROWS + row;
     };
@@ -75,14 +76,26 @@ __device__ __forceinline__ void combine(const Nvfp4AttentionParams& p, const Run
     for (int base = 0; base < count; base += 32) {
       const float weight = exp2f(max_and_sum(base + lane).x - top);
       const int here = min(32, count - base);
-#pragma unroll 8
-      for (int i = 0; i < here; ++i) {
-        const float w = __shfl_sync(0xFFFFFFFFu, weight, i);
-        const float* from = p.partial_out + at(base + i) * C::DP;
+#pragma unroll 1
+      for (int first = 0; first < here; first += TOGETHER) {
+        float4 y[TOGETHER][VECTORS];
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-          const float4 y = *reinterpret_cast<const float4*>(from + min(4 * lane + 128 * v, C::D - 4));
-          x[v][0] += y.x * w, x[v][1] += y.y * w, x[v][2] += y.z * w, x[v][3] += y.w * w;
+        for (int i = 0; i < TOGETHER; ++i) {  // beyond the last part: that one again, times 0
+          const float* from = p.partial_out + at(min(base + first + i, count - 1)) * C::DP;
+#pragma unroll
+          for (int v = 0; v < VECTORS; ++v) {
+            y[i][v] = *reinterpret_cast<const float4*>(from + min(4 * lane + 128 * v, C::D - 4));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+          const float shared_weight = __shfl_sync(0xFFFFFFFFu, weight, first + i);
+          const float w = first + i < here ? shared_weight : 0.0f;
+#pragma unroll
+          for (int v = 0; v < VECTORS; ++v) {
+            x[v][0] += y[i][v].x * w, x[v][1] += y[i][v].y * w;
+            x[v][2] += y[i][v].z * w, x[v][3] += y[i][v].w * w;
+          }
         }
       }
     }
@@ -102,8 +115,8 @@ __device__ __forceinline__ void store_empty_requests(const Nvfp4AttentionParams&
   constexpr int CHUNKS = C::D / 8;
   const float zeros[8] = {};
   for (int r = blockIdx.x; r < p.num_requests; r += gridDim.x) {
-    if (key_range(p.seq_lens[r], p.q_len, p.window).units > 0) continue;
-    for (int i = threadIdx.x; i < p.q_len * p.num_q_heads * CHUNKS; i += THREADS) {
+    if (key_range(p.seq_lens[r], p.q_len, p.window, C::UNIT_TOKENS).units > 0) continue;
+    for (int i = threadIdx.x; i < p.q_len * p.num_q_heads * CHUNKS; i += C::THREADS) {
       const int row = i / CHUNKS, d = i % CHUNKS * 8;
       const OutputRow to = {int64_t(r) * p.q_len + row / p.num_q_heads, row % p.num_q_heads};
       store_out(p, to, d, zeros, finish_row(p, to, EMPTY, 0.0f, d == 0));

@@ -5,8 +5,6 @@
 
 namespace xlayer::attention {
 
-constexpr int WARPS = 4;
-constexpr int THREADS = 32 * WARPS;
 constexpr int TILE = 16;             // tokens a warp works on at a time
 constexpr int ROWS = 8;              // query rows of one MMA
 constexpr float EMPTY = -1e30f;      // running maximum of no key; finite, so that exp2(x - EMPTY) has no NaN
@@ -15,9 +13,14 @@ constexpr float UNSCALE = 16384.0f;  // dequantised values are 2^-14 of what the
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
-// D: head size of the cache. NT: query rows of a head tile / 8.
-template <int D_, int NT_>
+// D: head size of the cache. NT: query rows of a head tile / 8. WARPS: of a thread block. With eight, half as
+// many blocks share the keys of a head, and half as many results are merged; with four, a block that ends its
+// part early holds up less of an SM.
+template <int D_, int NT_, int WARPS_ = 4>
 struct Config {
+  static constexpr int WARPS = WARPS_;
+  static constexpr int THREADS = 32 * WARPS;
+  static constexpr int UNIT_TOKENS = WARPS * TILE;  // see Schedule
   static constexpr int D = D_;
   static constexpr int DP = D <= 64 ? 64 : D <= 128 ? 128 : 256;  // what the fragments are cut for
   static constexpr bool EXACT = D == DP;
@@ -42,7 +45,7 @@ struct Config {
   static constexpr int SHARED_BYTES = WARPS * STAGES * STAGE_BYTES + MERGE_FLOATS * 4;
 
   // Thread blocks an SM should hold, by registers (64K) and shared memory (227 KB on sm_90).
-  static constexpr int BLOCKS = NT * DP <= 128 ? 4 : NT == 4 || D == 192 ? 2 : 3;
+  static constexpr int BLOCKS = (NT * DP <= 128 ? 4 : NT == 4 || D == 192 ? 2 : 3) * 4 / WARPS;
 
   // Which 16-byte chunk of a row chunk c is put at, so that the fragment loads meet no bank twice.
   static __device__ __forceinline__ int k_chunk(int row, int c) {

@@ -1,9 +1,8 @@
 // Attention of a few query tokens to an NVFP4 cache, one pass over the bytes.
 //
-// A thread block takes a part of the schedule (params.h): runs of 64-token units, each run of one request and
-// head tile. Its four warps take 16 tokens of a unit each and never wait for each other: every warp has its
-// own ring of stages and its own running maximum. At the end of a run the four results are merged in shared
-// memory.
+// A thread block takes a part of the schedule (params.h): runs of units, each run of one request and head
+// tile. Its warps take 16 tokens of a unit each and never wait for each other: every warp has its own ring of
+// stages and its own running maximum. At the end of a run their results are merged in shared memory.
 #pragma once
 
 #include "combine.cuh"
@@ -18,9 +17,9 @@ template <class C>
 __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, const WarpState<C>& state,
                                                 const Run& run, float* shared) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
-  float* outs = shared;                                           // [WARPS][TILE_ROWS][OUT_STRIDE]
-  float* maxima = shared + WARPS * C::TILE_ROWS * C::OUT_STRIDE;  // [WARPS][TILE_ROWS]
-  float* sums = maxima + WARPS * C::TILE_ROWS;
+  float* outs = shared;                                              // [WARPS][TILE_ROWS][OUT_STRIDE]
+  float* maxima = shared + C::WARPS * C::TILE_ROWS * C::OUT_STRIDE;  // [WARPS][TILE_ROWS]
+  float* sums = maxima + C::WARPS * C::TILE_ROWS;
   __syncthreads();  // the last run's results have been read
 #pragma unroll
   for (int n = 0; n < C::NT; ++n) {
@@ -44,14 +43,14 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
   __syncthreads();
   constexpr int CHUNKS = C::D / 8;  // of a row
   const int rows = min(p.q_len * (p.num_q_heads / p.page.heads) - run.first_row, C::TILE_ROWS);
-  for (int i = threadIdx.x; i < rows * CHUNKS; i += THREADS) {
+  for (int i = threadIdx.x; i < rows * CHUNKS; i += C::THREADS) {
     const int row = i / CHUNKS, d = i % CHUNKS * 8;
     float max = EMPTY, sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) max = fmaxf(max, maxima[w * C::TILE_ROWS + row]);
+    for (int w = 0; w < C::WARPS; ++w) max = fmaxf(max, maxima[w * C::TILE_ROWS + row]);
     float x[8] = {};
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
+    for (int w = 0; w < C::WARPS; ++w) {
       const int at = w * C::TILE_ROWS + row;
       const float weight = exp2f(maxima[at] - max);
       sum += sums[at] * weight;
@@ -78,10 +77,11 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
                                            TileLoader<C>& loader, const LaneOffsets<C>& at, float* shared) {
   const int warp = ptx::uniform(threadIdx.x / 32);
   const int seq_len = p.seq_lens[run.request];
-  const Range keys = key_range(seq_len, p.q_len, p.window);
-  const int first_tile = (keys.begin_unit + run.begin) * WARPS + warp;
-  const int last_tile = min((keys.begin_unit + run.end) * WARPS, (keys.last + TILE - 1) / TILE);
-  const int count = ptx::uniform(last_tile > first_tile ? (last_tile - first_tile + WARPS - 1) / WARPS : 0);
+  const Range keys = key_range(seq_len, p.q_len, p.window, C::UNIT_TOKENS);
+  const int first_tile = (keys.begin_unit + run.begin) * C::WARPS + warp;
+  const int last_tile = min((keys.begin_unit + run.end) * C::WARPS, (keys.last + TILE - 1) / TILE);
+  const int count =
+      ptx::uniform(last_tile > first_tile ? (last_tile - first_tile + C::WARPS - 1) / C::WARPS : 0);
   loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
 #pragma unroll
   for (int i = 0; i < C::STAGES - 1; ++i) loader.load(i, i * C::STAGE_BYTES);
@@ -100,10 +100,10 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   // on.
   const int all_see_from = p.window > 0 ? max(keys.last - p.window, 0) : 0;
   const int all_see_to = keys.last - p.q_len + 1;
-  constexpr int STEP = WARPS * TILE;
+  constexpr int STEP = C::WARPS * TILE;
   const int plain_from = ptx::uniform(max(0, (all_see_from - first_tile * TILE + STEP - 1) / STEP));
   const int plain_to = ptx::uniform(p.soft_cap == 0.0f && all_see_to / TILE > first_tile
-                                        ? (all_see_to / TILE - first_tile + WARPS - 1) / WARPS
+                                        ? (all_see_to / TILE - first_tile + C::WARPS - 1) / C::WARPS
                                         : 0);
 
   uint32_t offset = 0,
@@ -115,7 +115,7 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
     if (i >= plain_from && i < plain_to) {
       Tile<C>::attend(state, offset, at, nullptr);
     } else {
-      mask.first_token = (first_tile + i * WARPS) * TILE;
+      mask.first_token = (first_tile + i * C::WARPS) * TILE;
       Tile<C>::attend(state, offset, at, &mask);
     }
     last_offset = offset;
@@ -127,13 +127,13 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
 }
 
 template <class C>
-__global__ void __launch_bounds__(THREADS, C::BLOCKS)
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     decode_kernel(const __grid_constant__ Nvfp4AttentionParams p) {
   XLAYER_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   uint8_t* stages = shared + warp * C::STAGES * C::STAGE_BYTES;
   const uint32_t ring = ptx::shared_address(stages);
-  float* merge = reinterpret_cast<float*>(shared + WARPS * C::STAGES * C::STAGE_BYTES);
+  float* merge = reinterpret_cast<float*>(shared + C::WARPS * C::STAGES * C::STAGE_BYTES);
   if constexpr (!C::EXACT) {
     // Dimensions from D to DP stay zero: no copy goes there.
     for (int i = lane; i < C::STAGES * C::STAGE_BYTES / 16; i += 32) {
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(THREADS, C::BLOCKS)
     const int part_begin = position, part_end = min(position + chunk, total);
     int request = find_request(begins, p.num_requests, position);
     while (position < part_end) {
-      const int units = key_range(p.seq_lens[request], p.q_len, p.window).units;
+      const int units = key_range(p.seq_lens[request], p.q_len, p.window, C::UNIT_TOKENS).units;
       const int line = line_units(units, p.split_units);
       const int within = position - begins[request];
       Run run;

@@ -9,39 +9,55 @@ namespace {
 using attention::Config;
 using attention::Variant;
 
-// Of one head size, from few rows to many: the first with enough rows is taken, else the last.
-// To add a head size: a line here, and its file in inst/.
-const Variant* find(int head_size, int rows) {
+// Of one head size, from few rows to many: the first with enough rows is taken, else the last; and of two
+// that differ in warps only, the later one for few lines. To add a head size: a line here, and its file in
+// inst/.
+const Variant* find(int head_size, int rows, bool few_lines = false) {
   static const Variant variants[] = {
-      attention::variant<Config<64, 1>>(),  attention::variant<Config<64, 2>>(),
-      attention::variant<Config<64, 4>>(),  attention::variant<Config<80, 1>>(),
-      attention::variant<Config<96, 1>>(),  attention::variant<Config<112, 1>>(),
-      attention::variant<Config<128, 1>>(), attention::variant<Config<128, 2>>(),
-      attention::variant<Config<192, 1>>(), attention::variant<Config<256, 1>>(),
+      attention::variant<Config<64, 1>>(),     attention::variant<Config<64, 1, 8>>(),
+      attention::variant<Config<64, 2>>(),     attention::variant<Config<64, 4>>(),
+      attention::variant<Config<80, 1>>(),     attention::variant<Config<96, 1>>(),
+      attention::variant<Config<112, 1>>(),    attention::variant<Config<128, 1>>(),
+      attention::variant<Config<128, 1, 8>>(), attention::variant<Config<128, 2>>(),
+      attention::variant<Config<192, 1>>(),    attention::variant<Config<256, 1>>(),
   };
   const Variant* found = nullptr;
   for (const Variant& v : variants) {
     if (v.head_size != head_size) continue;
-    if (found == nullptr || found->tile_rows < rows) found = &v;
+    if (v.warps > 4 && !few_lines) continue;
+    if (found == nullptr || found->tile_rows < rows || found->tile_rows == v.tile_rows) found = &v;
   }
   return found;
 }
 
 int rows_of(const Nvfp4AttentionParams& p) { return p.q_len * (p.num_q_heads / p.page.heads); }
 
+int tiles_of(const Nvfp4AttentionParams& p, const Variant& v) {
+  return p.page.heads * int(ceil_div(rows_of(p), v.tile_rows));
+}
+
+// For this batch: the same for its schedule and its attention.
+const Variant* find(const Nvfp4AttentionParams& p) {
+  const Variant* v = find(p.page.head_size, rows_of(p));
+  // With a fixed split, a request has the same bits in any batch.
+  if (v == nullptr || p.split_units > 0) return v;
+  return find(p.page.head_size, rows_of(p),
+              int64_t(p.num_requests) * tiles_of(p, *v) <= attention::FEW_LINES);
+}
+
 }  // namespace
 
 cudaError_t launch_nvfp4_attention_schedule(const Nvfp4AttentionParams& p, cudaStream_t stream) {
-  const Variant* v = find(p.page.head_size, rows_of(p));
+  const Variant* v = find(p);
   if (v == nullptr) return cudaErrorInvalidValue;
-  const int tiles = p.page.heads * int(ceil_div(rows_of(p), v->tile_rows));
   attention::schedule_kernel<<<1, attention::SCHEDULE_THREADS, 0, stream>>>(
-      p.seq_lens, p.schedule, p.num_requests, p.q_len, p.window, tiles, p.parts, p.split_units);
+      p.seq_lens, p.schedule, p.num_requests, p.q_len, p.window, v->unit_tokens, tiles_of(p, *v),
+      v->blocks(p.parts), p.split_units);
   return cudaGetLastError();
 }
 
 cudaError_t launch_nvfp4_attention(const Nvfp4AttentionParams& p, cudaStream_t stream) {
-  const Variant* v = find(p.page.head_size, rows_of(p));
+  const Variant* v = find(p);
   return v == nullptr ? cudaErrorInvalidValue : v->launch(p, stream);
 }
 

@@ -44,7 +44,7 @@ class TileLoader {
     count_ = count;
     // Pages of 16, 32 and 64 tokens: a warp's tiles have the same place in all of them.
     const int tiles_per_page = p_.page.block_size / TILE;
-    wanders_ = WARPS % tiles_per_page != 0;
+    wanders_ = C::WARPS % tiles_per_page != 0;
     place_ = first_tile % tiles_per_page;
     const int token = kv_head * p_.page.block_size + place_ * TILE;
     const bool is_v = lane >= SCALE_LANES / 2;
@@ -98,7 +98,7 @@ class TileLoader {
     const int mine = i + int(threadIdx.x & 31);
     if (mine < count_) {
       const int tiles_per_page = p_.page.block_size / TILE;
-      const int tile = first_tile_ + mine * WARPS;
+      const int tile = first_tile_ + mine * C::WARPS;
       const int logical = tiles_per_page == 1 ? tile : tile / tiles_per_page;
       block_ = table_[max(logical, seen_from_ / tiles_per_page)];
       looked_up_place_ = tile - logical * tiles_per_page;

@@ -5,8 +5,9 @@
 
 namespace xlayer {
 
-// Split-KV schedule. A unit is UNIT_TOKENS tokens of one request and head tile; all units of a batch,
-// request by request and head tile by head tile, are one line of `total` units, cut into parts of `chunk`:
+// Split-KV schedule. A unit is 64 tokens (128 for thread blocks of eight warps) of one request and head tile;
+// all units of a batch, request by request and head tile by head tile, are one line of `total` units, cut
+// into parts of `chunk`:
 //
 //   | request 0                         | request 1      | ...
 //   | head 0        | head 1        |...| head 0 | head 1| ...
@@ -15,7 +16,7 @@ namespace xlayer {
 // A part that holds a (request, head) whole writes its output; the others write partial results, which
 // the last of them to finish merges in the order of the parts. Nothing depends on which thread block takes a
 // part.
-constexpr int UNIT_TOKENS = 64;
+constexpr int SPLIT_UNIT_TOKENS = 64;  // a fixed split is in these
 
 struct Schedule {
   // int32 [4 + R + 1 + R * T]: chunk, parts, total, 0; for each request where its units begin, and `total`;
@@ -60,7 +61,7 @@ struct Nvfp4AttentionParams {
 
   // CUDA only.
   int32_t* schedule;   // see Schedule
-  int parts;           // parts to aim for: what runs at once on the device
+  int parts;           // parts to aim for: thread blocks of four warps that run at once on the device
   int split_units;     // > 0: every (request, head) is cut into parts of so many units, whatever the batch
   float* partial_out;  // [slots][tile rows][D padded], unnormalised
   float* partial_ml;   // [slots][tile rows][2] running maximum (base 2), sum

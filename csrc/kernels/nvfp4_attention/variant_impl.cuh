@@ -13,7 +13,7 @@ cudaError_t prepare() {
 template <class C>
 cudaError_t launch(const Nvfp4AttentionParams& p, cudaStream_t stream) {
   if (const cudaError_t error = prepare<C>(); error != cudaSuccess) return error;
-  decode_kernel<C><<<p.parts, THREADS, C::SHARED_BYTES, stream>>>(p);
+  decode_kernel<C><<<variant<C>().blocks(p.parts), C::THREADS, C::SHARED_BYTES, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -21,7 +21,7 @@ template <class C>
 int blocks_per_sm() {
   int blocks = 0;
   if (prepare<C>() != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, decode_kernel<C>, THREADS, C::SHARED_BYTES) !=
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, decode_kernel<C>, C::THREADS, C::SHARED_BYTES) !=
           cudaSuccess) {
     return 0;
   }
@@ -30,7 +30,7 @@ int blocks_per_sm() {
 
 template <class C>
 Variant variant() {
-  return {C::D, C::TILE_ROWS, C::DP, launch<C>, blocks_per_sm<C>};
+  return {C::D, C::TILE_ROWS, C::DP, C::WARPS, C::UNIT_TOKENS, launch<C>, blocks_per_sm<C>};
 }
 
 }  // namespace xlayer::attention

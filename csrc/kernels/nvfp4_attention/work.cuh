@@ -5,18 +5,19 @@
 
 namespace xlayer::attention {
 
-// Keys of one request that some query sees: tokens [first, last), in units from begin_unit on.
+// Keys of one request that some query sees: tokens [first, last), in units of `unit` tokens from begin_unit
+// on.
 struct Range {
   int first, last;
   int begin_unit, units;
 };
 
-__device__ __forceinline__ Range key_range(int seq_len, int q_len, int window) {
+__device__ __forceinline__ Range key_range(int seq_len, int q_len, int window, int unit) {
   Range r;
   r.last = seq_len;
   r.first = window > 0 ? max(0, seq_len - q_len - window + 1) : 0;
-  r.begin_unit = r.first / UNIT_TOKENS;
-  r.units = seq_len > 0 ? (seq_len + UNIT_TOKENS - 1) / UNIT_TOKENS - r.begin_unit : 0;
+  r.begin_unit = r.first / unit;
+  r.units = seq_len > 0 ? (seq_len + unit - 1) / unit - r.begin_unit : 0;
   return r;
 }
 
@@ -24,6 +25,10 @@ __device__ __forceinline__ Range key_range(int seq_len, int q_len, int window) {
 __device__ __forceinline__ int line_units(int units, int split_units) {
   return split_units > 0 ? (units + split_units - 1) / split_units * split_units : units;
 }
+
+// Up to so many lines of a (request, head tile) thread blocks of eight warps are faster: most are cut into
+// many parts then.
+constexpr int FEW_LINES = 128;
 
 // Head tiles: a KV head's q_len * group query rows, TILE_ROWS at a time.
 __host__ __device__ inline int row_tiles(int q_len, int group, int tile_rows) {

@@ -20,6 +20,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -32,6 +33,10 @@
 
 using std::max;
 using std::min;
+
+// Fibers do not run at the same time.
+inline int atomicMin(int* at, int x) { return std::exchange(*at, min(*at, x)); }
+inline int atomicMax(int* at, int x) { return std::exchange(*at, max(*at, x)); }
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
