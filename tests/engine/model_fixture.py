@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PretrainedConfig
 
 VOCAB = 256
 ON_GPU = torch.cuda.is_available()
@@ -30,6 +30,11 @@ def llama_config(**overrides) -> LlamaConfig:
     return LlamaConfig(**(SHAPE | overrides))
 
 
+def gpt_oss_config() -> GptOssConfig:
+    """Attention sinks, every other layer with a sliding window; the experts are not quantised."""
+    return GptOssConfig(**SHAPE, sliding_window=24, num_local_experts=4, num_experts_per_tok=2)
+
+
 def save_random_model(config: PretrainedConfig, folder: Path) -> Path:
     """Save a float32 model with random weights whose greedy tokens hang on its attention.
 
@@ -42,6 +47,8 @@ def save_random_model(config: PretrainedConfig, folder: Path) -> Path:
     for name, weight in model.named_parameters():
         if "q_norm" in name or "k_norm" in name:
             weight.data.fill_(1.0 if "gemma" in config.model_type else 2.0)  # Gemma adds 1
+        elif name.endswith("sinks"):
+            weight.data.normal_(1.0, 2.0, generator=generator)
         elif weight.dim() == 2:
             gain = 2.0 if "q_proj" in name or "k_proj" in name else 0.1 if "embed" in name else 1.0
             weight.data.normal_(0.0, gain * weight.shape[1] ** -0.5, generator=generator)

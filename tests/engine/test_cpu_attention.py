@@ -272,7 +272,16 @@ def decode_nvfp4(page, scales):
     return decoded
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(sliding_window=20)], ids=["plain", "window"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(sliding_window=20),
+        dict(sinks=torch.linspace(-2, 2, HEADS)),
+        dict(sliding_window=20, sinks=torch.linspace(2, -2, HEADS)),
+    ],
+    ids=lambda settings: "-".join(settings) or "plain",
+)
 def test_nvfp4_mixed_batch(settings):
     """Earlier tokens come from the cache's bytes, the step's own are exact."""
     step = Step(make_impl(kv_cache_dtype="nvfp4", **settings), kv_cache_dtype="nvfp4")
@@ -286,6 +295,11 @@ def test_nvfp4_mixed_batch(settings):
             assert (cached - written).norm() <= 0.12 * written.norm()  # the format's error on Gaussian data
         keys[computed:], values[computed:] = step.keys[r][computed:], step.values[r][computed:]
         expected = expected_attention(
-            step.queries[r], keys, values, computed, window=settings.get("sliding_window")
+            step.queries[r],
+            keys,
+            values,
+            computed,
+            window=settings.get("sliding_window"),
+            sinks=settings.get("sinks"),
         )
         torch.testing.assert_close(outputs[r].double(), expected, rtol=0, atol=1e-5)

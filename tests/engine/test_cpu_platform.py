@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_fixture import (
     SHAPE,
+    gpt_oss_config,
     llama_config,
     random_prompts,
     save_random_model,
@@ -55,6 +56,7 @@ def kv_caches(llm):
             query_pre_attn_scalar=32,
             layer_types=["sliding_attention"] * 3 + ["full_attention"],
         ),
+        gpt_oss_config(),
     ],
     ids=lambda config: config.model_type,
 )
@@ -261,8 +263,13 @@ def test_nvfp4_needs_the_extension(make_llm, tiny_llama, monkeypatch):
         make_llm(tiny_llama, kv_cache_dtype="nvfp4")
 
 
-def test_nvfp4_sliding_window(make_llm, tmp_path):
-    save_random_model(MistralConfig(**SHAPE, sliding_window=24), tmp_path)
+@pytest.mark.parametrize(
+    "config",
+    [MistralConfig(**SHAPE, sliding_window=24), gpt_oss_config()],
+    ids=lambda config: config.model_type,
+)
+def test_nvfp4_sliding_window(make_llm, tmp_path, config):
+    save_random_model(config, tmp_path)
     answers = vllm_greedy(make_llm(tmp_path, kv_cache_dtype="nvfp4"), PROMPTS, NUM_TOKENS)
     expected = transformers_greedy(tmp_path, PROMPTS, NUM_TOKENS)
     assert [answer[0] for answer in answers] == [answer[0] for answer in expected]

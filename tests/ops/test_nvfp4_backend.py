@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from backend_cases import CASES, Case, check_case
+from backend_cases import CASES, Case, check_case, make_impl
 
 pytest.importorskip("vllm")
 
@@ -36,10 +36,10 @@ def torch_attend(impl):
             scores = scores.masked_fill(hidden, -math.inf)
             lses.append(scores.logsumexp(-1))
             outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vi).to(q.dtype))
-        if out is not None:
-            out.copy_(torch.cat(outs))
-            return out
-        return torch.cat(outs), torch.cat(lses, 1).float()
+        if out is None:
+            out = torch.empty_like(q)
+        out.copy_(torch.cat(outs))
+        return out, torch.cat(lses, 1).float()
 
     return attend
 
@@ -65,13 +65,7 @@ def cpu_impl(case: Case):
         def _workspace_tokens(self, config, workspace_bytes):
             return case.capacity
 
-    from vllm.config import VllmConfig, set_current_vllm_config
-
-    with set_current_vllm_config(VllmConfig()):
-        return OnCpu(
-            case.num_heads, case.head_size, case.head_size**-0.5, case.num_kv_heads,
-            sliding_window=case.window, logits_soft_cap=case.soft_cap,
-        )  # fmt: skip
+    return make_impl(OnCpu, case, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -79,14 +73,44 @@ def test_against_float64(case):
     check_case(case, cpu_impl(case), torch.device("cpu"), exact_softmax=True)
 
 
+def test_sinks_of_reloaded_weights_keep_their_address():
+    """A captured graph reads the sinks where they were when it was captured."""
+    case = Case(((20, 1), (33, 17)), decodes=1, sinks=True)
+    impl = cpu_impl(case)
+    address = impl.sinks.data_ptr()
+    impl._loaded_sinks.data.fill_(-3.0)
+    impl.process_weights_after_loading(case.dtype)
+    assert impl.sinks.data_ptr() == address
+    assert impl.sinks.tolist() == [-3.0] * case.num_heads
+
+
+def test_sink_factor():
+    """exp(lse) / (exp(lse) + exp(sink)), also where an exponential overflows or a token has no keys."""
+    from vllm_xlayer.attention.impl import sink_factor
+
+    lse = torch.tensor([[0.0, 3.0, -torch.inf], [200.0, -200.0, torch.inf]])
+    factor = sink_factor(lse, torch.tensor([1.5, 0.0]))
+    expected = [[1 / (1 + math.exp(1.5)), 1.0], [1 / (1 + math.exp(-1.5)), 0.0], [0.0, 1.0]]
+    torch.testing.assert_close(factor, torch.tensor(expected).unsqueeze(-1))
+
+
+def test_sinks_of_another_size_are_refused():
+    from vllm_xlayer.attention.impl import NVFP4Impl
+
+    with pytest.raises(ValueError, match=r"sinks: expected shape \(4,\), got \(2,\)"):
+        NVFP4Impl(4, 64, 0.125, 2, sinks=torch.zeros(2))
+
+
 def test_what_is_not_supported_is_named():
     from vllm_xlayer.attention.backend import NVFP4Backend
 
     capability = SimpleNamespace(major=9, minor=0)
     config = dict(
-        head_size=72, dtype=torch.float32, kv_cache_dtype="nvfp4", block_size=8, use_mla=True, has_sink=True,
+        head_size=72, dtype=torch.float32, kv_cache_dtype="nvfp4", block_size=8, use_mla=True, has_sink=False,
         use_sparse=False, use_mm_prefix=False, use_per_head_quant_scales=False, attn_type="decoder",
     )  # fmt: skip
     reasons = NVFP4Backend.validate_configuration(device_capability=capability, **config)
-    for said in ("head_size", "dtype", "block_size", "MLA", "sinks"):
+    for said in ("head_size", "dtype", "block_size", "MLA"):
         assert any(said in reason for reason in reasons), (said, reasons)
+    supported = config | dict(head_size=64, dtype=torch.bfloat16, block_size=16, use_mla=False, has_sink=True)
+    assert NVFP4Backend.validate_configuration(device_capability=capability, **supported) == []

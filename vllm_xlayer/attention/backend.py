@@ -74,6 +74,10 @@ class NVFP4Backend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_compute_capability(cls, capability) -> bool:
         return capability.major >= 8
 

@@ -27,8 +27,8 @@ class FlashAttention:
         self.soft_cap = soft_cap
 
     def __call__(self, piece: DevicePiece, q, k, v, out: torch.Tensor | None):
-        """q [Tq, Hq, D]; k, v [Tk, H, D]. Writes ``out`` [Tq, Hq, D], or where that is None returns
-        (output, LSE float32 [Hq, Tq] in base e)."""
+        """q [Tq, Hq, D]; k, v [Tk, H, D]. Returns (output [Tq, Hq, D], LSE float32 [Hq, Tq] in base e); the
+        output is in ``out`` if that is given. The kernels compute the LSE in any case."""
         return flash_attn_varlen_func(
             q=q, k=k, v=v, out=out,
             cu_seqlens_q=piece.cu_q, cu_seqlens_k=piece.cu_k,
@@ -37,7 +37,7 @@ class FlashAttention:
             causal=piece.piece.causal,
             window_size=self.window,
             softcap=self.soft_cap,
-            return_softmax_lse=out is None,
+            return_softmax_lse=True,
             fa_version=self.version,
         )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """NVFP4 attention on CUDA.
 
 Decode requests attend to the cache's bytes. For all others the cached tokens are dequantised into a bounded
-workspace, and FlashAttention attends to them and to the step's own tokens, which are not quantised.
+workspace, and FlashAttention attends to them and to the step's own tokens, which are not quantised. Attention
+sinks are part of the decode kernel's softmax; FlashAttention runs without them, and its result is scaled.
 """
 
 import torch
@@ -29,11 +30,16 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
+        """sinks: [Hq] floating point or None, a logit a query head that takes part in the softmax and has no
+        value. What it holds is taken in `process_weights_after_loading`."""
         if alibi_slopes is not None:
             raise NotImplementedError("--kv-cache-dtype nvfp4: expected no ALiBi slopes, got some")
         if attn_type != AttentionType.DECODER:
             raise NotImplementedError(f"--kv-cache-dtype nvfp4: expected decoder attention, got {attn_type}")
+        if sinks is not None and sinks.shape != (num_heads,):
+            raise ValueError(f"sinks: expected shape ({num_heads},), got {tuple(sinks.shape)}")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -43,6 +49,9 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self.soft_cap = logits_soft_cap or 0.0
         self.attn_type = attn_type
         self.shares_kv = kv_sharing_target_layer_name is not None
+        self._loaded_sinks = sinks
+        # NaN until the weights are loaded: whoever skips that step notices.
+        self.sinks = None if sinks is None else torch.full_like(sinks, torch.nan, dtype=torch.float32)
         self.attend, self.merge = self._kernels()
         self._partial: tuple[torch.Tensor, torch.Tensor] | None = None
         config = get_current_vllm_config()
@@ -66,6 +75,12 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
     def _workspace(self, dtype: torch.dtype) -> list[torch.Tensor]:
         shape = (self.capacity, self.num_kv_heads, self.head_size)
         return current_workspace_manager().get_simultaneous((shape, dtype), (shape, dtype))
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Converts the sinks for the kernels. vLLM calls this after each loading, outside CUDA graph capture;
+        the copy stays at the address that captured graphs read."""
+        if self.sinks is not None and self._loaded_sinks is not None:
+            self.sinks.copy_(self._loaded_sinks.detach())
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         ops.reshape_and_cache_nvfp4(
@@ -96,6 +111,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             query[: batch.num_tokens], kv_cache, batch.block_table, batch.seq_lens, batch.workspaces[window],
             layer._k_scale, layer._v_scale, output[: batch.num_tokens],
             scale=self.scale, q_len=batch.q_len, window=window, soft_cap=self.soft_cap,
+            sinks=self.sinks,
         )  # fmt: skip
 
     def _prefill(self, layer, query, key, value, kv_cache, attn_metadata: NVFP4Metadata, output) -> None:
@@ -113,14 +129,28 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
 
     def _attend(self, piece: DevicePiece, q, k, v, out) -> None:
         """Attention of one piece into ``out``; a request that is cut in pieces ends with its last one."""
-        if piece.piece.causal and not piece.piece.merge:
-            self.attend(piece, q, k, v, out=out)
-            return
-        part, lse = self.attend(piece, q, k, v, out=None)
+        is_last = piece.piece.causal
+        is_whole = is_last and not piece.piece.merge
+        part, lse = self.attend(piece, q, k, v, out if is_whole else None)
         if piece.piece.merge:
             assert self._partial is not None
             part, lse = self.merge(*self._partial, part, lse)
-        self._partial = (part, lse)
-        if piece.piece.causal:
+        self._partial = None if is_last else (part, lse)
+        if not is_last:
+            return
+        if self.sinks is not None:
+            torch.mul(part, sink_factor(lse, self.sinks), out=out)
+        elif not is_whole:
             out.copy_(part)
-            self._partial = None
+
+
+def sink_factor(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """What attention without sinks is multiplied by, float32 [T, Hq, 1].
+
+    The sum of exp(score) grows from exp(lse) to exp(lse) + exp(sink), and no value is added.
+
+    Args:
+        lse: float32 [Hq, T] in base e, of all of a token's keys. -inf, a token without keys, gives 0.
+        sinks: float32 [Hq].
+    """
+    return torch.sigmoid(lse - sinks[:, None]).T.unsqueeze(-1)
