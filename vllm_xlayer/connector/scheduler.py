@@ -4,6 +4,8 @@ A request whose load failed is computed, and does not ask the tier again: the ne
 chance to fail, and without that rule a tier that always fails would hold the request up for ever.
 """
 
+from collections.abc import Iterable
+
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
@@ -14,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.kv_offload.base import OffloadingSpec
+from vllm.v1.kv_offload.base import OffloadingSpec, OffloadKey, ReqContext
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
@@ -84,6 +86,12 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
             # Sliding windows: vLLM has left it out already.
             tokens -= max(group.tokens_per_chunk for group in self.config.kv_group_configs)
         return tokens
+
+    def _maximal_prefix_lookup(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> int | None:
+        keys = list(keys)
+        hits = self.manager.count_hits(keys)
+        rest = super()._maximal_prefix_lookup(keys[hits:], req_context)  # what is not simply there
+        return None if rest is None else hits + rest
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
