@@ -25,7 +25,7 @@ def tier(request):
     manager = HostTierManager(4, cache_policy=request.param)
     scheduler = SimpleNamespace(
         manager=manager, _jobs={}, _req_status={}, _block_id_to_pending_jobs={}, _chunks_being_loaded=set(),
-        _load_failed=set(),
+        _load_failed=set(), _touched={},
     )  # fmt: skip
     manager.prepare_store(KEYS[:2], REQUEST)
     manager.complete_store(KEYS[:2], REQUEST)

@@ -84,7 +84,8 @@ def _key_problems(
 
 
 def _leftovers(scheduler: "RowConnectorScheduler") -> Iterator[str]:
-    for name in ("_jobs", "_req_status", "_block_id_to_pending_jobs", "_chunks_being_loaded", "_load_failed"):
+    books = ("_jobs", "_req_status", "_block_id_to_pending_jobs", "_chunks_being_loaded", "_load_failed")
+    for name in (*books, "_touched"):
         if left := getattr(scheduler, name):
             yield f"{name}: expected nothing when idle, got {left}"
     if left := list(scheduler.manager.transfers()):

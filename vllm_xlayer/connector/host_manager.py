@@ -104,6 +104,21 @@ class HostTierManager(CPUOffloadingManager):
             return LookupResult.MISS
         return super().lookup(key, req_context)
 
+    def count_hits(self, keys: Iterable[OffloadKey]) -> int:
+        """How many keys from the first on `lookup` would find ready; perhaps fewer, never more.
+
+        A long prompt has thousands, and its first token waits for the answer: no call a key.
+        """
+        # With `counts`, `lookup` remembers what it was asked for.
+        if not self.serves or self._failed or self.counts is not None:
+            return 0
+        hits = 0
+        for block in map(self._policy.get, keys):
+            if block is None or block.ref_cnt < 0:
+                break
+            hits += 1
+        return hits
+
     def prepare_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext
     ) -> PrepareStoreOutput | None:
@@ -123,7 +138,7 @@ class HostTierManager(CPUOffloadingManager):
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         super().complete_load(keys, req_context)
-        lost = [key for key in keys if key in self._failed and self._forget(key)]
+        lost = [key for key in self._failed.intersection(keys) if self._forget(key)]
         if lost and self.events is not None:
             self.events.append(OffloadingEvent(keys=lost, medium=self.medium, removed=True))
 

@@ -50,6 +50,11 @@ class TieredManager(TieringOffloadingManager):
             return found if found is LookupResult.HIT else LookupResult.MISS
         return super().lookup(key, req_context, exclude_tier=exclude_tier)
 
+    def count_hits(self, keys: Iterable[OffloadKey]) -> int:
+        """As HostTierManager's: a chunk that is in host memory is asked of no other tier."""
+        self._maybe_process_finished_jobs()
+        return self.host.count_hits(keys)
+
     def is_late(self, req_context: ReqContext) -> bool:
         state = self._req_state.get(req_context.req_id)
         since = None if state is None else state.secondary_lookup_start_time

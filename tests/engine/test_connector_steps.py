@@ -1,0 +1,83 @@
+"""What the connector leaves out of a step is not missed. Runner V1, CPU reference platform."""
+
+import pytest
+from model_fixture import random_prompts, vllm_greedy
+
+from vllm_xlayer import compat
+from vllm_xlayer.connector import scheduler as connector_scheduler
+from vllm_xlayer.connector.scheduler import RowConnectorScheduler
+
+PROMPTS = random_prompts([60, 100, 16, 33, 200, 1, 47, 64])
+NUM_TOKENS = 70
+VLLMS = RowConnectorScheduler.__base__
+ROW = 2 * 2 * 2 * 16 * 32 * 4
+
+
+def start(make_llm, model, **extra):
+    """An engine with blocks for some of the requests, so that the others are preempted; prompts in parts."""
+    extra = {"cpu_bytes_to_use": 16 << 20, "offload_prompt_only": False} | extra
+    transfer = dict(kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=extra)
+    return make_llm(
+        model, kv_transfer_config=transfer, max_num_batched_tokens=64, max_model_len=320,
+        num_gpu_blocks_override=30,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """For every step: requests that vLLM looked at, and the job ids, device blocks and chunks it moved."""
+    found = []
+    real = VLLMS.build_connector_meta
+
+    def build_connector_meta(self, scheduler_output):
+        meta = real(self, scheduler_output)
+        jobs = [*meta.load_jobs.items(), *meta.store_jobs.items()]
+        moved = [(i, job.src_spec.block_ids.tolist(), job.dst_spec.block_ids.tolist()) for i, job in jobs]
+        found.append((len(scheduler_output.num_scheduled_tokens), moved, meta.jobs_to_flush))
+        return meta
+
+    monkeypatch.setattr(VLLMS, "build_connector_meta", build_connector_meta)
+    return found
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"offload_prompt_only": True}, {"blocks_per_chunk": 3}, {"cpu_bytes_to_use": 9 * ROW}],
+    ids=["all tokens", "prompts only", "chunks of three blocks", "a tier that is full"],
+)
+def test_the_same_transfers_as_if_every_request_was_looked_at(
+    make_llm, tiny_llama, monkeypatch, steps, extra
+):
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # the same keys in both engines
+    monkeypatch.setattr(connector_scheduler, "TOUCH_SECONDS", 0.0)
+
+    def run():
+        llm = start(make_llm, tiny_llama, **extra)
+        steps.clear()
+        for _ in range(2):
+            vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+        compat.current().come_to_rest(llm)
+        return list(steps)
+
+    ours = run()
+    monkeypatch.setattr(connector_scheduler, "without_idle", lambda output, has_news: output)
+    all_of_them = run()
+    assert [what for _, *what in ours] == [what for _, *what in all_of_them]
+    assert sum(bool(moved) for _, moved, _ in ours) > 10
+    assert sum(n for n, *_ in ours) < 0.6 * sum(n for n, *_ in all_of_them)
+
+
+def test_how_often_chunks_count_as_used(make_llm, tiny_llama, monkeypatch):
+    llm = start(make_llm, tiny_llama)
+    touched = []
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector.connector_scheduler
+    monkeypatch.setattr(scheduler.manager, "touch", lambda keys, req_context: touched.append(len(keys)))
+    now = [0.0]
+    monkeypatch.setattr(connector_scheduler.time, "monotonic", lambda: now[0])
+    vllm_greedy(llm, PROMPTS[:1], 165)  # stores 13 times
+    assert touched == [3]
+    monkeypatch.setattr(connector_scheduler, "TOUCH_SECONDS", 0.0)
+    vllm_greedy(llm, PROMPTS[4:5], 100)
+    assert len(touched) > 6 and touched[-1] >= 17
+    compat.current().come_to_rest(llm)
+    assert not scheduler._touched

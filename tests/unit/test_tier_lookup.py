@@ -1,0 +1,140 @@
+"""A prompt's keys are looked up at once: what vLLM finds that asks for each, and what that leaves behind."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
+from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
+from vllm.v1.kv_offload.tiering.base import JobResult
+
+from vllm_xlayer.connector.host_manager import HostTierManager
+from vllm_xlayer.connector.scheduler import RowConnectorScheduler
+from vllm_xlayer.connector.tiering import TieredManager
+
+REQUEST = ReqContext("request")
+KEYS = [OffloadKey(bytes([i]) * 8) for i in range(8)]
+
+
+class Disk:
+    """Has KEYS[5]; `done` are the jobs that ended since it was asked last."""
+
+    tier_type, done = "disk", ()
+
+    def lookup(self, key, req_context):
+        return LookupResult.HIT if key == KEYS[5] else LookupResult.MISS
+
+    def get_finished_jobs(self):
+        done, self.done = self.done, ()
+        return done
+
+    def on_new_request(self, req_context):
+        return SimpleNamespace(policy=None)
+
+    def submit_store(self, job):
+        self.job = job
+
+
+def make(kind):
+    """Eight chunks. KEYS[:5] are ready, KEYS[1] is being read, KEYS[6] is being written."""
+    host = HostTierManager(8, cache_policy=kind[:3])
+    made = TieredManager(host, Disk()) if "disk" in kind else host
+    made.on_new_request(REQUEST)
+    host.prepare_store(KEYS[:5], REQUEST)
+    host.complete_store(KEYS[:5], REQUEST)
+    host.prepare_load(KEYS[1:2], REQUEST)
+    host.prepare_store(KEYS[6:7], REQUEST)
+    return made
+
+
+@pytest.fixture(params=["lru", "arc", "lru, with a disk"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def manager(kind):
+    return make(kind)
+
+
+def connector(manager):
+    scheduler = object.__new__(RowConnectorScheduler)
+    scheduler.manager = manager
+    return scheduler
+
+
+def as_found(keys, manager):
+    return connector(manager)._maximal_prefix_lookup(keys, REQUEST)
+
+
+def one_by_one(keys, manager):
+    return OffloadingConnectorScheduler._maximal_prefix_lookup(connector(manager), keys, REQUEST)
+
+
+ASKED = {
+    "all ready": KEYS[:5],
+    "none": [],
+    "the first is missing": [KEYS[7], KEYS[0]],
+    "then missing": [*KEYS[:3], KEYS[7], KEYS[3]],
+    "then written, then ready": [*KEYS[:3], KEYS[6], KEYS[3]],
+    "then perhaps on the disk": [KEYS[0], KEYS[5], KEYS[1]],
+}
+
+
+@pytest.mark.parametrize("failed", [[], KEYS[2:3], KEYS[6:7]], ids=["", "a load failed", "a store failed"])
+@pytest.mark.parametrize("keys", ASKED.values(), ids=ASKED)
+def test_what_is_found(kind, keys, failed):
+    ours, reference = make(kind), make(kind)
+    for manager in (ours, reference):
+        manager.fail(failed)
+    assert as_found(keys, ours) == one_by_one(keys, reference)
+    # What was on the disk is on its way.
+    assert [*ours.host.chunks()] == [*reference.host.chunks()]
+    assert [*ours.transfers()] == [*reference.transfers()]
+
+
+def test_expected_numbers(manager):
+    assert as_found(KEYS[:5], manager) == 5
+    assert as_found([*KEYS[:3], KEYS[7], KEYS[3]], manager) == 3
+    assert as_found([*KEYS[:3], KEYS[6]], manager) is None  # being written: asked again later
+    manager.turn_off("for this test")
+    assert as_found(KEYS[:5], manager) == 0
+
+
+def test_nothing_is_found_before_the_memory_may_be_used():
+    manager = HostTierManager(8, workers_to_wait_for=1)
+    manager.ready(1)
+    manager.prepare_store(KEYS[:5], REQUEST)
+    manager.complete_store(KEYS[:5], REQUEST)
+    manager.waits_for = 1
+    assert as_found(KEYS[:5], manager) == 0
+    manager.ready(1)
+    assert as_found(KEYS[:5], manager) == 5
+
+
+def test_ready_keys_are_not_asked_for_one_by_one(manager, monkeypatch):
+    asked = []
+    monkeypatch.setattr(manager, "lookup", lambda key, req_context: asked.append(key) or LookupResult.MISS)
+    assert as_found([*KEYS[:5], KEYS[7]], manager) == 5
+    assert asked == [KEYS[7]]
+
+
+def test_what_a_threshold_counts():
+    """A chunk is stored when it was asked for twice: each question counts."""
+    manager = HostTierManager(8, store_threshold=2)
+    for _ in range(2):
+        as_found(KEYS[:1], manager)
+    assert manager.prepare_store(KEYS[:1], REQUEST).keys_to_store == KEYS[:1]
+    manager.complete_store(KEYS[:1], REQUEST)
+    as_found(KEYS[:1], manager)
+    assert manager.counts[KEYS[0]] == 3
+
+
+def test_the_disks_finished_jobs_are_seen():
+    manager = make("lru, with a disk")
+    job = manager.create_store_job([KEYS[0]], REQUEST)
+    manager.disk.done = [JobResult(job.job_id, True)]
+    assert as_found(KEYS[:1], manager) == 1
+    assert not list(manager.transfers())

@@ -1,0 +1,43 @@
+"""Leaves out of a step the requests of which the connector's scheduler side has nothing to learn.
+
+vLLM 0.26 goes through every request in every step, and each time past all hashes of its tokens. A decoding
+request has news in few steps: a block, or a chunk to store.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from vllm.v1.core.sched.output import SchedulerOutput
+
+
+def without_idle(output: SchedulerOutput, has_news: Callable[[str, int], bool]) -> SchedulerOutput:
+    """The step without the requests that were running before, get no block and have no news.
+
+    It is for the connector only: the tokens of those that stay are not in it.
+
+    Args:
+        has_news: of a request's id and its tokens in this step.
+    """
+    cached, scheduled = output.scheduled_cached_reqs, output.num_scheduled_tokens
+    kept = [
+        i
+        for i, (request, blocks) in enumerate(zip(cached.req_ids, cached.new_block_ids, strict=True))
+        if blocks is not None or request in cached.resumed_req_ids or has_news(request, scheduled[request])
+    ]
+    if len(kept) == len(cached.req_ids):
+        return output
+    stay = replace(
+        cached,
+        req_ids=[cached.req_ids[i] for i in kept],
+        new_token_ids=[],
+        all_token_ids={},
+        new_block_ids=[cached.new_block_ids[i] for i in kept],
+        num_computed_tokens=[cached.num_computed_tokens[i] for i in kept],
+        num_output_tokens=[cached.num_output_tokens[i] for i in kept],
+    )
+    gone = set(cached.req_ids).difference(stay.req_ids)
+    return replace(
+        output,
+        scheduled_cached_reqs=stay,
+        num_scheduled_tokens={request: n for request, n in scheduled.items() if request not in gone},
+    )
