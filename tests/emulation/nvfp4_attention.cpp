@@ -54,7 +54,7 @@ struct Args {
   int64_t window, swizzled, parts, split_units, late_copies, warps;
 };
 
-// Tile rows are chosen as launch.cu does; warps: 4, or 8 where there is such a kernel. Returns 1 for a head
+// Tile rows are chosen as launch.cu does; warps: 4, or 16 where there is such a kernel. Returns 1 for a head
 // size without a kernel.
 extern "C" int run_nvfp4_attention(const Args* a) {
   using namespace xlayer::attention;
@@ -90,11 +90,11 @@ extern "C" int run_nvfp4_attention(const Args* a) {
   simt::machine().late_copies = a->late_copies != 0;
 
   const int rows = p.q_len * (p.num_q_heads / p.page.heads);
-  if (a->warps == 8) {
+  if (a->warps == 16) {
     if (rows > 8) return 1;
     switch (p.page.head_size) {
-      case 64: run<Config<64, 1, 8>>(p); return 0;
-      case 128: run<Config<128, 1, 8>>(p); return 0;
+      case 64: run<Config<64, 1, 16>>(p); return 0;
+      case 128: run<Config<128, 1, 16>>(p); return 0;
     }
     return 1;
   }

@@ -44,7 +44,7 @@ def always(method):
 @pytest.mark.parametrize("method", list(CopyMethod))
 def test_a_store_and_a_load_in_many_batches(monkeypatch, method):
     """A store reads what the stream of the model writes before it, and is not finished before that."""
-    monkeypatch.setattr(transfers, "BATCH_BYTES", 10 * 4608)
+    monkeypatch.setattr(transfers, "BATCH_BYTES", dict.fromkeys(Way, 10 * 4608))
     monkeypatch.setattr(transfers, "times_here", lambda device: always(method))
     used, real = [], transfers.ops.copy_blocks
 

@@ -63,12 +63,12 @@ def test_magnitudes(q_size):
 
 
 @pytest.mark.parametrize("head_size", [64, 128])
-def test_eight_warps(head_size):
-    """Thread blocks that small batches get: units of 128 tokens."""
-    around = (0, 1, 16, 63, 64, 127, 128, 129, 700)
-    check(Case(around, head_size=head_size, sinks=True), warps=8)
-    check(Case((0, 3, 200, 1000), 2, window=100, head_size=head_size, block_size=64), warps=8, parts=7)
-    check(Case((300, 1300), 1, group=8, head_size=head_size, block_size=48), warps=8, late_copies=False)
+def test_sixteen_warps(head_size):
+    """Thread blocks that small batches get: units of 256 tokens."""
+    around = (0, 1, 16, 255, 256, 257, 700)
+    check(Case(around, head_size=head_size, sinks=True), warps=16)
+    check(Case((0, 3, 200, 1000), 2, window=100, head_size=head_size, block_size=64), warps=16, parts=7)
+    check(Case((300, 1300), 1, group=8, head_size=head_size, block_size=48), warps=16, late_copies=False)
 
 
 @pytest.mark.parametrize("parts", [3, 7, 8, 15, 16])

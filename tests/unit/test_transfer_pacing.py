@@ -22,7 +22,7 @@ GPU = torch.device("cuda", 0)
 def device(monkeypatch):
     made = Device()
     monkeypatch.setattr(pacing, "cuda", made.as_cuda())
-    monkeypatch.setattr(transfers, "BATCH_BYTES", PER_BATCH * ROW)
+    monkeypatch.setattr(transfers, "BATCH_BYTES", dict.fromkeys(Way, PER_BATCH * ROW))
     monkeypatch.setattr(transfers, "LEAST_QUEUED", 40 * PER_BATCH * ROW)
     monkeypatch.setattr(transfers, "times_here", lambda device: None)
     monkeypatch.setattr(transfers.time, "perf_counter", lambda: made.clock * 1e-3)
@@ -163,7 +163,7 @@ def test_stores_of_a_step_share_batches(device, monkeypatch):
 @pytest.mark.parametrize("batch_bytes", [1, ROW - 1, ROW, 2 * ROW - 1, 10 * ROW + 5])
 @pytest.mark.parametrize("rows", [0, 1, 9, 10, 11, 101])
 def test_batches_are_bounded_and_full(device, direction, monkeypatch, batch_bytes, rows):
-    monkeypatch.setattr(transfers, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(transfers, "BATCH_BYTES", dict.fromkeys(Way, batch_bytes))
     ids = submit(direction, [rows])
     assert [r.transfer_size for r in finish(device, direction)] == [rows * ROW]
     assert torch.equal(direction.dst[ids], direction.src[ids])

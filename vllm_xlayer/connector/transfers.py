@@ -24,9 +24,10 @@ from .pacing import Chain, Paced
 
 logger = init_logger(__name__)
 
-BATCH_BYTES = 4 << 20
-"""Of one submission: a small copy of vLLM's waits for a few of these (pacing.py), each less than a tenth of a
-millisecond over PCIe 5.0. Much smaller ones would cost the step loop more calls than the link takes time."""
+BATCH_BYTES = {Way.H2D: 32 << 20, Way.D2H: 8 << 20}
+"""Of one submission. A copy of vLLM's own waits for up to three of these (pacing.py). To the host there is
+one in every step, the sampled tokens; to the device hardly any: CUDA sends a few KB along with the command.
+And a request waits for a load, and the step loop for its submission: large batches are fewer calls."""
 STORE_SHARE = 0.25
 """Of the time between two steps: what stores may have queued on the link. A load is waited for, a store is
 not, and a step should wait neither for its copies nor for their submission."""
@@ -184,7 +185,7 @@ class StreamDirection(HostDirection):
 
     def _send_batch(self) -> None:
         parts, src, dst = [], [], []
-        room = max(1, BATCH_BYTES // self._row_bytes)
+        room = max(1, BATCH_BYTES[self._way] // self._row_bytes)
         while self._unsent and room:
             job = self._unsent[0]
             these = slice(job.sent, job.sent + room)

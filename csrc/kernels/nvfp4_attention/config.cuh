@@ -13,9 +13,9 @@ constexpr float UNSCALE = 16384.0f;  // dequantised values are 2^-14 of what the
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
-// D: head size of the cache. NT: query rows of a head tile / 8. WARPS: of a thread block. With eight, half as
-// many blocks share the keys of a head, and half as many results are merged; with four, a block that ends its
-// part early holds up less of an SM.
+// D: head size of the cache. NT: query rows of a head tile / 8. WARPS: of a thread block. Blocks of sixteen
+// fill an SM each: a fourth as many share the keys of a head, and a fourth as many results are merged. With
+// four, a block that begins or ends a run holds up only a fourth of an SM.
 template <int D_, int NT_, int WARPS_ = 4>
 struct Config {
   static constexpr int WARPS = WARPS_;

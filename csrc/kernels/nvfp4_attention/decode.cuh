@@ -41,30 +41,28 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
     }
   }
   __syncthreads();
-  constexpr int CHUNKS = C::D / 8;  // of a row
+  constexpr int CHUNKS = C::D / 4;  // of a row
   const int rows = min(p.q_len * (p.num_q_heads / p.page.heads) - run.first_row, C::TILE_ROWS);
   for (int i = threadIdx.x; i < rows * CHUNKS; i += C::THREADS) {
-    const int row = i / CHUNKS, d = i % CHUNKS * 8;
+    const int row = i / CHUNKS, d = i % CHUNKS * 4;
     float max = EMPTY, sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < C::WARPS; ++w) max = fmaxf(max, maxima[w * C::TILE_ROWS + row]);
-    float x[8] = {};
+    float x[4] = {};
 #pragma unroll
     for (int w = 0; w < C::WARPS; ++w) {
       const int at = w * C::TILE_ROWS + row;
       const float weight = exp2f(maxima[at] - max);
       sum += sums[at] * weight;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) x[j] += outs[at * C::OUT_STRIDE + d + j] * weight;
+      const float4 y = *reinterpret_cast<const float4*>(outs + at * C::OUT_STRIDE + d);
+      x[0] += y.x * weight, x[1] += y.y * weight, x[2] += y.z * weight, x[3] += y.w * weight;
     }
     if (run.whole()) {
       const OutputRow to = output_row(p, run.request, run.kv_head, run.first_row + row);
       store_out(p, to, d, x, finish_row(p, to, max, sum, d == 0));
     } else {
       const int64_t at = run.slot * C::TILE_ROWS + row;
-      float4* out = reinterpret_cast<float4*>(p.partial_out + at * C::DP + d);
-      out[0] = make_float4(x[0], x[1], x[2], x[3]);
-      out[1] = make_float4(x[4], x[5], x[6], x[7]);
+      *reinterpret_cast<float4*>(p.partial_out + at * C::DP + d) = make_float4(x[0], x[1], x[2], x[3]);
       if (d == 0) reinterpret_cast<float2*>(p.partial_ml)[at] = make_float2(max, sum);
     }
   }

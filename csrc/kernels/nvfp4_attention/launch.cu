@@ -9,25 +9,39 @@ namespace {
 using attention::Config;
 using attention::Variant;
 
-// Of one head size, from few rows to many: the first with enough rows is taken, else the last; and of two
-// that differ in warps only, the later one for few lines. To add a head size: a line here, and its file in
-// inst/.
-const Variant* find(int head_size, int rows, bool few_lines = false) {
+// Of one head size, from few rows to many: the first with enough rows is taken, else the last. To add a head
+// size: a line here, and its file in inst/.
+const Variant* find(int head_size, int rows) {
   static const Variant variants[] = {
-      attention::variant<Config<64, 1>>(),     attention::variant<Config<64, 1, 8>>(),
-      attention::variant<Config<64, 2>>(),     attention::variant<Config<64, 4>>(),
-      attention::variant<Config<80, 1>>(),     attention::variant<Config<96, 1>>(),
-      attention::variant<Config<112, 1>>(),    attention::variant<Config<128, 1>>(),
-      attention::variant<Config<128, 1, 8>>(), attention::variant<Config<128, 2>>(),
-      attention::variant<Config<192, 1>>(),    attention::variant<Config<256, 1>>(),
+      attention::variant<Config<64, 1>>(),  attention::variant<Config<64, 2>>(),
+      attention::variant<Config<64, 4>>(),  attention::variant<Config<80, 1>>(),
+      attention::variant<Config<96, 1>>(),  attention::variant<Config<112, 1>>(),
+      attention::variant<Config<128, 1>>(), attention::variant<Config<128, 2>>(),
+      attention::variant<Config<192, 1>>(), attention::variant<Config<256, 1>>(),
   };
   const Variant* found = nullptr;
   for (const Variant& v : variants) {
     if (v.head_size != head_size) continue;
-    if (v.warps > 4 && !few_lines) continue;
-    if (found == nullptr || found->tile_rows < rows || found->tile_rows == v.tile_rows) found = &v;
+    if (found == nullptr || found->tile_rows < rows) found = &v;
   }
   return found;
+}
+
+// The same with thread blocks that fill an SM, if there is one and the current device has room for it.
+const Variant* find_large(const Variant& small) {
+  static const Variant variants[] = {
+      attention::variant<Config<64, 1, 16>>(),
+      attention::variant<Config<128, 1, 16>>(),
+  };
+  int device = 0, room = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    return nullptr;
+  }
+  for (const Variant& v : variants) {
+    if (v.head_size == small.head_size && v.tile_rows == small.tile_rows && v.shared_bytes <= room) return &v;
+  }
+  return nullptr;
 }
 
 int rows_of(const Nvfp4AttentionParams& p) { return p.q_len * (p.num_q_heads / p.page.heads); }
@@ -41,8 +55,10 @@ const Variant* find(const Nvfp4AttentionParams& p) {
   const Variant* v = find(p.page.head_size, rows_of(p));
   // With a fixed split, a request has the same bits in any batch.
   if (v == nullptr || p.split_units > 0) return v;
-  return find(p.page.head_size, rows_of(p),
-              int64_t(p.num_requests) * tiles_of(p, *v) <= attention::FEW_LINES);
+  const Variant* large = find_large(*v);
+  // As long as no large block has two lines to work on, one after the other.
+  const bool few = large != nullptr && int64_t(p.num_requests) * tiles_of(p, *v) <= large->blocks(p.parts);
+  return few ? large : v;
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 namespace xlayer {
 
-// Split-KV schedule. A unit is 64 tokens (128 for thread blocks of eight warps) of one request and head tile;
+// Split-KV schedule. A unit is 64 tokens (256 for thread blocks of 16 warps) of one request and head tile;
 // all units of a batch, request by request and head tile by head tile, are one line of `total` units, cut
 // into parts of `chunk`:
 //

@@ -6,7 +6,7 @@
 namespace xlayer::attention {
 
 constexpr int SCHEDULE_THREADS = 256;
-constexpr int MIN_CHUNK = 2;  // units: below, merging costs more than it spreads
+constexpr int MIN_TOKENS = 128;  // of a part: below, merging costs more than it spreads
 
 // Where all lines are equally long: a somewhat larger chunk of which each is so many lines, or so many make a
 // line. Then no part begins or ends in the middle of a line for nothing: beginning one and merging it costs
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    int chunk = split_units > 0 ? split_units : max((total + parts - 1) / parts, MIN_CHUNK);
+    int chunk = split_units > 0 ? split_units : max((total + parts - 1) / parts, max(MIN_TOKENS / unit, 1));
     if (split_units == 0 && shortest == longest) chunk = whole_lines(chunk, longest);
     begins[requests] = total;
     schedule[Schedule::CHUNK] = chunk;

@@ -26,10 +26,6 @@ __device__ __forceinline__ int line_units(int units, int split_units) {
   return split_units > 0 ? (units + split_units - 1) / split_units * split_units : units;
 }
 
-// Up to so many lines of a (request, head tile) thread blocks of eight warps are faster: most are cut into
-// many parts then.
-constexpr int FEW_LINES = 128;
-
 // Head tiles: a KV head's q_len * group query rows, TILE_ROWS at a time.
 __host__ __device__ inline int row_tiles(int q_len, int group, int tile_rows) {
   return (q_len * group + tile_rows - 1) / tile_rows;
