@@ -34,6 +34,8 @@ PIECES = 1024
 """Of a measured copy, at most: at 4 KiB a copy engine takes more than a microsecond for each."""
 ON_DEVICE = 32 << 20
 REPEATS = 3
+NOISE = 0.05
+"""Of a long copy's time: a short copy that takes less than this less says nothing of what a piece takes."""
 
 
 @functools.cache
@@ -102,7 +104,7 @@ def _sample(src: torch.Tensor, dst: torch.Tensor, size: int, method: CopyMethod)
 
     short, long = seconds(few), seconds(many)
     # Where noise has the last word, all of it goes to the pieces.
-    each = (long - short) / (many - few) if long > short else long / many
+    each = (long - short) / (many - few) if long - short > NOISE * long else long / many
     return Sample(size, max(0.0, long - each * many), each)
 
 
