@@ -4,7 +4,6 @@ All are started once more at the end: a first start on a machine reads files tha
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bounds import SHAPE, Bound
-from .engines import CACHES, SHAPES, Engine, EngineFailed, prompts, write_model
+from .engines import CACHES, SHAPES, Engine, goes_on, prompts, write_model
 from .record import RESULTS, write
 
 DECODES = ((64, 8192), (1, 16384))
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     caches: dict[str, Any] = {}
     results = {"shape": args.shape, "steps": STEPS, "caches": caches}
-    failed = []
+    failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-engine-") as folder:
         model = write_model(Path(folder), args.shape)
         for again in (False, True):
@@ -52,16 +51,11 @@ def run(args: argparse.Namespace) -> int:
                 if cache in failed:
                     continue
                 print(f"{cache}: starting{' again' if again else ''}", flush=True)
-                try:
-                    with Engine(model, cache, **settings) as engine:
-                        if again:
-                            caches[cache]["start_again_seconds"] = engine.about["start_seconds"]
-                        else:
-                            caches[cache] = measure(engine, decodes)
-                except EngineFailed as error:
-                    print(f"{cache}: {error}, see above", file=sys.stderr)
-                    failed.append(cache)
-                    continue
+                with goes_on(cache, failed), Engine(model, cache, **settings) as engine:
+                    if again:
+                        caches[cache]["start_again_seconds"] = engine.about["start_seconds"]
+                    else:
+                        caches[cache] = measure(engine, decodes)
                 # What is measured is kept, whatever happens to the next engine.
                 write(args.json, results)
     if caches:

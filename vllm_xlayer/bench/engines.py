@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -43,6 +44,16 @@ Prompt = list[int]
 
 class EngineFailed(RuntimeError):
     """The engine's process ended; it said why on stderr."""
+
+
+@contextlib.contextmanager
+def goes_on(cache: str, failed: list[str]) -> Iterator[None]:
+    """Around work with one cache's engine: if that fails, says so and notes it, and the others go on."""
+    try:
+        yield
+    except EngineFailed as error:
+        print(f"{cache}: {error}, see above", file=sys.stderr)
+        failed.append(cache)
 
 
 def write_model(folder: Path, shape: str, layers: int | None = None) -> Path:

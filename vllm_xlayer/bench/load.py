@@ -6,7 +6,6 @@ What a step does once (sampling, the last matrix, scheduling) weighs more here t
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from rich.table import Table
 
 from ..nvfp4 import content_bytes
 from .bounds import SHAPE
-from .engines import CACHES, SHAPES, Engine, EngineFailed, prompts, write_model
+from .engines import CACHES, SHAPES, Engine, goes_on, prompts, write_model
 from .record import RESULTS, write
 
-LAYERS = 8
+LAYERS = 4
 REQUESTS, TOKENS = 352, 8192
 """2.9 million tokens."""
 OUTPUT = 64
@@ -49,18 +48,13 @@ def run(args: argparse.Namespace) -> int:
         "shape": args.shape, "layers": layers, "of_layers": shape["num_hidden_layers"],
         "requests": requests, "tokens": tokens, "output": OUTPUT, "kv_bytes": memory, "caches": caches,
     }  # fmt: skip
-    failed = []
+    failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-load-") as folder:
         model = write_model(Path(folder), args.shape, layers)
         for cache in args.caches:
             print(f"{cache}: starting", flush=True)
-            try:
-                with Engine(model, cache, **settings) as engine:
-                    caches[cache] = measure(engine, requests, tokens)
-            except EngineFailed as error:
-                print(f"{cache}: {error}, see above", file=sys.stderr)
-                failed.append(cache)
-                continue
+            with goes_on(cache, failed), Engine(model, cache, **settings) as engine:
+                caches[cache] = measure(engine, requests, tokens)
             # What is measured is kept, whatever happens to the next engine.
             write(args.json, results)
     if caches:

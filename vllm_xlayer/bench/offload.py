@@ -1,6 +1,7 @@
 """The host tier in vLLM's engine: first tokens of restored prompts, and decode steps beside copies."""
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -223,7 +224,9 @@ class RowCopies:
         pool = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, device=device)
         host = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._direction = make_direction(host, pool, device) if load else make_direction(pool, host, device)
-        self._rows, self._running = rows, 0
+        # Drawn before: the engine's process should have nothing to do but submit.
+        self._ids = itertools.cycle([[torch.randperm(2 * rows)[:rows] for _ in "12"] for _ in range(8)])
+        self._running = 0
         self._ahead = self.JOBS if device.type == "cuda" else 1  # on the CPU a job is done at once
         self.bytes = 0
         """Copied so far."""
@@ -235,8 +238,7 @@ class RowCopies:
             self.bytes += result.transfer_size or 0
             self._running -= 1
         while self._running < self._ahead:
-            src_ids, dst_ids = (torch.randperm(2 * self._rows)[: self._rows] for _ in "12")
-            self._direction.submit(self._running, src_ids, dst_ids)
+            self._direction.submit(self._running, *next(self._ids))
             self._running += 1
 
     def stop(self) -> None:

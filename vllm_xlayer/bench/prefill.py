@@ -7,7 +7,6 @@ clock does not look like a difference. Only the one that is timed computes.
 import argparse
 import contextlib
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bounds import SHAPE, Bound
-from .engines import CACHES, SHAPES, Engine, EngineFailed, prompts, write_model
+from .engines import CACHES, SHAPES, Engine, goes_on, prompts, write_model
 from .record import RESULTS, write
 
 BATCH = (64, 8192)
@@ -48,34 +47,28 @@ def run(args: argparse.Namespace) -> int:
         "shape": args.shape, "requests": batch[0], "tokens": batch[1], "long": long, "caches": caches,
     }  # fmt: skip
     engines: dict[str, Engine] = {}
-    failed = []
+    failed: list[str] = []
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-xlayer-prefill-"))
         model = write_model(Path(folder), args.shape)
         for cache in args.caches:
             print(f"{cache}: starting", flush=True)
-            try:
-                engines[cache] = stack.enter_context(Engine(model, cache, **settings))
-            except EngineFailed as error:
-                print(f"{cache}: {error}, see above", file=sys.stderr)
-                failed.append(cache)
-                continue
-            caches[cache] = {
-                "runner": engines[cache].about["runner"],
-                "batch_seconds": [], "half_seconds": [], "cached_seconds": [],
-            }  # fmt: skip
-            warm_up(engines[cache], batch[1], long)
+            with goes_on(cache, failed):
+                engine = stack.enter_context(Engine(model, cache, **settings))
+                warm_up(engine, batch[1], long)
+                engines[cache] = engine
+                caches[cache] = {
+                    "runner": engine.about["runner"],
+                    "batch_seconds": [], "half_seconds": [], "cached_seconds": [],
+                }  # fmt: skip
         for number in range(args.rounds):
             for cache in list(engines)[:: 1 if number % 2 == 0 else -1]:
-                try:
+                with goes_on(cache, failed):
                     measure(engines[cache], caches[cache], number, batch, long, args.prompts)
-                except EngineFailed as error:
-                    print(f"{cache}: {error}, see above", file=sys.stderr)
-                    failed.append(cache)
+                    seconds = caches[cache]["batch_seconds"][-1]
+                    print(f"round {number + 1} of {args.rounds}, {cache}: {seconds:.2f} s", flush=True)
+                if cache in failed:
                     del engines[cache], caches[cache]
-                    continue
-                seconds = caches[cache]["batch_seconds"][-1]
-                print(f"round {number + 1} of {args.rounds}, {cache}: {seconds:.2f} s", flush=True)
             if caches:
                 write(args.json, results)
     if caches:
