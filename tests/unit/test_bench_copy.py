@@ -1,13 +1,14 @@
-"""What is shown of `bench copy` and `bench offload`, from made-up results."""
+"""What is shown of `bench copy`, `bench pacing` and `bench offload`, from made-up results."""
 
 import json
 
 import pytest
 from rich.console import Console
 
-from vllm_xlayer.bench import copy, markdown, offload, plot
+from vllm_xlayer.bench import copy, markdown, offload, pacing, plot
 from vllm_xlayer.bench.copy_peers import TITLES
 from vllm_xlayer.bench.record import provenance
+from vllm_xlayer.connector.copy_choice import Way
 
 
 @pytest.fixture
@@ -85,3 +86,18 @@ def test_rows_that_the_host_tier_must_hold():
     """As counted on the CPU platform: 15 blocks of 256 - 7 tokens, and one more in each run of 12 tokens."""
     job = dict(requests=2, tokens=256, steps=8, rounds=1, repeats=1, prompt=128)
     assert offload.rows_needed(job, 16) == 2 * (15 + 4) + 7
+
+
+def test_pacing_in_tables():
+    """603 MB in 11.2 ms, and the batch size that transfers use is marked, where it is paced."""
+    waits = {kind: {"mean": 1.5e-3, "most": 2e-3, "tries": 3} for kind in list(pacing.SMALL)[:2]}
+    line = {"submit_seconds": 1.3e-3, "copy_seconds": 11.2e-3, "waits": waits}
+    lines = [{"batch_bytes": mib << 20, "how": how, **line} for mib in (8, 32) for how in pacing.HOW]
+    results = dict(
+        row_bytes=589824, rows=1023, link={"H2D": 55e9}, batch_bytes={"H2D": 32 << 20}, ways={"H2D": lines}
+    )
+    console = Console(width=100, record=True)
+    console.print(pacing._table(Way.H2D, results))
+    text = console.export_text()
+    assert "…" not in text and "53.9" in text and text.count(" * ") == 1 and text.count(" - ") == 4
+    assert next(line for line in text.splitlines() if " * " in line).split()[1:5] == ["32", "*", "│", "paced"]

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import capacity, copy, decode, engine, faults, load, offload, prefill, suite, write
+from . import capacity, copy, decode, engine, faults, load, offload, pacing, prefill, suite, write
 
 QUESTIONS = {
     "capacity": capacity,
@@ -13,6 +13,7 @@ QUESTIONS = {
     "faults": faults,
     "load": load,
     "offload": offload,
+    "pacing": pacing,
     "prefill": prefill,
     "suite": suite,
     "write": write,
