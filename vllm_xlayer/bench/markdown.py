@@ -51,19 +51,27 @@ def demo_table(results: dict[str, Any]) -> str:
     return f"{_table(head, lines)}\n\n{_about(about, about['runner'])}"
 
 
-def gain(decode: dict[str, Any], offload: dict[str, Any], capacity: dict[str, Any]) -> str:
+def gain(
+    decode: dict[str, Any], engine: dict[str, Any], offload: dict[str, Any], capacity: dict[str, Any]
+) -> str:
     """The first screen: what a user of a Hopper GPU gains."""
     shape = decode["shapes"][0]
     us = {name: f"{seconds * 1e6:.0f}" for name, seconds in shape["seconds"].items()}
     times = shape["seconds"]["fa3_fp8"] / shape["seconds"]["nvfp4"]
-    step = statistics.median(offload["engines"]["without"]["decode"]["alone"]["seconds"])
+    ours, fp8 = (engine["caches"][cache]["decodes"][0] for cache in ("nvfp4", "fp8"))
+    faster = fp8["step_seconds"] / ours["step_seconds"]
+    first = {kind: _ms(statistics.median(offload["engines"]["with"]["restore"][kind]), 0)
+             for kind in ("cold", "restored")}  # fmt: skip
     return (
         f"- **{capacity['capacity_ratio']:.2f} times the tokens of bf16** in the same memory "
         f"({capacity['shape']} shape, as vLLM counts them).\n"
         f"- **Decode attention {times:.1f} times as fast as with fp8 KV**: one layer, {shape['name']}: "
         f"{us['nvfp4']} us; FlashAttention-3 {us['fa3_fp8']} us with fp8, {us['fa3_bf16']} us with bf16.\n"
-        f"- **In vLLM's engine**, a decode step of {offload['requests']} x {offload['tokens']} takes "
-        f"{_ms(step, 1)} ms ({offload['shape']} shape).\n\n"
+        f"- **In vLLM's engine {faster:.1f} times the tokens a second**: a decode step of "
+        f"{ours['requests']} x {ours['tokens']} takes {_ms(ours['step_seconds'], 1)} ms, with fp8 "
+        f"{_ms(fp8['step_seconds'], 1)} ms ({engine['shape']} shape).\n"
+        f"- **Prompts come back instead of being computed**: the first token after {offload['prompt']:,} "
+        f"tokens in host memory takes {first['restored']} ms, {first['cold']} ms if they are computed.\n\n"
         f"{decode['hardware']}; how it was measured, and where it is not faster: [Measured](#measured)."
     )
 

@@ -24,7 +24,10 @@ COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown.COPY_PNG)
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), markdown.demo_table),
-    "gain": (("h200-decode.json", "h200-offload.json", "h200-capacity.json"), markdown.gain),
+    "gain": (
+        ("h200-decode.json", "h200-engine.json", "h200-offload.json", "h200-capacity.json"),
+        markdown.gain,
+    ),
     "short": (("h200-decode.json",), markdown.short_decode_table),
     "decode": (("h200-decode.json",), markdown.decode_table),
     "engine": (("h200-engine.json",), markdown.engine_table),
