@@ -9,8 +9,7 @@ constexpr int SCHEDULE_THREADS = 256;
 constexpr int MIN_TOKENS = 128;  // of a part: below, merging costs more than it spreads
 
 // Where all lines are equally long: a somewhat larger chunk of which each is so many lines, or so many make a
-// line. Then no part begins or ends in the middle of a line for nothing: beginning one and merging it costs
-// as much as three units.
+// line. Then no part begins or ends in the middle of a line for nothing: what that costs is in NOTES.md.
 __device__ __forceinline__ int whole_lines(int chunk, int line) {
   const int parts_of_line = max(line / chunk, 1);
   const int whole =
