@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..nvfp4 import content_bytes
 from .bounds import SHAPE
-from .engines import CACHES, SHAPES, Engine, goes_on, prompts, write_model
+from .engines import CACHES, SHAPES, WARM_STEPS, Engine, goes_on, prompts, write_model
 from .record import RESULTS, write
 
 LAYERS = 4
@@ -23,7 +23,10 @@ REQUESTS, TOKENS = 352, 8192
 """2.9 million tokens."""
 OUTPUT = 64
 """Tokens every request is answered with."""
-STEPS = 32
+STEPS = 128
+"""Decode steps timed, of as many requests as fit."""
+LONGEST = max(OUTPUT, 1 + WARM_STEPS + STEPS)
+"""Tokens that a request is answered with at most."""
 SPARE = 1.02
 """Memory for so many times what the requests take as NVFP4."""
 
@@ -41,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     layers = min(LAYERS, shape["num_hidden_layers"])
     requests, tokens = max(1, REQUESTS // args.scale), TOKENS // args.scale
     token_bytes = layers * shape["num_key_value_heads"] * content_bytes(shape["head_dim"])
-    memory = int(SPARE * requests * (tokens + OUTPUT) * token_bytes)
-    settings = dict(max_model_len=tokens + 2 * OUTPUT, max_num_seqs=requests, kv_cache_memory_bytes=memory)
+    memory = int(SPARE * requests * (tokens + LONGEST) * token_bytes)
+    settings = dict(max_model_len=tokens + LONGEST, max_num_seqs=requests, kv_cache_memory_bytes=memory)
     caches: dict[str, Any] = {}
     results = {
         "shape": args.shape, "layers": layers, "of_layers": shape["num_hidden_layers"],
@@ -76,7 +79,7 @@ def measure(engine: Engine, requests: int, tokens: int) -> dict[str, Any]:
         report[turn] = {"seconds": answer.seconds, "cached": sum(answer.cached)}
         print(f"  {turn}: {answer.seconds:.1f} s", flush=True)
     # The last ones: the cache forgets what was not used for longest.
-    fit = min(requests, engine.about["capacity"] // (tokens + OUTPUT))
+    fit = min(requests, engine.about["capacity"] // (tokens + LONGEST))
     report["fit"] = fit
     report["step_seconds"] = engine.step_seconds(asked[-fit:], STEPS)
     return report
