@@ -35,6 +35,15 @@ void run(Nvfp4AttentionParams p) {
 }  // namespace
 }  // namespace xlayer::attention
 
+// The schedule alone, for one query token, no window and no fixed split.
+extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, int64_t requests, int64_t unit,
+                                   int64_t head_tiles, int64_t parts, int32_t* schedule) {
+  using namespace xlayer::attention;
+  simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
+    schedule_kernel(seq_lens, schedule, int(requests), 1, 0, int(unit), int(head_tiles), int(parts), 0);
+  });
+}
+
 // All of eight bytes, so that Python can mirror it: tests/reference/emulated.py.
 struct Args {
   const void* q;

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from reference.attention_cases import Case, check_batch, make_batch
-from reference.emulated import emulated, why_not
+from reference.emulated import emulated, schedule_of, why_not
 
 from vllm_xlayer.nvfp4 import ScaleOrder
 
@@ -76,6 +76,24 @@ def test_sixteen_warps(head_size):
 def test_equal_lengths(length, parts):
     """Parts become whole lines, or a line whole parts, where that is about as even."""
     check(Case((length,) * 4, kv_heads=2, group=2), parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "unit", "expected"),
+    [
+        ([8192] * 64, 64, (128, 512)),  # 528 parts of 125 units would cut 500 of 512 lines
+        ([1024] * 256, 64, (64, 512)),  # four whole lines each
+        ([8192] * 16, 256, (32, 128)),  # sixteen warps: a line each
+        ([65536], 256, (16, 128)),  # a sixteenth of a line each
+        ([8192] * 63 + [8000], 64, (125, 525)),  # not all alike
+        ([8192] * 58, 64, (113, 526)),  # a whole line would be an eighth more
+        ([100] * 4, 64, (2, 32)),  # no part below 128 tokens
+    ],
+    ids=str,
+)
+def test_parts_of_equal_lengths_are_whole_lines(lengths, unit, expected):
+    """For eight KV heads on 132 multiprocessors: (units of a part, parts)."""
+    assert schedule_of(lengths, 8, 528 if unit == 64 else 132, unit) == expected
 
 
 @pytest.mark.parametrize("late_copies", [True, False], ids=["late copies", "early copies"])

@@ -104,6 +104,19 @@ class EmulatedBatch(Batch):
         assert library("nvfp4_attention").run_nvfp4_attention(ctypes.byref(args)) == 0
 
 
+def schedule_of(lengths: list[int], heads: int, parts: int, unit: int) -> tuple[int, int]:
+    """(units of a part, parts) of a batch with so many KV heads, as the schedule kernel cuts it.
+
+    parts: to aim for. unit: tokens.
+    """
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    schedule = torch.empty(5 + len(lengths) * (1 + heads), dtype=torch.int32)
+    run = library("nvfp4_attention").run_nvfp4_schedule
+    run.argtypes = [POINTER, INT, INT, INT, INT, POINTER]
+    run(seq_lens.data_ptr(), len(lengths), unit, heads, parts, schedule.data_ptr())
+    return int(schedule[0]), int(schedule[1])
+
+
 def emulated(batch: Batch, **how: object) -> EmulatedBatch:
     return EmulatedBatch(**vars(batch), **how)  # type: ignore[arg-type]
 

@@ -70,8 +70,9 @@ def gain(
         f"- **In vLLM's engine {faster:.1f} times the tokens a second**: a decode step of "
         f"{ours['requests']} x {ours['tokens']} takes {_ms(ours['step_seconds'], 1)} ms, with fp8 "
         f"{_ms(fp8['step_seconds'], 1)} ms ({engine['shape']} shape).\n"
-        f"- **Prompts come back instead of being computed**: the first token after {offload['prompt']:,} "
-        f"tokens in host memory takes {first['restored']} ms, {first['cold']} ms if they are computed.\n\n"
+        f"- **Prompts come back instead of being computed**: just short of {offload['prompt']:,} tokens "
+        f"in host memory, the first token takes {first['restored']} ms, {first['cold']} ms if they are "
+        "computed.\n\n"
         f"{decode['hardware']}; how it was measured, and where it is not faster: [Measured](#measured)."
     )
 

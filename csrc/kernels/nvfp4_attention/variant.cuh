@@ -9,7 +9,7 @@ namespace xlayer::attention {
 
 struct Variant {
   int head_size, tile_rows, padded_head_size, warps, unit_tokens, shared_bytes;
-  // Thread blocks for a schedule, of so many warps.
+  // Thread blocks of this one that run at once where `parts` blocks of four warps do.
   int blocks(int parts) const { return parts * 4 / warps > 0 ? parts * 4 / warps : 1; }
   cudaError_t (*launch)(const Nvfp4AttentionParams&, cudaStream_t);
   int (*blocks_per_sm)();
