@@ -1,6 +1,11 @@
-"""The GPU tests' outcome as a results file: ``pytest -m gpu`` run once, counted file by file."""
+"""The GPU tests' outcome as a results file: ``pytest -m gpu`` run once, counted file by file.
+
+With ``--sanitizer`` under NVIDIA's compute-sanitizer, which makes an access or a race that it finds an error.
+"""
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,26 +16,43 @@ from pathlib import Path
 from .record import RESULTS, write
 
 TESTS = Path(__file__).parents[2] / "tests"
+SANITIZER = "compute-sanitizer"
+FOUND = 86
+"""Exit code of a run in which the sanitizer found something."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mark", default="gpu", help="pytest -m (default: gpu)")
+    parser.add_argument("-k", dest="select", help="pytest -k: the tests whose names match")
+    parser.add_argument("--sanitizer", choices=["memcheck", "racecheck"], help="tool of compute-sanitizer")
     parser.add_argument("--json", type=Path, default=RESULTS / "suite.json", help="file to write")
     parser.add_argument("paths", nargs="*", default=["ops", "gpu"], help="below tests/ (default: ops gpu)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the tests in the source tree; returns pytest's exit code."""
+    """Runs the tests in the source tree; returns pytest's exit code, or FOUND."""
+    if args.sanitizer and not shutil.which(SANITIZER):
+        print(f"suite: --sanitizer expected {SANITIZER} on PATH (CUDA toolkit), found none", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-suite-") as folder:
         report = Path(folder) / "report.xml"
         paths = [str(TESTS / path) for path in args.paths]
         command = [sys.executable, "-m", "pytest", "-q", "-m", args.mark, f"--junitxml={report}", *paths]
-        code = subprocess.run(command, cwd=TESTS.parent, check=False).returncode
+        if args.select:
+            command += ["-k", args.select]
+        environment = dict(os.environ)
+        if args.sanitizer:
+            options = ["--tool", args.sanitizer, "--error-exitcode", str(FOUND), "--target-processes", "all"]
+            command = [SANITIZER, *options, *command]
+            # Every tensor an allocation of its own: what lies beside it is not another tensor's.
+            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        code = subprocess.run(command, cwd=TESTS.parent, env=environment, check=False).returncode
         if not report.exists():
             print(f"suite: pytest ended with {code} and left no report", file=sys.stderr)
             return code or 1
         files, seconds = outcomes(report)
-    write(args.json, {"mark": args.mark, "exit_code": code, "seconds": seconds, "files": files})
+    asked = {"mark": args.mark, "select": args.select, "sanitizer": args.sanitizer}
+    write(args.json, {**asked, "exit_code": code, "seconds": seconds, "files": files})
     return code
 
 
