@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_xlayer.connector import copy_measure, transfers
+from vllm_xlayer.connector import copy_measure, early_loads, transfers
 from vllm_xlayer.connector.copy_choice import CopyTimes, Sample, Way
 from vllm_xlayer.ops import CopyMethod
 
@@ -104,3 +104,25 @@ def test_a_small_copy_gets_in_between(monkeypatch, way):
     direction.wait([1])
     all_of_it = begin.elapsed_time(direction._running[-1].paced.end)
     assert begin.elapsed_time(end) < all_of_it / 4
+
+
+def test_a_load_that_is_reported_before_it_ends(monkeypatch):
+    """What the current stream does after the report sees all rows, though the last ones arrive later."""
+    monkeypatch.setattr(transfers, "times_here", lambda device: None)
+    host = torch.randint(0, 256, (1024, 589824), dtype=torch.uint8).pin_memory()
+    pool = torch.zeros(host.shape, dtype=torch.uint8, device=GPU)
+    load = early_loads.EarlyLoads(host, pool, GPU)
+    ids = torch.randperm(1024)
+    early = 0
+    for job in range(5):
+        pool.zero_()
+        load.submit(job, ids, ids)
+        while not (results := load.take_finished()):
+            pass
+        early += not load._running[-1].paced.end.query() if load._running else 0
+        seen = pool.sum(dim=1, dtype=torch.int64)
+        assert [(r.job_id, r.success, r.transfer_size) for r in results] == [(job, True, host.nbytes)]
+        assert torch.equal(seen.cpu(), host.sum(dim=1, dtype=torch.int64))
+        load.wait([job])
+        assert load.take_finished() == [] and not load._running
+    assert early

@@ -26,6 +26,7 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from . import pinning, transfers
 from .disk_format import TierIdentity
 from .disk_tier import DiskTier
+from .early_loads import EarlyLoads
 from .host_manager import HostTierManager
 from .host_memory import GIB, HostShape, scheduler_memory, worker_memory
 from .identity import NoIdentity
@@ -119,7 +120,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             )
         except MemoryError as error:
             return NoTierWorker(str(error))
-        return RowOffloadingWorker(pool, host, self.blocks_per_chunk, pins)
+        return RowOffloadingWorker(pool, host, self.blocks_per_chunk, pins, early_loads=self._disk is None)
 
 
 def _pool_of(kv_caches: CanonicalKVCaches) -> torch.Tensor:
@@ -140,16 +141,23 @@ class RowOffloadingWorker(OffloadingWorker):
         host: uint8 [num_chunks * blocks_per_chunk, row_bytes].
         blocks_per_chunk: Blocks that the manager treats as one.
         pins: pins the host memory, started and closed with this; None if it need not be.
+        early_loads: Whether nothing but transfers of this worker writes to the host memory (early_loads.py).
     """
 
     def __init__(
-        self, pool: torch.Tensor, host: torch.Tensor, blocks_per_chunk: int, pins: Pinning | None = None
+        self,
+        pool: torch.Tensor,
+        host: torch.Tensor,
+        blocks_per_chunk: int,
+        pins: Pinning | None = None,
+        early_loads: bool = False,
     ):
         self.blocks_per_chunk = blocks_per_chunk
         self.host = host
         self._pins = pins
         self._store = transfers.make_direction(pool, host, pool.device)
-        self._load = transfers.make_direction(host, pool, pool.device)
+        early = early_loads and pool.is_cuda
+        self._load = (EarlyLoads if early else transfers.make_direction)(host, pool, pool.device)
         if pins is not None:
             pins.start()
 

@@ -44,6 +44,17 @@ class Paced:
             milliseconds = min(milliseconds, self.before.elapsed_time(self.end))
         return milliseconds * 1e-3
 
+    def let_current_stream_follow(self) -> None:
+        """Lets what is put on the current stream from now on run after this batch and all before it.
+
+        Raises:
+            RuntimeError: an earlier call failed on the device.
+        """
+        stream = cuda.current_stream()
+        stream.wait_event(self.end)
+        if self.before is not None:  # this batch came after the one two before it, and may overtake that one
+            stream.wait_event(self.before)
+
 
 class Chain:
     """Streams that take turns."""

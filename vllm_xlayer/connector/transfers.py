@@ -112,7 +112,9 @@ def kernel_can(rows: torch.Tensor) -> bool:
 
 
 @dataclass(eq=False)
-class _Job:
+class Job:
+    """A transfer on streams."""
+
     job_id: int
     src_ids: torch.Tensor
     dst_ids: torch.Tensor
@@ -125,7 +127,7 @@ class _Job:
 
 @dataclass
 class _Batch:
-    parts: list[tuple[_Job, int]]
+    parts: list[tuple[Job, int]]
     """Jobs, and how many of their rows."""
     rows: int
     paced: Paced
@@ -144,7 +146,7 @@ class StreamDirection(HostDirection):
         self._times = times_here(device)
         self._row_bytes = src.shape[1]
         self._chain = Chain(device)
-        self._unsent: deque[_Job] = deque()
+        self._unsent: deque[Job] = deque()
         self._running: deque[_Batch] = deque()
         self._rows_running = 0
         self._bytes_copied, self._seconds_copying = 0, 0.0
@@ -158,7 +160,7 @@ class StreamDirection(HostDirection):
         except RuntimeError as error:
             self.fail(job_id, error)
             return
-        self._unsent.append(_Job(job_id, src_ids, dst_ids))
+        self._unsent.append(Job(job_id, src_ids, dst_ids))
         if self._way is Way.H2D:
             self._send_all_but(0)
 
@@ -236,14 +238,14 @@ class StreamDirection(HostDirection):
     def _forget_first(self) -> None:
         self._rows_running -= self._running.popleft().rows
 
-    def _book(self, job: _Job, rows: int, seconds: float) -> None:
+    def _book(self, job: Job, rows: int, seconds: float) -> None:
         job.done += rows
         job.seconds += seconds
         total = len(job.src_ids)
         if job.done == total:  # never, if one of its batches failed
             self._done.append(TransferResult(job.job_id, True, total * self._row_bytes, job.seconds))
 
-    def _give_up(self, parts: list[tuple[_Job, int]], error: Exception) -> None:
+    def _give_up(self, parts: list[tuple[Job, int]], error: Exception) -> None:
         # Their other batches, and a part of this one, may be running, and their blocks are given away once we
         # say "failed".
         try:

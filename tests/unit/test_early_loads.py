@@ -1,0 +1,123 @@
+"""Loads that are reported before they end, on streams that only the test moves (fake_streams)."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from test_transfer_pacing import PER_BATCH, POOL, ROW, device, submit  # noqa: F401
+
+from vllm_xlayer.connector import early_loads, transfers
+from vllm_xlayer.connector.copy_choice import Way
+
+GPU = torch.device("cuda", 0)
+LEFT = 3
+"""Batches that may be left when a load is reported: the fake device needs a millisecond for each."""
+
+
+@pytest.fixture
+def load(device, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Way, "of", lambda src, dst: Way.H2D)
+    monkeypatch.setattr(early_loads, "EARLY_SECONDS", LEFT * 1e-3)
+    src = torch.randint(0, 256, (POOL, ROW), dtype=torch.uint8)
+    return early_loads.EarlyLoads(src, torch.zeros_like(src), GPU)
+
+
+def test_reported_when_little_is_left(device, load):  # noqa: F811
+    submit(load, [10 * PER_BATCH])
+    for _ in range(10 - LEFT):
+        assert load.take_finished() == []
+        device.run_a_copy()
+    (result,) = load.take_finished()
+    assert result.success and result.transfer_size == 10 * PER_BATCH * ROW
+    assert result.transfer_time == pytest.approx(10e-3)  # seven batches took seven
+    for _ in range(LEFT):
+        assert device.runnable()
+        device.run_a_copy()
+        assert load.take_finished() == []
+    assert not load._running and not load._told and not load._rows_running
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_load_once_and_the_model_sees_all_of_it(device, load, seed):  # noqa: F811
+    """After every report the model's stream gets a kernel that looks at the load's rows."""
+    pick, seen = random.Random(seed), {}
+    sizes = [1, 50, 7, 0, 8, 1, 100, 300]
+    ids = submit(load, sizes).split(sizes)
+
+    def look(job):
+        seen[job] = torch.equal(load.dst[ids[job]], load.src[ids[job]])
+
+    def ask():
+        for result in load.take_finished():
+            assert result.success and result.transfer_size == sizes[result.job_id] * ROW
+            assert result.job_id not in reported
+            reported.append(result.job_id)
+            with device.use(device.model):
+                device.put("kernel", lambda job=result.job_id: look(job))
+
+    reported, early = [], 0
+    ask()
+    while runnable := device.runnable() + device.runnable("kernel"):
+        device.run(pick.choice(runnable))
+        ask()
+        early += len(reported) > len(seen) and bool(device.runnable())
+    assert sorted(reported) == list(range(len(sizes)))
+    assert seen == dict.fromkeys(range(len(sizes)), True)
+    assert early  # else this test is about nothing
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_host_rows_are_overwritten_after_they_are_read(device, load, monkeypatch, seed):  # noqa: F811
+    """A store to the rows of a load that was reported, as when they are given to another prompt."""
+    pick = random.Random(seed)
+    expected = load.src.clone()
+    monkeypatch.setattr(Way, "of", lambda src, dst: Way.D2H)
+    store = transfers.StreamDirection(torch.full_like(load.src, 7), load.src, GPU)
+    ids = submit(load, [10 * PER_BATCH])
+    while not load.take_finished():
+        device.run(pick.choice(device.runnable()))
+    assert device.runnable()
+    store.submit(99, ids, ids)
+    store.take_finished()
+    while runnable := device.runnable():
+        device.run(pick.choice(runnable))
+        store.take_finished()
+    assert torch.equal(load.dst[ids], expected[ids]) and bool((load.src[ids] == 7).all())
+
+
+def test_not_before_anything_is_known(device, load):  # noqa: F811
+    """A load of two batches: what one takes is not known before the first has ended."""
+    submit(load, [2 * PER_BATCH])
+    assert load.take_finished() == []
+    device.run_a_copy()
+    assert [r.job_id for r in load.take_finished()] == [0]
+
+
+def test_what_is_refused_is_not_reported_as_done(device, load):  # noqa: F811
+    device.refuse = lambda number: number == 2
+    submit(load, [3 * PER_BATCH])
+    results = load.take_finished()
+    while device.runnable():
+        device.run_a_copy()
+        results += load.take_finished()
+    assert [r.success for r in results] == [False]
+
+
+def test_a_device_that_breaks_after_the_report(device, load):  # noqa: F811
+    submit(load, [10 * PER_BATCH])
+    while not load.take_finished():
+        device.run_a_copy()
+    device.broken = True
+    with pytest.raises(RuntimeError, match="after it was reported"):
+        load.take_finished()
+
+
+def test_draining_forgets_what_was_reported(device, load):  # noqa: F811
+    submit(load, [10 * PER_BATCH])
+    while not load.take_finished():
+        device.run_a_copy()
+    load.drain()
+    assert not device.runnable() and not load._told and load.take_finished() == []

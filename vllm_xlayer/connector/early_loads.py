@@ -1,0 +1,80 @@
+"""Loads to the device that are reported shortly before they end.
+
+What follows a load, the scheduler's accounts, the next step's schedule and its launch, takes the host as long
+as several batches take the link. So a load whose rest the link will have copied in that time is reported
+early, and the stream on which the model runs waits for its last batch. All that uses its blocks is ordered
+after it by that: the model, copies to the host, which follow that stream, and loads into the same blocks once
+they are someone else's. Host memory is given away as early: only for tiers whose host memory nothing but
+such copies writes, so not with a disk tier, whose threads do.
+"""
+
+from collections import Counter
+
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import TransferResult
+
+from .transfers import Job, StreamDirection
+
+logger = init_logger(__name__)
+
+EARLY_SECONDS = 2e-3
+"""Of copying that may be left. A step launched meanwhile waits for so long at most, and only once a load."""
+
+
+class EarlyLoads(StreamDirection):
+    """Takes what StreamDirection takes; host to device."""
+
+    _told: set[int]
+    """Jobs that were reported and still run."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._told = set()
+
+    def take_finished(self) -> list[TransferResult]:
+        """What finished since the last call, or is about to.
+
+        Raises:
+            RuntimeError: a load failed after it was reported. A step may have computed with what was not
+                there; the device lost a copy that it had accepted and does nothing more after that.
+        """
+        results = []
+        for result in super().take_finished():
+            if result.job_id not in self._told:
+                results.append(result)
+                continue
+            self._told.remove(result.job_id)
+            if not result.success:
+                raise RuntimeError(
+                    "XLayerConnector: a load that the device had accepted failed after it was reported; "
+                    "the engine must stop, as an answer could be wrong"
+                )
+        return results + self._about_to_end()
+
+    def drain(self) -> None:
+        super().drain()
+        self._told.clear()
+
+    def _about_to_end(self) -> list[TransferResult]:
+        results: list[TransferResult] = []
+        ahead = Counter[Job]()
+        left = EARLY_SECONDS * self._bytes_copied / self._seconds_copying if self._seconds_copying else 0
+        for batch in self._running:
+            left -= batch.rows * self._row_bytes
+            if left < 0:
+                break
+            for job, rows in batch.parts:
+                ahead[job] += rows
+                total = len(job.src_ids)
+                # Not before its first batch has ended: how long it takes is known from that.
+                if not job.done or job.done + ahead[job] < total or job.job_id in self._told:
+                    continue
+                try:
+                    batch.paced.let_current_stream_follow()
+                except RuntimeError as error:  # it is reported when it ends, or has failed
+                    logger.error("XLayerConnector: the device does not answer: %s", error)
+                    return results
+                self._told.add(job.job_id)
+                seconds = job.seconds * total / job.done
+                results.append(TransferResult(job.job_id, True, total * self._row_bytes, seconds))
+        return results
