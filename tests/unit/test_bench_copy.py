@@ -88,6 +88,12 @@ def test_rows_that_the_host_tier_must_hold():
     assert offload.rows_needed(job, 16) == 2 * (15 + 4) + 7
 
 
+def test_bytes_copied_until_a_moment():
+    samples = [(1.0, 0), (2.0, 100), (3.0, 300)]
+    expected = {0.5: 0, 1.0: 0, 2.0: 100, 2.9: 100, 9.0: 300}
+    assert {when: offload.copied_until(samples, when) for when in expected} == expected
+
+
 def test_pacing_in_tables():
     """603 MB in 11.2 ms, and the batch size that transfers use is marked, where it is paced."""
     waits = {kind: {"mean": 1.5e-3, "most": 2e-3, "tries": 3} for kind in list(pacing.SMALL)[:2]}

@@ -1,13 +1,13 @@
 """The host tier in vLLM's engine: first tokens of restored prompts, and decode steps beside copies."""
 
 import argparse
-import itertools
+import bisect
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -15,11 +15,12 @@ from rich.table import Table
 
 from .engines import SHAPES, run_engine, write_model
 from .record import RESULTS, write
+from .tier_worker import TierState
 from .timing import link_rate
 
+WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
 LAST = 7
 """A prompt is so many tokens short of whole blocks: vLLM computes a whole prompt's last block in any case."""
-CPU = torch.device("cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         for which, connector in (("with", True), ("without", False)):
             print(f"engine {which} XLayerConnector: starting", flush=True)
-            result = run_engine(f"{__name__}:engine", {**job, "connector": connector}, folder, core_here=True)
+            result = run_engine(f"{__name__}:engine", {**job, "connector": connector}, folder)
             if result is None:
                 print(f"the engine {which} XLayerConnector failed, see above", file=sys.stderr)
                 return 1
@@ -62,10 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def engine(job: dict[str, Any]) -> dict[str, Any]:
-    """One engine, in its own process."""
+    """One engine; its core is in a process of its own, as vLLM's default is."""
     from vllm import LLM
-
-    from .. import compat
 
     settings: dict[str, Any] = {}
     if job["connector"]:
@@ -76,6 +75,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
                 "cpu_bytes_to_use": job["host_bytes"], "offload_prompt_only": False,
             },
         }  # fmt: skip
+        settings["worker_extension_cls"] = WORKER
     started = time.perf_counter()
     llm = LLM(
         job["model"], load_format="dummy", skip_tokenizer_init=True, kv_cache_dtype=job["dtype"],
@@ -83,13 +83,12 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         gpu_memory_utilization=job["utilization"],
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, **settings,
     )  # fmt: skip
-    layers, page_bytes, *_ = compat.current().cache_geometry(llm)
     report: dict[str, Any] = {
         "runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1",
         "start_seconds": time.perf_counter() - started,
-        "row_bytes": layers * page_bytes,
     }
     if job["connector"]:
+        report["row_bytes"] = tier(llm)["row_bytes"]
         block = llm.llm_engine.vllm_config.cache_config.block_size
         if (needed := rows_needed(job, block) * report["row_bytes"]) > job["host_bytes"]:
             raise ValueError(
@@ -98,8 +97,33 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         report["link"] = _link()
         report["restore"] = restores(llm, job["prompt"] - LAST, job["repeats"])
     batch = _prompts(llm, job["requests"], job["tokens"] - LAST, seed=101)
-    report["decode"] = decodes(llm, batch, job, report["row_bytes"])
+    report["decode"] = decodes(llm, batch, job)
+    llm.llm_engine.engine_core.shutdown()
     return report
+
+
+def tier(llm: Any) -> TierState:
+    """The tier as the worker sees it."""
+    (state,) = llm.collective_rpc("tier_state")
+    if state["problem"]:
+        raise RuntimeError(f"expected a host tier, got none: {state['problem']}")
+    return cast(TierState, state)
+
+
+def come_to_rest(llm: Any, seconds: float = 60.0) -> None:
+    """Returns when the tier is ready and no row has moved for a while.
+
+    Raises:
+        TimeoutError: after so many seconds.
+    """
+    deadline, seen, same = time.monotonic() + seconds, None, 0
+    while same < 10:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"expected a tier at rest within {seconds} s, got {seen}")
+        time.sleep(0.02)
+        state = tier(llm)
+        same = same + 1 if state["ready"] and state == seen else 0
+        seen = state
 
 
 def rows_needed(job: dict[str, Any], block: int) -> int:
@@ -128,8 +152,6 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
     """Seconds to the first token: prompts that are new, on the device, and in the host tier only."""
     from vllm import SamplingParams, TokensPrompt
 
-    from .. import compat
-
     one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
 
     def first_tokens() -> list[float]:
@@ -140,52 +162,54 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
             times.append(time.perf_counter() - begin)
         return times
 
-    compat.current().come_to_rest(llm)  # the host tier is pinned
+    come_to_rest(llm)  # the host tier is pinned
     prompts = _prompts(llm, repeats, tokens, seed=0)
     report: dict[str, Any] = {"cold": first_tokens()}
-    compat.current().come_to_rest(llm)
+    come_to_rest(llm)
     report["cached"] = first_tokens()
-    before = compat.current().rows_loaded()
-    compat.current().empty_device_cache(llm)
+    come_to_rest(llm)
+    before = tier(llm)["loaded"]
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("the device's prefix cache could not be emptied")
     report["restored"] = first_tokens()
-    report["rows_restored"] = compat.current().rows_loaded() - before
+    report["rows_restored"] = tier(llm)["loaded"] - before
     return report
 
 
-def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any], row_bytes: int) -> dict[str, Any]:
+def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a decode step, the batch's prompts on the device: alone, and beside copies of rows.
 
     With the connector, "alone" is with what it stores itself: the blocks that decoding fills.
     """
-    from .. import compat
-
-    steps(llm, prompts, job["steps"], None)  # computes the prompts
-    beside: dict[str, RowCopies | None] = {"alone": None}
-    if job["connector"]:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
-        beside |= {name: RowCopies(name == "loads", row_bytes, device) for name in ("stores", "loads")}
+    steps(llm, prompts, job["steps"], job["connector"], "alone")  # computes the prompts
+    beside = ("alone", "stores", "loads") if job["connector"] else ("alone",)
     report: dict[str, Any] = {name: {"seconds": [], "copied_per_second": []} for name in beside}
-    before = compat.current().rows_stored() if job["connector"] else 0
+    before = tier(llm)["stored"] if job["connector"] else 0
     for number in range(job["rounds"]):
-        for name, copies in beside.items():
+        for kind, name in enumerate(beside):
             # Another last token each time: what is decoded after it is new to the tier.
-            last = number * len(beside) + list(beside).index(name) + 1
-            seconds, rate = steps(llm, [[*p[:-1], last] for p in prompts], job["steps"], copies)
+            last = number * len(beside) + kind + 1
+            batch = [[*p[:-1], last] for p in prompts]
+            seconds, rate = steps(llm, batch, job["steps"], job["connector"], name)
             report[name]["seconds"].append(seconds)
             report[name]["copied_per_second"].append(rate)
-    compat.current().come_to_rest(llm)
     if job["connector"]:
-        report["rows_stored"] = compat.current().rows_stored() - before
+        come_to_rest(llm)
+        report["rows_stored"] = tier(llm)["stored"] - before
     return report
 
 
-def steps(llm: Any, prompts: list[list[int]], timed: int, copies: "RowCopies | None") -> tuple[float, float]:
+def steps(
+    llm: Any, prompts: list[list[int]], timed: int, connector: bool, beside: str
+) -> tuple[float, float]:
     """(seconds of a decode step, bytes copied a second meanwhile)."""
     from vllm import SamplingParams
 
-    from .. import compat
-
-    compat.current().come_to_rest(llm)
+    if connector:
+        come_to_rest(llm)
+    copying = beside != "alone"
+    if copying:
+        llm.collective_rpc("begin_copies", args=(beside == "loads",))
     engine, warm = llm.llm_engine, timed // 4
     sampling = SamplingParams(max_tokens=2 * warm + timed, temperature=0.0, ignore_eos=True, detokenize=False)
     for n, prompt in enumerate(prompts):
@@ -195,55 +219,24 @@ def steps(llm: Any, prompts: list[list[int]], timed: int, copies: "RowCopies | N
     def run_to(count: int) -> float:
         """Steps until every request has so many tokens; the time then."""
         while len(done) < len(prompts) or min(done.values()) < count:
-            if copies is not None:
-                copies.go_on()
             for output in engine.step():
                 done[output.request_id] = len(output.outputs[0].token_ids)
-        return time.perf_counter()
+        return time.monotonic()
 
     begin = run_to(warm)
-    before = 0 if copies is None else copies.bytes
     end = run_to(warm + timed)
-    moved = 0 if copies is None else copies.bytes - before
-    if copies is not None:
-        copies.stop()
     run_to(2 * warm + timed)
-    return (end - begin) / timed, moved / (end - begin)
+    rate = 0.0
+    if copying:
+        (samples,) = llm.collective_rpc("end_copies")
+        rate = (copied_until(samples, end) - copied_until(samples, begin)) / (end - begin)
+    return (end - begin) / timed, rate
 
 
-class RowCopies:
-    """Copies without end between memory that nobody else uses; how much is queued, the connector says."""
-
-    JOB_BYTES, JOBS = 64 << 20, 32
-    """Jobs that are not finished: 2 GiB, which take a PCIe 5.0 link longer than two decode steps take."""
-
-    def __init__(self, load: bool, row_bytes: int, device: torch.device):
-        from ..connector.transfers import make_direction
-
-        rows = max(1, self.JOB_BYTES // row_bytes)
-        pool = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, device=device)
-        host = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._direction = make_direction(host, pool, device) if load else make_direction(pool, host, device)
-        # Drawn before: the engine's process should have nothing to do but submit.
-        self._ids = itertools.cycle([[torch.randperm(2 * rows)[:rows] for _ in "12"] for _ in range(8)])
-        self._running = 0
-        self._ahead = self.JOBS if device.type == "cuda" else 1  # on the CPU a job is done at once
-        self.bytes = 0
-        """Copied so far."""
-
-    def go_on(self) -> None:
-        for result in self._direction.take_finished():
-            if not result.success:
-                raise RuntimeError("a copy of rows failed, see above")
-            self.bytes += result.transfer_size or 0
-            self._running -= 1
-        while self._running < self._ahead:
-            self._direction.submit(self._running, *next(self._ids))
-            self._running += 1
-
-    def stop(self) -> None:
-        self._direction.drain()
-        self._running = 0
+def copied_until(samples: list[tuple[float, int]], when: float) -> int:
+    """Bytes of the last sample, (time, bytes) in ascending order, that is not after ``when``."""
+    after = bisect.bisect_right(samples, when, key=lambda sample: sample[0])
+    return samples[after - 1][1] if after else 0
 
 
 def added(restore: dict[str, Any]) -> float:

@@ -241,19 +241,14 @@ def cache_geometry(llm) -> tuple[int, int, bool, int, int]:
 
 def rows_loaded() -> int:
     """Rows that XLayerConnector has loaded from its host tier in this process."""
-    return _connector_worker().rows_loaded
+    return connector().connector_worker.worker.rows_loaded
 
 
-def rows_stored() -> int:
-    """Rows that XLayerConnector has stored in its host tier in this process."""
-    return _connector_worker().rows_stored
-
-
-def _connector_worker() -> Any:
+def connector() -> Any:
+    """The XLayerConnector of this process's worker."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    connector: Any = get_kv_transfer_group()
-    return connector.connector_worker.worker
+    return get_kv_transfer_group()
 
 
 def come_to_rest(llm, seconds: float = 60.0) -> None:

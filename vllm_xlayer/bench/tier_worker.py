@@ -1,0 +1,91 @@
+"""What `bench offload` does in vLLM's worker process: looks at the tier, and copies beside the steps."""
+
+import itertools
+import time
+from typing import Any, TypedDict
+
+import torch
+
+from .. import compat
+
+
+class TierState(TypedDict):
+    ready: bool
+    """Whether rows can be stored and loaded."""
+    problem: str
+    """Why they never can be."""
+    row_bytes: int
+    stored: int
+    """Rows so far."""
+    loaded: int
+
+
+class TierWorker:
+    """Methods that vLLM adds to its worker (``worker_extension_cls``), for ``LLM.collective_rpc``."""
+
+    def tier_state(self) -> TierState:
+        worker = compat.current().connector().connector_worker.worker
+        return TierState(
+            ready=worker.ready, problem=worker.problem, row_bytes=worker.host.shape[1],
+            stored=worker.rows_stored, loaded=worker.rows_loaded,
+        )  # fmt: skip
+
+    def begin_copies(self, load: bool) -> None:
+        """Keeps rows moving one way from now on, submitted in every step where the connector submits its own:
+        loads before the model, stores after it."""
+        state, connector = self.tier_state(), compat.current().connector()
+        device = connector.pool.device
+        copies = self._copies = RowCopies(load, state["row_bytes"], device)
+        samples: list[tuple[float, int]] = []
+        self._samples = samples
+        self._name = "start_load_kv" if load else "get_finished"
+        method = getattr(connector, self._name)
+
+        def with_copies(*args: Any, **kwargs: Any) -> Any:
+            copies.go_on()
+            samples.append((time.monotonic(), copies.bytes))
+            return method(*args, **kwargs)
+
+        setattr(connector, self._name, with_copies)
+
+    def end_copies(self) -> list[tuple[float, int]]:
+        """Ends them; (time.monotonic(), bytes copied until then) of every step."""
+        delattr(compat.current().connector(), self._name)
+        self._copies.stop()
+        del self._copies
+        return self._samples
+
+
+class RowCopies:
+    """Copies without end between memory that nobody else uses; how much is queued, the connector says."""
+
+    JOB_BYTES, JOBS = 64 << 20, 32
+    """Jobs that are not finished: 2 GiB, which take a PCIe 5.0 link longer than two decode steps take."""
+
+    def __init__(self, load: bool, row_bytes: int, device: torch.device):
+        from ..connector.transfers import make_direction
+
+        rows = max(1, self.JOB_BYTES // row_bytes)
+        pool = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, device=device)
+        host = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._direction = make_direction(host, pool, device) if load else make_direction(pool, host, device)
+        # Drawn before: the engine's process should have nothing to do but submit.
+        self._ids = itertools.cycle([[torch.randperm(2 * rows)[:rows] for _ in "12"] for _ in range(8)])
+        self._running = 0
+        self._ahead = self.JOBS if device.type == "cuda" else 1  # on the CPU a job is done at once
+        self.bytes = 0
+        """Copied so far."""
+
+    def go_on(self) -> None:
+        for result in self._direction.take_finished():
+            if not result.success:
+                raise RuntimeError("a copy of rows failed, see above")
+            self.bytes += result.transfer_size or 0
+            self._running -= 1
+        while self._running < self._ahead:
+            self._direction.submit(self._running, *next(self._ids))
+            self._running += 1
+
+    def stop(self) -> None:
+        self._direction.drain()
+        self._running = 0
