@@ -8,6 +8,7 @@
 
 #if defined(XLAYER_WITH_CUDA)
 #include "../kernels/block_copy/launch.h"
+#include "../kernels/block_copy/pairs.h"
 #include "stream.h"
 #endif
 
@@ -79,18 +80,6 @@ uint8_t* check_mapped(const char* name, const uint8_t* base, int64_t stride, int
   return on_device - *low * stride;
 }
 
-// Where the pairs do not fit a launch: in device memory, until the current stream has got there. torch keeps
-// what it frees from other uses until then.
-Tensor pairs_on_device(const BlockCopyParams& p, const Tensor& on_device) {
-  const torch::stable::Device host(torch::headeronly::DeviceType::CPU);
-  const int64_t shape[] = {p.num_pairs, 2};
-  Tensor pinned = torch::stable::empty(shape, ScalarType::Int, std::nullopt, host, true);
-  write_pairs(p, static_cast<CopyPair*>(pinned.data_ptr()));
-  Tensor pairs = torch::stable::empty(shape, ScalarType::Int, std::nullopt, on_device.device());
-  torch::stable::copy_(pairs, pinned, true);
-  return pairs;
-}
-
 void copy_by_kernel(BlockCopyParams p, const Tensor& src, const Tensor& dst, cudaStream_t stream) {
   STD_TORCH_CHECK(p.piece_bytes <= int64_t(1) << 30,
                   "src: expected pieces of at most 1 GiB (method: kernel), got ", p.piece_bytes, " bytes");
@@ -102,13 +91,9 @@ void copy_by_kernel(BlockCopyParams p, const Tensor& src, const Tensor& dst, cud
   const bool touches_host = src.is_cpu() || dst.is_cpu();
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check_cuda("copy_blocks", cudaStreamIsCapturing(stream, &capture));
-  if (pairs_fit_launch(p) || capture != cudaStreamCaptureStatusNone) {
-    check_cuda("copy_blocks", launch_block_copy(p, touches_host, nullptr, stream));
-  } else {
-    const Tensor pairs = pairs_on_device(p, src.is_cuda() ? src : dst);
-    check_cuda("copy_blocks",
-               launch_block_copy(p, touches_host, static_cast<CopyPair*>(pairs.data_ptr()), stream));
-  }
+  check_cuda("copy_blocks", capture == cudaStreamCaptureStatusNone
+                                ? upload_and_launch_block_copy(p, touches_host, stream)
+                                : launch_block_copy(p, touches_host, nullptr, stream));
 }
 #endif
 

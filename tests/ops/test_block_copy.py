@@ -1,6 +1,8 @@
 """copy_blocks: every device pair, method and alignment; every byte of the destination is compared, the gaps
 between its pieces and the pieces that are not copied as well."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -138,6 +140,60 @@ def test_on_a_side_stream(pair, method, pinned):
     assert torch.equal(
         dst.cpu(), torch.arange(64, dtype=torch.uint8).flip(0).unsqueeze(1).expand(64, 1 << 20)
     )
+
+
+@pytest.mark.gpu
+def test_many_copies_in_flight():
+    """More of them, each with more pairs than travel with a launch, than may have their pairs uploaded."""
+    src = pieces(20_000, 16, 0, torch.device("cuda"), False, 1)
+    copies, streams = [], [torch.cuda.Stream() for _ in range(3)]
+    for i in range(60):
+        ids = torch.randperm(20_000, generator=torch.Generator().manual_seed(i))[: 500 + 300 * i]
+        copies.append((torch.zeros_like(src), ids, ids.roll(1)))
+    torch.cuda.synchronize()
+    for i, (dst, src_ids, dst_ids) in enumerate(copies):
+        with torch.cuda.stream(streams[i % 3]):
+            if i < 3:
+                torch.cuda._sleep(100_000_000)  # cycles: until all copies are submitted
+            ops.copy_blocks(src, dst, src_ids, dst_ids, CopyMethod.KERNEL)
+    torch.cuda.synchronize()
+    for dst, src_ids, dst_ids in copies:
+        expected = torch.zeros(20_000, 16, dtype=torch.uint8)
+        expected[dst_ids] = src.cpu()[src_ids]
+        assert torch.equal(dst.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_more_pairs_than_are_uploaded_at_once():
+    copy_and_compare(
+        ((torch.device("cuda"), torch.device("cuda")), CopyMethod.KERNEL), 48, 0, 16, pairs=150_000
+    )
+
+
+@pytest.mark.gpu
+def test_while_another_thread_captures_a_graph():
+    """The capture goes on, although the pairs need memory that this thread has to ask for."""
+    src = pieces(2000, 16, 0, torch.device("cuda"), False, 1)
+    dst, counter = torch.zeros_like(src), torch.zeros(1, device="cuda")
+    ids, stream = torch.randperm(2000), torch.cuda.Stream()
+    ops.copy_blocks(src, dst, ids[:1], ids[:1], CopyMethod.KERNEL)  # the kernel is loaded
+    counter.add_(1)
+    torch.cuda.synchronize()
+
+    def copy_four_times() -> None:
+        with torch.cuda.stream(stream):
+            for _ in range(4):
+                ops.copy_blocks(src, dst, ids, ids.flip(0), CopyMethod.KERNEL)
+
+    graph = torch.cuda.CUDAGraph()
+    with ThreadPoolExecutor(1) as pool, torch.cuda.graph(graph):
+        counter.add_(1)
+        pool.submit(copy_four_times).result()
+        counter.add_(1)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert counter.item() == 3
+    assert torch.equal(dst[ids.flip(0)], src[ids])
 
 
 def test_nothing_to_copy(how):
