@@ -17,7 +17,7 @@ from .transfers import Job, StreamDirection
 
 logger = init_logger(__name__)
 
-EARLY_SECONDS = 3e-3
+EARLY_SECONDS = 5e-3
 """Of copying that may be left. A step launched meanwhile waits for so long at most, and only once a load."""
 
 

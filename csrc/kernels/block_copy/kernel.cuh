@@ -47,10 +47,10 @@ __global__ void __launch_bounds__(COPY_THREADS)
       to[i] = reinterpret_cast<WORD*>(dst + pair.dst * dst_stride) + (word - piece * length);
     }
 #pragma unroll
-    for (int i = 0; i < COPY_UNROLL; ++i) words[i] = __ldcs(from[i]);
+    for (int i = 0; i < COPY_UNROLL; ++i) words[i] = *from[i];
 #pragma unroll
     for (int i = 0; i < COPY_UNROLL; ++i) {
-      if (first + i * COPY_THREADS < total) __stcs(to[i], words[i]);
+      if (first + i * COPY_THREADS < total) *to[i] = words[i];
     }
   }
 }
