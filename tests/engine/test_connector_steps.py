@@ -81,3 +81,22 @@ def test_how_often_chunks_count_as_used(make_llm, tiny_llama, monkeypatch):
     assert len(touched) > 6 and touched[-1] >= 17
     compat.current().come_to_rest(llm)
     assert not scheduler._touched
+
+
+def test_whether_the_model_ran_is_known(make_llm, tiny_llama, monkeypatch):
+    """A step that only waits for a load, and steps that compute, as the worker is told."""
+    from vllm_xlayer.connector.offload import RowOffloadingWorker
+
+    llm = make_llm(tiny_llama, kv_transfer_config=dict(kv_connector="XLayerConnector", kv_role="kv_both"))
+    vllm_greedy(llm, PROMPTS[4:5], 1)
+    compat.current().empty_device_cache(llm)
+    told = []
+    real = RowOffloadingWorker.get_finished
+
+    def get_finished(self, model_ran):
+        told.append(model_ran)
+        return real(self, model_ran)
+
+    monkeypatch.setattr(RowOffloadingWorker, "get_finished", get_finished)
+    vllm_greedy(llm, PROMPTS[4:5], 3)
+    assert told[:4] == [False, True, True, True]

@@ -13,27 +13,30 @@ from vllm_xlayer.connector import early_loads, transfers
 from vllm_xlayer.connector.copy_choice import Way
 
 GPU = torch.device("cuda", 0)
-LEFT = 3
+LEFT, IDLE_LEFT = 3, 6
 """Batches that may be left when a load is reported: the fake device needs a millisecond for each."""
 
 
 @pytest.fixture
 def load(device, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Way, "of", lambda src, dst: Way.H2D)
-    monkeypatch.setattr(early_loads, "EARLY_SECONDS", LEFT * 1e-3)
+    monkeypatch.setattr(early_loads, "BUSY_SECONDS", LEFT * 1e-3)
+    monkeypatch.setattr(early_loads, "IDLE_SECONDS", IDLE_LEFT * 1e-3)
     src = torch.randint(0, 256, (POOL, ROW), dtype=torch.uint8)
     return early_loads.EarlyLoads(src, torch.zeros_like(src), GPU)
 
 
-def test_reported_when_little_is_left(device, load):  # noqa: F811
+@pytest.mark.parametrize("model_ran, left", [(True, LEFT), (False, IDLE_LEFT)])
+def test_reported_when_little_is_left(device, load, model_ran, left):  # noqa: F811
+    load.model_ran = model_ran
     submit(load, [10 * PER_BATCH])
-    for _ in range(10 - LEFT):
+    for _ in range(10 - left):
         assert load.take_finished() == []
         device.run_a_copy()
     (result,) = load.take_finished()
     assert result.success and result.transfer_size == 10 * PER_BATCH * ROW
-    assert result.transfer_time == pytest.approx(10e-3)  # seven batches took seven
-    for _ in range(LEFT):
+    assert result.transfer_time == pytest.approx(10e-3)  # as those that have ended
+    for _ in range(left):
         assert device.runnable()
         device.run_a_copy()
         assert load.take_finished() == []

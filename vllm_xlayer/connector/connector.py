@@ -89,6 +89,11 @@ class XLayerConnector(OffloadingConnector):
         self.pool = self.pool.view(-1, self.layout.row_bytes)
         self.connector_worker.register_kv_caches(dict(kv_caches))
 
+    def wait_for_save(self) -> None:
+        # vLLM's runners call this in steps only in which the model runs.
+        if isinstance(self.connector_worker, RowConnectorWorker):
+            self.connector_worker.model_ran = True
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         if isinstance(self.connector_worker, RowConnectorWorker):
             return self.connector_worker.take_invalid_blocks()

@@ -17,13 +17,17 @@ from .transfers import Job, StreamDirection
 
 logger = init_logger(__name__)
 
-EARLY_SECONDS = 5e-3
-"""Of copying that may be left. A step launched meanwhile waits for so long at most, and only once a load."""
+IDLE_SECONDS, BUSY_SECONDS = 8e-3, 2e-3
+"""Of copying that may be left: after a step in which no model ran, and after one in which it did. vLLM's core
+sleeps for a millisecond between such a report and the launch, and is at work for longer. Beside a model that
+runs anyway, what is left is copied while it does; a step that is shorter is late by that, once a load."""
 
 
 class EarlyLoads(StreamDirection):
     """Takes what StreamDirection takes; host to device."""
 
+    model_ran = True
+    """Whether it did in the step after which is asked what has finished."""
     _told: set[int]
     """Jobs that were reported and still run."""
 
@@ -58,7 +62,8 @@ class EarlyLoads(StreamDirection):
     def _about_to_end(self) -> list[TransferResult]:
         results: list[TransferResult] = []
         ahead = Counter[Job]()
-        left = EARLY_SECONDS * self._bytes_copied / self._seconds_copying if self._seconds_copying else 0
+        rate = self._bytes_copied / self._seconds_copying if self._seconds_copying else 0.0
+        left = rate * (BUSY_SECONDS if self.model_ran else IDLE_SECONDS)
         for batch in self._running:
             left -= batch.rows * self._row_bytes
             if left < 0:

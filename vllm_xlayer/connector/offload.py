@@ -217,7 +217,13 @@ class RowOffloadingWorker(OffloadingWorker):
             )
         return torch.from_numpy(found)
 
-    def get_finished(self) -> list[TransferResult]:
+    def get_finished(self, model_ran: bool = True) -> list[TransferResult]:
+        """What finished since the last call.
+
+        model_ran: whether it did in the step that this is asked after.
+        """
+        if isinstance(self._load, EarlyLoads):
+            self._load.model_ran = model_ran
         return self._store.take_finished() + self._load.take_finished()
 
     def wait(self, job_ids: set[int]) -> None:
@@ -254,7 +260,7 @@ class NoTierWorker(OffloadingWorker):
         self._done.append(TransferResult(job_id, False))
         return True
 
-    def get_finished(self) -> list[TransferResult]:
+    def get_finished(self, model_ran: bool = True) -> list[TransferResult]:
         done, self._done = self._done, []
         return done
 

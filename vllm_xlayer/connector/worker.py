@@ -55,6 +55,8 @@ class RowConnectorWorker(OffloadingConnectorWorker):
         self._blocks_of_load: dict[int, np.ndarray] = {}
         self._invalid_blocks: set[int] = set()
         self._said_state = False
+        self.model_ran = False
+        """Since the last `get_finished`."""
 
     def start_kv_transfers(self, metadata: OffloadingConnectorMetadata) -> None:
         for job_id, job in metadata.load_jobs.items():
@@ -65,7 +67,9 @@ class RowConnectorWorker(OffloadingConnectorWorker):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         """Returns (nothing, requests whose load ended, well or not)."""
         assert self.worker is not None
-        return set(), {req for result in self.worker.get_finished() if (req := self._finish(result))}
+        results = self.worker.get_finished(self.model_ran)
+        self.model_ran = False
+        return set(), {req for result in results if (req := self._finish(result))}
 
     def _finish(self, result: TransferResult) -> str | None:
         """Books one transfer; the request that waited for it, if it was a load."""
