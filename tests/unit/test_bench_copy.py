@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from vllm_xlayer.bench import copy, markdown, offload, pacing, plot
+from vllm_xlayer.bench import copy, markdown_tier, offload, pacing, plot
 from vllm_xlayer.bench.copy_peers import TITLES
 from vllm_xlayer.bench.record import provenance
 from vllm_xlayer.connector.copy_choice import Way
@@ -34,7 +34,7 @@ def test_copies_in_a_table(copies):
     text = console.export_text()
     assert "0.91" in text and "1.25x" in text
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
-    made = markdown.copy_section(copies)
+    made = markdown_tier.copy_section(copies)
     assert "| 4,608 | 50.0 | 5.0 | 50.0 | 5.0 | 40.0 | 0.91 | 1.25x |" in made
     assert "| 2,097,152 | 50.0 | 5.0 | - | - | - | 0.91 | - |" in made
     assert all(title in made for title in TITLES.values())
@@ -75,7 +75,7 @@ def test_offload_in_tables(offloads):
     console.print(offload.decode_table(engines, "64 x 8,192"))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
-    made = markdown.offload_section(offloads)
+    made = markdown_tier.offload_section(offloads)
     assert "Decoding stored 1,728 rows" in made
     for found in (text, made):
         assert "12.0" in found and "11.0" in found
@@ -107,3 +107,7 @@ def test_pacing_in_tables():
     text = console.export_text()
     assert "…" not in text and "53.9" in text and text.count(" * ") == 1 and text.count(" - ") == 4
     assert next(line for line in text.splitlines() if " * " in line).split()[1:5] == ["32", "*", "│", "paced"]
+    made = markdown_tier.pacing_section({**results, "hardware": "x", "versions": {"vllm": "1", "torch": "2"},
+                                         "date": "today", "commit": "c"})  # fmt: skip
+    bold = [line for line in made.splitlines() if line.startswith("| **")]
+    assert bold == ["| **32, paced** | 1.3 | 53.9 | 1.50 | 1.50 | - |"]

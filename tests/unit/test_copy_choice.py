@@ -75,16 +75,16 @@ def test_ways_are_told_apart():
 
 def test_a_sample_is_fitted_through_two_numbers_of_pieces(monkeypatch):
     """Here between CPU tensors; the clock is made up."""
-    monkeypatch.setattr(copy_measure, "_seconds", lambda call: [call(), 5e-6 + 2e-6 * 1024][1])
+    monkeypatch.setattr(copy_measure, "_seconds", lambda first, call: [call(), 5e-6 + 2e-6 * 1024][1])
     src, dst = (torch.zeros(copy_measure.MOVED, dtype=torch.uint8) for _ in range(2))
     flat = copy_measure._sample(src, dst, 4096, CopyMethod.KERNEL)  # as long for few as for many
     assert flat.fixed == 0 and flat.each == pytest.approx(2e-6 + 5e-6 / 1024)
     lasts = iter([1e-5] * copy_measure.REPEATS + [1e-5 + 1e-12] * copy_measure.REPEATS)
-    monkeypatch.setattr(copy_measure, "_seconds", lambda call: [call(), next(lasts)][1])
+    monkeypatch.setattr(copy_measure, "_seconds", lambda first, call: [call(), next(lasts)][1])
     noise = copy_measure._sample(src, dst, 4096, CopyMethod.KERNEL)  # not 4 PB/s
     assert noise.fixed == 0 and noise.each == pytest.approx(1e-5 / 1024)
     lasts = iter([5e-6 + 2e-6 * 128] * copy_measure.REPEATS + [5e-6 + 2e-6 * 1024] * copy_measure.REPEATS)
-    monkeypatch.setattr(copy_measure, "_seconds", lambda call: [call(), next(lasts)][1])
+    monkeypatch.setattr(copy_measure, "_seconds", lambda first, call: [call(), next(lasts)][1])
     sample = copy_measure._sample(src, dst, 4096, CopyMethod.KERNEL)
     assert sample.fixed == pytest.approx(5e-6) and sample.each == pytest.approx(2e-6)
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import markdown
+from . import markdown, markdown_tier
 from .plot import copy_plot, decode_plot
 from .record import RESULTS
 
@@ -19,7 +19,7 @@ README = Path(__file__).parents[2] / "README.md"
 DOCUMENTS = (README, Path(__file__).parent / "RESULTS.md")
 PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
-COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown.COPY_PNG)
+COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
 """The same for RESULTS; drawn once the file is there."""
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
@@ -36,15 +36,16 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "quality": (("h200-demo.json",), markdown.demo_table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
-    "gpu": (("h200-suite.json", "h200-suite-sm80.json"), markdown.gpu_tests),
-    "copy": (("h200-copy.json",), markdown.copy_section),
-    "offload": (("h200-offload.json",), markdown.offload_section),
-    "faults": (("cpu-faults.json", "h200-faults.json"), markdown.fault_tables),
+    "gpu": (tuple(markdown.GPU_SUITES), markdown.gpu_tests),
+    "copy": (("h200-copy.json",), markdown_tier.copy_section),
+    "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
+    "offload": (("h200-offload.json",), markdown_tier.offload_section),
+    "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
-SECTIONS = ("prefill", "load", "copy", "offload")
+SECTIONS = ("prefill", "load", "copy", "pacing", "offload")
 """Nothing is shown for these, not even a heading, until their results are there."""
-OPTIONAL = {"h200-faults.json"}
+OPTIONAL = {"h200-faults.json", "h200-x2-suite-tp.json"}
 """Results files that need not be there: None stands for their contents."""
 
 

@@ -1,0 +1,110 @@
+"""Markdown of the results of transfers and tiers: a function a kind, each from the file's contents."""
+
+import statistics
+from typing import Any
+
+from .copy import WAYS, ratios
+from .copy_peers import NOT_MEASURED
+from .copy_peers import TITLES as COPIERS
+from .faults import COUNTS
+from .markdown import about, milliseconds, table
+from .offload import added, floor, step_lines
+from .pacing import SMALL
+
+COPY_PNG = "h200-copy.png"
+"""The picture of `bench copy`, in the folder of the results."""
+
+
+def copy_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench copy`, with its heading."""
+    parts = [
+        "## Copies",
+        "`vllm-xlayer bench copy`: scattered pieces, GB/s on the device (submitting them is not in it), "
+        'beside vLLM\'s two paths in the same process. "ours" is what the measurement at start chose, which '
+        f"took {results['choice_seconds']:.2f} s. Not measured: {', '.join(NOT_MEASURED)}.",
+        f"![GB/s against bytes a piece](results/{COPY_PNG})",
+    ]
+    for way, title in WAYS.items():
+        link = results["link"][way]
+        reference = "device copy" if way == "D2D" else "link"
+        lines = []
+        for r in results["ways"][way]:
+            cells = [f"{r['rates'][name] / 1e9:,.1f}" if name in r["rates"] else "-" for name in COPIERS]
+            lines.append((f"{r['piece_bytes']:,}", [*cells, *ratios(r["rates"], link)]))
+        head = ["bytes a piece", *COPIERS.values(), f"ours / {reference}", "ours / better of vLLM's"]
+        parts += [f"{title.capitalize()}; one large copy: {link / 1e9:,.1f} GB/s.", table(head, lines)]
+    return "\n\n".join([*parts, about(results)])
+
+
+def pacing_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench pacing`, with its heading."""
+    moved = results["rows"] * results["row_bytes"]
+    head = ["MiB a batch", "submitted in, ms", "GB/s", *(f"{kind}, ms" for kind in SMALL)]
+    parts = [
+        "## Others' copies beside a transfer",
+        f"`vllm-xlayer bench pacing`: {results['rows']:,} rows of {results['row_bytes']:,} bytes, as a "
+        "restored prompt of 16k tokens has, and how long a small copy of somebody else waits meanwhile "
+        "(mean). Bold: what the connector does.",
+    ]
+    for way, lines in results["ways"].items():
+        cells = []
+        for line in lines:
+            chosen = (line["batch_bytes"], line["how"]) == (results["batch_bytes"][way], "paced")
+            label = f"{line['batch_bytes'] >> 20}, {line['how']}"
+            waits = (milliseconds(w["mean"], 2) if (w := line["waits"].get(kind)) else "-" for kind in SMALL)
+            rate = f"{moved / line['copy_seconds'] / 1e9:.1f}"
+            cells.append(
+                (f"**{label}**" if chosen else label, [milliseconds(line["submit_seconds"], 1), rate, *waits])
+            )
+        title = WAYS[way].capitalize()
+        parts += [f"{title}; one large copy: {results['link'][way] / 1e9:.1f} GB/s.", table(head, cells)]
+    return "\n\n".join([*parts, about(results)])
+
+
+def offload_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench offload`, with its heading."""
+    ours = results["engines"]["with"]
+    least, restore = floor(ours), ours["restore"]
+    kinds = (("computed", "cold"), ("on the device", "cached"), ("in the host tier", "restored"))
+    first = [(title, [milliseconds(statistics.median(restore[kind]), 1)]) for title, kind in kinds]
+    first += [
+        ("host tier - device", [milliseconds(added(restore), 1)]),
+        ("floor: the link's time", [milliseconds(least, 1)]),
+    ]
+    steps = [
+        (title, [
+            milliseconds(seconds, 2), "" if compared is None else f"{100 * (seconds / compared - 1):+.1f} %",
+            f"{copied / 1e9:.1f}" if copied else "",
+        ])
+        for title, seconds, compared, copied in step_lines(results["engines"])
+    ]  # fmt: skip
+    return "\n\n".join([
+        "## The host tier in vLLM's engine",
+        f"`vllm-xlayer bench offload`: {results['shape']} shape, random weights, {results['dtype']}. Time "
+        f"to the first token of {results['repeats']} prompts just short of {results['prompt']:,} tokens, "
+        "median:",
+        table(["prompt", "ms"], first),
+        f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
+        f"{results['rounds']} rounds of {results['steps']}. The copies are of rows, by the connector's own "
+        "code, without a pause, between memory that the engine does not use. Decoding stored "
+        f"{ours['decode']['rows_stored']:,} rows in all rounds:",
+        table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], steps),
+        about(results, ours["runner"]),
+    ])  # fmt: skip
+
+
+def fault_tables(*runs: dict[str, Any] | None) -> str:
+    """Markdown of `bench faults`, a table a device; what was not run is left out."""
+    return "\n\n".join(_fault_table(results) for results in runs if results is not None)
+
+
+def _fault_table(results: dict[str, Any]) -> str:
+    lines = [
+        (name, [f"{row[count]:,}" if row["tries"] else "-" for count in COUNTS])
+        for name, row in results["faults"].items()
+    ]
+    failed = sum(row["failed"] for row in results["faults"].values())
+    tests = sum(row["tests"] for row in results["faults"].values())
+    return table(["fault", *COUNTS], lines) + (
+        f"\n\n{tests} tests, {failed} failed; the soak ran {results['soak_seconds']:.0f} s. {about(results)}"
+    )
