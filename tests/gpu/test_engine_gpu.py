@@ -12,6 +12,7 @@ pytestmark = pytest.mark.gpu
 
 SCRIPT = """
 import json, sys
+import torch
 sys.path.insert(0, sys.argv[1])
 from model_fixture import llama_config, random_prompts, save_random_model, vllm_outputs
 from vllm import LLM
@@ -40,6 +41,26 @@ report["layers"] = [
     for c in (layer.kv_cache for layer in context.values())
 ]
 report["backends"] = [l.attn_backend.__name__ for l in context.values()]
+early = []
+
+def slow_down_copies(row_bytes):
+    # Half a millisecond for two rows: a load is reported before it ends.
+    from vllm_xlayer.connector import early_loads, transfers
+    from vllm_xlayer.connector.copy_choice import Way
+    copy_blocks, about_to_end = transfers.ops.copy_blocks, early_loads.EarlyLoads._about_to_end
+
+    def slow(*args):
+        torch.cuda._sleep(1_000_000)
+        copy_blocks(*args)
+
+    def noted(self):
+        results = about_to_end(self)
+        early.extend(results)
+        return results
+
+    transfers.ops.copy_blocks, early_loads.EarlyLoads._about_to_end = slow, noted
+    transfers.BATCH_BYTES = dict.fromkeys(Way, 2 * row_bytes)
+
 if "kv_transfer_config" in settings:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
     connector = get_kv_transfer_group()
@@ -49,6 +70,11 @@ if "kv_transfer_config" in settings:
         connector.pool.fill_(0xFF)  # NaN as bf16 and as an NVFP4 scale
         report[name] = answers()
     report["rows_loaded"] = connector.connector_worker.worker.rows_loaded
+    slow_down_copies(report["row_bytes"])
+    compat.current().empty_device_cache(llm)
+    connector.pool.fill_(0xFF)
+    report["restored early"] = one_by_one()
+    report["early"] = len(early)
 print("REPORT" + json.dumps(report))
 """
 
@@ -95,6 +121,8 @@ def test_rows_on_both_runners(tmp_path, runner, kv_cache_dtype):
         assert set(rows["backends"]) == {"NVFP4Backend"}
     assert rows["cold"] == stock["cold"]  # the same K and V in both layouts
     assert rows["rows_loaded"] > 0
+    # The prompts of 100 and 300 tokens have more than one batch, of which the first says how long it takes.
+    assert rows["early"] >= 2 and rows["restored early"] == rows["restored alone"]
     if kv_cache_dtype == "auto":
         assert rows["restored"] == rows["cached"] == rows["cold"] == stock["cached"]
         return
