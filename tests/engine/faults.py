@@ -10,8 +10,9 @@ from collections import Counter, deque
 from model_fixture import ON_GPU, transformers_greedy, vllm_greedy
 from vllm import SamplingParams
 
-from vllm_xlayer.connector import transfers
+from vllm_xlayer.connector import directions, transfers
 from vllm_xlayer.connector.accounting import AccountingError, check_accounts
+from vllm_xlayer.connector.early_loads import EarlyLoads
 from vllm_xlayer.connector.transfers import HostDirection, StreamDirection
 
 COUNTS = ("tries", "requests", "wrong", "lost", "leaked")
@@ -62,19 +63,23 @@ class Slow:
 
 
 def slow_direction(delay):
-    """Stands in for transfers.make_direction."""
-    on_host = type("SlowHost", (Slow, HostDirection), {"delay": delay})
-    on_stream = type("SlowStream", (Slow, StreamDirection), {"delay": delay})
+    """Stands in for directions.make_direction."""
+    kinds = (HostDirection, StreamDirection, EarlyLoads)
+    on_host, on_stream, early_loads = (
+        type(f"Slow{kind.__name__}", (Slow, kind), {"delay": delay}) for kind in kinds
+    )
 
-    def make(src, dst, device):
-        return on_stream(src, dst, device) if device.type == "cuda" else on_host(src, dst)
+    def make(src, dst, device, early=False):
+        if device.type != "cuda":
+            return on_host(src, dst)
+        return (early_loads if early else on_stream)(src, dst, device)
 
     return make
 
 
 def slow_down(monkeypatch, delay=3):
     """Engines made from now on have transfers that stay under way for `delay` steps."""
-    monkeypatch.setattr(transfers, "make_direction", slow_direction(delay))
+    monkeypatch.setattr(directions, "make_direction", slow_direction(delay))
 
 
 class Copies:
@@ -123,9 +128,9 @@ def manager_of(llm):
     return scheduler_side(llm).manager
 
 
-def without_connector(make_llm, model, prompts, num_tokens):
+def without_connector(make_llm, model, prompts, num_tokens, **settings):
     """Answers of a run without the connector. On the CPU they are transformers' as well."""
-    answers = vllm_greedy(make_llm(model), prompts, num_tokens)
+    answers = vllm_greedy(make_llm(model, **settings), prompts, num_tokens)
     if not ON_GPU:
         assert answers == transformers_greedy(model, prompts, num_tokens)
     return answers

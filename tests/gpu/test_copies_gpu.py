@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_xlayer.connector import copy_measure, early_loads, transfers
+from vllm_xlayer.connector import copy_measure, directions, transfers
 from vllm_xlayer.connector.copy_choice import CopyTimes, Sample, Way
 from vllm_xlayer.ops import CopyMethod
 
@@ -56,8 +56,8 @@ def test_a_store_and_a_load_in_many_batches(monkeypatch, method):
     rows = torch.randint(0, 256, (501, 4608), dtype=torch.uint8)
     pool = torch.zeros_like(rows, device=GPU)
     host = torch.zeros_like(rows).pin_memory()
-    store = transfers.make_direction(pool, host, GPU)
-    load = transfers.make_direction(host, pool, GPU)
+    store = directions.make_direction(pool, host, GPU)
+    load = directions.make_direction(host, pool, GPU)
     ids = torch.randperm(501)
     written = rows.cuda()
     torch.cuda.synchronize()
@@ -90,7 +90,7 @@ def test_a_small_copy_gets_in_between(monkeypatch, way):
     host = torch.zeros(pool.shape, dtype=torch.uint8, pin_memory=True)
     small = [torch.zeros(256, dtype=torch.uint8, pin_memory=True), torch.zeros(256, dtype=torch.uint8).cuda()]
     src, dst = (host, pool) if way is Way.H2D else (pool, host)
-    direction, other = transfers.make_direction(src, dst, GPU), torch.cuda.Stream(GPU)
+    direction, other = directions.make_direction(src, dst, GPU), torch.cuda.Stream(GPU)
     (near, far) = small if way is Way.H2D else small[::-1]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for job in range(5):
@@ -118,7 +118,7 @@ def test_a_load_that_is_reported_before_it_ends(monkeypatch):
     monkeypatch.setattr(transfers, "times_here", lambda device: None)
     host = torch.randint(0, 256, (1024, 589824), dtype=torch.uint8).pin_memory()
     pool = torch.zeros(host.shape, dtype=torch.uint8, device=GPU)
-    load = early_loads.EarlyLoads(host, pool, GPU)
+    load = directions.make_direction(host, pool, GPU, early=True)
     ids = torch.randperm(1024)
     early = 0
     for job in range(5):

@@ -44,13 +44,13 @@ report["backends"] = [l.attn_backend.__name__ for l in context.values()]
 early = []
 
 def slow_down_copies(row_bytes):
-    # Half a millisecond for two rows: a load is reported before it ends.
+    # Two milliseconds for two rows, and loads are reported as soon as their first two have come.
     from vllm_xlayer.connector import early_loads, transfers
     from vllm_xlayer.connector.copy_choice import Way
     copy_blocks, about_to_end = transfers.ops.copy_blocks, early_loads.EarlyLoads._about_to_end
 
     def slow(*args):
-        torch.cuda._sleep(1_000_000)
+        torch.cuda._sleep(4_000_000)
         copy_blocks(*args)
 
     def noted(self):
@@ -60,6 +60,7 @@ def slow_down_copies(row_bytes):
 
     transfers.ops.copy_blocks, early_loads.EarlyLoads._about_to_end = slow, noted
     transfers.BATCH_BYTES = dict.fromkeys(Way, 2 * row_bytes)
+    early_loads.IDLE_SECONDS = early_loads.BUSY_SECONDS = 1e9
 
 if "kv_transfer_config" in settings:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -121,8 +122,8 @@ def test_rows_on_both_runners(tmp_path, runner, kv_cache_dtype):
         assert set(rows["backends"]) == {"NVFP4Backend"}
     assert rows["cold"] == stock["cold"]  # the same K and V in both layouts
     assert rows["rows_loaded"] > 0
-    # The prompts of 100 and 300 tokens have more than one batch, of which the first says how long it takes.
-    assert rows["early"] >= 2 and rows["restored early"] == rows["restored alone"]
+    # The prompt of 300 tokens has nine batches, 16 ms of copying after the first; others may have ended.
+    assert rows["early"] >= 1 and rows["restored early"] == rows["restored alone"]
     if kv_cache_dtype == "auto":
         assert rows["restored"] == rows["cached"] == rows["cold"] == stock["cached"]
         return

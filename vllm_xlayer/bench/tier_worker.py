@@ -63,7 +63,7 @@ class RowCopies:
     """Jobs that are not finished: 2 GiB, which take a PCIe 5.0 link longer than two decode steps take."""
 
     def __init__(self, load: bool, row_bytes: int, device: torch.device):
-        from ..connector.transfers import make_direction
+        from ..connector.directions import make_direction
 
         rows = max(1, self.JOB_BYTES // row_bytes)
         pool = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, device=device)

@@ -23,7 +23,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
-from . import pinning, transfers
+from . import directions, pinning
 from .disk_format import TierIdentity
 from .disk_tier import DiskTier
 from .early_loads import EarlyLoads
@@ -155,9 +155,8 @@ class RowOffloadingWorker(OffloadingWorker):
         self.blocks_per_chunk = blocks_per_chunk
         self.host = host
         self._pins = pins
-        self._store = transfers.make_direction(pool, host, pool.device)
-        early = early_loads and pool.is_cuda
-        self._load = (EarlyLoads if early else transfers.make_direction)(host, pool, pool.device)
+        self._store = directions.make_direction(pool, host, pool.device)
+        self._load = directions.make_direction(host, pool, pool.device, early=early_loads)
         if pins is not None:
             pins.start()
 

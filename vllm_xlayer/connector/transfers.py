@@ -1,4 +1,4 @@
-"""Copies one way between the device pool and the host tier, and what became of them.
+"""Copies one way between the device pool and the host tier: at once, or on streams of a GPU.
 
 A direction never raises: a copy that fails is a finished transfer without success, which the connector
 reports and vLLM recovers from. On a GPU transfers are cut into batches, which pacing.py puts on streams; on
@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from vllm.logger import init_logger
@@ -33,35 +32,6 @@ STORE_SHARE = 0.25
 not, and a step should wait neither for its copies nor for their submission."""
 LEAST_QUEUED, MOST_QUEUED = 32 << 20, 512 << 20
 """Bounds of that, in bytes: for steps that do nothing, and for the first one after a pause."""
-
-
-class Direction(Protocol):
-    """Transfers one way, in order of submission."""
-
-    rows: int
-    """Rows copied, or submitted to be copied, so far."""
-
-    def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
-        """Takes a job: rows src_ids -> dst_ids (int64 [P] on the CPU, not to be changed before it ends)."""
-
-    def fail(self, job_id: int, error: Exception) -> None:
-        """Lets a job that could not be submitted finish without success."""
-
-    def take_finished(self) -> list[TransferResult]:
-        """What finished since the last call."""
-
-    def wait(self, job_ids: Iterable[int]) -> None:
-        """Returns when none of these jobs touches memory any more."""
-
-    def drain(self) -> None:
-        """Returns when no job touches memory any more, and forgets them all."""
-
-
-def make_direction(src: torch.Tensor, dst: torch.Tensor, device: torch.device) -> Direction:
-    """src, dst: uint8 [n, row] and [m, row]; device: where the pool is."""
-    if device.type == "cuda":
-        return StreamDirection(src, dst, device)
-    return HostDirection(src, dst)
 
 
 class HostDirection:
