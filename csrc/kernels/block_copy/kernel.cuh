@@ -7,8 +7,8 @@
 //   tiles    |   0   |   1   |   2   |   3   |   4   |      thread block b: tiles b, b + gridDim.x, ...
 //
 // A thread has COPY_UNROLL words of a tile, COPY_THREADS apart, and all its loads in flight before the first
-// store. 12 thread blocks then have 384 KiB in flight: several times what a PCIe link needs to be full. No cache
-// hints: streaming ones gain nothing on the link and lose inside the device.
+// store. 12 thread blocks then have 384 KiB in flight: several times what a PCIe link needs to be full. No
+// cache hints: streaming ones gain nothing on the link and lose inside the device.
 #pragma once
 
 #include "params.h"
