@@ -4,7 +4,9 @@ import pytest
 from model_fixture import random_prompts, vllm_greedy
 
 from vllm_xlayer import compat
+from vllm_xlayer.connector import directions
 from vllm_xlayer.connector import scheduler as connector_scheduler
+from vllm_xlayer.connector.offload import RowOffloadingWorker
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
 
 PROMPTS = random_prompts([60, 100, 16, 33, 200, 1, 47, 64])
@@ -85,8 +87,6 @@ def test_how_often_chunks_count_as_used(make_llm, tiny_llama, monkeypatch):
 
 def test_whether_the_model_ran_is_known(make_llm, tiny_llama, monkeypatch):
     """A step that only waits for a load, and steps that compute, as the worker is told."""
-    from vllm_xlayer.connector.offload import RowOffloadingWorker
-
     llm = make_llm(tiny_llama, kv_transfer_config=dict(kv_connector="XLayerConnector", kv_role="kv_both"))
     vllm_greedy(llm, PROMPTS[4:5], 1)
     compat.current().empty_device_cache(llm)
@@ -100,3 +100,20 @@ def test_whether_the_model_ran_is_known(make_llm, tiny_llama, monkeypatch):
     monkeypatch.setattr(RowOffloadingWorker, "get_finished", get_finished)
     vllm_greedy(llm, PROMPTS[4:5], 3)
     assert told[:4] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_loads_are_early_only_where_no_thread_writes_host_memory(
+    make_llm, tiny_llama, monkeypatch, tmp_path, disk
+):
+    """A row that is still read could be overwritten by one from the disk, which no stream orders."""
+    made = []
+    real = directions.make_direction
+
+    def make_direction(src, dst, device, early=False):
+        made.append(early)
+        return real(src, dst, device, early)
+
+    monkeypatch.setattr(directions, "make_direction", make_direction)
+    start(make_llm, tiny_llama, **(dict(disk_path=str(tmp_path), disk_bytes_to_use=1 << 26) if disk else {}))
+    assert made == [False, not disk]  # stores, loads

@@ -23,7 +23,11 @@ class Direction(Protocol):
         """Lets a job that could not be submitted finish without success."""
 
     def take_finished(self) -> list[TransferResult]:
-        """What finished since the last call."""
+        """What finished since the last call; with ``early`` also what is about to.
+
+        Raises:
+            RuntimeError: (with ``early``) a load failed after it was reported.
+        """
 
     def wait(self, job_ids: Iterable[int]) -> None:
         """Returns when none of these jobs touches memory any more."""
@@ -37,7 +41,8 @@ def make_direction(
 ) -> Direction:
     """src, dst: uint8 [n, row] and [m, row]; device: where the pool is.
 
-    early: loads that may be reported shortly before they end (early_loads.py).
+    early: whether transfers may be reported shortly before they end (early_loads.py). For loads only, and
+    only where nothing but transfers on streams writes to the host memory they read.
     """
     if device.type != "cuda":
         return HostDirection(src, dst)
