@@ -2,10 +2,10 @@
 
 What follows a load, the scheduler's accounts, the next step's schedule and its launch, takes the host as long
 as several batches take the link. So a load whose rest the link will have copied in that time is reported
-early, and the stream on which the model runs waits for its last batches. All that uses its blocks is ordered
-after them by that: the model, copies to the host, which follow that stream, and loads into the same blocks once
-they are someone else's. Host memory is given away as early: only for tiers whose host memory nothing but
-such copies writes, so not with a disk tier, whose threads do.
+early, and the stream on which the model runs waits for its last batches. That orders all that uses its blocks
+after them: the model, copies to the host, which follow that stream, and loads into the same blocks once they
+are someone else's. Host memory is given away as early: only for tiers whose host memory nothing but such
+copies writes, so not with a disk tier, whose threads do.
 """
 
 from collections import Counter
