@@ -1,8 +1,9 @@
 """Copies one way between the device pool and the host tier: at once, or on streams of a GPU.
 
-These never raise: a copy that fails is a finished transfer without success, which the connector reports and
-vLLM recovers from. (early_loads.py does raise, where it is too late for that.) On a GPU transfers are cut into
-batches, which pacing.py puts on streams; on the CPU platform a transfer is done when the call returns.
+These never raise: a copy that fails is a finished transfer without success, which the connector reports
+and vLLM recovers from. (early_loads.py does raise, where it is too late for that.) On a GPU transfers are
+cut into batches, which pacing.py puts on streams; on the CPU platform a transfer is done when the call
+returns.
 """
 
 import time
