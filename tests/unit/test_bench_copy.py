@@ -15,9 +15,11 @@ from vllm_xlayer.connector.copy_choice import Way
 def copies() -> dict:
     rates = {"ours": 50e9, "engine": 5e9, "kernel": 50e9, "vllm_dma": 5e9, "vllm_kernel": 40e9}
     some = {name: rates[name] for name in ("ours", "engine")}
+    done = {"ours": 2e-3, "engine": 1e-3, "kernel": 2e-3, "vllm_dma": 9e-3, "vllm_kernel": 3e-3}
+    first, failed = {"submit": {}, "failed": {}}, {"submit": {}, "failed": {"kernel": "why"}}
     lines = [
-        {"piece_bytes": 4608, "pieces": 16384, "rates": rates, "submit": {}, "failed": {}},
-        {"piece_bytes": 2097152, "pieces": 64, "rates": some, "submit": {}, "failed": {"kernel": "why"}},
+        {"piece_bytes": 4608, "pieces": 16384, "rates": rates, "done": done, **first},
+        {"piece_bytes": 2097152, "pieces": 64, "rates": some, "done": {"ours": 2e-3}, **failed},
     ]
     return {
         **provenance(),
@@ -32,11 +34,11 @@ def test_copies_in_a_table(copies):
     for way in copy.WAYS:
         console.print(copy._table(way, copies["ways"][way], copies["link"][way]))
     text = console.export_text()
-    assert "0.91" in text and "1.25x" in text
+    assert "0.91" in text and "1.25x" in text and "1.50x" in text
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
     made = markdown_tier.copy_section(copies)
-    assert "| 4,608 | 50.0 | 5.0 | 50.0 | 5.0 | 40.0 | 0.91 | 1.25x |" in made
-    assert "| 2,097,152 | 50.0 | 5.0 | - | - | - | 0.91 | - |" in made
+    assert "| 4,608 | 50.0 | 5.0 | 50.0 | 5.0 | 40.0 | 0.91 | 1.25x | 1.50x |" in made
+    assert "| 2,097,152 | 50.0 | 5.0 | - | - | - | 0.91 | - | - |" in made
     assert all(title in made for title in TITLES.values())
 
 
@@ -58,7 +60,8 @@ def offloads() -> dict:
     restore = {"cold": [0.5], "cached": [0.020, 0.021, 0.9], "restored": [0.031, 0.033, 0.034],
                "rows_restored": 3069}  # fmt: skip
     ours = {"runner": "V2", "row_bytes": 589824, "link": 55e9, "restore": restore,
-            "decode": decode(0.0101, stores=(0.0102, 50e9), loads=(0.0104, 52e9))}  # fmt: skip
+            "decode": decode(
+                0.0101, stores=(0.0102, 50e9), loads=(0.0104, 52e9), large=(0.0105, 55e9))}  # fmt: skip
     ours["decode"]["rows_stored"] = 1728
     asked = dict(dtype="nvfp4", prompt=16384, repeats=3, requests=64, tokens=8192, steps=32, rounds=3)
     engines = {"with": ours, "without": {"runner": "V2", "decode": decode(0.0100)}}
@@ -79,13 +82,13 @@ def test_offload_in_tables(offloads):
     assert "Decoding stored 1,728 rows" in made
     for found in (text, made):
         assert "12.0" in found and "11.0" in found
-        assert "+1.0 %" in found and "+3.0 %" in found and "52.0" in found
+        assert "+1.0 %" in found and "+3.0 %" in found and "52.0" in found and "+4.0 %" in found
 
 
 def test_rows_that_the_host_tier_must_hold():
     """As counted on the CPU platform: 15 blocks of 256 - 7 tokens, and one more in each run of 12 tokens."""
     job = dict(requests=2, tokens=256, steps=8, rounds=1, repeats=1, prompt=128)
-    assert offload.rows_needed(job, 16) == 2 * (15 + 4) + 7
+    assert offload.rows_needed(job, 16) == 2 * (15 + 5) + 7
 
 
 def test_bytes_copied_until_a_moment():

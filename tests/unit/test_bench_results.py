@@ -29,7 +29,7 @@ PREFILL = {
     },
 }  # fmt: skip
 LOAD = {
-    **ABOUT, "shape": "llama-3.1-8b", "layers": 8, "of_layers": 32, "requests": 352, "tokens": 8192,
+    **ABOUT, "shape": "llama-3.1-8b", "requests": 352, "tokens": 8192,
     "output": 64, "kv_bytes": 27_000_000_000,
     "caches": {
         "nvfp4": {
@@ -88,9 +88,9 @@ def test_prefill_shows_medians_and_ratios():
     assert "some GPU; vLLM 1, torch 2, model runner V2, today, commit abc." in text
 
 
-def test_load_shows_what_was_cut_and_what_was_kept():
+def test_load_shows_the_memory_and_what_was_kept():
     text = markdown.load_section(LOAD)
-    assert "352 x 8,192 tokens (2.88 million)" in text and "8 of 32 layers" in text and "27.0 GB" in text
+    assert "352 x 8,192 tokens (2.88 million)" in text and "27.0 GB" in text
     assert "| - of their tokens still cached | 50 % |" in text
     assert "| - output tokens a second | 22,528 |" in text  # 352 x 64 in a second
     assert "| - output tokens a second | 35,200 |" in text  # 352 in a step of 10 ms

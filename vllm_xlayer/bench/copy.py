@@ -1,4 +1,8 @@
-"""Scattered pieces between device and host: ours beside vLLM's two paths, against the link's own rate."""
+"""Scattered pieces between device and host: ours beside vLLM's two paths, against the link's own rate.
+
+Twice: the device's time alone, as behind other work that the stream still has, and from the call until all is
+copied, as for who waits. A copy engine is told every piece by the host, which can take longer than copying.
+"""
 
 import argparse
 import gc
@@ -15,9 +19,9 @@ from rich.table import Table
 
 from ..connector import copy_measure
 from ..connector.copy_choice import Way
-from .copy_peers import NOT_MEASURED, TITLES, Call, Peer, peers
+from .copy_peers import NOT_MEASURED, TITLES, VLLM, Call, Peer, peers
 from .record import RESULTS, write
-from .timing import copy_rate, link_rate, queued_seconds
+from .timing import called_seconds, copy_rate, link_rate, queued_seconds
 
 PIECES = (4608, 9216, 18432, 32768, 65536, 589824, 2097152)
 """Bytes: pages of NVFP4 (4,608 to 18,432) and bf16 (65,536) caches, rows of an 8B model in NVFP4 and bf16."""
@@ -124,10 +128,13 @@ class Buffers:
 
 
 def measure(buffers: Buffers, way: str, size: int, by: dict[str, Peer], repeats: int) -> dict[str, Any]:
-    """Bytes a second of every peer for pieces of one size, and why one could not run."""
+    """What every peer does with pieces of one size: `rates` (bytes a second on the device), `submit` and
+    `done` (seconds from the call until it returns, and until all is copied); `failed`: why one could not run.
+    """
     directions = ("H2D", "D2H") if way == BOTH else (way,)
     count = len(buffers.pick(directions[0], size)[2])
-    result: dict[str, Any] = {"piece_bytes": size, "pieces": count, "rates": {}, "submit": {}, "failed": {}}
+    result: dict[str, Any] = {"piece_bytes": size, "pieces": count}
+    result |= {numbers: {} for numbers in ("rates", "submit", "done", "failed")}
     for name, peer in by.items():
 
         def make(peer: Peer = peer) -> Call:
@@ -139,11 +146,12 @@ def measure(buffers: Buffers, way: str, size: int, by: dict[str, Peer], repeats:
                 result["failed"][name] = WRONG
                 continue
             seconds, submit = queued_seconds(make, repeats)
+            done = called_seconds(make, repeats)
         except (RuntimeError, ImportError, TypeError, AttributeError) as error:
             result["failed"][name] = f"{type(error).__name__}: {error}"[:300]
             continue
         result["rates"][name] = len(directions) * count * size / seconds
-        result["submit"][name] = submit
+        result["submit"][name], result["done"][name] = submit, done
     gc.collect()
     return result
 
@@ -168,15 +176,23 @@ def _table(way: str, results: list[dict[str, Any]], link: float) -> Table:
         grid.add_column(title, justify="right")
     grid.add_column(f"ours / {reference}", justify="right")
     grid.add_column("ours / vLLM", justify="right")
+    grid.add_column("call to done", justify="right")
     for r in results:
         cells = (f"{r['rates'][name] / 1e9:,.1f}" if name in r["rates"] else "-" for name in TITLES)
-        grid.add_row(f"{r['piece_bytes']:,}", *cells, *ratios(r["rates"], link))
+        grid.add_row(f"{r['piece_bytes']:,}", *cells, *ratios(r, link))
     return grid
 
 
-def ratios(rates: dict[str, float], link: float) -> tuple[str, str]:
-    """Ours of the link's rate, and of the better of vLLM's paths."""
-    theirs = max((rates[name] for name in ("vllm_dma", "vllm_kernel") if name in rates), default=None)
-    ours = rates.get("ours")
+def ratios(result: dict[str, Any], link: float) -> tuple[str, str, str]:
+    """Ours of the link's rate, how many times as fast as the better of vLLM's paths on the device, and how
+    many times from the call until all is copied."""
+    ours = result["rates"].get("ours")
     share = f"{ours / link:.2f}" if ours else "-"
-    return share, f"{ours / theirs:.2f}x" if ours and theirs else "-"
+    slowness = {name: 1 / rate for name, rate in result["rates"].items()}
+    return share, _gain(slowness), _gain(result["done"])
+
+
+def _gain(seconds: dict[str, float]) -> str:
+    theirs = min((seconds[name] for name in VLLM if name in seconds), default=None)
+    ours = seconds.get("ours")
+    return f"{theirs / ours:.2f}x" if ours and theirs else "-"

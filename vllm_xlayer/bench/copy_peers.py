@@ -20,6 +20,7 @@ TITLES = {
     "vllm_dma": "vLLM DMA",
     "vllm_kernel": "vLLM kernel",
 }
+VLLM = ("vllm_dma", "vllm_kernel")
 NOT_MEASURED = ("LMCache", "SGLang", "Mooncake", "NIXL")
 """Peers that move pieces as well and are not here."""
 

@@ -56,12 +56,11 @@ def goes_on(cache: str, failed: list[str]) -> Iterator[None]:
         failed.append(cache)
 
 
-def write_model(folder: Path, shape: str, layers: int | None = None) -> Path:
-    """A folder with the config of a shape, cut to so many layers; vLLM makes the weights."""
+def write_model(folder: Path, shape: str) -> Path:
+    """A folder with the config of a shape; vLLM makes the weights."""
     model = folder / shape
     model.mkdir()
-    cut = {} if layers is None else {"num_hidden_layers": layers}
-    (model / "config.json").write_text(json.dumps(LLAMA | SHAPES[shape] | cut))
+    (model / "config.json").write_text(json.dumps(LLAMA | SHAPES[shape]))
     return model
 
 

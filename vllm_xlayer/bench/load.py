@@ -1,10 +1,7 @@
 """More context than fp8 can keep: requests that all fit as NVFP4, offered at once to the same memory.
 
-The model is cut to a few layers and the memory with it: what fits, and what a step's attention takes beside
-the rest of a layer, is that of all layers in a memory so many times as large, but filling it takes seconds.
-What a step does once (sampling, the last matrix, scheduling) weighs more here than with all layers. Contexts
-are long for that reason: with four times as many of 8,192 tokens the host's share of every request, 32 us a
-step (h200-load-11cdad0.json), is more than the attention of four layers.
+Takes minutes, most of them for computing what is asked. A GPU needs memory for the model, for NVFP4 KV of all
+requests (107 GB with the default shape), and for what vLLM computes with.
 """
 
 import argparse
@@ -20,7 +17,6 @@ from .bounds import SHAPE
 from .engines import CACHES, SHAPES, WARM_STEPS, Engine, goes_on, prompts, write_model
 from .record import RESULTS, write
 
-LAYERS = 4
 REQUESTS, TOKENS = 88, 32768
 """2.9 million tokens."""
 OUTPUT = 64
@@ -43,19 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs an engine for each cache, prints the table, writes the JSON. Returns 1 if an engine failed."""
     shape = SHAPES[args.shape]
-    layers = min(LAYERS, shape["num_hidden_layers"])
     requests, tokens = max(1, REQUESTS // args.scale), TOKENS // args.scale
-    token_bytes = layers * shape["num_key_value_heads"] * content_bytes(shape["head_dim"])
+    token_bytes = shape["num_hidden_layers"] * shape["num_key_value_heads"] * content_bytes(shape["head_dim"])
     memory = int(SPARE * requests * (tokens + LONGEST) * token_bytes)
     settings = dict(max_model_len=tokens + LONGEST, max_num_seqs=requests, kv_cache_memory_bytes=memory)
     caches: dict[str, Any] = {}
     results = {
-        "shape": args.shape, "layers": layers, "of_layers": shape["num_hidden_layers"],
-        "requests": requests, "tokens": tokens, "output": OUTPUT, "kv_bytes": memory, "caches": caches,
+        "shape": args.shape, "requests": requests, "tokens": tokens, "output": OUTPUT,
+        "kv_bytes": memory, "caches": caches,
     }  # fmt: skip
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-load-") as folder:
-        model = write_model(Path(folder), args.shape, layers)
+        model = write_model(Path(folder), args.shape)
         for cache in args.caches:
             print(f"{cache}: starting", flush=True)
             with goes_on(cache, failed), Engine(model, cache, **settings) as engine:

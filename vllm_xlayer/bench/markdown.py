@@ -131,16 +131,12 @@ next in the other; medians. With all of a prompt cached, what is left is the tim
 
 def load_section(results: dict[str, Any]) -> str:
     """Markdown of `bench load`, with its heading."""
-    layers = f"{results['layers']} of {results['of_layers']} layers"
     return f"""\
 ### More context than fp8 can keep
 
 `python -m vllm_xlayer.bench load`: {load.title(results)} offered at once, each answered with
 {results["output"]} tokens; then the same requests again. What does not fit waits, and is computed again.
-
-The model is cut to {layers} and the memory for KV to {results["kv_bytes"] / 1e9:.1f} GB, what NVFP4
-needs for these requests, so that filling it takes seconds. What a step does once (sampling, the last matrix,
-scheduling) weighs more than with all layers.
+Memory for KV: {results["kv_bytes"] / 1e9:.1f} GB, what NVFP4 needs for all of them.
 
 {_caches(results, load.rows(results), [])}"""
 

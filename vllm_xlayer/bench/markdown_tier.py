@@ -21,7 +21,9 @@ def copy_section(results: dict[str, Any]) -> str:
         "## Copies",
         "`vllm-xlayer bench copy`: scattered pieces, GB/s on the device (submitting them is not in it), "
         'beside vLLM\'s two paths in the same process. "ours" is what the measurement at start chose, which '
-        f"took {results['choice_seconds']:.2f} s. Not measured: {', '.join(NOT_MEASURED)}.",
+        f"took {results['choice_seconds']:.2f} s. The last two columns: how many times as fast as the better "
+        "of vLLM's, on the device, and from the call until all is copied, which who waits for it sees. Not "
+        f"measured: {', '.join(NOT_MEASURED)}.",
         f"![GB/s against bytes a piece](results/{COPY_PNG})",
     ]
     for way, title in WAYS.items():
@@ -30,8 +32,8 @@ def copy_section(results: dict[str, Any]) -> str:
         lines = []
         for r in results["ways"][way]:
             cells = [f"{r['rates'][name] / 1e9:,.1f}" if name in r["rates"] else "-" for name in COPIERS]
-            lines.append((f"{r['piece_bytes']:,}", [*cells, *ratios(r["rates"], link)]))
-        head = ["bytes a piece", *COPIERS.values(), f"ours / {reference}", "ours / better of vLLM's"]
+            lines.append((f"{r['piece_bytes']:,}", [*cells, *ratios(r, link)]))
+        head = ["bytes a piece", *COPIERS.values(), f"ours / {reference}", "ours / vLLM", "call to done"]
         parts += [f"{title.capitalize()}; one large copy: {link / 1e9:,.1f} GB/s.", table(head, lines)]
     return "\n\n".join([*parts, about(results)])
 
@@ -85,8 +87,8 @@ def offload_section(results: dict[str, Any]) -> str:
         "median:",
         table(["prompt", "ms"], first),
         f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
-        f"{results['rounds']} rounds of {results['steps']}. The copies are of rows, by the connector's own "
-        "code, without a pause, between memory that the engine does not use. Decoding stored "
+        f"{results['rounds']} rounds of {results['steps']}. The copies are by the connector's "
+        "own code, without a pause, between memory that the engine does not use. Decoding stored "
         f"{ours['decode']['rows_stored']:,} rows in all rounds:",
         table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], steps),
         about(results, ours["runner"]),

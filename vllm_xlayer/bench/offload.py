@@ -21,6 +21,13 @@ from .timing import link_rate
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
 TURNS = 3
 """Of restored prompts: on the device, then in the host tier."""
+BESIDE = {
+    "stores": "beside rows to the host",
+    "loads": "beside rows from the host",
+    "large": "beside 64 MiB pieces from the host",
+}
+"""What decoding is timed beside. The last is what the link itself costs a step."""
+LARGE = 64 << 20
 LAST = 7
 """A prompt is so many tokens short of whole blocks: vLLM computes a whole prompt's last block in any case."""
 
@@ -33,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=64, help="in the decoding batch")
     parser.add_argument("--tokens", type=int, default=8192, help=f"of each of them, less {LAST}")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed, after a quarter as many")
-    parser.add_argument("--rounds", type=int, default=3, help="of decoding alone, beside stores and loads")
+    parser.add_argument("--rounds", type=int, default=3, help="of decoding alone and beside copies")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
     parser.add_argument("--host-bytes", type=int, default=24 << 30, help="host tier, for all prompts at once")
     parser.add_argument("--json", type=Path, default=RESULTS / "offload.json", help="file to write")
@@ -133,7 +140,7 @@ def rows_needed(job: dict[str, Any], block: int) -> int:
     decoded = 2 * (job["steps"] // 4) + job["steps"]
     kept = (job["tokens"] - LAST) // block
     new = (job["tokens"] - LAST + decoded) // block - kept
-    runs = 1 + 3 * job["rounds"]  # of steps(): the first computes the prompts
+    runs = 1 + (1 + len(BESIDE)) * job["rounds"]  # of steps(): the first computes the prompts
     return job["requests"] * (kept + runs * new) + job["repeats"] * ((job["prompt"] - LAST) // block)
 
 
@@ -188,7 +195,7 @@ def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any]) -> dict[str
     With the connector, "alone" is with what it stores itself: the blocks that decoding fills.
     """
     steps(llm, prompts, job["steps"], job["connector"], "alone")  # computes the prompts
-    beside = ("alone", "stores", "loads") if job["connector"] else ("alone",)
+    beside = ("alone", *BESIDE) if job["connector"] else ("alone",)
     report: dict[str, Any] = {name: {"seconds": [], "copied_per_second": []} for name in beside}
     before = tier(llm)["stored"] if job["connector"] else 0
     for number in range(job["rounds"]):
@@ -215,7 +222,8 @@ def steps(
         come_to_rest(llm)
     copying = beside != "alone"
     if copying:
-        llm.collective_rpc("begin_copies", args=(beside == "loads",))
+        row_bytes = LARGE if beside == "large" else tier(llm)["row_bytes"]
+        llm.collective_rpc("begin_copies", args=(beside != "stores", row_bytes))
     engine, warm = llm.llm_engine, timed // 4
     sampling = SamplingParams(max_tokens=2 * warm + timed, temperature=0.0, ignore_eos=True, detokenize=False)
     for n, prompt in enumerate(prompts):
@@ -282,7 +290,7 @@ def step_lines(results: dict[str, Any]) -> list[tuple[str, float, float | None, 
         ("without the connector", without, None, 0.0),
         ("with the connector, storing what it decodes", alone, without, 0.0),
     ]
-    for name, title in (("stores", "beside copies to the host"), ("loads", "beside copies from the host")):
+    for name, title in BESIDE.items():
         seconds, copied = (statistics.median(decode[name][k]) for k in ("seconds", "copied_per_second"))
         lines.append((title, seconds, alone, copied))
     return lines

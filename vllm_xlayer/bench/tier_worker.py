@@ -30,12 +30,11 @@ class TierWorker:
             stored=worker.rows_stored, loaded=worker.rows_loaded,
         )  # fmt: skip
 
-    def begin_copies(self, load: bool) -> None:
+    def begin_copies(self, load: bool, row_bytes: int) -> None:
         """Keeps rows moving one way from now on, submitted in every step where the connector submits its own:
         loads before the model, stores after it."""
-        state, connector = self.tier_state(), compat.current().connector()
-        device = connector.pool.device
-        copies = self._copies = RowCopies(load, state["row_bytes"], device)
+        connector = compat.current().connector()
+        copies = self._copies = RowCopies(load, row_bytes, connector.pool.device)
         samples: list[tuple[float, int]] = []
         self._samples = samples
         self._name = "start_load_kv" if load else "get_finished"

@@ -78,6 +78,23 @@ def queued_seconds(make: Callable[[], Callable[[], object]], repeats: int) -> tu
     return statistics.median(times), submit
 
 
+def called_seconds(make: Callable[[], Callable[[], object]], repeats: int) -> float:
+    """Median seconds from a call on the current stream, which is idle, until the device has done all of it.
+
+    make: as `queued_seconds` takes it.
+    """
+    times = []
+    for i in range(WARM_UP + repeats):
+        call = make()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        torch.cuda.current_stream().synchronize()
+        if i >= WARM_UP:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
 def link_rate(src: torch.Tensor, dst: torch.Tensor) -> float:
     """Bytes a second of one large copy; the best of five. Host memory must be pinned."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
