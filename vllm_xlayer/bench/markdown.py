@@ -16,12 +16,13 @@ BLOCK = 16
 """Tokens in a block where nobody says otherwise (vLLM's default)."""
 GPU_SUITES = {
     "h200-suite.json": "`pytest -m gpu`",
+    "h100-suite.json": "The same on another GPU",
     "h200-suite-sm80.json": (
         "The ops' tests with kernels that use sm_80's instructions only (VLLM_XLAYER_FORCE_SM80)"
     ),
     "h200-memcheck.json": "compute-sanitizer's memcheck, in the ops' tests",
     "h200-racecheck.json": "compute-sanitizer's racecheck, in those of kernels that use shared memory",
-    "h200-x2-suite-tp.json": "Two ranks on two GPUs, beside the faults of one rank above",
+    "h100-x2-suite-tp.json": "Two ranks on two GPUs (their faults are in the README's table)",
 }
 """Results file of `bench suite` -> what it says."""
 OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
@@ -55,7 +56,11 @@ def demo_table(results: dict[str, Any]) -> str:
 
 
 def gain(
-    decode: dict[str, Any], engine: dict[str, Any], offload: dict[str, Any], capacity: dict[str, Any]
+    decode: dict[str, Any],
+    engine: dict[str, Any],
+    load: dict[str, Any],
+    offload: dict[str, Any],
+    capacity: dict[str, Any],
 ) -> str:
     """The first screen: what a user of a Hopper GPU gains."""
     shape = decode["shapes"][0]
@@ -63,6 +68,8 @@ def gain(
     times = shape["seconds"]["fa3_fp8"] / shape["seconds"]["nvfp4"]
     ours, fp8 = (engine["caches"][cache]["decodes"][0] for cache in ("nvfp4", "fp8"))
     faster = fp8["step_seconds"] / ours["step_seconds"]
+    kept, most = (load["caches"][cache] for cache in ("fp8", "nvfp4"))
+    rates = [c["fit"] / c["step_seconds"] for c in (kept, most)]
     first = {kind: milliseconds(statistics.median(offload["engines"]["with"]["restore"][kind]), 0)
              for kind in ("cold", "restored")}  # fmt: skip
     return (
@@ -73,6 +80,9 @@ def gain(
         f"- **In vLLM's engine {faster:.1f} times the tokens a second**: a decode step of "
         f"{ours['requests']} x {ours['tokens']} takes {milliseconds(ours['step_seconds'], 1)} ms, with fp8 "
         f"{milliseconds(fp8['step_seconds'], 1)} ms ({engine['shape']} shape).\n"
+        f"- **{rates[1] / rates[0]:.1f} times where memory is the limit**: {most['fit']} contexts of "
+        f"{load['tokens']:,} tokens fit in {load['kv_bytes'] / 1e9:.0f} GB and decode {rates[1]:,.0f} tokens "
+        f"a second; with fp8 {kept['fit']} fit and decode {rates[0]:,.0f}.\n"
         f"- **Prompts come back instead of being computed**: just short of {offload['prompt']:,} tokens "
         f"in host memory, the first token takes {first['restored']} ms, {first['cold']} ms if they are "
         "computed.\n\n"
@@ -175,12 +185,10 @@ def capacity_table(results: dict[str, Any]) -> str:
     )
 
 
-def gpu_tests(*runs: dict[str, Any] | None) -> str:
-    """Markdown of what `bench suite` saw, a line for each of GPU_SUITES; what was not run is left out."""
+def gpu_tests(*runs: dict[str, Any]) -> str:
+    """Markdown of what `bench suite` saw, a line for each of GPU_SUITES."""
     return "\n".join(
-        f"- {title}: {_told(run)}. {about(run)}"
-        for title, run in zip(GPU_SUITES.values(), runs, strict=True)
-        if run is not None
+        f"- {title}: {_told(run)}. {about(run)}" for title, run in zip(GPU_SUITES.values(), runs, strict=True)
     )
 
 

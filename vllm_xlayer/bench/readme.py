@@ -25,7 +25,7 @@ COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), markdown.demo_table),
     "gain": (
-        ("h200-decode.json", "h200-engine.json", "h200-offload.json", "h200-capacity.json"),
+        tuple(f"h200-{what}.json" for what in ("decode", "engine", "load", "offload", "capacity")),
         markdown.gain,
     ),
     "short": (("h200-decode.json",), markdown.short_decode_table),
@@ -40,13 +40,11 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "copy": (("h200-copy.json",), markdown_tier.copy_section),
     "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
     "offload": (("h200-offload.json",), markdown_tier.offload_section),
-    "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
+    "faults": (("cpu-faults.json", "h100-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
 SECTIONS = ("prefill", "load", "copy", "pacing", "offload")
 """Nothing is shown for these, not even a heading, until their results are there."""
-OPTIONAL = {"h200-faults.json", "h200-x2-suite-tp.json"}
-"""Results files that need not be there: None stands for their contents."""
 
 
 def rendered(text: str) -> str:
@@ -65,11 +63,7 @@ def rendered(text: str) -> str:
         paths = [RESULTS / file for file in files]
         made = ""
         if name not in SECTIONS or all(path.exists() for path in paths):
-            results = [
-                json.loads(path.read_text()) if path.name not in OPTIONAL or path.exists() else None
-                for path in paths
-            ]
-            made = make(*results) + "\n"
+            made = make(*(json.loads(path.read_text()) for path in paths)) + "\n"
         text = f"{before}{begin}\n{made}{end}{after}"
     return text
 

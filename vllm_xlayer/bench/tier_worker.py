@@ -1,5 +1,6 @@
 """What `bench offload` does in vLLM's worker process: looks at the tier, and copies beside the steps."""
 
+import functools
 import itertools
 import time
 from typing import Any, TypedDict
@@ -34,7 +35,7 @@ class TierWorker:
         """Keeps rows moving one way from now on, submitted in every step where the connector submits its own:
         loads before the model, stores after it."""
         connector = compat.current().connector()
-        copies = self._copies = RowCopies(load, row_bytes, connector.pool.device)
+        copies = self._copies = row_copies(load, row_bytes, connector.pool.device)
         samples: list[tuple[float, int]] = []
         self._samples = samples
         self._name = "start_load_kv" if load else "get_finished"
@@ -73,7 +74,7 @@ class RowCopies:
         self._running = 0
         self._ahead = self.JOBS if device.type == "cuda" else 1  # on the CPU a job is done at once
         self.bytes = 0
-        """Copied so far."""
+        """Copied since they began."""
 
     def go_on(self) -> None:
         for result in self._direction.take_finished():
@@ -87,4 +88,11 @@ class RowCopies:
 
     def stop(self) -> None:
         self._direction.drain()
-        self._running = 0
+        self._running, self.bytes = 0, 0
+
+
+@functools.cache
+def row_copies(load: bool, row_bytes: int, device: torch.device) -> RowCopies:
+    """The same ones each time: torch has 32 streams for all of a process and gives them out in turn, so that
+    new ones would in the end be those on which vLLM copies its tokens."""
+    return RowCopies(load, row_bytes, device)
