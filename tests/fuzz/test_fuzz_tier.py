@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_xlayer.connector.disk_format import HEADER_BYTES, EntryError, TierIdentity
@@ -84,7 +84,8 @@ def test_any_other_file_is_a_miss(store, data):
     damaged(store, lambda _: data)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
+@example([("write", 2), ("write", 3), ("write", 0), ("write", 1), ("write", 0)])  # a full one, replacing
 @given(
     st.lists(st.tuples(st.sampled_from(["write", "read", "touch", "rescan", "restart"]), st.integers(0, 7)))
 )

@@ -101,8 +101,10 @@ class DiskStore:
         size = HEADER_BYTES + payload.nbytes
         if size > self.limit:
             return False
-        self._evict(self.limit - size)
         path = self.path_of(key)
+        if self._total > self.limit - size:
+            self.remove(path)  # what is replaced goes before anything else
+        self._evict(self.limit - size)
         self._writes += 1
         temporary = f"{path}.{os.getpid()}.{self._writes}.{os.urandom(4).hex()}{TEMPORARY}"
         header = encode_header(self.identity, key, payload)
