@@ -16,10 +16,16 @@ def copies() -> dict:
     rates = {"ours": 50e9, "engine": 5e9, "kernel": 50e9, "vllm_dma": 5e9, "vllm_kernel": 40e9}
     some = {name: rates[name] for name in ("ours", "engine")}
     done = {"ours": 2e-3, "engine": 1e-3, "kernel": 2e-3, "vllm_dma": 9e-3, "vllm_kernel": 3e-3}
-    first, failed = {"submit": {}, "failed": {}}, {"submit": {}, "failed": {"kernel": "why"}}
     lines = [
-        {"piece_bytes": 4608, "pieces": 16384, "rates": rates, "done": done, **first},
-        {"piece_bytes": 2097152, "pieces": 64, "rates": some, "done": {"ours": 2e-3}, **failed},
+        {"piece_bytes": 4608, "pieces": 16384, "rates": rates, "submit": {}, "done": done, "failed": {}},
+        {
+            "piece_bytes": 2097152,
+            "pieces": 64,
+            "rates": some,
+            "submit": {},
+            "done": {"ours": 2e-3},
+            "failed": {"kernel": "why"},
+        },
     ]
     return {
         **provenance(),

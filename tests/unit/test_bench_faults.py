@@ -26,7 +26,7 @@ def test_good_too(): pass
 def test_bad(): assert False
 
 @pytest.mark.fault("preemption", 9, 9, 9, 9, 9)
-@pytest.mark.skip
+@pytest.mark.skip(reason="is not counted")
 def test_skipped(): pass
 """
 

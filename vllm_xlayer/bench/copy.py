@@ -188,11 +188,12 @@ def ratios(result: dict[str, Any], link: float) -> tuple[str, str, str]:
     many times from the call until all is copied."""
     ours = result["rates"].get("ours")
     share = f"{ours / link:.2f}" if ours else "-"
-    slowness = {name: 1 / rate for name, rate in result["rates"].items()}
-    return share, _gain(slowness), _gain(result["done"])
+    seconds_a_byte = {name: 1 / rate for name, rate in result["rates"].items()}
+    return share, _gain(seconds_a_byte), _gain(result["done"])
 
 
 def _gain(seconds: dict[str, float]) -> str:
+    """How many times as long the better of vLLM's paths takes."""
     theirs = min((seconds[name] for name in VLLM if name in seconds), default=None)
     ours = seconds.get("ours")
     return f"{theirs / ours:.2f}x" if ours and theirs else "-"

@@ -21,6 +21,7 @@ TITLES = {
     "vllm_kernel": "vLLM kernel",
 }
 VLLM = ("vllm_dma", "vllm_kernel")
+"""Of TITLES: vLLM's own paths."""
 NOT_MEASURED = ("LMCache", "SGLang", "Mooncake", "NIXL")
 """Peers that move pieces as well and are not here."""
 

@@ -1,7 +1,7 @@
 """More context than fp8 can keep: requests that all fit as NVFP4, offered at once to the same memory.
 
 Takes minutes, most of them for computing what is asked. A GPU needs memory for the model, for NVFP4 KV of all
-requests (107 GB with the default shape), and for what vLLM computes with.
+requests (109 GB with the default shape), and for what vLLM computes with.
 """
 
 import argparse

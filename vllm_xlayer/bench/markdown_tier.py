@@ -107,6 +107,5 @@ def _fault_table(results: dict[str, Any]) -> str:
     ]
     failed = sum(row["failed"] for row in results["faults"].values())
     tests = sum(row["tests"] for row in results["faults"].values())
-    return table(["fault", *COUNTS], lines) + (
-        f"\n\n{tests} tests, {failed} failed; the soak ran {results['soak_seconds']:.0f} s. {about(results)}"
-    )
+    ran = f"{tests} tests, {failed} failed; the soak ran {results['soak_seconds']:.0f} s. {about(results)}"
+    return f"{ran}\n\n{table(['fault', *COUNTS], lines)}"

@@ -21,13 +21,14 @@ from .timing import link_rate
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
 TURNS = 3
 """Of restored prompts: on the device, then in the host tier."""
+LARGE = 64 << 20
+"""Bytes of a large piece."""
 BESIDE = {
     "stores": "beside rows to the host",
     "loads": "beside rows from the host",
-    "large": "beside 64 MiB pieces from the host",
+    "large": f"beside {LARGE >> 20} MiB pieces from the host",
 }
-"""What decoding is timed beside. The last is what the link itself costs a step."""
-LARGE = 64 << 20
+"""What decoding is timed beside -> its title. Large pieces show what is not due to the rows."""
 LAST = 7
 """A prompt is so many tokens short of whole blocks: vLLM computes a whole prompt's last block in any case."""
 

@@ -94,5 +94,5 @@ class RowCopies:
 @functools.cache
 def row_copies(load: bool, row_bytes: int, device: torch.device) -> RowCopies:
     """The same ones each time: torch has 32 streams for all of a process and gives them out in turn, so that
-    new ones would in the end be those on which vLLM copies its tokens."""
+    new ones for every round would come round to vLLM's own."""
     return RowCopies(load, row_bytes, device)

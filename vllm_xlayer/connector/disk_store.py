@@ -103,7 +103,7 @@ class DiskStore:
             return False
         path = self.path_of(key)
         if self._total > self.limit - size:
-            self.remove(path)  # what is replaced goes before anything else
+            self.remove(path)  # not another entry, for a key that is there; until it is written, a miss
         self._evict(self.limit - size)
         self._writes += 1
         temporary = f"{path}.{os.getpid()}.{self._writes}.{os.urandom(4).hex()}{TEMPORARY}"
