@@ -25,10 +25,14 @@ void check_pieces(const char* name, const Tensor& tensor) {
 
 void check_ids(const char* name, const Tensor& ids, const char* of, const Tensor& pieces) {
   const int64_t* values = static_cast<const int64_t*>(ids.data_ptr());
-  for (int64_t i = 0; i < ids.size(0); ++i) {
-    STD_TORCH_CHECK(values[i] >= 0 && values[i] < pieces.size(0), name, ": expected ids from 0 to ",
-                    pieces.size(0) - 1, " (the pieces of ", of, "), got ", values[i], " at ", i);
-  }
+  const int64_t count = ids.size(0);  // asked once: each time is a call into torch
+  const int64_t last = pieces.size(0) - 1;
+  uint64_t signs = 0;  // the first bit: whether an id is negative, or what is left from it to the last piece
+  for (int64_t i = 0; i < count; ++i) signs |= uint64_t(values[i]) | (uint64_t(last) - uint64_t(values[i]));
+  if (signs >> 63 == 0) return;
+  const int64_t* wrong = std::find_if(values, values + count, [=](int64_t v) { return v < 0 || v > last; });
+  STD_TORCH_CHECK(false, name, ": expected ids from 0 to ", last, " (the pieces of ", of, "), got ", *wrong,
+                  " at ", wrong - values);
 }
 
 CopyMethod check_method(int64_t method) {

@@ -121,7 +121,7 @@ def test_the_kernel_in_a_graph(pairs):
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
 @pytest.mark.parametrize(("pair", "method"), GPU_CASES, ids=map(case_id, GPU_CASES))
 def test_on_a_side_stream(pair, method, pinned):
-    """On torch's current stream, after what is already queued there: here the batched submission is used."""
+    """On torch's current stream, after what is already queued there."""
     if not pinned and method is CopyMethod.KERNEL and pair != "cuda-cuda":
         pytest.skip("refused, see test_pageable_host_memory")
     src, dst = (
@@ -140,6 +140,16 @@ def test_on_a_side_stream(pair, method, pinned):
     assert torch.equal(
         dst.cpu(), torch.arange(64, dtype=torch.uint8).flip(0).unsqueeze(1).expand(64, 1 << 20)
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pairs", [63, 64, 65, 128, 129, 320, 321, 5000])
+@pytest.mark.parametrize("pair", GPU_PAIRS)
+def test_batches_of_the_copy_engine(pair, pairs):
+    """Of 64 pairs and more, one behind the other. The default stream would take them one by one."""
+    devices = tuple(torch.device(place) for place in pair.split("-"))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        copy_and_compare((devices, CopyMethod.ENGINE), 4608, 16, 32, pairs)
 
 
 @pytest.mark.gpu

@@ -15,18 +15,11 @@ from vllm_xlayer.connector.copy_choice import Way
 def copies() -> dict:
     rates = {"ours": 50e9, "engine": 5e9, "kernel": 50e9, "vllm_dma": 5e9, "vllm_kernel": 40e9}
     some = {name: rates[name] for name in ("ours", "engine")}
-    done = {"ours": 2e-3, "engine": 1e-3, "kernel": 2e-3, "vllm_dma": 9e-3, "vllm_kernel": 3e-3}
-    lines = [
-        {"piece_bytes": 4608, "pieces": 16384, "rates": rates, "submit": {}, "done": done, "failed": {}},
-        {
-            "piece_bytes": 2097152,
-            "pieces": 64,
-            "rates": some,
-            "submit": {},
-            "done": {"ours": 2e-3},
-            "failed": {"kernel": "why"},
-        },
-    ]
+    done = {"ours": 30e9, "engine": 2e9, "kernel": 30e9, "vllm_dma": 3e9, "vllm_kernel": 20e9}
+    device = {"ours": 51e9, "engine": 45e9, "kernel": 51e9, "vllm_dma": 45e9, "vllm_kernel": 40e9}
+    small = {"piece_bytes": 4608, "pieces": 16384, "stream": rates, "done": done, "device": device}
+    large = {"piece_bytes": 2097152, "pieces": 64, "stream": some, "done": some, "device": some}
+    lines = [{**small, "submit": {}, "failed": {}}, {**large, "submit": {}, "failed": {"kernel": "why"}}]
     return {
         **provenance(),
         "link": dict.fromkeys(copy.WAYS, 55e9),
@@ -40,12 +33,26 @@ def test_copies_in_a_table(copies):
     for way in copy.WAYS:
         console.print(copy._table(way, copies["ways"][way], copies["link"][way]))
     text = console.export_text()
-    assert "0.91" in text and "1.25x" in text and "1.50x" in text
+    assert all(number in text for number in ("0.91", "1.25x", "1.50x", "1.13x"))
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
+    assert text.count("2,097,152") == text.count("alone") == len(copy.WAYS)
     made = markdown_tier.copy_section(copies)
-    assert "| 4,608 | 50.0 | 5.0 | 50.0 | 5.0 | 40.0 | 0.91 | 1.25x | 1.50x |" in made
-    assert "| 2,097,152 | 50.0 | 5.0 | - | - | - | 0.91 | - | - |" in made
+    assert "| 4,608 | 50.0 | 5.0 | 50.0 | 5.0 | 40.0 | 0.91 | 1.25x | 1.50x | 1.13x |" in made
+    assert "| 2,097,152 | 50.0 | 5.0 | - | - | - | 0.91 | - | - | - |" in made
     assert all(title in made for title in TITLES.values())
+
+
+def test_bounds_of_copies(copies):
+    """Those of the pieces that were measured, each with what it was asked for."""
+    found = [str(bound) for bound in copy.bounds(copies)]
+    assert found == [
+        "host to device, 589,824 bytes and more, of the link: 0.909, at least 0.95: missed",
+        "host to device, 4,608 bytes, ours / vLLM: 1.250, at least 1.2: kept",
+        "device to host, 589,824 bytes and more, of the link: 0.909, at least 0.95: missed",
+        "device to host, 4,608 bytes, ours / vLLM: 1.250, at least 1: kept",
+        "inside the device, on the device alone, of its own copy: 0.909, at least 0.85: kept",
+    ]
+    assert all(f"- {bound}" in markdown_tier.copy_section(copies) for bound in found)
 
 
 def test_copies_in_a_picture(copies, tmp_path):
@@ -89,6 +96,18 @@ def test_offload_in_tables(offloads):
     for found in (text, made):
         assert "12.0" in found and "11.0" in found
         assert "+1.0 %" in found and "+3.0 %" in found and "52.0" in found and "+4.0 %" in found
+
+
+def test_bounds_of_offload(offloads):
+    """Only of what they were asked for: 12 ms; 1 % and 3 % of a step."""
+    assert offload.bounds({**offloads, "prompt": 8192}) == []
+    found = [str(bound) for bound in offload.bounds(offloads)]
+    assert found == [
+        "host tier - device: 12.000 ms, at most 12.5 ms: kept",
+        "decode step with the connector, storing what it decodes: 1.000 %, at most 2 %: kept",
+        "decode step beside rows from the host: 2.970 %, at most 3 %: kept",
+    ]
+    assert all(f"- {bound}" in markdown_tier.offload_section(offloads) for bound in found)
 
 
 def test_rows_that_the_host_tier_must_hold():

@@ -83,8 +83,8 @@ def test_bounds_are_for_the_full_size_only():
 def test_prefill_shows_medians_and_ratios():
     text = markdown.prefill_section(PREFILL)
     assert "| first token of 16,384, half cached, ms | 200.0 | 210.0 | 220.0 |" in text
-    assert "- nvfp4 / fp8, prefill 64 x 8,192: 1.025, bound 1.03: kept" in text
-    assert "- nvfp4 / bf16, first token of 16,384, half cached: 1.100, bound 1.05: missed" in text
+    assert "- nvfp4 / fp8, prefill 64 x 8,192: 1.025, at most 1.03: kept" in text
+    assert "- nvfp4 / bf16, first token of 16,384, half cached: 1.100, at most 1.05: missed" in text
     assert "some GPU; vLLM 1, torch 2, model runner V2, today, commit abc." in text
 
 

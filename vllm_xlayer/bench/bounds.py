@@ -8,20 +8,22 @@ SHAPE = "llama-3.1-8b"
 
 @dataclass(frozen=True)
 class Bound:
-    """A number that may be at most ``limit``."""
+    """A number that may be at most ``limit``, or must be at least that."""
 
     what: str
     value: float
     limit: float
     unit: str = ""
+    least: bool = False
 
     @property
     def kept(self) -> bool:
-        return self.value <= self.limit
+        return self.value >= self.limit if self.least else self.value <= self.limit
 
     def __str__(self) -> str:
         # Three digits: a ratio of 1.034 must not read as 1.03.
         return (
-            f"{self.what}: {self.value:.3f}{self.unit}, bound {self.limit:g}{self.unit}: "
+            f"{self.what}: {self.value:.3f}{self.unit}, at {'least' if self.least else 'most'} "
+            f"{self.limit:g}{self.unit}: "
             f"{'kept' if self.kept else 'missed'}"
         )

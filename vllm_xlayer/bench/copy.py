@@ -1,7 +1,8 @@
 """Scattered pieces between device and host: ours beside vLLM's two paths, against the link's own rate.
 
-Twice: the device's time alone, as behind other work that the stream still has, and from the call until all is
-copied, as for who waits. A copy engine is told every piece by the host, which can take longer than copying.
+A copy engine is told every piece by the host, which can take longer than copying. So there are three rates:
+of a stream of calls, which is what a long transfer gets; of one call, which is what its caller waits for; and
+of the device alone, as if submitting took no time.
 """
 
 import argparse
@@ -12,22 +13,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from ..connector import copy_measure
 from ..connector.copy_choice import Way
+from .bounds import Bound
 from .copy_peers import NOT_MEASURED, TITLES, VLLM, Call, Peer, peers
 from .record import RESULTS, write
-from .timing import called_seconds, copy_rate, link_rate, queued_seconds
+from .timing import called_seconds, copy_rate, link_rate, queued_seconds, streamed_seconds
 
 PIECES = (4608, 9216, 18432, 32768, 65536, 589824, 2097152)
 """Bytes: pages of NVFP4 (4,608 to 18,432) and bf16 (65,536) caches, rows of an 8B model in NVFP4 and bf16."""
 BOTH = "BOTH"
 """Host to device and device to host at once; the rate is of their sum."""
 WAYS = {way.name: way.value for way in Way} | {BOTH: "both directions at once"}
+MEASURES = {"stream": "a stream of calls", "done": "one call", "device": "device alone"}
+"""Bytes a second: of calls one behind the other; from one call until all is copied; of the device alone."""
+ROW_BYTES, ROW_SHARE = 589824, 0.95
+PAGES, PAGE_GAIN = PIECES[:3], {"H2D": 1.2, "D2H": 1.0}
+DEVICE_SHARE = 0.85
+"""Bounds. Of streams: rows' share of the link, and small pages against the better of vLLM's paths. Of the
+device alone: the share of a large copy inside it. (It copies 32,768 pieces before the next are submitted.)"""
 HOST_GIB, DEVICE_GIB = 1, 4
 """Of each buffer. Pieces are picked anew, from all of it, for every timed call."""
 HOST_MOVED, DEVICE_MOVED = 128 << 20, 1 << 30
@@ -71,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
             write(args.json, numbers)  # what is measured is kept
     for way in WAYS:
         console.print(_table(way, ways[way], link[way]))
+    for bound in bounds(numbers):
+        console.print(str(bound))
     console.print(f"Missing peers, not measured here: {', '.join(NOT_MEASURED)}")
     failed = Counter(f for lines in ways.values() for r in lines for f in r["failed"].items())
     for (name, why), times_failed in failed.items():
@@ -93,6 +106,7 @@ class Buffers:
         # The first ends of H2D and D2H are not each other's, so that both can run at once.
         self.ends = {"H2D": (source, near), "D2H": (far, target), "D2D": (far, near)}
         self.other_stream = torch.cuda.Stream()
+        self.random = numpy.random.default_rng(0)
 
     def link_rates(self) -> dict[str, float]:
         """Bytes a second of large copies to device, to host, and both at once."""
@@ -111,7 +125,8 @@ class Buffers:
         src, dst = (t[: t.numel() // size * size].view(-1, size) for t in self.ends[way])
         moved, pieces = (DEVICE_MOVED, DEVICE_PIECES) if way == "D2D" else (HOST_MOVED, HOST_PIECES)
         count = min(moved // size, pieces, len(src), len(dst))
-        return src, dst, torch.randperm(len(src))[:count], torch.randperm(len(dst))[:count]
+        src_ids, dst_ids = (self.random.choice(len(pieces), count, replace=False) for pieces in (src, dst))
+        return src, dst, torch.from_numpy(src_ids), torch.from_numpy(dst_ids)
 
     def at_once(self, first: Call, second: Call) -> Call:
         """The second on another stream; the current one goes on when both are done."""
@@ -128,13 +143,14 @@ class Buffers:
 
 
 def measure(buffers: Buffers, way: str, size: int, by: dict[str, Peer], repeats: int) -> dict[str, Any]:
-    """What every peer does with pieces of one size: `rates` (bytes a second on the device), `submit` and
-    `done` (seconds from the call until it returns, and until all is copied); `failed`: why one could not run.
+    """What every peer does with pieces of one size: each of MEASURES, and `submit`, seconds until one call
+    returns; `failed`: why one could not run.
     """
     directions = ("H2D", "D2H") if way == BOTH else (way,)
     count = len(buffers.pick(directions[0], size)[2])
+    moved = len(directions) * count * size
     result: dict[str, Any] = {"piece_bytes": size, "pieces": count}
-    result |= {numbers: {} for numbers in ("rates", "submit", "done", "failed")}
+    result |= {numbers: {} for numbers in (*MEASURES, "submit", "failed")}
     for name, peer in by.items():
 
         def make(peer: Peer = peer) -> Call:
@@ -145,13 +161,14 @@ def measure(buffers: Buffers, way: str, size: int, by: dict[str, Peer], repeats:
             if not all(copies_right(peer, *buffers.pick(d, size)) for d in directions):
                 result["failed"][name] = WRONG
                 continue
-            seconds, submit = queued_seconds(make, repeats)
-            done = called_seconds(make, repeats)
+            device, submit = queued_seconds(make, repeats)
+            done, stream = called_seconds(make, repeats), streamed_seconds(make, repeats)
         except (RuntimeError, ImportError, TypeError, AttributeError) as error:
             result["failed"][name] = f"{type(error).__name__}: {error}"[:300]
             continue
-        result["rates"][name] = len(directions) * count * size / seconds
-        result["submit"][name], result["done"][name] = submit, done
+        for measure_name, seconds in zip(MEASURES, (stream, done, device), strict=True):
+            result[measure_name][name] = moved / seconds
+        result["submit"][name] = submit
     gc.collect()
     return result
 
@@ -169,31 +186,56 @@ def copies_right(
 
 
 def _table(way: str, results: list[dict[str, Any]], link: float) -> Table:
-    reference = "device copy" if way == "D2D" else "link"
-    grid = Table(title=f"{WAYS[way]}, GB/s ({reference}: {link / 1e9:,.1f})")
-    grid.add_column("bytes a piece", justify="right")
-    for title in TITLES.values():
-        grid.add_column(title, justify="right")
-    grid.add_column(f"ours / {reference}", justify="right")
-    grid.add_column("ours / vLLM", justify="right")
-    grid.add_column("call to done", justify="right")
+    title = f"{WAYS[way]}, GB/s (one large copy: {link / 1e9:,.1f})"
+    grid = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    size, *others = table_head(way)
+    grid.add_column(size, justify="right", min_width=len("2,097,152"))
+    for title in others:
+        grid.add_column(title, justify="right", max_width=8)
     for r in results:
-        cells = (f"{r['rates'][name] / 1e9:,.1f}" if name in r["rates"] else "-" for name in TITLES)
-        grid.add_row(f"{r['piece_bytes']:,}", *cells, *ratios(r, link))
+        grid.add_row(*table_line(r, link))
     return grid
 
 
-def ratios(result: dict[str, Any], link: float) -> tuple[str, str, str]:
-    """Ours of the link's rate, how many times as fast as the better of vLLM's paths on the device, and how
-    many times from the call until all is copied."""
-    ours = result["rates"].get("ours")
-    share = f"{ours / link:.2f}" if ours else "-"
-    seconds_a_byte = {name: 1 / rate for name, rate in result["rates"].items()}
-    return share, _gain(seconds_a_byte), _gain(result["done"])
+def table_head(way: str) -> list[str]:
+    """Of a table whose lines are `table_line`'s."""
+    reference = "device copy" if way == "D2D" else "link"
+    _, *others = MEASURES.values()
+    return ["bytes a piece", *TITLES.values(), f"ours / {reference}", "ours / vLLM", *others]
 
 
-def _gain(seconds: dict[str, float]) -> str:
-    """How many times as long the better of vLLM's paths takes."""
-    theirs = min((seconds[name] for name in VLLM if name in seconds), default=None)
-    ours = seconds.get("ours")
-    return f"{theirs / ours:.2f}x" if ours and theirs else "-"
+def table_line(result: dict[str, Any], link: float) -> list[str]:
+    """The rates of a stream, ours of the link's, and how many times as fast as the better of vLLM's paths it
+    is in a stream, for one call, and on the device alone."""
+    rates = result["stream"]
+    cells = (f"{rates[name] / 1e9:,.1f}" if name in rates else "-" for name in TITLES)
+    share = f"{rates['ours'] / link:.2f}" if "ours" in rates else "-"
+    gains = (gain(result[measure]) for measure in MEASURES)
+    return [f"{result['piece_bytes']:,}", *cells, share, *(f"{g:.2f}x" if g else "-" for g in gains)]
+
+
+def gain(rates: dict[str, float]) -> float | None:
+    """How many times the better of vLLM's paths ours is."""
+    theirs = max((rates[name] for name in VLLM if name in rates), default=None)
+    return rates["ours"] / theirs if "ours" in rates and theirs else None
+
+
+def bounds(results: dict[str, Any]) -> list[Bound]:
+    """For the pieces that were measured."""
+    found, link = [], results["link"]
+    lines = {
+        way: {r["piece_bytes"]: r for r in results["ways"][way] if "ours" in r["stream"]} for way in WAYS
+    }
+    for way, least in PAGE_GAIN.items():
+        shares = [r["stream"]["ours"] / link[way] for size, r in lines[way].items() if size >= ROW_BYTES]
+        if shares:
+            what = f"{WAYS[way]}, {ROW_BYTES:,} bytes and more, of the link"
+            found.append(Bound(what, min(shares), ROW_SHARE, least=True))
+        for size in PAGES:
+            if size in lines[way] and (ratio := gain(lines[way][size]["stream"])):
+                found.append(Bound(f"{WAYS[way]}, {size:,} bytes, ours / vLLM", ratio, least, least=True))
+    shares = [r["device"]["ours"] / link["D2D"] for r in lines["D2D"].values()]
+    if shares:
+        what = f"{WAYS['D2D']}, on the device alone, of its own copy"
+        found.append(Bound(what, min(shares), DEVICE_SHARE, least=True))
+    return found

@@ -204,11 +204,15 @@ def table(head: list[str], lines: list[tuple[str, list[str]]]) -> str:
     return "\n".join(rows + ["| " + " | ".join([name, *cells]) + " |" for name, cells in lines])
 
 
+def listed(bounds: list[Bound]) -> str:
+    return "\n".join(f"- {bound}" for bound in bounds)
+
+
 def _caches(results: dict[str, Any], lines: list[tuple[str, list[str]]], bounds: list[Bound]) -> str:
     """Table with a column for each cache, its bounds, what it was taken on."""
     told = [
         table([results["shape"], *results["caches"]], lines),
-        "\n".join(f"- {bound}" for bound in bounds),
+        listed(bounds),
     ]
     runner = next(iter(results["caches"].values()))["runner"]
     return "\n\n".join(part for part in (*told, about(results, runner)) if part)

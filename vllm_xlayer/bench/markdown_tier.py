@@ -3,12 +3,13 @@
 import statistics
 from typing import Any
 
-from .copy import WAYS, ratios
+from .copy import WAYS, table_head, table_line
+from .copy import bounds as copy_bounds
 from .copy_peers import NOT_MEASURED
-from .copy_peers import TITLES as COPIERS
 from .faults import COUNTS
-from .markdown import about, milliseconds, table
+from .markdown import about, listed, milliseconds, table
 from .offload import added, floor, step_lines
+from .offload import bounds as offload_bounds
 from .pacing import SMALL
 
 COPY_PNG = "h200-copy.png"
@@ -19,23 +20,19 @@ def copy_section(results: dict[str, Any]) -> str:
     """Markdown of `bench copy`, with its heading."""
     parts = [
         "## Copies",
-        "`vllm-xlayer bench copy`: scattered pieces, GB/s on the device (submitting them is not in it), "
-        'beside vLLM\'s two paths in the same process. "ours" is what the measurement at start chose, which '
-        f"took {results['choice_seconds']:.2f} s. The last two columns: how many times as fast as the better "
-        "of vLLM's, on the device, and from the call until all is copied, which who waits for it sees. Not "
-        f"measured: {', '.join(NOT_MEASURED)}.",
+        "`vllm-xlayer bench copy`: scattered pieces, GB/s of calls one behind the other, with submitting "
+        'them, beside vLLM\'s two paths in the same process. "ours" is what the measurement at start chose, '
+        f"in {results['choice_seconds']:.2f} s. The last three columns: how many times as fast as the better "
+        "of vLLM's; the same of one call until all is copied, which who waits for it sees; and on the "
+        f"device alone, as if submitting took no time. Not measured: {', '.join(NOT_MEASURED)}.",
         f"![GB/s against bytes a piece](results/{COPY_PNG})",
     ]
     for way, title in WAYS.items():
         link = results["link"][way]
-        reference = "device copy" if way == "D2D" else "link"
-        lines = []
-        for r in results["ways"][way]:
-            cells = [f"{r['rates'][name] / 1e9:,.1f}" if name in r["rates"] else "-" for name in COPIERS]
-            lines.append((f"{r['piece_bytes']:,}", [*cells, *ratios(r, link)]))
-        head = ["bytes a piece", *COPIERS.values(), f"ours / {reference}", "ours / vLLM", "call to done"]
-        parts += [f"{title.capitalize()}; one large copy: {link / 1e9:,.1f} GB/s.", table(head, lines)]
-    return "\n\n".join([*parts, about(results)])
+        lines = [(first, cells) for first, *cells in (table_line(r, link) for r in results["ways"][way])]
+        parts.append(f"{title.capitalize()}; one large copy: {link / 1e9:,.1f} GB/s.")
+        parts.append(table(table_head(way), lines))
+    return "\n\n".join([*parts, listed(copy_bounds(results)), about(results)])
 
 
 def pacing_section(results: dict[str, Any]) -> str:
@@ -91,6 +88,7 @@ def offload_section(results: dict[str, Any]) -> str:
         "own code, without a pause, between memory that the engine does not use. Decoding stored "
         f"{ours['decode']['rows_stored']:,} rows in all rounds:",
         table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], steps),
+        listed(offload_bounds(results)),
         about(results, ours["runner"]),
     ])  # fmt: skip
 

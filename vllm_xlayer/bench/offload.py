@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .bounds import SHAPE, Bound
 from .engines import SHAPES, run_engine, write_model
 from .record import RESULTS, write
 from .tier_worker import TierState
@@ -23,25 +24,33 @@ TURNS = 3
 """Of restored prompts: on the device, then in the host tier."""
 LARGE = 64 << 20
 """Bytes of a large piece."""
+STORING = "with the connector, storing what it decodes"
 BESIDE = {
     "stores": "beside rows to the host",
     "loads": "beside rows from the host",
     "large": f"beside {LARGE >> 20} MiB pieces from the host",
 }
 """What decoding is timed beside -> its title. Large pieces show what is not due to the rows."""
+PROMPT, BATCH = 16384, (64, 8192)
+"""Tokens of a restored prompt; requests that decode, and tokens of each."""
+RESTORE_MS = 12.5
+STEP_COSTS = {STORING: 2.0, BESIDE["loads"]: 3.0}
+"""Bounds: milliseconds that a first token may come later; per cent that a step may take longer."""
 LAST = 7
 """A prompt is so many tokens short of whole blocks: vLLM computes a whole prompt's last block in any case."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
     parser.add_argument("--kv-cache-dtype", default="nvfp4", help="as for vllm serve (default: nvfp4)")
-    parser.add_argument("--prompt", type=int, default=16384, help=f"tokens of a restored prompt, less {LAST}")
+    parser.add_argument(
+        "--prompt", type=int, default=PROMPT, help=f"tokens of a restored prompt, less {LAST}"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="restored prompts")
-    parser.add_argument("--requests", type=int, default=64, help="in the decoding batch")
-    parser.add_argument("--tokens", type=int, default=8192, help=f"of each of them, less {LAST}")
+    parser.add_argument("--requests", type=int, default=BATCH[0], help="in the decoding batch")
+    parser.add_argument("--tokens", type=int, default=BATCH[1], help=f"of each of them, less {LAST}")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed, after a quarter as many")
-    parser.add_argument("--rounds", type=int, default=3, help="of decoding alone and beside copies")
+    parser.add_argument("--rounds", type=int, default=5, help="of decoding alone and beside copies")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
     parser.add_argument("--host-bytes", type=int, default=24 << 30, help="host tier, for all prompts at once")
     parser.add_argument("--json", type=Path, default=RESULTS / "offload.json", help="file to write")
@@ -68,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
     console.print(restore_table(results["with"]))
     console.print(decode_table(results, f"{args.requests} x {args.tokens:,}"))
     asked = {k: job[k] for k in ("dtype", "prompt", "repeats", "requests", "tokens", "steps", "rounds")}
-    write(args.json, {"shape": args.shape, **asked, "engines": results})
+    numbers = {"shape": args.shape, **asked, "engines": results}
+    write(args.json, numbers)
+    for bound in bounds(numbers):
+        console.print(str(bound))
     return 0
 
 
@@ -293,12 +305,24 @@ def step_lines(results: dict[str, Any]) -> list[tuple[str, float, float | None, 
     alone = statistics.median(decode["alone"]["seconds"])
     lines: list[tuple[str, float, float | None, float]] = [
         ("without the connector", without, None, 0.0),
-        ("with the connector, storing what it decodes", alone, without, 0.0),
+        (STORING, alone, without, 0.0),
     ]
     for name, title in BESIDE.items():
         seconds, copied = (statistics.median(decode[name][k]) for k in ("seconds", "copied_per_second"))
         lines.append((title, seconds, alone, copied))
     return lines
+
+
+def bounds(results: dict[str, Any]) -> list[Bound]:
+    """Of the connector's costs, at full size."""
+    measured = tuple(results[key] for key in ("shape", "dtype", "prompt", "requests", "tokens"))
+    if measured != (SHAPE, "nvfp4", PROMPT, *BATCH):
+        return []
+    engines = results["engines"]
+    costs = {title: 100 * (s / compared - 1) for title, s, compared, _ in step_lines(engines) if compared}
+    found = [Bound("host tier - device", added(engines["with"]["restore"]) * 1e3, RESTORE_MS, " ms")]
+    found += [Bound(f"decode step {what}", costs[what], limit, " %") for what, limit in STEP_COSTS.items()]
+    return found
 
 
 def decode_table(results: dict[str, Any], batch: str) -> Table:

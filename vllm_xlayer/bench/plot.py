@@ -66,7 +66,7 @@ def copy_plot(results: Path, png: Path) -> None:
     for a, (way, title) in zip(axes.flat, WAYS.items(), strict=True):
         lines = data["ways"][way]
         for name, label in COPIERS.items():
-            points = [(r["piece_bytes"], r["rates"][name] / 1e9) for r in lines if name in r["rates"]]
+            points = [(r["piece_bytes"], r["stream"][name] / 1e9) for r in lines if name in r["stream"]]
             style = {"linewidth": 3, "alpha": 0.5} if name == "ours" else {}
             a.plot(*zip(*points, strict=True), "o-", label=label, **style)
         a.axhline(data["link"][way] / 1e9, color="grey", linestyle="--", label="one large copy")

@@ -58,24 +58,23 @@ def queued_seconds(make: Callable[[], Callable[[], object]], repeats: int) -> tu
     The stream is kept busy while a timed call is submitted: so the first number is the device's alone.
     make: prepares the next call, each time on other memory. Not on the default stream.
     """
-    submit, times = float("inf"), []
+    submits: list[float] = []
+    times: list[float] = []
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for i in range(WARM_UP + repeats):
         call = make()
         torch.cuda.synchronize()
         if i >= WARM_UP:
-            torch.cuda._sleep(int((1.5 * submit + 1e-4) * CYCLES))  # type: ignore[no-untyped-call]
+            # Twice what a warm-up took; not the first, when modules are loaded.
+            torch.cuda._sleep(int((2 * max(submits[1:WARM_UP]) + 1e-4) * CYCLES))  # type: ignore[no-untyped-call]
         begin.record()
         started = time.perf_counter()
         call()
-        took = time.perf_counter() - started
+        submits.append(time.perf_counter() - started)
         end.record()
         end.synchronize()
-        if i < WARM_UP:
-            submit = min(submit, took)
-        else:
-            times.append(begin.elapsed_time(end) * 1e-3)
-    return statistics.median(times), submit
+        times.append(begin.elapsed_time(end) * 1e-3)
+    return statistics.median(times[WARM_UP:]), min(submits)
 
 
 def called_seconds(make: Callable[[], Callable[[], object]], repeats: int) -> float:
@@ -92,6 +91,29 @@ def called_seconds(make: Callable[[], Callable[[], object]], repeats: int) -> fl
         torch.cuda.current_stream().synchronize()
         if i >= WARM_UP:
             times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+STREAMED = 4
+"""Calls of a stream of them."""
+
+
+def streamed_seconds(make: Callable[[], Callable[[], object]], repeats: int) -> float:
+    """Median seconds a call, of STREAMED that are submitted one behind the other to a stream that is idle,
+    from the first call until the device has done all: of what the host and the device do, the slower.
+
+    make: as `queued_seconds` takes it.
+    """
+    times = []
+    for i in range(1 + repeats):
+        calls = [make() for _ in range(STREAMED)]
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for call in calls:
+            call()
+        torch.cuda.current_stream().synchronize()
+        if i >= 1:
+            times.append((time.perf_counter() - started) / STREAMED)
     return statistics.median(times)
 
 

@@ -145,11 +145,11 @@ def copy_blocks(
         method: a ``CopyMethod``; None is the kernel inside a device, else the copy engine. Which one is
             faster between device and host, ``connector.copy_choice`` knows. No meaning between host memory.
 
-    Copy engine: one submission for all pairs. Kernel: host memory must be pinned or registered, a piece has
-    at most 1 GiB, and it is fast only where addresses, strides and piece are multiples of 16 bytes. Both run
-    on torch's current stream; host memory must be pinned for the copy to be asynchronous, and must stay alive
-    and unchanged until the stream has got there (the ids need not). Between host memory: threads, done on
-    return.
+    Copy engine: submitted in a few batches, so that the first pieces move while the host submits the rest.
+    Kernel: host memory must be pinned or registered, a piece has at most 1 GiB, and it is fast only where
+    addresses, strides and piece are multiples of 16 bytes. Both run on torch's current stream; host memory
+    must be pinned for the copy to be asynchronous, and must stay alive and unchanged until the stream has got
+    there (the ids need not). Between host memory: threads, done on return.
 
     The pairs are copied in no particular order. That no destination occurs twice and none overlaps a source
     of another pair is the caller's duty; it is not checked.
