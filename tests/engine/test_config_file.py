@@ -56,14 +56,15 @@ def config_file(folder, extra):
     return path
 
 
-def settings_of(path):
-    """What `vllm serve --config` makes of it."""
+def settings_of(path, model):
+    """What `vllm serve --config` makes of it. (Without a model vLLM looks for its default one.)"""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     parser.add_argument("--config")
-    arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(["--config", str(path)]))
+    given = parser.parse_args(["--config", str(path), "--model", str(model)])
+    arguments = AsyncEngineArgs.from_cli_args(given)
     return dict(kv_transfer_config=arguments.kv_transfer_config, kv_cache_dtype=arguments.kv_cache_dtype)
 
 
@@ -81,14 +82,14 @@ def needs_gpu(extra):
 def test_only_the_name_is_changed(make_llm, tiny_llama, answers, tmp_path, extra):
     path = config_file(tmp_path, extra)
     if ON_GPU:
-        check(make_llm(tiny_llama, **settings_of(path)), PROMPTS, answers)
+        check(make_llm(tiny_llama, **settings_of(path, tiny_llama)), PROMPTS, answers)
     swap(path)
     if not ON_GPU and needs_gpu(extra):
         # vLLM's own workers, which ours leaves to do what the user asked for.
         with pytest.raises(Exception, match="only supported on CUDA-alike"):
-            make_llm(tiny_llama, **settings_of(path))
+            make_llm(tiny_llama, **settings_of(path, tiny_llama))
         return
-    llm = make_llm(tiny_llama, **settings_of(path))
+    llm = make_llm(tiny_llama, **settings_of(path, tiny_llama))
     assert type(live_connector()).__name__ == OURS
     for _ in range(2):
         check(llm, PROMPTS, answers)
@@ -110,7 +111,7 @@ def test_what_is_refused_is_said(make_llm, tiny_llama, tmp_path, extra, sentence
     path = config_file(tmp_path, extra)
     swap(path)
     with pytest.raises(Exception, match=sentence):
-        make_llm(tiny_llama, **settings_of(path))
+        make_llm(tiny_llama, **settings_of(path, tiny_llama))
 
 
 def test_every_key_of_vllms_is_tried():
