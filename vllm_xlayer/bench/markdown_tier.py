@@ -12,7 +12,7 @@ from .offload import added, floor, step_lines
 from .offload import bounds as offload_bounds
 from .pacing import SMALL
 
-COPY_PNG = "h200-copy.png"
+COPY_PNG = "h100-copy.png"
 """The picture of `bench copy`, in the folder of the results."""
 
 
