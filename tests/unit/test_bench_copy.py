@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from vllm_xlayer.bench import copy, markdown_tier, offload, pacing, plot
+from vllm_xlayer.bench import copy, first_token, markdown_tier, offload, pacing, plot
 from vllm_xlayer.bench.copy_peers import TITLES
 from vllm_xlayer.bench.record import provenance
 from vllm_xlayer.connector.copy_choice import Way
@@ -71,7 +71,9 @@ def offloads() -> dict:
         return {k: {"seconds": [s, s, 9.0], "copied_per_second": [c, c, 0.0]} for k, (s, c) in rows.items()}
 
     restore = {"cold": [0.5], "cached": [0.020, 0.040, 0.021], "restored": [0.031, 0.052, 0.034],
-               "rows_restored": 3069}  # fmt: skip
+               "rows_restored": 3069, "links": [54e9, 55e9, 38e9],
+               "spans": {"cached": [{"launch": 4e-3, "token": 16e-3}],
+                         "restored": [{"asked": 3e-3, "launch": 7.4e-3, "token": 21e-3}]}}  # fmt: skip
     ours = {"runner": "V2", "row_bytes": 589824, "link": 55e9, "restore": restore,
             "decode": decode(
                 0.0101, stores=(0.0102, 50e9), loads=(0.0104, 52e9), large=(0.0105, 55e9))}  # fmt: skip
@@ -84,18 +86,34 @@ def offloads() -> dict:
 def test_offload_in_tables(offloads):
     """Medians, also of what each prompt waits longer; the floor is 1,023 rows x 589,824 bytes at 55 GB/s."""
     engines = offloads["engines"]
-    assert offload.added(engines["with"]["restore"]) == pytest.approx(0.012)
-    assert offload.floor(engines["with"]) == pytest.approx(1023 * 589824 / 55e9)
+    assert first_token.added(engines["with"]["restore"]) == pytest.approx(0.012)
+    assert first_token.floor(engines["with"]) == pytest.approx(1023 * 589824 / 55e9)
     console = Console(width=100, record=True)
-    console.print(offload.restore_table(engines["with"]))
+    console.print(first_token.restore_table(engines["with"]))
+    console.print(first_token.span_table(engines["with"]["restore"]["spans"]))
     console.print(offload.decode_table(engines, "64 x 8,192"))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
+    assert "38.0 to 55.0" in text and text.count("7.4") == 1
     made = markdown_tier.offload_section(offloads)
     assert "Decoding stored 1,728 rows" in made
     for found in (text, made):
         assert "12.0" in found and "11.0" in found
         assert "+1.0 %" in found and "+3.0 %" in found and "52.0" in found and "+4.0 %" in found
+
+
+def test_what_a_first_token_waits_for():
+    """All of the time, and nothing of the request before it."""
+    events = [
+        ("launch", 0.5),
+        ("asked", 1.5),
+        ("told", 2.0),
+        ("launch", 3.0),
+        ("launch", 4.0),
+        ("asked", 9.0),
+    ]
+    assert first_token.spans(1.0, events, 8.0) == {"asked": 0.5, "told": 0.5, "launch": 2.0, "token": 4.0}
+    assert set(first_token.spans(1.0, events, 8.0)) <= set(first_token.SPANS)
 
 
 def test_bounds_of_offload(offloads):

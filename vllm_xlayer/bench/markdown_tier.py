@@ -7,9 +7,10 @@ from .copy import WAYS, table_head, table_line
 from .copy import bounds as copy_bounds
 from .copy_peers import NOT_MEASURED
 from .faults import COUNTS
+from .first_token import added, floor
 from .markdown import about, listed, milliseconds, table
-from .offload import added, floor, step_lines
 from .offload import bounds as offload_bounds
+from .offload import step_lines
 from .pacing import SMALL
 
 COPY_PNG = "h100-copy.png"

@@ -7,21 +7,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from .bounds import SHAPE, Bound
 from .engines import SHAPES, run_engine, write_model
+from .first_token import added, link, make_prompts, restore_table, restores, span_table
 from .record import RESULTS, write
-from .tier_worker import TierState
-from .timing import link_rate
+from .tier_worker import come_to_rest, tier
 
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
-TURNS = 3
-"""Of restored prompts: on the device, then in the host tier."""
 LARGE = 64 << 20
 """Bytes of a large piece."""
 STORING = "with the connector, storing what it decodes"
@@ -75,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             results[which] = result
     console = Console(width=100, highlight=False)
     console.print(restore_table(results["with"]))
+    console.print(span_table(results["with"]["restore"]["spans"]))
     console.print(decode_table(results, f"{args.requests} x {args.tokens:,}"))
     asked = {k: job[k] for k in ("dtype", "prompt", "repeats", "requests", "tokens", "steps", "rounds")}
     numbers = {"shape": args.shape, **asked, "engines": results}
@@ -116,36 +114,12 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"--host-bytes: expected at least {needed} for all prompts, got {job['host_bytes']}"
             )
-        report["link"] = _link()
+        report["link"] = link()
         report["restore"] = restores(llm, job["prompt"] - LAST, job["repeats"])
-    batch = _prompts(llm, job["requests"], job["tokens"] - LAST, seed=101)
+    batch = make_prompts(llm, job["requests"], job["tokens"] - LAST, seed=101)
     report["decode"] = decodes(llm, batch, job)
     llm.llm_engine.engine_core.shutdown()
     return report
-
-
-def tier(llm: Any) -> TierState:
-    """The tier as the worker sees it."""
-    (state,) = llm.collective_rpc("tier_state")
-    if state["problem"]:
-        raise RuntimeError(f"expected a host tier, got none: {state['problem']}")
-    return cast(TierState, state)
-
-
-def come_to_rest(llm: Any, seconds: float = 60.0) -> None:
-    """Returns when the tier is ready and no row has moved for a while.
-
-    Raises:
-        TimeoutError: after so many seconds.
-    """
-    deadline, seen, same = time.monotonic() + seconds, None, 0
-    while same < 10:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"expected a tier at rest within {seconds} s, got {seen}")
-        time.sleep(0.02)
-        state = tier(llm)
-        same = same + 1 if state["ready"] and state == seen else 0
-        seen = state
 
 
 def rows_needed(job: dict[str, Any], block: int) -> int:
@@ -155,51 +129,6 @@ def rows_needed(job: dict[str, Any], block: int) -> int:
     new = (job["tokens"] - LAST + decoded) // block - kept
     runs = 1 + (1 + len(BESIDE)) * job["rounds"]  # of steps(): the first computes the prompts
     return job["requests"] * (kept + runs * new) + job["repeats"] * ((job["prompt"] - LAST) // block)
-
-
-def _link() -> float | None:
-    """Bytes a second from host to device; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    host = torch.zeros(256 << 20, dtype=torch.uint8).pin_memory()
-    return link_rate(host, torch.empty_like(host, device="cuda"))
-
-
-def _prompts(llm: Any, count: int, tokens: int, seed: int) -> list[list[int]]:
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    return [[(31 * i + 7 * n + seed) % vocabulary for i in range(tokens)] for n in range(count)]
-
-
-def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
-    """Seconds to the first token: prompts that are new, on the device, and in the host tier only.
-
-    In turns, as a step takes the host another time in another second.
-    """
-    from vllm import SamplingParams, TokensPrompt
-
-    one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-
-    def first_tokens() -> list[float]:
-        times = []
-        for prompt in prompts:
-            begin = time.perf_counter()
-            llm.generate([TokensPrompt(prompt_token_ids=prompt)], one, use_tqdm=False)
-            times.append(time.perf_counter() - begin)
-        return times
-
-    come_to_rest(llm)  # the host tier is pinned
-    prompts = _prompts(llm, repeats, tokens, seed=0)
-    report: dict[str, Any] = {"cold": first_tokens(), "cached": [], "restored": []}
-    come_to_rest(llm)
-    before = tier(llm)["loaded"]
-    for _ in range(TURNS):
-        report["cached"] += first_tokens()
-        come_to_rest(llm)
-        if not llm.reset_prefix_cache():
-            raise RuntimeError("the device's prefix cache could not be emptied")
-        report["restored"] += first_tokens()
-    report["rows_restored"] = tier(llm)["loaded"] - before
-    return report
 
 
 def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any]) -> dict[str, Any]:
@@ -264,38 +193,6 @@ def copied_until(samples: list[tuple[float, int]], when: float) -> int:
     """Bytes of the last sample, (time, bytes) in ascending order, that is not after ``when``."""
     after = bisect.bisect_right(samples, when, key=lambda sample: sample[0])
     return samples[after - 1][1] if after else 0
-
-
-def added(restore: dict[str, Any]) -> float:
-    """Seconds that a first token comes later from the host tier than from the device's cache.
-
-    Prompt by prompt: the host, which launches such a step, is faster in one turn than in another.
-    """
-    pairs = zip(restore["cached"], restore["restored"], strict=True)
-    return statistics.median(restored - cached for cached, restored in pairs)
-
-
-def floor(result: dict[str, Any]) -> float | None:
-    """Seconds that the link needs for one prompt's rows."""
-    restore = result["restore"]
-    moved = restore["rows_restored"] * result["row_bytes"] / len(restore["restored"])
-    return moved / result["link"] if result["link"] else None
-
-
-def restore_table(result: dict[str, Any]) -> Table:
-    restore, least = result["restore"], floor(result)
-    grid = Table(title=f"First token, model runner {result['runner']}, {len(restore['cold'])} prompts")
-    grid.add_column("")
-    grid.add_column("ms, median", justify="right")
-    grid.add_column("least to most", justify="right")
-    for kind, title in (("cold", "computed"), ("cached", "on the device"), ("restored", "in the host tier")):
-        times = restore[kind]
-        span = f"{min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}"
-        grid.add_row(title, f"{statistics.median(times) * 1e3:.1f}", span)
-    grid.add_row("host tier - device", f"{added(restore) * 1e3:.1f}")
-    rows = f"{restore['rows_restored']:,} rows of {result['row_bytes']:,} bytes in all"
-    grid.add_row("floor: the link's time", "-" if least is None else f"{least * 1e3:.1f}", rows)
-    return grid
 
 
 def step_lines(results: dict[str, Any]) -> list[tuple[str, float, float | None, float]]:

@@ -1,9 +1,11 @@
-"""What `bench offload` does in vLLM's worker process: looks at the tier, and copies beside the steps."""
+"""What `bench offload` does in vLLM's worker process: looks at the tier, notes when what happens there, and
+copies beside the steps. And what it asks from outside."""
 
 import functools
 import itertools
 import time
-from typing import Any, TypedDict
+from collections.abc import Callable
+from typing import Any, TypedDict, cast
 
 import torch
 
@@ -21,6 +23,10 @@ class TierState(TypedDict):
     loaded: int
 
 
+Event = tuple[str, float]
+"""Name, time.perf_counter()."""
+
+
 class TierWorker:
     """Methods that vLLM adds to its worker (``worker_extension_cls``), for ``LLM.collective_rpc``."""
 
@@ -30,6 +36,49 @@ class TierWorker:
             ready=worker.ready, problem=worker.problem, row_bytes=worker.host.shape[1],
             stored=worker.rows_stored, loaded=worker.rows_loaded,
         )  # fmt: skip
+
+    def begin_events(self) -> None:
+        """Notes from now on when a load is "asked" for and "submitted", when one is "told" to have ended, and
+        when a step with tokens begins its "launch" and is "launched".
+        """
+        events: list[Event] = []
+        self._events = events
+
+        def note(name: str) -> None:
+            events.append((name, time.perf_counter()))
+
+        def submit_load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            note("asked")
+            taken = original(*args, **kwargs)
+            note("submitted")
+            return taken
+
+        def get_finished(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            sent, received = original(*args, **kwargs)
+            if received:
+                note("told")
+            return sent, received
+
+        def execute_model(original: Callable[..., Any], scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            if not scheduled.total_num_scheduled_tokens:
+                return original(scheduled, *args, **kwargs)
+            note("launch")
+            output = original(scheduled, *args, **kwargs)
+            note("launched")
+            return output
+
+        connector = compat.current().connector()
+        tier = connector.connector_worker.worker
+        calls = ((tier, submit_load), (connector, get_finished), (self, execute_model))
+        self._noted = [(owner, call.__name__) for owner, call in calls]
+        for owner, call in calls:
+            setattr(owner, call.__name__, functools.partial(call, getattr(owner, call.__name__)))
+
+    def end_events(self) -> list[Event]:
+        """Those since begin_events."""
+        for owner, name in self._noted:
+            delattr(owner, name)
+        return self._events
 
     def begin_copies(self, load: bool, row_bytes: int) -> None:
         """Keeps rows moving one way from now on, submitted in every step where the connector submits its own:
@@ -96,3 +145,27 @@ def row_copies(load: bool, row_bytes: int, device: torch.device) -> RowCopies:
     """The same ones each time: torch has 32 streams for all of a process and gives them out in turn, so that
     new ones for every round would come round to vLLM's own."""
     return RowCopies(load, row_bytes, device)
+
+
+def tier(llm: Any) -> TierState:
+    """The tier as the worker sees it."""
+    (state,) = llm.collective_rpc("tier_state")
+    if state["problem"]:
+        raise RuntimeError(f"expected a host tier, got none: {state['problem']}")
+    return cast(TierState, state)
+
+
+def come_to_rest(llm: Any, seconds: float = 60.0) -> None:
+    """Returns when the tier is ready and no row has moved for a while.
+
+    Raises:
+        TimeoutError: after so many seconds.
+    """
+    deadline, seen, same = time.monotonic() + seconds, None, 0
+    while same < 10:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"expected a tier at rest within {seconds} s, got {seen}")
+        time.sleep(0.02)
+        state = tier(llm)
+        same = same + 1 if state["ready"] and state == seen else 0
+        seen = state
