@@ -7,6 +7,7 @@
 #include "ops.h"
 
 #if defined(XLAYER_WITH_CUDA)
+#include "../kernels/block_copy/engine.h"
 #include "../kernels/block_copy/launch.h"
 #include "../kernels/block_copy/pairs.h"
 #include "stream.h"

@@ -243,6 +243,18 @@ def test_inside_one_tensor(device):
         ({"src_ids": torch.tensor([0], dtype=torch.int32)}, "src_ids: expected int64, got int32"),
         ({"src_ids": torch.tensor([4])}, r"src_ids: expected ids from 0 to 3 .*got 4 at 0"),
         ({"dst_ids": torch.tensor([-1])}, r"dst_ids: expected ids from 0 to 3 .*got -1 at 0"),
+        (
+            {"src_ids": torch.tensor([2**63 - 1])},
+            "src_ids: expected ids from 0 to 3 .*got 9223372036854775807 at 0",
+        ),
+        (
+            {"src_ids": torch.tensor([-(2**63)])},
+            "src_ids: expected ids from 0 to 3 .*got -9223372036854775808 at 0",
+        ),
+        (
+            {"src_ids": torch.tensor([3, 0, 4, 5]), "dst_ids": torch.arange(4)},
+            "src_ids: expected ids from 0 to 3 .*got 4 at 2",
+        ),
         ({"dst_ids": torch.tensor([1, 2])}, "dst_ids: expected size 1"),
         ({"method": 2}, r"method: expected 0 \(copy engine\) or 1 \(kernel\), got 2"),
     ],

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <vector>
 
 #include "kernel.cuh"
 #include "launch.h"
@@ -10,7 +9,6 @@ namespace {
 // Of one launch: the kernel counts in 32 bits, and past the end.
 constexpr int64_t MAX_WORDS = int64_t(1) << 30;
 constexpr int64_t HOST_CTAS = 12;
-constexpr int64_t FIRST_BATCH = 64;  // pieces: submitted in about 50 us
 
 template <typename WORD>
 cudaError_t launch(const BlockCopyParams& p, bool touches_host, const CopyPair* pairs, cudaStream_t stream) {
@@ -31,47 +29,6 @@ cudaError_t launch(const BlockCopyParams& p, bool touches_host, const CopyPair* 
         p.src, p.dst, p.src_stride, p.dst_stride, uint32_t(length), uint32_t(total),
         pairs == nullptr ? nullptr : pairs + begin, few);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
-}
-
-#if CUDART_VERSION >= 13000
-// In batches: the engine begins with one when all of it is submitted. The first is short, so that it begins
-// early, and the next are in proportion to what it has by then, so that it is not out of work before they are
-// submitted; that takes 0.5 to 1 us a piece. Refused by CUDA on the legacy default stream.
-cudaError_t submit_batches(const BlockCopyParams& p, cudaStream_t stream) {
-  cudaMemcpyAttributes attributes = {};
-  attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
-  attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
-  std::vector<void*> to;
-  std::vector<const void*> from;
-  std::vector<size_t> sizes;
-  for (int64_t begin = 0; begin < p.num_pairs;) {
-    const int64_t end = std::min(p.num_pairs, begin + std::max(FIRST_BATCH, begin / 4));
-    const auto count = size_t(end - begin);
-    to.clear();
-    from.clear();
-    sizes.resize(count, size_t(p.piece_bytes));
-    for (int64_t i = begin; i < end; ++i) {
-      from.push_back(p.src + p.src_ids[i] * p.src_stride);
-      to.push_back(p.dst + p.dst_ids[i] * p.dst_stride);
-    }
-    size_t first_of_attributes = 0;
-    const cudaError_t error = cudaMemcpyBatchAsync(to.data(), from.data(), sizes.data(), count, &attributes,
-                                                   &first_of_attributes, 1, stream);
-    if (error != cudaSuccess) return error;
-    begin = end;
-  }
-  return cudaSuccess;
-}
-#endif
-
-cudaError_t submit_one_by_one(const BlockCopyParams& p, cudaMemcpyKind kind, cudaStream_t stream) {
-  for (int64_t i = 0; i < p.num_pairs; ++i) {
-    const cudaError_t error =
-        cudaMemcpyAsync(p.dst + p.dst_ids[i] * p.dst_stride, p.src + p.src_ids[i] * p.src_stride,
-                        size_t(p.piece_bytes), kind, stream);
-    if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
@@ -101,17 +58,6 @@ cudaError_t launch_block_copy(const BlockCopyParams& p, bool touches_host, const
                     uintptr_t(p.src_stride) | uintptr_t(p.dst_stride) | uintptr_t(p.piece_bytes);
   return bits % 16 == 0 ? launch<uint4>(p, touches_host, pairs, stream)
                         : launch<uint8_t>(p, touches_host, pairs, stream);
-}
-
-cudaError_t submit_block_copy(const BlockCopyParams& p, cudaMemcpyKind kind, cudaStream_t stream) {
-#if CUDART_VERSION >= 13000
-  // Handle 0 is the legacy default stream, which is torch's default. Pageable memory is staged by the
-  // driver, piece by piece, in either case.
-  const bool pinned = kind == cudaMemcpyDeviceToDevice ||
-                      device_address(kind == cudaMemcpyDeviceToHost ? p.dst : p.src) != nullptr;
-  if (stream != nullptr && stream != cudaStreamLegacy && pinned) return submit_batches(p, stream);
-#endif
-  return submit_one_by_one(p, kind, stream);
 }
 
 }  // namespace xlayer

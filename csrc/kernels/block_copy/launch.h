@@ -22,8 +22,4 @@ void write_pairs(const BlockCopyParams& params, CopyPair* pairs);
 cudaError_t launch_block_copy(const BlockCopyParams& params, bool touches_host, const CopyPair* pairs,
                               cudaStream_t stream);
 
-// By the copy engine, on `stream`: in a few batches, or one by one on the legacy default stream, for pageable
-// memory and with CUDA before 13. Asynchronous for pinned host memory.
-cudaError_t submit_block_copy(const BlockCopyParams& params, cudaMemcpyKind kind, cudaStream_t stream);
-
 }  // namespace xlayer

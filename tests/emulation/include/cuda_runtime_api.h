@@ -1,5 +1,6 @@
-// The part of CUDA's streams and events that pairs.cu uses, with a device that does nothing by itself: a test
-// says which stream takes its next step, so it can do everything as late, or in any order, as CUDA allows.
+// The part of CUDA's streams and events that pairs.cu and engine.cu use, with a device that does nothing by
+// itself: a test says which stream takes its next step, so it can do everything as late, or in any order, as
+// CUDA allows.
 #pragma once
 
 #include <cstdlib>
@@ -10,13 +11,22 @@
 #include <utility>
 #include <vector>
 
+#define CUDART_VERSION 13000
+
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
   cudaErrorLaunchFailure = 719,
   cudaErrorNotReady = 600
 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaMemcpySrcAccessOrder { cudaMemcpySrcAccessOrderStream = 1 };
+constexpr unsigned cudaMemcpyFlagPreferOverlapWithCompute = 1;
+struct cudaMemcpyAttributes {
+  cudaMemcpySrcAccessOrder srcAccessOrder;
+  unsigned flags;
+};
 enum cudaStreamCaptureMode {
   cudaStreamCaptureModeGlobal,
   cudaStreamCaptureModeThreadLocal,
@@ -38,12 +48,16 @@ struct FakeStream {
 };
 using cudaStream_t = FakeStream*;
 
+#define cudaStreamLegacy ((cudaStream_t)0x1)
+
 // Calls come from several threads.
 struct FakeDevice {
   std::recursive_mutex mutex;
   std::vector<FakeStream*> streams;  // that the code under test made
   int slots = 0;                     // allocations of device memory
   bool out_of_memory = false;
+  std::vector<size_t> batches;  // copies of each
+  size_t batches_until_failure = size_t(-1);
   cudaError_t last = cudaSuccess;
 };
 FakeDevice& fake();  // the current one
@@ -113,5 +127,25 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                                    cudaStream_t stream) {
   fake_push(stream, [=] { std::memcpy(to, from, bytes); });
+  return cudaSuccess;
+}
+// A batch begins when all of it is there; its copies may be done in any order: here from the last to the
+// first.
+inline cudaError_t cudaMemcpyBatchAsync(void* const* to, const void* const* from, const size_t* sizes,
+                                        size_t count, const cudaMemcpyAttributes* attributes,
+                                        const size_t* first_of_attributes, size_t num_attributes,
+                                        cudaStream_t stream) {
+  if (stream == nullptr || stream == cudaStreamLegacy || count == 0 || num_attributes != 1 ||
+      first_of_attributes[0] != 0 || attributes->srcAccessOrder != cudaMemcpySrcAccessOrderStream) {
+    return cudaErrorInvalidValue;
+  }
+  if (fake().batches.size() == fake().batches_until_failure) return cudaErrorLaunchFailure;
+  fake().batches.push_back(count);
+  const std::vector<void*> tos(to, to + count);
+  const std::vector<const void*> froms(from, from + count);
+  const std::vector<size_t> bytes(sizes, sizes + count);
+  fake_push(stream, [=] {
+    for (size_t i = count; i-- > 0;) std::memcpy(tos[i], froms[i], bytes[i]);
+  });
   return cudaSuccess;
 }

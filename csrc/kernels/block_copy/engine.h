@@ -1,0 +1,13 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace xlayer {
+
+// By the copy engine, on `stream`: in a few batches, or one by one on the legacy default stream, for pageable
+// memory and with CUDA before 13. Asynchronous for pinned host memory.
+cudaError_t submit_block_copy(const BlockCopyParams& params, cudaMemcpyKind kind, cudaStream_t stream);
+
+}  // namespace xlayer
