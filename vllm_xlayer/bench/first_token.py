@@ -41,6 +41,9 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
     were spent on (`spans`); and the link's rate after every turn.
 
     In turns, as a step takes the host another time in another second.
+
+    Raises:
+        RuntimeError: the device's cache does not hold all of the prompts.
     """
     from vllm import SamplingParams, TokensPrompt
 
@@ -64,8 +67,14 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
     come_to_rest(llm)
     before = tier(llm)["loaded"]
     for _ in range(TURNS):
+        loaded = tier(llm)["loaded"]
         first_tokens("cached")
         come_to_rest(llm)
+        if moved := tier(llm)["loaded"] - loaded:
+            raise RuntimeError(
+                f"expected all prompts on the device, got {moved} rows loaded from the host tier; "
+                "--repeats or --prompt must be less"
+            )
         if not llm.reset_prefix_cache():
             raise RuntimeError("the device's prefix cache could not be emptied")
         first_tokens("restored")
