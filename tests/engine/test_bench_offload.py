@@ -1,0 +1,52 @@
+"""What `bench offload` takes from an engine is what it says: first tokens, what they wait for, copies."""
+
+import pytest
+
+from vllm_xlayer.bench.first_token import SPANS, TURNS, restores
+from vllm_xlayer.bench.offload import BESIDE, WORKER, decodes
+from vllm_xlayer.bench.tier_worker import tier
+
+pytestmark = pytest.mark.anywhere
+COPY = ("asked", "submitted", "told")
+"""Of SPANS: what a prompt on the device does not wait for."""
+
+
+@pytest.fixture
+def llm(make_llm, tiny_llama, request):
+    transfer = dict(
+        kv_connector="XLayerConnector", kv_role="kv_both",
+        kv_connector_extra_config={"cpu_bytes_to_use": 16 << 20, "offload_prompt_only": False},
+    )  # fmt: skip
+    return make_llm(
+        tiny_llama, kv_transfer_config=transfer, worker_extension_cls=WORKER,
+        **getattr(request, "param", {}),
+    )  # fmt: skip
+
+
+def test_first_tokens(llm):
+    found = restores(llm, tokens=16 * 8 - 7, repeats=2)
+    assert found["rows_restored"] == TURNS * 2 * 7
+    for kind, turns in (("cold", 1), ("cached", TURNS), ("restored", TURNS)):
+        assert len(found[kind]) == len(found["spans"][kind]) == turns * 2
+        for seconds, spans in zip(found[kind], found["spans"][kind], strict=True):
+            assert sum(spans.values()) == pytest.approx(seconds)
+            expected = [name for name in SPANS if kind == "restored" or name not in COPY]
+            assert list(spans) == expected and min(spans.values()) >= 0
+    assert len(found["links"]) == TURNS
+
+
+@pytest.mark.parametrize(
+    "llm", [{"num_gpu_blocks_override": 12, "max_model_len": 160}], indirect=True, ids=["small cache"]
+)
+def test_prompts_that_are_not_on_the_device_are_not_taken_for_it(llm):
+    with pytest.raises(RuntimeError, match=r"all prompts on the device, got \d+ rows loaded"):
+        restores(llm, tokens=16 * 8 - 7, repeats=2)
+
+
+def test_decoding_beside_copies(llm):
+    job = dict(steps=4, rounds=1, connector=True)
+    found = decodes(llm, [[1, 2, 3] * 20, [4, 5, 6] * 20], job)
+    copied = {name: found[name]["copied_per_second"][0] for name in ("alone", *BESIDE)}
+    assert copied["alone"] == 0 and all(copied[name] > 0 for name in BESIDE)
+    assert all(found[name]["seconds"][0] > 0 for name in copied)
+    assert tier(llm)["stored"] >= found["rows_stored"] > 0
