@@ -215,7 +215,7 @@ def slow(self, key, payload):  # dies half way into a file
     if self._writes == 12:
         self._create(self.path_of(key) + ".9.9.tmp").write(bytes(5000))
         print("HALF WAY", flush=True)
-        time.sleep(60)
+        time.sleep(60)  # until it is killed, as the test does on reading that line
     return real(self, key, payload)
 disk_store.DiskStore.write = slow
 extra = dict(cpu_bytes_to_use=1 << 24, disk_path=sys.argv[2], disk_bytes_to_use=1 << 30)

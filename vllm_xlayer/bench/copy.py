@@ -143,8 +143,8 @@ class Buffers:
 
 
 def measure(buffers: Buffers, way: str, size: int, by: dict[str, Peer], repeats: int) -> dict[str, Any]:
-    """What every peer does with pieces of one size: each of MEASURES, and `submit`, seconds until one call
-    returns; `failed`: why one could not run.
+    """What every peer does with pieces of one size: each of MEASURES in bytes a second, `submit` in seconds
+    until one call returns; `failed`: why one could not run.
     """
     directions = ("H2D", "D2H") if way == BOTH else (way,)
     count = len(buffers.pick(directions[0], size)[2])
@@ -162,12 +162,16 @@ def measure(buffers: Buffers, way: str, size: int, by: dict[str, Peer], repeats:
                 result["failed"][name] = WRONG
                 continue
             device, submit = queued_seconds(make, repeats)
-            done, stream = called_seconds(make, repeats), streamed_seconds(make, repeats)
+            seconds = {
+                "stream": streamed_seconds(make, repeats),
+                "done": called_seconds(make, repeats),
+                "device": device,
+            }
         except (RuntimeError, ImportError, TypeError, AttributeError) as error:
             result["failed"][name] = f"{type(error).__name__}: {error}"[:300]
             continue
-        for measure_name, seconds in zip(MEASURES, (stream, done, device), strict=True):
-            result[measure_name][name] = moved / seconds
+        for rate in MEASURES:
+            result[rate][name] = moved / seconds[rate]
         result["submit"][name] = submit
     gc.collect()
     return result

@@ -32,6 +32,7 @@ def link() -> float | None:
 
 
 def make_prompts(llm: Any, count: int, tokens: int, seed: int) -> list[list[int]]:
+    """Token ids of so many prompts; prompt n begins with 7 n + seed, so that none begins as another."""
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     return [[(31 * i + 7 * n + seed) % vocabulary for i in range(tokens)] for n in range(count)]
 
