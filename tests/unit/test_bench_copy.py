@@ -1,8 +1,10 @@
 """What is shown of `bench copy`, `bench pacing` and `bench offload`, from made-up results."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from vllm_xlayer.bench import copy, first_token, markdown_tier, offload, pacing, plot
@@ -53,6 +55,22 @@ def test_bounds_of_copies(copies):
         "inside the device, on the device alone, of its own copy: 0.909, at least 0.85: kept",
     ]
     assert all(f"- {bound}" in markdown_tier.copy_section(copies) for bound in found)
+
+
+def test_each_rate_is_of_its_own_timing(monkeypatch):
+    """8 pieces of 1,000 bytes: 4 ms in a stream, 2 ms a call, 1 ms on the device."""
+    ids = torch.arange(8)
+    buffers = SimpleNamespace(pick=lambda way, size: (None, None, ids, ids))
+    monkeypatch.setattr(copy, "copies_right", lambda *_: True)
+    for name, taken in (("streamed", 4e-3), ("called", 2e-3), ("queued", (1e-3, 5e-4))):
+        monkeypatch.setattr(copy, f"{name}_seconds", lambda *_, taken=taken: taken)
+    found = copy.measure(buffers, "H2D", 1000, {"ours": lambda *_: None}, 1)
+    assert {rate: found[rate]["ours"] for rate in copy.MEASURES} == {
+        "stream": 2e6,
+        "done": 4e6,
+        "device": 8e6,
+    }
+    assert found["submit"] == {"ours": 5e-4}
 
 
 def test_copies_in_a_picture(copies, tmp_path):
