@@ -92,11 +92,30 @@ def test_host_rows_are_overwritten_after_they_are_read(device, load, monkeypatch
 
 
 def test_not_before_anything_is_known(device, load):  # noqa: F811
-    """A load of two batches: what one takes is not known before the first has ended."""
+    """What a batch takes is not known before the first one of all loads has ended."""
     submit(load, [2 * PER_BATCH])
     assert load.take_finished() == []
     device.run_a_copy()
     assert [r.job_id for r in load.take_finished()] == [0]
+    device.run_a_copy()
+    assert load.take_finished() == []
+
+
+def test_a_small_load_is_reported_when_it_is_submitted(device, load):  # noqa: F811
+    """Once it is known how long it will take; the model's stream waits for all of it."""
+    submit(load, [PER_BATCH])
+    device.run_a_copy()
+    load.take_finished()
+    ids = submit(load, [LEFT * PER_BATCH])
+    (result,) = load.take_finished()
+    assert result.success and result.transfer_size == LEFT * PER_BATCH * ROW
+    assert result.transfer_time == pytest.approx(LEFT * 1e-3)
+    with device.use(device.model):
+        device.put("kernel", lambda: seen.append(torch.equal(load.dst[ids], load.src[ids])))
+    seen: list[bool] = []
+    while runnable := device.runnable("kernel") or device.runnable():
+        device.run(runnable[0])
+    assert seen == [True]
 
 
 def test_what_is_refused_is_not_reported_as_done(device, load):  # noqa: F811

@@ -17,10 +17,12 @@ from .transfers import Job, StreamDirection
 
 logger = init_logger(__name__)
 
-IDLE_SECONDS, BUSY_SECONDS = 8e-3, 2e-3
-"""Of copying that may be left: after a step in which no model ran, and after one in which it did. vLLM's core
-sleeps for a millisecond between such a report and the launch, and is at work for longer. Beside a model that
-runs anyway, what is left is copied while it does; a step that is shorter is late by that, once a load."""
+IDLE_SECONDS, BUSY_SECONDS = 16e-3, 2e-3
+"""Of copying that may be left: after a step in which no model ran, and after one in which it did. After the
+former vLLM's core runs another without a model and sleeps for a millisecond twice, and the launch of the next
+one takes the host longer than all of that; only a request that comes meanwhile is late, by what is left.
+Beside a model that runs anyway, what is left is copied while it does; a step that is shorter is late by that,
+once a load."""
 
 
 class EarlyLoads(StreamDirection):
@@ -62,7 +64,9 @@ class EarlyLoads(StreamDirection):
     def _about_to_end(self) -> list[TransferResult]:
         results: list[TransferResult] = []
         ahead = Counter[Job]()
-        rate = self._bytes_copied / self._seconds_copying if self._seconds_copying else 0.0
+        if not self._seconds_copying:  # nothing has been loaded yet: how long this takes is not known
+            return results
+        rate = self._bytes_copied / self._seconds_copying
         left = rate * (BUSY_SECONDS if self.model_ran else IDLE_SECONDS)
         for batch in self._running:
             left -= batch.rows * self._row_bytes
@@ -71,8 +75,7 @@ class EarlyLoads(StreamDirection):
             for job, rows in batch.parts:
                 ahead[job] += rows
                 total = len(job.src_ids)
-                # Not before its first batch has ended: how long it takes is known from that.
-                if not job.done or job.done + ahead[job] < total or job.job_id in self._told:
+                if job.done + ahead[job] < total or job.job_id in self._told:
                     continue
                 try:
                     batch.paced.let_current_stream_follow()
@@ -80,6 +83,6 @@ class EarlyLoads(StreamDirection):
                     logger.error("XLayerConnector: the device does not answer: %s", error)
                     return results
                 self._told.add(job.job_id)
-                seconds = job.seconds * total / job.done
+                seconds = job.seconds + (total - job.done) * self._row_bytes / rate
                 results.append(TransferResult(job.job_id, True, total * self._row_bytes, seconds))
         return results
