@@ -24,6 +24,7 @@ def device(monkeypatch):
     monkeypatch.setattr(pacing, "cuda", made.as_cuda())
     monkeypatch.setattr(transfers, "BATCH_BYTES", dict.fromkeys(Way, PER_BATCH * ROW))
     monkeypatch.setattr(transfers, "LEAST_QUEUED", 40 * PER_BATCH * ROW)
+    monkeypatch.setattr(transfers, "BEFORE_LAUNCH", 4 * PER_BATCH * ROW)
     monkeypatch.setattr(transfers, "times_here", lambda device: None)
     monkeypatch.setattr(transfers.time, "perf_counter", lambda: made.clock * 1e-3)
     made.refuse = lambda number: False
@@ -177,10 +178,28 @@ def test_what_the_kernel_cannot_do():
     assert not transfers.kernel_can(torch.zeros(4, 4608, dtype=torch.uint8))
 
 
-def test_loads_do_not_wait_to_be_asked_for(device, monkeypatch):
+def test_loads_come_before_the_launch_as_far_as_the_link_needs_and_the_rest_after_it(device, monkeypatch):
     load = make(monkeypatch, Way.H2D)
-    submit(load, [3000])
-    assert sum(device.batches) == 3000
+    ids = submit(load, [1000])
+    assert device.batches == [PER_BATCH] * 4
+    for _ in range(3):
+        device.run_a_copy()
+    ids = torch.cat([ids, submit(load, [20], first_job=1)])  # what has ended by then does not count
+    assert device.batches == [PER_BATCH] * 7
+    load.take_finished()
+    assert sum(device.batches) == 1020
+    assert [(r.job_id, r.success) for r in finish(device, load)] == [(0, True), (1, True)]
+    assert torch.equal(load.dst[ids], load.src[ids])
+
+
+def test_loads_submitted_after_the_launch_do_not_wait_for_it(device, monkeypatch):
+    load = make(monkeypatch, Way.H2D)
+    ids = submit(load, [20 * PER_BATCH])
+    device.put("kernel", lambda: None)  # the model's step: it never ends here
+    load.take_finished()
+    while streams := device.runnable():
+        device.run(streams[0])
+    assert torch.equal(load.dst[ids], load.src[ids])
 
 
 def test_stores_may_queue_a_share_of_a_step(device, monkeypatch):

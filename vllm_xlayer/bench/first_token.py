@@ -14,8 +14,8 @@ TURNS = 3
 """Of restored prompts: on the device, then in the host tier."""
 SPANS = {
     "asked": "until its rows are asked for",
-    "submitted": "until their copies are submitted",
-    "told": "until the load is reported",
+    "submitted": "until the first of their copies are submitted",
+    "told": "until all are, and the load is reported",
     "launch": "until the model's step begins",
     "launched": "until it is launched",
     "token": "until the token is there",

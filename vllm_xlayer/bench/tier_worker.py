@@ -81,25 +81,32 @@ class TierWorker:
         return self._events
 
     def begin_copies(self, load: bool, row_bytes: int) -> None:
-        """Keeps rows moving one way from now on, submitted in every step where the connector submits its own:
-        loads before the model, stores after it."""
+        """Keeps rows moving one way from now on, where the connector does so in every step: loads are
+        submitted before the model, stores after it, and what has finished is asked for after it."""
         connector = compat.current().connector()
         copies = self._copies = row_copies(load, row_bytes, connector.pool.device)
         samples: list[tuple[float, int]] = []
         self._samples = samples
-        self._name = "start_load_kv" if load else "get_finished"
-        method = getattr(connector, self._name)
+        start_load_kv, get_finished = connector.start_load_kv, connector.get_finished
 
-        def with_copies(*args: Any, **kwargs: Any) -> Any:
-            copies.go_on()
+        def before(*args: Any, **kwargs: Any) -> Any:
+            if load:
+                copies.submit()
+            return start_load_kv(*args, **kwargs)
+
+        def after(*args: Any, **kwargs: Any) -> Any:
+            if not load:
+                copies.submit()
+            copies.book()
             samples.append((time.monotonic(), copies.bytes))
-            return method(*args, **kwargs)
+            return get_finished(*args, **kwargs)
 
-        setattr(connector, self._name, with_copies)
+        connector.start_load_kv, connector.get_finished = before, after
 
     def end_copies(self) -> list[tuple[float, int]]:
         """Ends them; (time.monotonic(), bytes copied until then) of every step."""
-        delattr(compat.current().connector(), self._name)
+        connector = compat.current().connector()
+        del connector.start_load_kv, connector.get_finished
         self._copies.stop()
         del self._copies
         return self._samples
@@ -125,15 +132,17 @@ class RowCopies:
         self.bytes = 0
         """Copied since they began."""
 
-    def go_on(self) -> None:
+    def submit(self) -> None:
+        while self._running < self._ahead:
+            self._direction.submit(self._running, *next(self._ids))
+            self._running += 1
+
+    def book(self) -> None:
         for result in self._direction.take_finished():
             if not result.success:
                 raise RuntimeError("a copy of rows failed, see above")
             self.bytes += result.transfer_size or 0
             self._running -= 1
-        while self._running < self._ahead:
-            self._direction.submit(self._running, *next(self._ids))
-            self._running += 1
 
     def stop(self) -> None:
         self._direction.drain()

@@ -6,6 +6,7 @@ cut into batches, which pacing.py puts on streams; on the CPU platform a transfe
 returns.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -28,6 +29,10 @@ BATCH_BYTES = {Way.H2D: 32 << 20, Way.D2H: 8 << 20}
 """Of one submission. A copy of vLLM's own waits for up to three of these (pacing.py). To the host there is
 one in every step, the sampled tokens; to the device hardly any: CUDA sends a few KB along with the command.
 And a request waits for a load, and the step loop for its submission: large batches are fewer calls."""
+BEFORE_LAUNCH = 128 << 20
+"""Bytes of loads that are submitted before a step's launch: what a PCIe 5.0 link needs more than 2 ms for. A
+step cannot be launched meanwhile, and with asynchronous scheduling the GPU may be waiting for it. The rest
+follows after the launch, when the host has time until the step before ends."""
 STORE_SHARE = 0.25
 """Of the time between two steps: what stores may have queued on the link. A load is waited for, a store is
 not, and a step should wait neither for its copies nor for their submission."""
@@ -107,8 +112,9 @@ class _Batch:
 class StreamDirection(HostDirection):
     """Copies in paced batches, each with rows of one job or of several.
 
-    Loads are submitted at once. Stores are when the connector asks what has finished, which it does after
-    every step's launch: then those of a step's requests share batches.
+    Loads come before a step's launch, stores after it. What of them is not submitted at once is when the
+    connector asks what has finished, which it does after every launch: all of the loads, and as much of the
+    stores as the link should have; those of a step's requests then share batches.
     """
 
     def __init__(self, src: torch.Tensor, dst: torch.Tensor, device: torch.device):
@@ -133,17 +139,21 @@ class StreamDirection(HostDirection):
             return
         self._unsent.append(Job(job_id, src_ids, dst_ids))
         if self._way is Way.H2D:
-            self._send_all_but(0)
+            self._book_what_ended()
+            self._send_until_queued(BEFORE_LAUNCH)
 
     def take_finished(self) -> list[TransferResult]:
         self._book_what_ended()
-        room = self._room()
-        while self._unsent and self._rows_running * self._row_bytes < room:
-            self._send_batch()
+        self._send_until_queued(math.inf if self._way is Way.H2D else self._room())
         return super().take_finished()
 
+    def _send_until_queued(self, size: float) -> None:
+        """Submits until so many bytes are, or all."""
+        while self._unsent and self._rows_running * self._row_bytes < size:
+            self._send_batch()
+
     def _room(self) -> float:
-        """Bytes that may be queued until this is asked again."""
+        """Bytes of stores that may be queued until this is asked again."""
         now = time.perf_counter()
         since, self._asked = now - self._asked, now
         if not self._seconds_copying:
