@@ -53,13 +53,14 @@ def slow_down_copies(row_bytes):
         torch.cuda._sleep(4_000_000)
         copy_blocks(*args)
 
-    def noted(self):
-        results = about_to_end(self)
+    def noted(self, seconds_left):
+        results = about_to_end(self, seconds_left)
         early.extend(results)
         return results
 
     transfers.ops.copy_blocks, early_loads.EarlyLoads._about_to_end = slow, noted
     transfers.BATCH_BYTES = dict.fromkeys(Way, 2 * row_bytes)
+    transfers.IDLE_BATCH_BYTES = 2 * row_bytes
     early_loads.IDLE_SECONDS = early_loads.BUSY_SECONDS = 1e9
 
 if "kv_transfer_config" in settings:

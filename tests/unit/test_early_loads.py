@@ -28,12 +28,11 @@ def load(device, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize("model_ran, left", [(True, LEFT), (False, IDLE_LEFT)])
 def test_reported_when_little_is_left(device, load, model_ran, left):  # noqa: F811
-    load.model_ran = model_ran
     submit(load, [10 * PER_BATCH])
     for _ in range(10 - left):
-        assert load.take_finished() == []
+        assert load.take_finished(model_ran) == []
         device.run_a_copy()
-    (result,) = load.take_finished()
+    (result,) = load.take_finished(model_ran)
     assert result.success and result.transfer_size == 10 * PER_BATCH * ROW
     assert result.transfer_time == pytest.approx(10e-3)  # as those that have ended
     for _ in range(left):

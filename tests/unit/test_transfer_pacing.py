@@ -24,6 +24,7 @@ def device(monkeypatch):
     monkeypatch.setattr(pacing, "cuda", made.as_cuda())
     monkeypatch.setattr(transfers, "BATCH_BYTES", dict.fromkeys(Way, PER_BATCH * ROW))
     monkeypatch.setattr(transfers, "LEAST_QUEUED", 40 * PER_BATCH * ROW)
+    monkeypatch.setattr(transfers, "IDLE_BATCH_BYTES", PER_BATCH * ROW)
     monkeypatch.setattr(transfers, "BEFORE_LAUNCH", 4 * PER_BATCH * ROW)
     monkeypatch.setattr(transfers, "times_here", lambda device: None)
     monkeypatch.setattr(transfers.time, "perf_counter", lambda: made.clock * 1e-3)
@@ -190,6 +191,19 @@ def test_loads_come_before_the_launch_as_far_as_the_link_needs_and_the_rest_afte
     assert sum(device.batches) == 1020
     assert [(r.job_id, r.success) for r in finish(device, load)] == [(0, True), (1, True)]
     assert torch.equal(load.dst[ids], load.src[ids])
+
+
+def test_loads_have_large_batches_while_no_model_runs(device, monkeypatch):
+    monkeypatch.setattr(transfers, "IDLE_BATCH_BYTES", 100 * ROW)
+    load, store = (make(monkeypatch, way) for way in (Way.H2D, Way.D2H))
+    ids = submit(load, [300])
+    load.take_finished(model_ran=False)
+    assert device.batches == [PER_BATCH] * 4 + [100, 100, 72]
+    assert [r.success for r in finish(device, load)] == [True]
+    assert torch.equal(load.dst[ids], load.src[ids])
+    submit(store, [100])
+    store.take_finished(model_ran=False)
+    assert max(device.batches[7:]) == PER_BATCH
 
 
 def test_loads_submitted_after_the_launch_do_not_wait_for_it(device, monkeypatch):

@@ -22,8 +22,10 @@ class Direction(Protocol):
     def fail(self, job_id: int, error: Exception) -> None:
         """Lets a job that could not be submitted finish without success."""
 
-    def take_finished(self) -> list[TransferResult]:
-        """What finished since the last call; with ``early`` also what is about to.
+    def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
+        """What finished since the last call; with ``early`` also what is about to. Called after every step.
+
+        model_ran: whether it did in that step.
 
         Raises:
             RuntimeError: (with ``early``) a load failed after it was reported.

@@ -28,8 +28,6 @@ once a load."""
 class EarlyLoads(StreamDirection):
     """Takes what StreamDirection takes; host to device."""
 
-    model_ran = True
-    """Whether it did in the step after which is asked what has finished."""
     _told: set[int]
     """Jobs that were reported and still run."""
 
@@ -37,7 +35,7 @@ class EarlyLoads(StreamDirection):
         super().__init__(*args, **kwargs)
         self._told = set()
 
-    def take_finished(self) -> list[TransferResult]:
+    def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
         """What finished since the last call, or is about to.
 
         Raises:
@@ -45,7 +43,7 @@ class EarlyLoads(StreamDirection):
                 there; the device lost a copy that it had accepted and does nothing more after that.
         """
         results = []
-        for result in super().take_finished():
+        for result in super().take_finished(model_ran):
             if result.job_id not in self._told:
                 results.append(result)
                 continue
@@ -55,19 +53,19 @@ class EarlyLoads(StreamDirection):
                     "XLayerConnector: a load that the device had accepted failed after it was reported; "
                     "the engine must stop, as an answer could be wrong"
                 )
-        return results + self._about_to_end()
+        return results + self._about_to_end(BUSY_SECONDS if model_ran else IDLE_SECONDS)
 
     def drain(self) -> None:
         super().drain()
         self._told.clear()
 
-    def _about_to_end(self) -> list[TransferResult]:
+    def _about_to_end(self, seconds_left: float) -> list[TransferResult]:
         results: list[TransferResult] = []
         ahead = Counter[Job]()
         if not self._seconds_copying:  # nothing has been loaded yet: how long this takes is not known
             return results
         rate = self._bytes_copied / self._seconds_copying
-        left = rate * (BUSY_SECONDS if self.model_ran else IDLE_SECONDS)
+        left = rate * seconds_left
         for batch in self._running:
             left -= batch.rows * self._row_bytes
             if left < 0:

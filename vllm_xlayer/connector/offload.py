@@ -26,7 +26,6 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from . import directions, pinning
 from .disk_format import TierIdentity
 from .disk_tier import DiskTier
-from .early_loads import EarlyLoads
 from .host_manager import HostTierManager
 from .host_memory import GIB, HostShape, scheduler_memory, worker_memory
 from .identity import NoIdentity
@@ -221,9 +220,7 @@ class RowOffloadingWorker(OffloadingWorker):
 
         model_ran: whether it did in the step that this is asked after.
         """
-        if isinstance(self._load, EarlyLoads):
-            self._load.model_ran = model_ran
-        return self._store.take_finished() + self._load.take_finished()
+        return self._store.take_finished(model_ran) + self._load.take_finished(model_ran)
 
     def wait(self, job_ids: set[int]) -> None:
         self._store.wait(job_ids)

@@ -29,6 +29,8 @@ BATCH_BYTES = {Way.H2D: 32 << 20, Way.D2H: 8 << 20}
 """Of one submission. A copy of vLLM's own waits for up to three of these (pacing.py). To the host there is
 one in every step, the sampled tokens; to the device hardly any: CUDA sends a few KB along with the command.
 And a request waits for a load, and the step loop for its submission: large batches are fewer calls."""
+IDLE_BATCH_BYTES = 128 << 20
+"""Of a load after a step in which no model ran: then vLLM copies nothing, and waits for the submission."""
 BEFORE_LAUNCH = 128 << 20
 """Bytes of loads that are submitted before a step's launch: what a PCIe 5.0 link needs more than 2 ms for. A
 step cannot be launched meanwhile, and with asynchronous scheduling the GPU may be waiting for it. The rest
@@ -70,7 +72,7 @@ class HostDirection:
             )  # fmt: skip
         self._done.append(TransferResult(job_id, False))
 
-    def take_finished(self) -> list[TransferResult]:
+    def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
         done, self._done = self._done, []
         return done
 
@@ -142,15 +144,18 @@ class StreamDirection(HostDirection):
             self._book_what_ended()
             self._send_until_queued(BEFORE_LAUNCH)
 
-    def take_finished(self) -> list[TransferResult]:
+    def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
         self._book_what_ended()
-        self._send_until_queued(math.inf if self._way is Way.H2D else self._room())
+        if self._way is Way.D2H:
+            self._send_until_queued(self._room())
+        else:
+            self._send_until_queued(math.inf, BATCH_BYTES[Way.H2D] if model_ran else IDLE_BATCH_BYTES)
         return super().take_finished()
 
-    def _send_until_queued(self, size: float) -> None:
+    def _send_until_queued(self, size: float, batch_bytes: int | None = None) -> None:
         """Submits until so many bytes are, or all."""
         while self._unsent and self._rows_running * self._row_bytes < size:
-            self._send_batch()
+            self._send_batch(batch_bytes)
 
     def _room(self) -> float:
         """Bytes of stores that may be queued until this is asked again."""
@@ -166,9 +171,10 @@ class StreamDirection(HostDirection):
         while len(self._unsent) > jobs:
             self._send_batch()
 
-    def _send_batch(self) -> None:
+    def _send_batch(self, batch_bytes: int | None = None) -> None:
+        """batch_bytes: at most, or one row; None is BATCH_BYTES."""
         parts, src, dst = [], [], []
-        room = max(1, BATCH_BYTES[self._way] // self._row_bytes)
+        room = max(1, (batch_bytes or BATCH_BYTES[self._way]) // self._row_bytes)
         while self._unsent and room:
             job = self._unsent[0]
             these = slice(job.sent, job.sent + room)
