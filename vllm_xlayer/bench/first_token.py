@@ -10,8 +10,9 @@ from rich.table import Table
 from .tier_worker import come_to_rest, tier
 from .timing import link_rate
 
-TURNS = 3
-"""Of restored prompts: on the device, then in the host tier."""
+TURNS = 12
+"""Of restored prompts: on the device, then in the host tier. A host can be 10 ms faster in one than
+in another."""
 SPANS = {
     "asked": "until its rows are asked for",
     "submitted": "until the first of their copies are submitted",

@@ -81,8 +81,8 @@ class TierWorker:
         return self._events
 
     def begin_copies(self, load: bool, row_bytes: int) -> None:
-        """Keeps rows moving one way from now on, where the connector does so in every step: loads are
-        submitted before the model, stores after it, and what has finished is asked for after it."""
+        """Keeps rows moving one way from now on, as the connector does: what is to be copied is submitted before
+        a step's launch, and what has finished is asked for after it."""
         connector = compat.current().connector()
         copies = self._copies = row_copies(load, row_bytes, connector.pool.device)
         samples: list[tuple[float, int]] = []
@@ -90,13 +90,10 @@ class TierWorker:
         start_load_kv, get_finished = connector.start_load_kv, connector.get_finished
 
         def before(*args: Any, **kwargs: Any) -> Any:
-            if load:
-                copies.submit()
+            copies.submit()
             return start_load_kv(*args, **kwargs)
 
         def after(*args: Any, **kwargs: Any) -> Any:
-            if not load:
-                copies.submit()
             copies.book()
             samples.append((time.monotonic(), copies.bytes))
             return get_finished(*args, **kwargs)
