@@ -81,8 +81,8 @@ class TierWorker:
         return self._events
 
     def begin_copies(self, load: bool, row_bytes: int) -> None:
-        """Keeps rows moving one way from now on, as the connector does: what is to be copied is submitted before
-        a step's launch, and what has finished is asked for after it."""
+        """Keeps rows moving one way from now on, as the connector does: submits before a step's launch, asks
+        what has finished after it."""
         connector = compat.current().connector()
         copies = self._copies = row_copies(load, row_bytes, connector.pool.device)
         samples: list[tuple[float, int]] = []

@@ -30,8 +30,8 @@ BATCH_BYTES = {Way.H2D: 32 << 20, Way.D2H: 8 << 20}
 one in every step, the sampled tokens; to the device hardly any: CUDA sends a few KB along with the command.
 And a request waits for a load, and the step loop for its submission: large batches are fewer calls."""
 IDLE_BATCH_BYTES = 128 << 20
-"""Of a load after a step in which no model ran: vLLM has nothing to copy then, and the next step waits for the
-submission."""
+"""Of a load after a step in which no model ran: vLLM has nothing to copy then, and the next step waits for
+the submission."""
 BEFORE_LAUNCH = 128 << 20
 """Bytes of loads that are submitted before a step's launch: what a PCIe 5.0 link needs more than 2 ms for. A
 step cannot be launched meanwhile, and with asynchronous scheduling the GPU may be waiting for it. The rest
