@@ -115,6 +115,8 @@ def test_offload_in_tables(offloads):
     assert "38.0 to 55.0" in text and text.count("7.4") == 1
     made = markdown_tier.offload_section(offloads)
     assert "Decoding stored 1,728 rows" in made
+    assert "| until its rows are asked for |  | 3.0 |\n" in made
+    assert "| until the model's step begins | 4.0 | 7.4 |\n" in made
     for found in (text, made):
         assert "12.0" in found and "11.0" in found
         assert "+1.0 %" in found and "+3.0 %" in found and "52.0" in found and "+4.0 %" in found

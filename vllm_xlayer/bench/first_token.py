@@ -132,13 +132,24 @@ def restore_table(result: dict[str, Any]) -> Table:
     return grid
 
 
+def span_lines(kinds: dict[str, list[dict[str, float]]]) -> list[tuple[str, float | None, float | None]]:
+    """(what is waited for, seconds of prompts on the device, seconds of those in the host tier): medians.
+
+    A prompt that is not restored has some of SPANS only.
+    """
+
+    def median(kind: str, name: str) -> float | None:
+        found = [spans[name] for spans in kinds[kind] if name in spans]
+        return statistics.median(found) if found else None
+
+    return [(title, median("cached", name), median("restored", name)) for name, title in SPANS.items()]
+
+
 def span_table(kinds: dict[str, list[dict[str, float]]]) -> Table:
-    """Medians; a request that is not restored has some of SPANS only."""
     grid = Table(title="What a first token waits for, ms, median")
     grid.add_column("")
     for title in ("on the device", "in the host tier"):
         grid.add_column(title, justify="right")
-    for name, title in SPANS.items():
-        found = ([s[name] for s in kinds[kind] if name in s] for kind in ("cached", "restored"))
-        grid.add_row(title, *(f"{statistics.median(f) * 1e3:.1f}" if f else "" for f in found))
+    for title, *medians in span_lines(kinds):
+        grid.add_row(title, *("" if seconds is None else f"{seconds * 1e3:.1f}" for seconds in medians))
     return grid

@@ -15,14 +15,16 @@ SHORT = 5
 BLOCK = 16
 """Tokens in a block where nobody says otherwise (vLLM's default)."""
 GPU_SUITES = {
-    "h200-suite.json": "`pytest -m gpu`",
-    "h100-suite.json": "The same on another GPU",
+    "h100-suite.json": "`pytest -m gpu`",
+    "h200-suite.json": "The same on another GPU",
     "h200-suite-sm80.json": (
         "The ops' tests with kernels that use sm_80's instructions only (VLLM_XLAYER_FORCE_SM80)"
     ),
     "h200-memcheck.json": "compute-sanitizer's memcheck, in the ops' tests",
     "h200-racecheck.json": "compute-sanitizer's racecheck, in those of kernels that use shared memory",
-    "h100-x2-suite-tp.json": "Two ranks on two GPUs (their faults are in the README's table)",
+    "h200-x2-suite-tp.json": (
+        "The connector's engine tests, two ranks on two GPUs among them (faults are in the README's table)"
+    ),
 }
 """Results file of `bench suite` -> what it says."""
 OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))

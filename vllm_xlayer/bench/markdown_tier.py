@@ -7,13 +7,13 @@ from .copy import WAYS, table_head, table_line
 from .copy import bounds as copy_bounds
 from .copy_peers import NOT_MEASURED
 from .faults import COUNTS
-from .first_token import added, floor
+from .first_token import added, floor, span_lines
 from .markdown import about, listed, milliseconds, table
 from .offload import bounds as offload_bounds
 from .offload import step_lines
 from .pacing import SMALL
 
-COPY_PNG = "h100-copy.png"
+COPY_PNG = "h200-copy.png"
 """The picture of `bench copy`, in the folder of the results."""
 
 
@@ -71,6 +71,10 @@ def offload_section(results: dict[str, Any]) -> str:
         ("host tier - device, prompt by prompt", [milliseconds(added(restore), 1)]),
         ("floor: the link's time", [milliseconds(least, 1)]),
     ]
+    spans = [
+        (title, ["" if seconds is None else milliseconds(seconds, 1) for seconds in medians])
+        for title, *medians in span_lines(restore["spans"])
+    ]
     steps = [
         (title, [
             milliseconds(seconds, 2), "" if compared is None else f"{100 * (seconds / compared - 1):+.1f} %",
@@ -84,6 +88,8 @@ def offload_section(results: dict[str, Any]) -> str:
         f"to the first token of {results['repeats']} prompts just short of {results['prompt']:,} tokens, "
         "median:",
         table(["prompt", "ms"], first),
+        "What it waits for, median of each:",
+        table(["ms", "on the device", "in the host tier"], spans),
         f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
         f"{results['rounds']} rounds of {results['steps']}. The copies are by the connector's "
         "own code, without a pause, between memory that the engine does not use. Decoding stored "

@@ -19,7 +19,7 @@ README = Path(__file__).parents[2] / "README.md"
 DOCUMENTS = (README, Path(__file__).parent / "RESULTS.md")
 PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
-COPY_PLOT = (RESULTS / "h100-copy.json", RESULTS / markdown_tier.COPY_PNG)
+COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
 """The same for RESULTS; drawn once the file is there."""
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
@@ -37,10 +37,10 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
     "gpu": (tuple(markdown.GPU_SUITES), markdown.gpu_tests),
-    "copy": (("h100-copy.json",), markdown_tier.copy_section),
+    "copy": (("h200-copy.json",), markdown_tier.copy_section),
     "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
     "offload": (("h200-offload.json",), markdown_tier.offload_section),
-    "faults": (("cpu-faults.json", "h100-faults.json"), markdown_tier.fault_tables),
+    "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
 SECTIONS = ("prefill", "load", "copy", "pacing", "offload")
