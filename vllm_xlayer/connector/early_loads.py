@@ -19,8 +19,8 @@ logger = init_logger(__name__)
 
 IDLE_SECONDS, BUSY_SECONDS = 16e-3, 2e-3
 """Of copying that may be left: after a step in which no model ran, and after one in which it did. After the
-former vLLM's core runs another without a model and sleeps for a millisecond twice, and the launch of the next
-one takes the host longer than all of that; only a request that comes meanwhile is late, by what is left.
+former vLLM's core runs another one without a model, sleeps for a millisecond twice, and launches the next,
+which in all takes the host about as long; a request that comes meanwhile is late by what is left then.
 Beside a model that runs anyway, what is left is copied while it does; a step that is shorter is late by that,
 once a load."""
 
