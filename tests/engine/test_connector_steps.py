@@ -6,8 +6,8 @@ from model_fixture import random_prompts, vllm_greedy
 from vllm_xlayer import compat
 from vllm_xlayer.connector import directions
 from vllm_xlayer.connector import scheduler as connector_scheduler
-from vllm_xlayer.connector.offload import RowOffloadingWorker
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
+from vllm_xlayer.connector.transfers import HostDirection
 
 PROMPTS = random_prompts([60, 100, 16, 33, 200, 1, 47, 64])
 NUM_TOKENS = 70
@@ -86,20 +86,20 @@ def test_how_often_chunks_count_as_used(make_llm, tiny_llama, monkeypatch):
 
 
 def test_whether_the_model_ran_is_known(make_llm, tiny_llama, monkeypatch):
-    """A step that only waits for a load, and steps that compute, as the worker is told."""
+    """A step that only waits for a load, and steps that compute, as stores and loads are told."""
     llm = make_llm(tiny_llama, kv_transfer_config=dict(kv_connector="XLayerConnector", kv_role="kv_both"))
     vllm_greedy(llm, PROMPTS[4:5], 1)
     compat.current().empty_device_cache(llm)
     told = []
-    real = RowOffloadingWorker.get_finished
+    real = HostDirection.take_finished
 
-    def get_finished(self, model_ran):
+    def take_finished(self, model_ran):
         told.append(model_ran)
         return real(self, model_ran)
 
-    monkeypatch.setattr(RowOffloadingWorker, "get_finished", get_finished)
+    monkeypatch.setattr(HostDirection, "take_finished", take_finished)
     vllm_greedy(llm, PROMPTS[4:5], 3)
-    assert told[:4] == [False, True, True, True]
+    assert told[:8] == 2 * [False] + 6 * [True]
 
 
 @pytest.mark.parametrize("disk", [False, True])

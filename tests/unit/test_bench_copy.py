@@ -114,6 +114,7 @@ def test_offload_in_tables(offloads):
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
     assert "38.0 to 55.0" in text and text.count("7.4") == 1
     made = markdown_tier.offload_section(offloads)
+    assert "of 3 prompts just short of 16,384 tokens, restored 1 times, median" in made
     assert "Decoding stored 1,728 rows" in made
     assert "| until its rows are asked for |  | 3.0 |\n" in made
     assert "| until the model's step begins | 4.0 | 7.4 |\n" in made

@@ -23,7 +23,8 @@ GPU_SUITES = {
     "h200-memcheck.json": "compute-sanitizer's memcheck, in the ops' tests",
     "h200-racecheck.json": "compute-sanitizer's racecheck, in those of kernels that use shared memory",
     "h200-x2-suite-tp.json": (
-        "The connector's engine tests, two ranks on two GPUs among them (faults are in the README's table)"
+        "Two ranks on two GPUs, pinning, a config file in which only the connector's name is changed, "
+        "`bench offload` (faults are in the README's table)"
     ),
 }
 """Results file of `bench suite` -> what it says."""

@@ -65,6 +65,7 @@ def offload_section(results: dict[str, Any]) -> str:
     """Markdown of `bench offload`, with its heading."""
     ours = results["engines"]["with"]
     least, restore = floor(ours), ours["restore"]
+    turns = len(restore["restored"]) // results["repeats"]
     kinds = (("computed", "cold"), ("on the device", "cached"), ("in the host tier", "restored"))
     first = [(title, [milliseconds(statistics.median(restore[kind]), 1)]) for title, kind in kinds]
     first += [
@@ -86,7 +87,7 @@ def offload_section(results: dict[str, Any]) -> str:
         "## The host tier in vLLM's engine",
         f"`vllm-xlayer bench offload`: {results['shape']} shape, random weights, {results['dtype']}. Time "
         f"to the first token of {results['repeats']} prompts just short of {results['prompt']:,} tokens, "
-        "median:",
+        f"restored {turns} times, median:",
         table(["prompt", "ms"], first),
         "What it waits for, median of each:",
         table(["ms", "on the device", "in the host tier"], spans),

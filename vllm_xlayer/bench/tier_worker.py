@@ -130,11 +130,13 @@ class RowCopies:
         """Copied since they began."""
 
     def submit(self) -> None:
+        """So many jobs that JOBS of them are not finished."""
         while self._running < self._ahead:
             self._direction.submit(self._running, *next(self._ids))
             self._running += 1
 
     def book(self) -> None:
+        """Counts what has finished. RuntimeError: a copy failed."""
         for result in self._direction.take_finished():
             if not result.success:
                 raise RuntimeError("a copy of rows failed, see above")
