@@ -41,7 +41,7 @@ class NVFP4Backend(AttentionBackend):
         return NVFP4MetadataBuilder
 
     @staticmethod
-    def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(GROUP)]
 
     @staticmethod
@@ -68,6 +68,21 @@ class NVFP4Backend(AttentionBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         return head_size % GROUP == 0 and head_size <= 256
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """One head slot holds K and V of a token as the ops want it: (B, H, N, C) bytes."""
+        from dataclasses import replace
+
+        if spec.kv_quant_mode.is_nvfp4 and spec.state_content_bytes is None:
+            return replace(spec, state_content_bytes=2 * (spec.head_size // 2 + spec.head_size // GROUP))
+        return spec
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> Any:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+
+        return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

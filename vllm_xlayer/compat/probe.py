@@ -25,7 +25,13 @@ def _packed_rows() -> str | None:
     return None
 
 
-CANDIDATES: dict[str, Callable[[], str | None]] = {"v0_26": _packed_rows}
+def _layouts() -> str | None:
+    from vllm.v1.kv_cache_interface import KVCacheTensor
+
+    return None if "layer_stride" in KVCacheTensor.__dataclass_fields__ else "KVCacheTensor has no layer_stride"
+
+
+CANDIDATES: dict[str, Callable[[], str | None]] = {"v0_31": _layouts, "v0_26": _packed_rows}
 """Module name -> a function that returns None where it fits, else what is missing."""
 
 

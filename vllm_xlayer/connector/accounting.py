@@ -52,13 +52,13 @@ def check_accounts(scheduler: "RowConnectorScheduler", idle: bool = False) -> No
 
 def _chunk_problems(manager: "HostTierManager") -> Iterator[str]:
     """Every chunk handed out so far is free or held by one key."""
-    uses = Counter(block.block_id for block in manager.chunks().values())
+    uses = Counter(block.chunk_id for block in manager.chunks().values())
     uses.update(manager._free_list)
-    for chunk in range(manager._num_allocated_blocks):
+    for chunk in range(manager._num_allocated_chunks):
         if uses[chunk] != 1:
             yield f"chunk {chunk}: expected one owner (a key or the free list), got {uses[chunk]}"
-    if strange := [chunk for chunk in uses if not 0 <= chunk < manager._num_allocated_blocks]:
-        yield f"chunks: expected 0 to {manager._num_allocated_blocks - 1}, got {strange}"
+    if strange := [chunk for chunk in uses if not 0 <= chunk < manager._num_allocated_chunks]:
+        yield f"chunks: expected 0 to {manager._num_allocated_chunks - 1}, got {strange}"
 
 
 def _key_problems(
@@ -76,8 +76,8 @@ def _key_problems(
     unused = sum(block.ref_cnt == 0 for block in chunks.values())
     written = sum(block.ref_cnt == -1 for block in chunks.values())
     for name, expected, got in (
-        ("evictable chunks", unused, manager._num_evictable_cache_blocks),
-        ("chunks being written", written, manager._num_write_pending_blocks),
+        ("evictable chunks", unused, manager._num_evictable_cache_chunks),
+        ("chunks being written", written, manager._num_write_pending_chunks),
     ):
         if expected != got:
             yield f"{name}: expected {expected}, got {got}"
@@ -85,7 +85,7 @@ def _key_problems(
 
 def _leftovers(scheduler: "RowConnectorScheduler") -> Iterator[str]:
     books = ("_jobs", "_req_status", "_block_id_to_pending_jobs", "_chunks_being_loaded", "_load_failed")
-    for name in (*books, "_touched"):
+    for name in books:
         if left := getattr(scheduler, name):
             yield f"{name}: expected nothing when idle, got {left}"
     if left := list(scheduler.manager.transfers()):

@@ -71,13 +71,11 @@ class XLayerConnector(OffloadingConnector):
                 _recompute_failed_loads(vllm_config)
         else:
             worker = RowConnectorWorker if ours else OffloadingConnectorWorker
-            self.connector_worker = worker(spec, kv_cache_config)
+            self.connector_worker = worker(spec, vllm_config, kv_cache_config)
 
-    @property
-    def prefer_cross_layer_blocks(self) -> bool:
-        # Runner V1 would answer "yes" with one tensor in BHLNC, in which NVFP4 pages are not dense.
-        # Rows come from the block stride of the allocation instead, on both runners.
-        return False
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        return "BLHNC"
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """kv_caches: layer name -> (B, H, N, C) view of the pool."""
@@ -89,15 +87,22 @@ class XLayerConnector(OffloadingConnector):
         self.pool = self.pool.view(-1, self.layout.row_bytes)
         self.connector_worker.register_kv_caches(dict(kv_caches))
 
-    def wait_for_save(self) -> None:
-        # vLLM's runners call this in steps only in which the model runs.
+    def start_load_kv(self, forward_context, **kwargs) -> None:
         if isinstance(self.connector_worker, RowConnectorWorker):
-            self.connector_worker.model_ran = True
+            self.connector_worker.model_ran = bool(kwargs) or forward_context.attn_metadata is not None
+        super().start_load_kv(forward_context, **kwargs)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        if isinstance(self.connector_worker, RowConnectorWorker):
-            return self.connector_worker.take_invalid_blocks()
         return set()
+
+    def get_transfer_results(self, finished_req_ids: set[str]):
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+        sent, received = self.get_finished(finished_req_ids)
+        failed = set()
+        if isinstance(self.connector_worker, RowConnectorWorker):
+            failed = self.connector_worker.take_failed_requests()
+        return KVConnectorTransferResults(sent, received, failed)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:

@@ -20,8 +20,8 @@ from uuid import uuid4
 
 import numpy as np
 from vllm.logger import init_logger
-from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, RequestOffloadingContext
-from vllm.v1.kv_offload.tiering.base import JobMetadata, JobResult, SecondaryTierManager
+from vllm.v1.kv_offload.base import LookupResult, Medium, OffloadKey, ReqContext, RequestOffloadingContext
+from vllm.v1.kv_offload.tiering.base import JobResult, TransferJob, SecondaryTierManager
 
 from .disk_format import EntryError, TierIdentity
 from .disk_store import DiskStore
@@ -56,8 +56,11 @@ class DiskTier(SecondaryTierManager):
         OSError: the folder cannot be used.
     """
 
+    medium = Medium.STORAGE
+
     def __init__(self, view: np.ndarray, folder: Path, limit: int, identity: TierIdentity, max_waiting: int):
         self.tier_type = "xlayer-disk"
+        self._bp_detector = self.locality = None  # of SecondaryTierManager, whose __init__ wants more
         self.problem = ""
         self.counts: Counter[str] = Counter()
         self.seconds = {"store": 0.0, "load": 0.0}
@@ -68,8 +71,8 @@ class DiskTier(SecondaryTierManager):
         self._make_store = lambda: DiskStore(folder, limit, self._identity, view.shape[1])
         self._store = self._make_store()
         self._wake = threading.Condition()
-        self._loads: deque[JobMetadata] = deque()
-        self._stores: deque[JobMetadata] = deque()
+        self._loads: deque[TransferJob] = deque()
+        self._stores: deque[TransferJob] = deque()
         self._waiting = 0  # chunks in _stores and in the writer's hands
         self._busy = 0  # threads at work on a job
         self._stop = False
@@ -109,12 +112,12 @@ class DiskTier(SecondaryTierManager):
             for key in reversed(list(keys)):  # so that a prompt's end goes before its beginning
                 self._store.touch(key)
 
-    def submit_load(self, job_metadata: JobMetadata) -> None:
+    def submit_load(self, job_metadata: TransferJob) -> None:
         with self._wake:
             self._loads.append(job_metadata)
             self._wake.notify_all()
 
-    def submit_store(self, job_metadata: JobMetadata) -> None:
+    def submit_store(self, job_metadata: TransferJob) -> None:
         with self._wake:
             if self.problem or self._waiting >= self._max_waiting:
                 self.counts["not stored: " + ("off" if self.problem else "disk too slow")] += len(
@@ -165,7 +168,7 @@ class DiskTier(SecondaryTierManager):
         self._loads.clear()
         self._stores.clear()
 
-    def _serve(self, queue: deque[JobMetadata], work: Callable[[JobMetadata], bool], name: str) -> None:
+    def _serve(self, queue: deque[TransferJob], work: Callable[[TransferJob], bool], name: str) -> None:
         """A thread's life. ``work`` says whether the job succeeded."""
         scan_at = time.monotonic() + MIN_RESCAN_SECONDS
         while True:
@@ -191,9 +194,9 @@ class DiskTier(SecondaryTierManager):
                     self._done.append(JobResult(job.job_id, success))
                     self._wake.notify_all()
 
-    def _load(self, job: JobMetadata) -> bool:
+    def _load(self, job: TransferJob) -> bool:
         good = True
-        for key, chunk in zip(job.keys, job.block_ids, strict=True):
+        for key, chunk in zip(job.keys, job.chunk_ids, strict=True):
             if self.problem:
                 good = False
                 self.counts["not loaded: off"] += 1
@@ -213,8 +216,8 @@ class DiskTier(SecondaryTierManager):
                 self.seconds["load"] += time.perf_counter() - started
         return good
 
-    def _write(self, job: JobMetadata) -> bool:
-        for key, chunk in zip(job.keys, job.block_ids, strict=True):
+    def _write(self, job: TransferJob) -> bool:
+        for key, chunk in zip(job.keys, job.chunk_ids, strict=True):
             if self.problem:
                 self.counts["not stored: off"] += 1
                 continue

@@ -18,7 +18,7 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.cpu.policies.arc import ARCCachePolicy
-from vllm.v1.kv_offload.cpu.policies.base import BlockStatus
+from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
 
 logger = init_logger(__name__)
@@ -51,6 +51,11 @@ class HostTierManager(CPUOffloadingManager):
     def serves(self) -> bool:
         """Whether anything is stored or found."""
         return not self.problem and self.waits_for == 0
+
+    kv_view: memoryview
+
+    def get_kv_memoryview(self) -> memoryview:
+        return self.kv_view
 
     def ready(self, workers: int) -> None:
         """So many more workers' memory may be used."""
@@ -91,13 +96,13 @@ class HostTierManager(CPUOffloadingManager):
         """Transfers to and from a tier behind this one: there is none."""
         return ()
 
-    def chunks(self) -> Mapping[OffloadKey, BlockStatus]:
+    def chunks(self) -> Mapping[OffloadKey, ChunkStatus]:
         """Every chunk the tier holds, also those being written."""
         policy = self._policy
         if isinstance(policy, ARCCachePolicy):
             return {**policy.t1, **policy.t2}
         assert isinstance(policy, LRUCachePolicy)
-        return policy.blocks
+        return policy.chunks
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         if not self.serves or key in self._failed:
@@ -148,9 +153,9 @@ class HostTierManager(CPUOffloadingManager):
         if block is None or block.ref_cnt > 0:
             return False
         self._failed.discard(key)
-        self._num_evictable_cache_blocks -= 1
+        self._num_evictable_cache_chunks -= 1
         self._policy.remove(key)
-        self._free_block(block)
+        self._free_chunk(block)
         return True
 
     def reset_cache(self) -> None:
@@ -158,5 +163,8 @@ class HostTierManager(CPUOffloadingManager):
         self._failed.clear()
 
     # vLLM's names for the same, where the other end is not the device but a tier behind this one.
-    prepare_read, complete_read = CPUOffloadingManager.prepare_load, complete_load
+    def prepare_read(self, keys, req_context):
+        return self._prepare_load(keys, req_context, record_access=False)
+
+    complete_read = complete_load
     prepare_write, complete_write = prepare_store, complete_store

@@ -67,7 +67,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
         super().__init__(config)
         self._disk = disk
         self._shape = HostShape(
-            chunks=self.num_blocks,
+            chunks=self.num_chunks,
             rows_per_chunk=self.blocks_per_chunk,
             row_bytes=config.worker_kv_bytes_per_block,
             ranks=config.parallel.world_size,
@@ -79,12 +79,13 @@ class RowOffloadingSpec(CPUOffloadingSpec):
     def get_manager(self) -> OffloadingManager:
         if self._manager is None:
             host = HostTierManager(
-                num_blocks=self.num_blocks,
+                num_blocks=self.num_chunks,
                 cache_policy=self.eviction_policy,  # type: ignore[arg-type]
                 enable_events=self.kv_events_config.enable_kv_cache_events,
                 store_threshold=int(self.extra_config.get("store_threshold", 0)),
                 max_tracker_size=int(self.extra_config.get("max_tracker_size", 64_000)),
                 workers_to_wait_for=self.config.parallel.world_size if pinning.needed() else 0,
+                info=self.cpu_info,
             )
             self._manager = host if self._disk is None else self._with_disk(host, self._disk)
         return self._manager
@@ -99,7 +100,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             settings.path.mkdir(exist_ok=True)
             view = scheduler_memory(self._shape).numpy()
             # The host tier must keep room for loads while the disk is behind.
-            waiting = max(1, self.num_blocks // 4)
+            waiting = max(1, self.num_chunks // 4)
             disk = DiskTier(view, settings.path, settings.limit, identity, waiting)
         except (NoIdentity, OSError, MemoryError) as error:
             logger.warning("XLayerConnector: the engine runs without its disk tier: %s", error)
@@ -183,16 +184,16 @@ class RowOffloadingWorker(OffloadingWorker):
         except ValueError as error:
             self._store.fail(job_id, error)
         else:
-            self._store.submit(job_id, torch.from_numpy(src_spec.block_ids), host_rows)
+            self._store.submit(job_id, torch.from_numpy(src_spec.block_ids.astype(np.int64)), host_rows)
         return True
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False) -> bool:
         try:
             host_rows = self._host_rows(dst_spec, src_spec)
         except ValueError as error:
             self._load.fail(job_id, error)
         else:
-            self._load.submit(job_id, host_rows, torch.from_numpy(dst_spec.block_ids))
+            self._load.submit(job_id, host_rows, torch.from_numpy(dst_spec.block_ids.astype(np.int64)))
         return True
 
     def _host_rows(self, device: GPULoadStoreSpec, host: LoadStoreSpec) -> torch.Tensor:
@@ -204,7 +205,7 @@ class RowOffloadingWorker(OffloadingWorker):
             if size == 0:
                 continue
             skip = first % n
-            chunks = host.block_ids[at : at - (-(skip + size) // n)]
+            chunks = host.block_ids.astype(np.int64)[at : at - (-(skip + size) // n)]
             at += len(chunks)
             rows.append((chunks[:, None] * n + np.arange(n)).ravel()[skip : skip + size])
         found = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
@@ -252,7 +253,7 @@ class NoTierWorker(OffloadingWorker):
         self._done.append(TransferResult(job_id, False))
         return True
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False) -> bool:
         self._done.append(TransferResult(job_id, False))
         return True
 

@@ -48,7 +48,6 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
     def __init__(self, spec: OffloadingSpec, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
         super().__init__(spec, vllm_config, kv_cache_config)
         self._load_failed: set[str] = set()
-        self._touched: dict[str, float] = {}
         disk = self.manager.disk if isinstance(self.manager, TieredManager) else None
         self.activity = TierActivity(self.manager.host, disk, spec.config.worker_kv_bytes_per_block)
         self._debug = Config.load().debug
@@ -79,7 +78,7 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
             held = request.num_locally_computed_tokens // config.tokens_per_chunk
             group.next_stored_chunk_idx = min(group.next_stored_chunk_idx, held)
 
-    def _lookup(self, req_status: RequestOffloadState) -> int | None:
+    def _lookup(self, req_status: RequestOffloadState, *limits) -> int | None:
         """Tokens to load. Never a prompt's last token: it is computed in any case, for the next one.
 
         vLLM's device cache leaves the block that ends with it to be computed, and so must the tier: else a
@@ -88,22 +87,22 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         """
         if req_status.req.request_id in self._load_failed:
             return 0
-        tokens = super()._lookup(req_status)
+        tokens = super()._lookup(req_status, *limits)
         if tokens and req_status.num_locally_computed_tokens + tokens == req_status.req.num_tokens:
             # Sliding windows: vLLM has left it out already.
             tokens -= max(group.tokens_per_chunk for group in self.config.kv_group_configs)
         return tokens
 
-    def _maximal_prefix_lookup(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> int | None:
+    def _maximal_prefix_lookup(self, keys: Iterable[OffloadKey], req_context: ReqContext, req, group_config, start_chunk_idx) -> int | None:
         keys = list(keys)
         hits = self.manager.count_hits(keys)
-        rest = super()._maximal_prefix_lookup(keys[hits:], req_context)  # what is not simply there
+        rest = super()._maximal_prefix_lookup(keys[hits:], req_context, req, group_config, start_chunk_idx + hits)  # what is not simply there
         return None if rest is None else hits + rest
 
     def get_num_new_matched_tokens(
-        self, request: Request, num_computed_tokens: int
+        self, request: Request, num_computed_tokens: int, **limits
     ) -> tuple[int | None, bool]:
-        found, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        found, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens, **limits)
         asked = not request.skip_reading_prefix_cache and request.request_id not in self._load_failed
         if found is not None and asked:
             self._note_answer(self._req_status[request.request_id], num_computed_tokens, found)
@@ -146,29 +145,6 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         self.activity.report({})  # with what was written to the disk just now
         self.activity.log()
 
-    def _calc_num_offloadable_tokens(self, req_status: RequestOffloadState, num_computed_tokens: int) -> int:
-        request = req_status.req
-        if request.is_finished():
-            # vLLM 0.26 asks for all tokens of a finished request. The last one has not been through the
-            # model, and of an aborted one perhaps only the first few: the rest of its blocks is not KV.
-            # What was still being loaded counts as computed, but then its blocks are not known here.
-            known = [
-                len(group.block_ids) * config.tokens_per_block
-                for config, group in zip(self.config.kv_group_configs, req_status.group_states, strict=True)
-            ]
-            num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1, *known)
-        return super()._calc_num_offloadable_tokens(req_status, num_computed_tokens)
-
-    def _touch(self, req_status: RequestOffloadState) -> None:
-        # vLLM 0.26 does it for all chunks of a request with every chunk that it stores: for 64 requests of
-        # 8,192 tokens, 32,768 chunks whenever each has filled one more block.
-        request, now = req_status.req, time.monotonic()
-        if not request.is_finished():
-            if now - self._touched.get(request.request_id, -math.inf) < TOUCH_SECONDS:
-                return
-            self._touched[request.request_id] = now
-        super()._touch(req_status)
-
     def _has_news(self, request_id: str, scheduled_tokens: int) -> bool:
         """Whether a running request has chunks to store after this step; vLLM takes its hashes then."""
         status = self._req_status[request_id]
@@ -186,7 +162,6 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
 
     def request_finished(self, request: Request):
         self._load_failed.discard(request.request_id)
-        self._touched.pop(request.request_id, None)
         self.activity.lookups.forget(request.request_id)
         return super().request_finished(request)
 

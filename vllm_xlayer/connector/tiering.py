@@ -3,8 +3,8 @@
 import time
 from collections.abc import Collection, Iterable
 
-from vllm.v1.kv_offload.base import LookupResult, OffloadKey, PrepareStoreOutput, ReqContext
-from vllm.v1.kv_offload.tiering.manager import RequestState, TieringOffloadingManager
+from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
 from .disk_tier import DiskTier
 from .host_manager import HostTierManager
@@ -19,6 +19,8 @@ class TieredManager(TieringOffloadingManager):
     primary_tier: HostTierManager  # type: ignore[assignment]
 
     def __init__(self, host: HostTierManager, disk: DiskTier):
+        host.kv_view = memoryview(disk._view)
+        self._asked_since: dict[str, float] = {}
         super().__init__(primary_tier=host, secondary_tiers=[disk])  # type: ignore[arg-type]
         self.disk = disk
 
@@ -34,13 +36,13 @@ class TieredManager(TieringOffloadingManager):
 
     def transfers(self) -> Iterable[tuple[Collection[OffloadKey], bool]]:
         """Keys of every transfer between host and disk, and whether it writes to host memory."""
-        for job in self._transfer_jobs.values():
-            yield job.keys, job.is_promotion
+        for job in self._jobs.values():
+            yield job.transfer_job.keys, job.transfer_job.is_promotion
         for by_request in self._pending_load_submissions.values():
             for pending in by_request.values():
                 yield pending.keys, True
 
-    def lookup(self, key: OffloadKey, req_context: ReqContext, *, exclude_tier=None) -> LookupResult:
+    def lookup(self, key: OffloadKey, req_context: ReqContext, **exclude) -> LookupResult:
         if not self.host.serves or self.host.has_failed(key):
             return LookupResult.MISS
         if self.is_late(req_context):
@@ -48,7 +50,10 @@ class TieredManager(TieringOffloadingManager):
             self._maybe_process_finished_jobs()
             found = self.host.lookup(key, req_context)
             return found if found is LookupResult.HIT else LookupResult.MISS
-        return super().lookup(key, req_context, exclude_tier=exclude_tier)
+        found = super().lookup(key, req_context, **exclude)
+        if found is LookupResult.RETRY:
+            self._asked_since.setdefault(req_context.req_id, time.monotonic())
+        return found
 
     def count_hits(self, keys: Iterable[OffloadKey]) -> int:
         """As HostTierManager's: a chunk that is in host memory is asked of no other tier."""
@@ -56,22 +61,12 @@ class TieredManager(TieringOffloadingManager):
         return self.host.count_hits(keys)
 
     def is_late(self, req_context: ReqContext) -> bool:
-        state = self._req_state.get(req_context.req_id)
-        since = None if state is None else state.secondary_lookup_start_time
+        since = self._asked_since.get(req_context.req_id)
         return since is not None and time.monotonic() - since > DEADLINE_SECONDS
 
-    def prepare_store(
-        self, keys: Collection[OffloadKey], req_context: ReqContext
-    ) -> PrepareStoreOutput | None:
-        # vLLM 0.26's scheduler side stores a finished request's last blocks after it has told the manager
-        # that the request is finished, and its manager does not know it any more.
-        request, late = req_context.req_id, req_context.req_id not in self._req_state
-        if late:
-            self._req_state[request] = RequestState(req_context=req_context, is_finished=True)
-        output = super().prepare_store(keys, req_context)
-        if late and not self._req_state[request].pending_primary_stores:
-            del self._req_state[request]
-        return output
+    def on_request_finished(self, req_context: ReqContext, **exclude) -> None:
+        self._asked_since.pop(req_context.req_id, None)
+        super().on_request_finished(req_context, **exclude)
 
     def complete_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True

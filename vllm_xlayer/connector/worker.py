@@ -7,6 +7,7 @@ valid, and every failure to the scheduler's side of the connector, which then dr
 from dataclasses import dataclass, field
 
 import numpy as np
+from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingConnectorMetadata,
@@ -49,12 +50,13 @@ class RowConnectorWorker(OffloadingConnectorWorker):
     worker: RowOffloadingWorker | NoTierWorker | None  # type: ignore[assignment]
     _connector_worker_meta: RowWorkerMetadata
 
-    def __init__(self, spec: OffloadingSpec, kv_cache_config: KVCacheConfig):
-        super().__init__(spec, kv_cache_config)
+    def __init__(self, spec: OffloadingSpec, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
+        super().__init__(spec, vllm_config, kv_cache_config)
         self._connector_worker_meta = RowWorkerMetadata()
         self._blocks_of_load: dict[int, np.ndarray] = {}
         self._invalid_blocks: set[int] = set()
         self._said_state = False
+        self._failed_requests: set[str] = set()
         self.model_ran = False
         """Since the last `get_finished`."""
 
@@ -80,10 +82,16 @@ class RowConnectorWorker(OffloadingConnectorWorker):
         if not result.success:
             meta.failed_jobs.add(job_id)
             self._invalid_blocks.update(int(block) for block in blocks)
+            if request is not None:
+                self._failed_requests.add(request)
         elif result.transfer_size is not None and result.transfer_time is not None:
             stats = meta.transfer_stats.store if request is None else meta.transfer_stats.load
             stats.record(result.transfer_size, result.transfer_time)
         return request
+
+    def take_failed_requests(self) -> set[str]:
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
 
     def take_invalid_blocks(self) -> set[int]:
         """Device blocks that a failed load should have filled, since the last call."""

@@ -3,7 +3,7 @@
 import functools
 
 from ..layout import NegotiationError, one_line
-from .registry import FOUND, Finding, Patch, Phase, missing
+from .registry import FOUND, Finding, Patch, Phase, missing, not_needed
 from .wrapping import wrap
 
 FEATURE = "cross-layer rows"
@@ -13,7 +13,10 @@ def _probe() -> Finding:
     import inspect
 
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import KVCacheTensor
 
+    if "layer_stride" in KVCacheTensor.__dataclass_fields__:
+        return not_needed("the connector class asks for a layout")
     parameters = list(inspect.signature(kv_cache_utils._use_packed_kv_cache_config).parameters)
     if parameters != ["vllm_config", "kv_cache_groups"]:
         return missing(f"expected parameters vllm_config, kv_cache_groups, got {', '.join(parameters)}")

@@ -7,7 +7,7 @@ where the answer is no, so it imports nothing at module level.
 
 PLATFORM_CLASS = "vllm_xlayer.platform.reference.CpuReferencePlatform"
 ENTRY_POINT_GROUP = "vllm.platform_plugins"
-SUPPORTED_VLLM = "0.26."
+SUPPORTED_VLLM = "0.33."
 
 
 def cpu_reference_platform() -> str | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -77,7 +78,22 @@ def compute_slot_mapping(
     slot_mapping[num_tokens:] = PAD_SLOT
 
 
-_OPS: dict[str, Callable[..., None]] = {
+def greedy_argmax(logits: torch.Tensor) -> torch.Tensor:
+    """int64 [n]: the column of the first largest logit of each row of logits [n, vocabulary]."""
+    return logits.argmax(dim=-1)
+
+
+def fused_gumbel_argmax(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """A sample of softmax(logits [n, vocabulary]) a row, int64 [n]; seeds int64 [n] decide it."""
+    noise = torch.empty_like(logits)
+    for row, seed in zip(noise, seeds.tolist(), strict=True):
+        row.exponential_(generator=torch.Generator().manual_seed(seed))
+    return (logits - noise.log()).argmax(dim=-1)
+
+
+_OPS: dict[str, Callable[..., Any]] = {
+    "fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor": fused_gumbel_argmax,
+    "greedy_argmax(Tensor logits) -> Tensor": greedy_argmax,
     "init_cpu_memory_env(SymInt[] node_ids) -> ()": init_cpu_memory_env,
     "compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, Tensor block_table, "
     "Tensor(a!) slot_mapping, SymInt block_size) -> ()": compute_slot_mapping,
