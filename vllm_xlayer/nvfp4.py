@@ -50,6 +50,15 @@ class ScaleChoice(IntEnum):
     """The best of the divisors 3, 3.5, ..., 7 by squared error."""
 
 
+KV_DTYPES = ("nvfp4", "nvfp4_4over6")
+"""vLLM's names (``--kv-cache-dtype``) of caches in this format. The second also says how to pick scales."""
+
+
+def scale_choice_of(kv_cache_dtype: str, default: ScaleChoice) -> ScaleChoice:
+    """How the writer of a cache of that dtype picks block scales; ``default`` where its name does not say."""
+    return ScaleChoice.FOUR_OVER_SIX if kv_cache_dtype == "nvfp4_4over6" else default
+
+
 def content_bytes(head_size: int) -> int:
     """Bytes of one token and head, K and V, data and scale: the C of an NVFP4 cache."""
     _check_head_size(head_size)

@@ -15,15 +15,11 @@ def register() -> None:
 
 
 def _register() -> None:
-    from . import compat
-    from .patches import FEATURES
-    from .patches.registry import REGISTRY, Phase
+    from .compat import check_vllm, extension_points
+    from .patches import PATCHES
+    from .patches.registry import REGISTRY
 
-    api = compat.current()
-    api.share_loggers()
-    api.register_connector()
-    known = {record.feature for record in REGISTRY.report()}
-    for feature, patches in FEATURES.items():
-        if feature not in known:
-            REGISTRY.add(feature, *patches)
-    REGISTRY.apply(Phase.PLUGIN, wanted=tuple(FEATURES))
+    check_vllm()
+    extension_points.share_loggers()
+    extension_points.register_connector()
+    REGISTRY.apply(PATCHES)

@@ -1,4 +1,4 @@
-"""The NVFP4 attention backend for GPUs whose attention vLLM has no NVFP4 kernels for.
+"""The NVFP4 attention backend for GPUs without FP4 instructions.
 
 Pages are written by ``reshape_and_cache_nvfp4``. Decode requests attend to them with
 ``nvfp4_paged_attention``. For the others the cached tokens are dequantised with
@@ -7,20 +7,51 @@ where that is not available) attends to them; their new tokens attend to each ot
 the unquantised K and V at hand.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from ..nvfp4 import GROUP, content_bytes
+from ..nvfp4 import GROUP, KV_DTYPES, content_bytes
 
 
-class NVFP4Backend(AttentionBackend):
+class DensePages:
+    """What this package's backends have in common: a page is dense, with heads outside tokens.
+
+    Mixed into vLLM's AttentionBackend.
+    """
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """An NVFP4 page is seen as (H, N, C) bytes; see ``nvfp4.py`` for the order of the bytes inside."""
+        if not spec.kv_quant_mode.is_nvfp4 or spec.state_content_bytes is not None:
+            return spec
+        return replace(spec, state_content_bytes=content_bytes(spec.head_size))
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """The orders in which a page's K and V are contiguous halves; the first is the default."""
+        return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(GROUP)]
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """The metadata is made from the host's query lengths: they must be the device's."""
+        return False
+
+
+class NVFP4Backend(DensePages, AttentionBackend):
     """NVFP4 KV cache on CUDA devices, sm_80 and newer, except where upstream's own path is used."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["nvfp4"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(KV_DTYPES)
     forward_includes_kv_cache_update: bool = False
 
     @staticmethod
@@ -40,49 +71,9 @@ class NVFP4Backend(AttentionBackend):
 
         return NVFP4MetadataBuilder
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(GROUP)]
-
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype_str: str = "nvfp4",
-    ) -> tuple[int, ...]:
-        """(B, H, N, C) bytes; see ``nvfp4.py`` for the order of the bytes inside a page."""
-        return num_blocks, num_kv_heads, block_size, content_bytes(head_size)
-
-    @staticmethod
-    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
-        """A page is dense, so layers can only come between blocks and heads: BLHNC."""
-        return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
-
-    @classmethod
-    def get_required_kv_cache_layout(cls) -> Any:
-        # Heads outside tokens: the only order in which a page's K and V are contiguous halves.
-        return "HND"
-
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         return head_size % GROUP == 0 and head_size <= 256
-
-    @classmethod
-    def customize_spec(cls, spec: Any) -> Any:
-        """One head slot holds K and V of a token as the ops want it: (B, H, N, C) bytes."""
-        from dataclasses import replace
-
-        if spec.kv_quant_mode.is_nvfp4 and spec.state_content_bytes is None:
-            return replace(spec, state_content_bytes=2 * (spec.head_size // 2 + spec.head_size // GROUP))
-        return spec
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> Any:
-        from vllm.v1.kv_cache_layout import KVCacheLayout
-
-        return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -115,7 +106,8 @@ class NVFP4Backend(AttentionBackend):
         if not reasons:
             return None
         return (
-            f"--kv-cache-dtype nvfp4 cannot be used here: {'; '.join(reasons)} "
+            f"vllm-xlayer cannot serve --kv-cache-dtype {selector_config.kv_cache_dtype} here: "
+            f"{'; '.join(reasons)} "
             f"(head_size={selector_config.head_size}, dtype={selector_config.dtype}, "
             f"block_size={selector_config.block_size}, compute capability {capability}). "
             f"Supported: decoder attention, head sizes that are multiples of {GROUP} up to 256, float16 or "

@@ -26,23 +26,24 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
-    MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_xlayer import ops
-from vllm_xlayer.nvfp4 import GROUP, ScaleChoice, ScaleOrder
+from vllm_xlayer.attention.backend import DensePages
+from vllm_xlayer.config import Config
+from vllm_xlayer.nvfp4 import GROUP, KV_DTYPES, ScaleOrder, scale_choice_of
 
 QUERY_TILE = 128
 """Queries attended at once: bounds the scores to heads * QUERY_TILE * context floats."""
 
 
-class CpuReferenceBackend(AttentionBackend):
+class CpuReferenceBackend(DensePages, AttentionBackend):
     """What vLLM asks about shapes, orders and supported combinations."""
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16", "nvfp4"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16", *KV_DTYPES]
 
     @staticmethod
     def get_name() -> str:
@@ -56,25 +57,6 @@ class CpuReferenceBackend(AttentionBackend):
     def get_builder_cls() -> type["CpuReferenceMetadataBuilder"]:
         return CpuReferenceMetadataBuilder
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(16)]
-
-    @classmethod
-    def customize_spec(cls, spec: Any) -> Any:
-        """One head slot holds K and V of a token as the ops want it: (B, H, N, C) bytes."""
-        from dataclasses import replace
-
-        if spec.kv_quant_mode.is_nvfp4 and spec.state_content_bytes is None:
-            return replace(spec, state_content_bytes=2 * (spec.head_size // 2 + spec.head_size // GROUP))
-        return spec
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> Any:
-        from vllm.v1.kv_cache_layout import KVCacheLayout
-
-        return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
-
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
@@ -87,28 +69,9 @@ class CpuReferenceBackend(AttentionBackend):
     def supports_combination(
         cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *others: Any
     ) -> str | None:
-        if kv_cache_dtype == "nvfp4" and head_size % GROUP != 0:
-            return f"nvfp4 needs a head size that is a multiple of {GROUP}, got {head_size}"
+        if kv_cache_dtype in KV_DTYPES and head_size % GROUP != 0:
+            return f"{kv_cache_dtype} needs a head size that is a multiple of {GROUP}, got {head_size}"
         return None
-
-    @classmethod
-    def get_required_kv_cache_layout(cls) -> Any:
-        return "HND"
-
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
-    ) -> tuple[int, ...]:
-        """(B, H, N, C): C elements of the cache's dtype, or C bytes of the dense page for nvfp4."""
-        content = 2 * head_size
-        if cache_dtype_str == "nvfp4":
-            content = 2 * (head_size // 2 + head_size // GROUP)
-        return num_blocks, num_kv_heads, block_size, content
-
-    @staticmethod
-    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
-        """BHNC, and BLHNC for rows: each layer's page stays dense in its row."""
-        return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
 
 
 @dataclass
@@ -176,10 +139,12 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
                 "CPU reference attention: layers that share another layer's KV cache are not supported "
                 f"(this one reads {kv_sharing_target_layer_name})"
             )
-        self.is_nvfp4 = kv_cache_dtype == "nvfp4"
+        self.is_nvfp4 = kv_cache_dtype in KV_DTYPES
         if self.is_nvfp4:
             ops.load()  # a missing extension should stop the start, not the first request
         self.kv_cache_dtype = kv_cache_dtype
+        self.scale_choice = scale_choice_of(kv_cache_dtype, Config.load().scale_choice)
+        self.num_heads = num_heads  # vLLM's layer prints it
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
@@ -205,7 +170,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
                 layer._k_scale,
                 layer._v_scale,
                 ScaleOrder.LINEAR,
-                ScaleChoice.BEST_OF_9,
+                self.scale_choice,
             )
             return
         tokens = torch.nonzero(slot_mapping >= 0).squeeze(1)

@@ -12,7 +12,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from .. import ops
 from ..config import Config
-from ..nvfp4 import ScaleOrder
+from ..nvfp4 import ScaleOrder, scale_choice_of
 from .decode import DecodeBatch
 from .metadata import DevicePiece, NVFP4Metadata
 
@@ -56,7 +56,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self._partial: tuple[torch.Tensor, torch.Tensor] | None = None
         config = get_current_vllm_config()
         settings = Config.load()
-        self.scale_choice = settings.scale_choice
+        self.scale_choice = scale_choice_of(kv_cache_dtype, settings.scale_choice)
         self.capacity = self._workspace_tokens(config, settings.gather_workspace_bytes)
 
     def _kernels(self):

@@ -104,7 +104,7 @@ class NVFP4Metadata(AttentionMetadata):
 class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        head_size_v = getattr(kv_cache_spec, "head_size_v", kv_cache_spec.head_size)
+        head_size_v = kv_cache_spec.head_size_v
         if head_size_v != kv_cache_spec.head_size:
             raise ValueError(
                 f"--kv-cache-dtype nvfp4: expected K and V heads of one size, got {kv_cache_spec.head_size} "

@@ -1,10 +1,12 @@
-"""What differs between vLLM versions, behind one set of functions.
+"""The seam to vLLM 0.31 to 0.33: everything private of vLLM's, and every difference between its versions.
 
-`current()` returns the module for the installed vLLM; the rest of the package does not know
-which one it is. To support another version, write a module with the same functions and add
-it to `probe.CANDIDATES`.
+probe             whether the installed vLLM has what this package is built on
+private           the table of what this package needs of vLLM that is not public
+rows              vLLM's cache specs, layouts and allocations in the terms of ``layout``
+engine            what the demo, the benchmarks and the tests ask of a running engine
+extension_points  what this package registers with vLLM
 """
 
-from .probe import UnsupportedVllm, current
+from .probe import UnsupportedVllm, check_vllm
 
-__all__ = ["UnsupportedVllm", "current"]
+__all__ = ["UnsupportedVllm", "check_vllm"]

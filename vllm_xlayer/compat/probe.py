@@ -1,58 +1,48 @@
-"""Which compatibility module fits the installed vLLM: decided by features, not by version strings."""
+"""Whether the installed vLLM can be served: decided by its features, not by its version."""
 
-import importlib
 import importlib.metadata
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
+import importlib.util
+
+SUPPORTED = "vLLM 0.31 to 0.33"
 
 
 class UnsupportedVllm(RuntimeError):
-    """No compatibility module fits the installed vLLM."""
+    """The installed vLLM lacks something that this package is built on, or there is none."""
 
 
-def _packed_rows() -> str | None:
-    """0.26: rows come from ``KVCacheTensor.block_stride``; later versions have layouts instead."""
-    from vllm.v1.core import kv_cache_utils
-    from vllm.v1.kv_cache_interface import KVCacheTensor, KVQuantMode
-
-    if "block_stride" not in KVCacheTensor.__dataclass_fields__:
-        return "KVCacheTensor has no block_stride"
-    if not hasattr(kv_cache_utils, "_use_packed_kv_cache_config"):
-        return "kv_cache_utils has no _use_packed_kv_cache_config"
-    if not hasattr(KVQuantMode, "NVFP4"):
-        return "KVQuantMode has no NVFP4"
-    return None
-
-
-def _layouts() -> str | None:
-    from vllm.v1.kv_cache_interface import KVCacheTensor
-
-    return None if "layer_stride" in KVCacheTensor.__dataclass_fields__ else "KVCacheTensor has no layer_stride"
-
-
-CANDIDATES: dict[str, Callable[[], str | None]] = {"v0_31": _layouts, "v0_26": _packed_rows}
-"""Module name -> a function that returns None where it fits, else what is missing."""
-
-
-@cache
-def current() -> ModuleType:
-    """The compatibility module for the installed vLLM.
+def check_vllm() -> None:
+    """Returns if the installed vLLM has what this package is built on.
 
     Raises:
-        UnsupportedVllm: vLLM is not installed, or none fits; says what each one missed.
+        UnsupportedVllm: says what is missing, and which versions are served.
     """
     try:
         version = importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        raise UnsupportedVllm("expected vLLM 0.26 to be installed, found none") from None
-    misses = []
-    for name, probe in CANDIDATES.items():
-        try:
-            reason = probe()
-        except ImportError as error:
-            reason = str(error)
-        if reason is None:
-            return importlib.import_module(f".{name}", __package__)
-        misses.append(f"{name}: {reason}")
-    raise UnsupportedVllm(f"expected vLLM 0.26, found {version} ({'; '.join(misses)})")
+        raise UnsupportedVllm(f"expected {SUPPORTED} to be installed, found none") from None
+    if problem := missing_feature():
+        raise UnsupportedVllm(f"expected {SUPPORTED}, found {version}: {problem}")
+
+
+def missing_feature() -> str | None:
+    """What this vLLM lacks, or None.
+
+    Rows need layouts that are negotiated with the connector (0.29); failed loads are told by request since
+    0.30; a backend's block sizes depend on the cache spec since 0.31.
+    """
+    import inspect
+
+    if importlib.util.find_spec("vllm.v1.kv_cache_layout") is None:
+        return "there is no vllm.v1.kv_cache_layout"
+    from vllm.v1.attention.backend import AttentionBackend
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor, KVQuantMode
+
+    if "layer_stride" not in KVCacheTensor.__dataclass_fields__:
+        return "KVCacheTensor has no layer_stride"
+    if "kv_cache_layout" not in KVCacheConfig.__dataclass_fields__:
+        return "KVCacheConfig has no kv_cache_layout"
+    if not hasattr(KVQuantMode, "NVFP4"):
+        return "KVQuantMode has no NVFP4"
+    if "kv_cache_spec" not in inspect.signature(AttentionBackend.get_supported_kernel_block_sizes).parameters:
+        return "AttentionBackend.get_supported_kernel_block_sizes takes no kv_cache_spec"
+    return None

@@ -1,6 +1,5 @@
 """Changes to vLLM where it has no extension point: a registry, and one file a target."""
 
-from . import attention, cli, load_errors, rows
+from . import attention, cli, connectors
 
-FEATURES = {module.FEATURE: module.PATCHES for module in (attention, rows, load_errors, cli)}
-"""Feature -> its patches; a feature is applied whole or not at all."""
+PATCHES = (attention.PATCH, cli.PATCH, connectors.PATCH)

@@ -1,64 +1,95 @@
-"""NVFP4 attention: select our backend on GPUs whose NVFP4 kernels vLLM 0.26 does not have."""
+"""NVFP4 attention: this package's backend where it is the faster one, vLLM's where ours refuses."""
 
-from .registry import FOUND, Finding, Patch, Phase, missing, not_needed
+from collections.abc import Callable
+
+from ..compat.private import Patch
+from ..nvfp4 import KV_DTYPES
 from .wrapping import wrap
 
-FEATURE = "NVFP4 KV cache"
 BACKEND = "vllm_xlayer.attention.backend.NVFP4Backend"
+OWN_NAME = "CUSTOM"
+"""The member of AttentionBackendEnum that vLLM leaves to plugins: it asks for our backend."""
+OURS_FIRST = (8, 9)
+"""Compute capabilities whose users get our kernels unless these refuse. On others vLLM's own come first."""
 
 
-def _probe() -> Finding:
-    import inspect
-
+def _not_needed() -> str | None:
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda():
-        return not_needed(f"the platform is {current_platform.device_name or current_platform.device_type}")
-    found = list(inspect.signature(type(current_platform).get_attn_backend_cls).parameters)
-    expected = ["selected_backend", "attn_selector_config", "num_heads"]
-    return FOUND if found == expected else missing(f"expected parameters {expected}, got {found}")
+    if current_platform.is_cuda():
+        return None
+    return f"the platform is {current_platform.device_name or current_platform.device_type}"
 
 
 def _apply() -> None:
-    from vllm.platforms import current_platform
+    from vllm.platforms.cuda import CudaPlatformBase
 
-    platform = type(current_platform)
-    owner = next(c for c in platform.__mro__ if "get_attn_backend_cls" in vars(c))
-    wrap(owner, "get_attn_backend_cls", select_nvfp4_backend, "vllm")
+    wrap(CudaPlatformBase, "get_attn_backend_cls", select_nvfp4_backend, "vllm")
 
 
 def select_nvfp4_backend(original, cls, selected_backend, attn_selector_config, num_heads=None) -> str:
-    """Our backend for nvfp4 where upstream has no kernels; upstream's choice for everything else."""
-    config = attn_selector_config
-    if config.kv_cache_dtype != "nvfp4" or config.use_mla or cls.is_device_capability_family(100):
-        return original(cls, selected_backend, attn_selector_config, num_heads)
+    """The class path of the backend for a layer: as vLLM says for all but NVFP4.
+
+    For NVFP4 on compute capability 8.x and 9.0 it is ours, and vLLM's where ours refuses; elsewhere vLLM's,
+    and ours where that refuses. A backend that the user names is obeyed, CUSTOM being ours. On 10.x vLLM's
+    pages hold their scales in another order: there it is asked alone.
+
+    Raises:
+        ValueError: neither serves the layer; with the reasons of both.
+    """
+    name = None if selected_backend is None else selected_backend.name
+    config, capability = attn_selector_config, cls.get_device_capability()
+
+    def theirs() -> str:
+        return original(cls, selected_backend, config, num_heads)
+
+    def ours() -> str:
+        if refusal := _refusal(capability, config):
+            raise ValueError(refusal)
+        return BACKEND
+
+    if config.kv_cache_dtype not in KV_DTYPES or config.use_mla or capability.major == 10:
+        return theirs()
+    if name is not None:
+        return ours() if name == OWN_NAME else theirs()
+    return _first_of(*((ours, theirs) if capability.major in OURS_FIRST else (theirs, ours)))
+
+
+def _first_of(preferred: Callable[[], str], other: Callable[[], str]) -> str:
+    from vllm.logger import init_logger
+
+    try:
+        return preferred()
+    except ValueError as first:
+        try:
+            found = other()
+        except ValueError as second:
+            raise ValueError(f"{first}\n{second}") from second
+        init_logger(__name__).warning_once("%s So %s serves it.", str(first), found.rpartition(".")[2])
+        return found
+
+
+def _refusal(capability, config) -> str | None:
+    """Why our backend cannot serve a layer, in one sentence, or None."""
     from .. import ops
     from ..attention.backend import NVFP4Backend
 
-    if selected_backend is not None and selected_backend.name != NVFP4Backend.get_name():
-        raise ValueError(
-            f"--attention-backend: expected none (or {NVFP4Backend.get_name()}) with --kv-cache-dtype nvfp4 "
-            f"on this GPU, got {selected_backend.name}, which has no NVFP4 kernels for it"
-        )
     if not ops.build_info()["cuda"]:
-        raise ValueError(
-            "--kv-cache-dtype nvfp4: expected this package's CUDA ops, got a build without them; reinstall "
-            "it where nvcc is found (VLLM_XLAYER_CUDA=1 makes a missing one an error)"
+        return (
+            f"vllm-xlayer cannot serve --kv-cache-dtype {config.kv_cache_dtype}: expected its CUDA ops, got "
+            "a build without them; reinstall it where nvcc is found (VLLM_XLAYER_CUDA=1 makes a missing one "
+            "an error)."
         )
-    if refusal := NVFP4Backend.explain_refusal(cls.get_device_capability(), config):
-        raise ValueError(refusal)
-    return BACKEND
+    return NVFP4Backend.explain_refusal(capability, config)
 
 
-PATCHES = (
-    Patch(
-        target="vllm.platforms.cuda.CudaPlatformBase.get_attn_backend_cls",
-        why="--kv-cache-dtype nvfp4 is refused on every GPU but compute capability 10.x",
-        how="returns this package's backend for nvfp4 on other GPUs, and upstream's answer for all else",
-        upstream="none",
-        remove_when="vLLM selects out-of-tree backends by KV cache dtype",
-        phase=Phase.PLUGIN,
-        probe=_probe,
-        apply=_apply,
-    ),
+PATCH = Patch(
+    feature="NVFP4 KV cache",
+    owner="vllm.platforms.cuda:CudaPlatformBase",
+    why="vLLM serves --kv-cache-dtype nvfp4 with its own kernels, and refuses it where they do",
+    how="returns this package's backend for NVFP4 layers that it serves, and vLLM's answer for all else",
+    remove_when="vLLM selects out-of-tree backends by KV cache dtype",
+    methods={"get_attn_backend_cls": "selected_backend attn_selector_config num_heads"},
+    apply=_apply,
+    not_needed=_not_needed,
 )

@@ -2,19 +2,15 @@
 
 import argparse
 
-from .registry import FOUND, Finding, Patch, Phase, missing, not_needed
+from ..compat.extension_points import known_connectors
+from ..compat.private import Patch
 from .wrapping import wrap
 
-FEATURE = "--kv-connector"
 
-
-def _probe() -> Finding:
+def _not_needed() -> str | None:
     from vllm.engine.arg_utils import EngineArgs
 
-    fields = EngineArgs.__dataclass_fields__
-    if "kv_connector" in fields:
-        return not_needed("vLLM has the flag")
-    return FOUND if "kv_transfer_config" in fields else missing("EngineArgs has no kv_transfer_config")
+    return "vLLM has the flag" if "kv_connector" in EngineArgs.__dataclass_fields__ else None
 
 
 def _apply() -> None:
@@ -26,9 +22,7 @@ def _apply() -> None:
 
 def connector_name(text: str) -> str:
     """argparse type: the name of a connector vLLM can create."""
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
-    known = sorted(KVConnectorFactory._registry)
+    known = known_connectors()
     if text not in known:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {text!r}")
     return text
@@ -76,15 +70,14 @@ def merged(name: str, config):
     return config
 
 
-PATCHES = (
-    Patch(
-        target="vllm.engine.arg_utils.EngineArgs.add_cli_args, .from_cli_args",
-        why="a connector can only be named in a JSON argument",
-        how="adds --kv-connector to the parser, and turns it into a kv_transfer_config",
-        upstream="none",
-        remove_when="EngineArgs has a field kv_connector",
-        phase=Phase.PLUGIN,
-        probe=_probe,
-        apply=_apply,
-    ),
+PATCH = Patch(
+    feature="--kv-connector",
+    owner="vllm.engine.arg_utils:EngineArgs",
+    why="a connector can only be named in a JSON argument",
+    how="adds --kv-connector to the parser, and turns it into a kv_transfer_config",
+    remove_when="EngineArgs has a field kv_connector",
+    methods={"add_cli_args": "parser", "from_cli_args": "args"},
+    attributes=("kv_transfer_config",),
+    apply=_apply,
+    not_needed=_not_needed,
 )

@@ -1,0 +1,80 @@
+"""The connector's part of the table in `private`: names of vLLM's offloading connector and its tiers."""
+
+from .private import CONNECTOR_FEATURE, Private
+
+_OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading"
+_TIERS = "vllm.v1.kv_offload"
+_BOOKS = "the host tier's books could not be kept right where a transfer failed"
+
+DEPENDENCES = (
+    Private(
+        CONNECTOR_FEATURE,
+        f"{_OFFLOADING}.scheduler:OffloadingConnectorScheduler",
+        why="a request whose load failed would ask the tier for ever, and failed jobs would count as done",
+        how="the methods are overridden, the attributes read: jobs and requests under way",
+        remove_when="vLLM's connector takes a failed transfer as its own",
+        methods={
+            "_lookup": "self req_status max_num_new_tokens",
+            "_maximal_prefix_lookup": "self keys req_context req group_config start_chunk_idx",
+        },
+        attributes=("_jobs", "_req_status", "_block_id_to_pending_jobs", "_chunks_being_loaded"),
+    ),
+    Private(
+        CONNECTOR_FEATURE,
+        f"{_OFFLOADING}.worker:OffloadingConnectorWorker",
+        why="vLLM asserts that every transfer succeeded, and a failed one would end the engine",
+        how="read: which request waits for a load; replaced: what is told to the scheduler",
+        remove_when="vLLM's worker reports failed transfers",
+        attributes=("_load_jobs", "_connector_worker_meta"),
+    ),
+    Private(
+        CONNECTOR_FEATURE,
+        f"{_OFFLOADING}.metrics:OffloadPromMetrics",
+        why="the tiers' metrics would not be in Prometheus",
+        how="definitions are added, and the metrics made from them",
+        remove_when="the definitions come from the spec that the user's configuration names",
+        methods={"_create_metric": "self"},
+        attributes=("_offloading_metric_metadata", "_offloading_metric_defs"),
+    ),
+    Private(
+        CONNECTOR_FEATURE,
+        f"{_TIERS}.cpu.spec:CPUOffloadingSpec",
+        why="the tier's manager and worker would be vLLM's own",
+        how="set where vLLM's get_manager and get_worker keep theirs",
+        remove_when="the spec has a hook to make them",
+        attributes=("_manager", "_worker"),
+    ),
+    Private(
+        CONNECTOR_FEATURE,
+        f"{_TIERS}.cpu.manager:CPUOffloadingManager",
+        why=_BOOKS,
+        how="called and read: chunks of failed transfers are given back, and debug mode checks the books",
+        remove_when="complete_load takes success=False",
+        methods={
+            "_prepare_load": "self keys req_context record_access",
+            "_free_chunk": "self chunk",
+            "_get_load_store_spec": "self keys chunks",
+        },
+        attributes=(
+            "_policy", "_free_list", "_num_allocated_chunks", "_num_chunks",
+            "_num_evictable_cache_chunks", "_num_write_pending_chunks",
+        ),
+    ),
+    Private(
+        CONNECTOR_FEATURE,
+        f"{_TIERS}.tiering.manager:TieringOffloadingManager",
+        why="what moves between host memory and the disk would not be known to the books",
+        how="read: transfers between the tiers; called: so that finished ones are booked",
+        remove_when="the manager lists its transfers",
+        methods={"_maybe_process_finished_jobs": "self"},
+        attributes=("_jobs", "_pending_load_submissions"),
+    ),
+    Private(
+        CONNECTOR_FEATURE,
+        f"{_TIERS}.tiering.base:SecondaryTierManager",
+        why="the tiering manager could not ask the disk tier for its back pressure",
+        how="set to None, since the disk tier bounds its queue itself",
+        remove_when="the base class can be initialised without vLLM's settings",
+        attributes=("_bp_detector", "locality"),
+    ),
+)  # fmt: skip
