@@ -91,7 +91,7 @@ VLLMS_SETTINGS = {
     "offload_prompt_only": "whether answers stay out of the tiers; vLLM's default is true",
     "eviction_policy": "lru or arc",
     "cache_policy_module_path": "where another eviction_policy comes from",
-    "store_threshold": "a chunk is stored when it was asked for so often",
+    "store_threshold": "a chunk is stored when it was computed so often",
     "max_tracker_size": "chunks of which that is counted",
     "self_describing_kv_events": "whether KV events carry tokens",
     "spec_name": "another offloading spec instead of this package's",
@@ -112,7 +112,7 @@ REFUSED = {
 
 
 class ConnectorSettings(BaseModel, extra="forbid", strict=True, frozen=True):
-    """What this package reads from kv_connector_extra_config; each field's description says what it expects."""
+    """What this package reads from kv_connector_extra_config; a field's description says what is expected."""
 
     cpu_bytes_to_use: ByteCount | None = Field(
         None,

@@ -98,7 +98,7 @@ def make_llm(platform):
     from vllm import LLM
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
-    from vllm_xlayer import compat
+    from vllm_xlayer.compat.engine import come_to_rest
 
     live = []
 
@@ -111,7 +111,7 @@ def make_llm(platform):
         shut_down()
         live.append(LLM(str(model), **(ENGINE_DEFAULTS | settings)))
         if wait_for_tier:
-            compat.current().come_to_rest(live[-1])
+            come_to_rest(live[-1])
         return live[-1]
 
     yield make

@@ -18,13 +18,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
 )
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
     PromMetric,
     PromMetricT,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadPromMetrics
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
@@ -37,11 +37,10 @@ from vllm.v1.kv_offload.base import OffloadingSpec
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-from .. import compat
+from ..compat.private import CONNECTOR_FEATURE, require
+from ..compat.rows import allocations, negotiate_rows
 from ..config import ConnectorSettings
 from ..layout import LayoutDescriptor, check_allocation
-from ..patches.registry import REGISTRY
-from ..patches.rows import FEATURE as ROWS
 from .identity import tier_identity
 from .metrics import RowConnectorStats
 from .offload import DiskSettings, RowOffloadingSpec, default_host_bytes
@@ -67,9 +66,8 @@ class XLayerConnector(OffloadingConnector):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         # Not OffloadingConnector's: it would create the spec from the class name in the user's config.
         KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)
-        REGISTRY.require(ROWS)
-        groups = compat.current().groups_with_own_pages(kv_cache_config)
-        self.layout: LayoutDescriptor = compat.current().negotiate_rows(vllm_config, groups).descriptor
+        require(CONNECTOR_FEATURE)
+        self.layout: LayoutDescriptor = negotiate_rows(vllm_config, kv_cache_config).descriptor
         self.pool: torch.Tensor | None = None
         spec = _offloading_spec(vllm_config, kv_cache_config, self.layout, role)
         self.connector_scheduler = None
@@ -92,7 +90,7 @@ class XLayerConnector(OffloadingConnector):
         """kv_caches: layer name -> (B, H, N, C) view of the pool."""
         assert self.connector_worker is not None
         own = [name for group in self.layout.groups for name in group.layers]
-        check_allocation(self.layout, compat.current().allocations({n: kv_caches[n] for n in own}))
+        check_allocation(self.layout, allocations({n: kv_caches[n] for n in own}))
         storage = kv_caches[own[0]].untyped_storage()
         self.pool = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.pool = self.pool.view(-1, self.layout.row_bytes)
@@ -173,18 +171,15 @@ def _offloading_spec(
     if not _has_our_spec(extra):
         if role == KVConnectorRole.SCHEDULER:
             logger.warning(
-                "XLayerConnector: spec_name %s: the KV cache lies in rows, and vLLM's spec moves them. Lost are "
-                "this package's copies, its disk tier and its metrics, and a copy that fails ends the engine. "
-                "Without spec_name all of that is there.", extra["spec_name"],
+                "XLayerConnector: spec_name %s: this package's copies, disk tier and metrics are off, and a "
+                "copy that fails ends the engine. Without spec_name they are on.", extra["spec_name"],
             )  # fmt: skip
         return OffloadingSpecFactory.create_spec(build_offloading_config(vllm_config, kv_cache_config))
     settings = ConnectorSettings.read(extra)
     config = build_offloading_config(vllm_config, kv_cache_config)
     host_bytes = settings.cpu_bytes_to_use or default_host_bytes()
     # Each rank stores its own rows: with equal ones (MLA) vLLM would let the first one write for all.
-    config = replace(
-        config, extra_config={**extra, "cpu_bytes_to_use": host_bytes}, replicated_layout=False
-    )
+    config = replace(config, extra_config={**extra, "cpu_bytes_to_use": host_bytes}, replicated_layout=False)
     return RowOffloadingSpec(
         config, _disk_settings(vllm_config, layout, settings, config.cache.blocks_per_chunk)
     )

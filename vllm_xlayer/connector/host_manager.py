@@ -111,8 +111,7 @@ class HostTierManager(CPUOffloadingManager):
 
         A long prompt has thousands, and its first token waits for the answer: no call a key.
         """
-        # With `counts`, `lookup` remembers what it was asked for.
-        if not self.serves or self._failed or self.counts is not None:
+        if not self.serves or self._failed:
             return 0
         hits = 0
         for block in map(self._policy.get, keys):
@@ -159,8 +158,8 @@ class HostTierManager(CPUOffloadingManager):
         super().reset_cache()
         self._failed.clear()
 
-    # What vLLM's TieringOffloadingManager asks of the tier before the others: the same, where the other end is
-    # not the device but a tier behind this one. Copying to that is no use by a request.
+    # What vLLM's TieringOffloadingManager asks of its first tier: the same, where the other end is not the
+    # device but a tier behind this one. That it is copied there is no use by a request.
     def prepare_read(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
         return self._prepare_load(keys, req_context, record_access=False)
 

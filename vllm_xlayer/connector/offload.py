@@ -117,7 +117,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             identity = settings.identity()
             settings.path.mkdir(exist_ok=True)
             view = scheduler_memory(self._shape).numpy()
-            host.kv_view = memoryview(view)
+            host.kv_view = view.data
             # The host tier must keep room for loads while the disk is behind.
             waiting = max(1, self.num_chunks // 4)
             disk = DiskTier(view, settings.path, settings.limit, identity, waiting)

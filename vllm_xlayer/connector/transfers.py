@@ -114,9 +114,9 @@ class _Batch:
 class StreamDirection(HostDirection):
     """Copies in paced batches, each with rows of one job or of several.
 
-    vLLM hands over stores before a step's launch, and loads after it. They go to the device when the connector
-    asks what has finished, which it does after every launch: all of the loads, and as much of the stores as
-    the link should have; those of a step's requests then share batches.
+    vLLM hands over stores before a step's launch, and loads after it. They go to the device when the
+    connector asks what has finished, after every launch: all of the loads, and as much of the stores as the
+    link should have; those of a step's requests then share batches.
     """
 
     def __init__(self, src: torch.Tensor, dst: torch.Tensor, device: torch.device):
