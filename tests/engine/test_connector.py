@@ -47,14 +47,19 @@ def llama_answers(tiny_llama):
     return transformers_greedy(tiny_llama, PROMPTS, NUM_TOKENS)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "bfloat16", "nvfp4"])
-def test_the_cache_lies_in_rows(make_llm, tiny_llama, kv_cache_dtype):
-    llm = make_llm(tiny_llama, kv_cache_dtype=kv_cache_dtype, kv_transfer_config=connector())
+@pytest.mark.parametrize(
+    ("settings", "page"),
+    [
+        ({}, 2 * 2 * 16 * 32 * 4),
+        ({"dtype": "bfloat16"}, 2 * 2 * 16 * 32 * 2),
+        ({"kv_cache_dtype": "nvfp4"}, 2 * 16 * 36),
+    ],
+    ids=["float32", "bfloat16", "nvfp4"],
+)
+def test_the_cache_lies_in_rows(make_llm, tiny_llama, settings, page):
+    llm = make_llm(tiny_llama, kv_transfer_config=connector(), **settings)
     layout, pool = live_connector().layout, live_connector().pool
     caches = layer_caches(llm)
-    page = {"auto": 2 * 2 * 16 * 32 * 4, "bfloat16": 2 * 2 * 16 * 32 * 2, "nvfp4": 2 * 16 * 36}[
-        kv_cache_dtype
-    ]
     assert layout.layout.value == "BLHNC" and layout.row_bytes == 2 * page
     assert pool.shape == (llm.llm_engine.vllm_config.cache_config.num_gpu_blocks, 2 * page)
     for i, cache in enumerate(caches.values()):
