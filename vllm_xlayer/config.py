@@ -1,4 +1,4 @@
-"""The package's own settings, from the environment. (The connector's are vLLM's: kv_connector_extra_config.)
+"""The package's settings: of a process, from the environment, and of the connector.
 
 variable                             default      meaning
 VLLM_XLAYER_DEBUG                    0            1: check slots, tables and tiers where that costs time
@@ -6,12 +6,18 @@ VLLM_XLAYER_GATHER_WORKSPACE_BYTES   256 MiB      buffer that cached NVFP4 token
 VLLM_XLAYER_SCALE_CHOICE             best_of_9    how the writer picks block scales: amax_6, four_over_six
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from .nvfp4 import ScaleChoice
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "VLLM_XLAYER_"
 OTHER_VARIABLES = frozenset(
@@ -70,3 +76,84 @@ def _parse_scale_choice(source: str, value: str) -> ScaleChoice:
     if value not in choices:
         raise ConfigError(f"{source}: expected one of {', '.join(choices)}, got {value!r}")
     return choices[value]
+
+
+def _whole_number(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+ByteCount = Annotated[int, BeforeValidator(_whole_number), Field(gt=0)]
+"""Also 4e9, as JSON has it."""
+
+VLLMS_SETTINGS = {
+    "blocks_per_chunk": "blocks that the tiers treat as one",
+    "block_size": "the same in tokens",
+    "offload_prompt_only": "whether answers stay out of the tiers; vLLM's default is true",
+    "eviction_policy": "lru or arc",
+    "cache_policy_module_path": "where another eviction_policy comes from",
+    "store_threshold": "a chunk is stored when it was computed so often",
+    "max_tracker_size": "chunks of which that is counted",
+    "self_describing_kv_events": "whether KV events carry tokens",
+    "spec_name": "another offloading spec instead of this package's",
+    "spec_module_path": "where that comes from",
+    "secondary_tiers": "",
+    "tier_poll_interval_s": "",
+    "backpressure": "",
+    "canonical_layout": "",
+    "sync_load_budget_bytes": "",
+}
+"""What vLLM's OffloadingConnector reads from kv_connector_extra_config; without a text: nothing here."""
+
+REFUSED = {
+    "canonical_layout": "rows of one tensor-parallel size are not those of another",
+    "sync_load_budget_bytes": "a load within a step cannot be computed instead where it fails",
+}
+"""Why those of vLLM's may not be set."""
+
+
+class ConnectorSettings(BaseModel, extra="forbid", strict=True, frozen=True):
+    """What this package reads from kv_connector_extra_config; a field's description says what is expected."""
+
+    cpu_bytes_to_use: ByteCount | None = Field(
+        None,
+        description="bytes of the host tier, of all ranks, above 0 (not given: 4 GiB, or a quarter of the "
+        "machine's memory where that is less)",
+    )
+    disk_path: str | None = Field(
+        None, min_length=1, description="the folder of the disk tier (not given: there is none)"
+    )
+    disk_bytes_to_use: ByteCount | None = Field(
+        None, description="bytes of all entries in that folder, above 0 (needed with disk_path)"
+    )
+
+    @classmethod
+    def read(cls, extra: Mapping[str, Any]) -> "ConnectorSettings":
+        """Takes ours, checks that every other key is one of vLLM's, and warns of those that do nothing.
+
+        Raises:
+            ConfigError: an unknown key, a bad value, or one that this package cannot serve.
+        """
+        known = [*cls.model_fields, *VLLMS_SETTINGS]
+        for name, value in extra.items():
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                expected = near[0] if near else f"one of {', '.join(known)}"
+                raise ConfigError(f"kv_connector_extra_config: expected {expected}, got unknown key {name!r}")
+            if name in REFUSED and value:
+                raise _bad(name, f"nothing: {REFUSED[name]}", repr(value))
+            if VLLMS_SETTINGS.get(name) == "" and name not in REFUSED:
+                logger.warning("XLayerConnector: kv_connector_extra_config: %s does nothing here", name)
+        try:
+            settings = cls.model_validate({name: extra[name] for name in cls.model_fields if name in extra})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise _bad(name, str(cls.model_fields[name].description), repr(first["input"])) from error
+        for one, other in (("disk_path", "disk_bytes_to_use"), ("disk_bytes_to_use", "disk_path")):
+            if getattr(settings, one) is None and getattr(settings, other) is not None:
+                raise _bad(one, str(cls.model_fields[one].description), "none")
+        return settings
+
+
+def _bad(name: str, expected: str, got: str) -> ConfigError:
+    return ConfigError(f"kv_connector_extra_config: {name}: expected {expected}, got {got}")

@@ -86,29 +86,27 @@ def _copies() -> dict[str, Any]:
 def _vllm() -> dict[str, Any]:
     """State of the patches and extension points, as the plugin leaves them in a vLLM process."""
     from . import compat
+    from .compat import extension_points, private
     from .patches.registry import REGISTRY
     from .plugin import register
 
     try:
-        api = compat.current()
+        compat.check_vllm()
     except compat.UnsupportedVllm as error:
         return {"error": str(error)}
     register()
-    patches = [
-        {
-            "feature": record.feature,
-            "target": record.patch.target,
-            "state": record.state.value,
-            "reason": record.reason,
-            "why": record.patch.why,
-        }
-        for record in REGISTRY.report()
-    ]
-    return {
-        "compatibility module": api.__name__.rpartition(".")[2],
-        **api.extension_points(),
-        "patches": patches,
-    }
+    patches = [_private(r.patch, r.state.value, r.reason) for r in REGISTRY.report()]
+    others = []
+    for record in private.table():
+        problem = record.problem() or ""
+        others.append(_private(record, "off" if problem else "fits", problem))
+    return {**extension_points.report(), "private": [*patches, *others]}
+
+
+def _private(record: Any, state: str, reason: str) -> dict[str, str]:
+    """One record of `compat.private`, with what became of it."""
+    names = ("feature", "target", "why", "how", "upstream", "remove_when")
+    return {**{name: getattr(record, name) for name in names}, "state": state, "reason": reason}
 
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +114,10 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
     from .layout import NegotiationError, draw, one_line
 
     try:
-        decision, layer_name = compat.current().negotiate_for_model(
+        compat.check_vllm()
+        from .compat.model import negotiate_for_model
+
+        decision, layer_name = negotiate_for_model(
             args.model, args.kv_cache_dtype, args.block_size, args.layer
         )
     except (NegotiationError, ValueError, OSError, compat.UnsupportedVllm) as error:
@@ -145,17 +146,20 @@ def _print(report: dict[str, Any]) -> None:
         pairs.add_row(f"extension: {name}", ", ".join(value) if isinstance(value, list) else str(value))
     state = report["vllm"]
     for name, value in state.items():
-        if name != "patches":
+        if name != "private":
             pairs.add_row(f"vLLM: {name}", str(value))
     pairs.add_row("copies", report["copies"]["state"])
     console.print(pairs)
     if rates := report["copies"].get("GB/s"):
         console.print()
         console.print(_rates(rates))
-    for patch in state.get("patches", ()):
-        reason = f" ({patch['reason']})" if patch["reason"] else ""
-        console.print(f"\n{patch['feature']}: {patch['state']}{reason}", style="bold")
-        console.print(f"  {patch['target']}\n  without it: {patch['why']}", markup=False)
+    if records := state.get("private"):
+        console.print("\nWhat this package needs of vLLM that is not public:")
+    for record in records or ():
+        reason = f" ({record['reason']})" if record["reason"] else ""
+        console.print(f"\n{record['feature']}: {record['state']}{reason}", style="bold", markup=False)
+        for line in (record["target"], record["how"], f"without it: {record['why']}"):
+            console.print(f"  {line}", markup=False, soft_wrap=True)
     model = report.get("model")
     if model is None:
         return

@@ -15,8 +15,6 @@ if ON_GPU:
     # Tokens are compared exactly, of requests that were batched in other ways.
     os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    # vLLM keeps the first engine's answer for the whole process; engines with rows need this one.
-    os.environ.setdefault("VLLM_KV_CACHE_LAYOUT", "HND")
 
 import pytest
 import torch
@@ -98,7 +96,7 @@ def make_llm(platform):
     from vllm import LLM
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
-    from vllm_xlayer import compat
+    from vllm_xlayer.compat.engine import come_to_rest
 
     live = []
 
@@ -111,7 +109,7 @@ def make_llm(platform):
         shut_down()
         live.append(LLM(str(model), **(ENGINE_DEFAULTS | settings)))
         if wait_for_tier:
-            compat.current().come_to_rest(live[-1])
+            come_to_rest(live[-1])
         return live[-1]
 
     yield make

@@ -25,7 +25,7 @@ from faults import (
 from model_fixture import SHAPE, random_prompts, save_random_model, transformers_greedy, vllm_greedy
 from transformers import Gemma2Config
 
-from vllm_xlayer import compat
+from vllm_xlayer.compat.engine import empty_device_cache
 
 NUM_TOKENS = 8
 PROMPTS = random_prompts([5, 100, 16, 33, 200, 1])
@@ -304,8 +304,8 @@ def test_the_device_cache_is_emptied_when_nothing_is_under_way(make_llm, tiny_ll
     llm = make_llm(tiny_llama, kv_transfer_config=connector())
     vllm_greedy(llm, PROMPTS, NUM_TOKENS)
     with pytest.raises(TimeoutError):
-        compat.current().empty_device_cache(llm, seconds=0)
-    compat.current().empty_device_cache(llm)
+        empty_device_cache(llm, seconds=0)
+    empty_device_cache(llm)
     scheduler = core_of(llm).scheduler
     assert not scheduler.has_requests()
     assert len(scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block) == 0

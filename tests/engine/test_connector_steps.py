@@ -3,7 +3,7 @@
 import pytest
 from model_fixture import random_prompts, vllm_greedy
 
-from vllm_xlayer import compat
+from vllm_xlayer.compat.engine import come_to_rest, empty_device_cache
 from vllm_xlayer.connector import directions
 from vllm_xlayer.connector import scheduler as connector_scheduler
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
@@ -58,7 +58,7 @@ def test_the_same_transfers_as_if_every_request_was_looked_at(
         steps.clear()
         for _ in range(2):
             vllm_greedy(llm, PROMPTS, NUM_TOKENS)
-        compat.current().come_to_rest(llm)
+        come_to_rest(llm)
         return list(steps)
 
     ours = run()
@@ -81,7 +81,7 @@ def test_how_often_chunks_count_as_used(make_llm, tiny_llama, monkeypatch):
     monkeypatch.setattr(connector_scheduler, "TOUCH_SECONDS", 0.0)
     vllm_greedy(llm, PROMPTS[4:5], 100)
     assert len(touched) > 6 and touched[-1] >= 17
-    compat.current().come_to_rest(llm)
+    come_to_rest(llm)
     assert not scheduler._touched
 
 
@@ -89,7 +89,7 @@ def test_whether_the_model_ran_is_known(make_llm, tiny_llama, monkeypatch):
     """A step that only waits for a load, and steps that compute, as stores and loads are told."""
     llm = make_llm(tiny_llama, kv_transfer_config=dict(kv_connector="XLayerConnector", kv_role="kv_both"))
     vllm_greedy(llm, PROMPTS[4:5], 1)
-    compat.current().empty_device_cache(llm)
+    empty_device_cache(llm)
     told = []
     real = HostDirection.take_finished
 

@@ -206,7 +206,7 @@ import sys, time
 sys.path.insert(0, sys.argv[4])
 import conftest
 from vllm import LLM
-from vllm_xlayer import compat
+from vllm_xlayer.compat.engine import come_to_rest
 from vllm_xlayer.connector import disk_store
 from model_fixture import random_prompts, vllm_greedy
 
@@ -221,7 +221,7 @@ disk_store.DiskStore.write = slow
 extra = dict(cpu_bytes_to_use=1 << 24, disk_path=sys.argv[2], disk_bytes_to_use=1 << 30)
 transfer = dict(kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=extra)
 llm = LLM(sys.argv[1], kv_transfer_config=transfer, **conftest.ENGINE_DEFAULTS)
-compat.current().come_to_rest(llm)
+come_to_rest(llm)
 vllm_greedy(llm, random_prompts([5, 100, 16, 33, 200, 1]), int(sys.argv[3]))
 give_up = time.monotonic() + 60
 while time.monotonic() < give_up:

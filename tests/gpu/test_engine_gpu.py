@@ -16,13 +16,13 @@ import torch
 sys.path.insert(0, sys.argv[1])
 from model_fixture import llama_config, random_prompts, save_random_model, vllm_outputs
 from vllm import LLM
-from vllm_xlayer import compat
+from vllm_xlayer.compat.engine import come_to_rest, empty_device_cache
 
 folder, settings = sys.argv[2], json.loads(sys.argv[3])
 save_random_model(llama_config(hidden_size=512, head_dim=128, num_attention_heads=4), folder)
 llm = LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512, seed=0,
           gpu_memory_utilization=0.2, kv_cache_memory_bytes=64 << 20, **settings)
-compat.current().come_to_rest(llm)  # the host tier is pinned
+come_to_rest(llm)  # the host tier is pinned
 prompts = random_prompts(json.loads(sys.argv[4]))
 report = {"runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"}
 
@@ -68,12 +68,12 @@ if "kv_transfer_config" in settings:
     connector = get_kv_transfer_group()
     report["row_bytes"] = connector.layout.row_bytes
     for name, answers in (("restored", together), ("restored alone", one_by_one)):
-        compat.current().empty_device_cache(llm)
+        empty_device_cache(llm)
         connector.pool.fill_(0xFF)  # NaN as bf16 and as an NVFP4 scale
         report[name] = answers()
     report["rows_loaded"] = connector.connector_worker.worker.rows_loaded
     slow_down_copies(report["row_bytes"])
-    compat.current().empty_device_cache(llm)
+    empty_device_cache(llm)
     connector.pool.fill_(0xFF)
     report["restored early"] = one_by_one()
     report["early"] = len(early)

@@ -25,7 +25,7 @@ def tier(request):
     manager = HostTierManager(4, cache_policy=request.param)
     scheduler = SimpleNamespace(
         manager=manager, _jobs={}, _req_status={}, _block_id_to_pending_jobs={}, _chunks_being_loaded=set(),
-        _load_failed=set(), _touched={},
+        _load_failed=set(),
     )  # fmt: skip
     manager.prepare_store(KEYS[:2], REQUEST)
     manager.complete_store(KEYS[:2], REQUEST)
@@ -88,11 +88,11 @@ def test_a_tier_that_is_off_finds_and_stores_nothing(tier):
 
 def leak(tier):
     tier.manager._policy.remove(KEYS[1])
-    tier.manager._num_evictable_cache_blocks -= 1
+    tier.manager._num_evictable_cache_chunks -= 1
 
 
 def free_twice(tier):
-    tier.manager._free_list.append(tier.manager.chunks()[KEYS[1]].block_id)
+    tier.manager._free_list.append(tier.manager.chunks()[KEYS[1]].chunk_id)
 
 
 def lose_a_reader(tier):
@@ -112,7 +112,7 @@ def read_what_is_not_there(tier):
 
 
 def miscount(tier):
-    tier.manager._num_evictable_cache_blocks += 1
+    tier.manager._num_evictable_cache_chunks += 1
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
-from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
-from vllm.v1.kv_offload.tiering.base import JobResult
+from vllm.v1.kv_offload.base import LookupResult, OffloadingKVEventsConfig, OffloadKey, ReqContext
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from vllm_xlayer.connector.host_manager import HostTierManager
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
@@ -18,10 +19,14 @@ REQUEST = ReqContext("request")
 KEYS = [OffloadKey(bytes([i]) * 8) for i in range(8)]
 
 
-class Disk:
+class Disk(SecondaryTierManager):
     """Has KEYS[5]; `done` are the jobs that ended since it was asked last."""
 
     tier_type, done = "disk", ()
+    _bp_detector = locality = None
+
+    def __init__(self):
+        pass
 
     def lookup(self, key, req_context):
         return LookupResult.HIT if key == KEYS[5] else LookupResult.MISS
@@ -33,13 +38,13 @@ class Disk:
     def on_new_request(self, req_context):
         return SimpleNamespace(policy=None)
 
-    def submit_store(self, job):
-        self.job = job
+    submit_store = submit_load = drain_jobs = None
 
 
 def make(kind):
     """Eight chunks. KEYS[:5] are ready, KEYS[1] is being read, KEYS[6] is being written."""
     host = HostTierManager(8, cache_policy=kind[:3])
+    host.kv_view = memoryview(bytearray(8)).cast("B", (8, 1))
     made = TieredManager(host, Disk()) if "disk" in kind else host
     made.on_new_request(REQUEST)
     host.prepare_store(KEYS[:5], REQUEST)
@@ -62,15 +67,18 @@ def manager(kind):
 def connector(manager):
     scheduler = object.__new__(RowConnectorScheduler)
     scheduler.manager = manager
+    scheduler._describes_events = False
+    scheduler._events_tracker = OffloadingEventsTracker(OffloadingKVEventsConfig(False, False), {})
     return scheduler
 
 
 def as_found(keys, manager):
-    return connector(manager)._maximal_prefix_lookup(keys, REQUEST)
+    return connector(manager)._maximal_prefix_lookup(keys, REQUEST, None, None, 0)
 
 
 def one_by_one(keys, manager):
-    return OffloadingConnectorScheduler._maximal_prefix_lookup(connector(manager), keys, REQUEST)
+    scheduler = connector(manager)
+    return OffloadingConnectorScheduler._maximal_prefix_lookup(scheduler, keys, REQUEST, None, None, 0)
 
 
 ASKED = {
@@ -121,15 +129,12 @@ def test_ready_keys_are_not_asked_for_one_by_one(manager, monkeypatch):
     assert asked == [KEYS[7]]
 
 
-def test_what_a_threshold_counts():
-    """A chunk is stored when it was asked for twice: each question counts."""
-    manager = HostTierManager(8, store_threshold=2)
-    for _ in range(2):
-        as_found(KEYS[:1], manager)
-    assert manager.prepare_store(KEYS[:1], REQUEST).keys_to_store == KEYS[:1]
-    manager.complete_store(KEYS[:1], REQUEST)
-    as_found(KEYS[:1], manager)
-    assert manager.counts[KEYS[0]] == 3
+def test_events_that_carry_tokens_are_told_of_every_key(manager, monkeypatch):
+    scheduler, described = connector(manager), []
+    scheduler._describes_events = True
+    monkeypatch.setattr(scheduler._events_tracker, "record_lookup", lambda *what: described.append(what))
+    assert scheduler._maximal_prefix_lookup(KEYS[:5], REQUEST, "request", "group", 7) == 5
+    assert described == [("request", "group", 7 + i, key) for i, key in enumerate(KEYS[:5])]
 
 
 def test_the_disks_finished_jobs_are_seen():

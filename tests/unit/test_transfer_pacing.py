@@ -25,7 +25,6 @@ def device(monkeypatch):
     monkeypatch.setattr(transfers, "BATCH_BYTES", dict.fromkeys(Way, PER_BATCH * ROW))
     monkeypatch.setattr(transfers, "LEAST_QUEUED", 40 * PER_BATCH * ROW)
     monkeypatch.setattr(transfers, "IDLE_BATCH_BYTES", PER_BATCH * ROW)
-    monkeypatch.setattr(transfers, "BEFORE_LAUNCH", 4 * PER_BATCH * ROW)
     monkeypatch.setattr(transfers, "times_here", lambda device: None)
     monkeypatch.setattr(transfers.time, "perf_counter", lambda: made.clock * 1e-3)
     made.refuse = lambda number: False
@@ -179,41 +178,57 @@ def test_what_the_kernel_cannot_do():
     assert not transfers.kernel_can(torch.zeros(4, 4608, dtype=torch.uint8))
 
 
-def test_loads_come_before_the_launch_as_far_as_the_link_needs_and_the_rest_after_it(device, monkeypatch):
-    load = make(monkeypatch, Way.H2D)
-    ids = submit(load, [1000])
-    assert device.batches == [PER_BATCH] * 4
-    for _ in range(3):
-        device.run_a_copy()
-    ids = torch.cat([ids, submit(load, [20], first_job=1)])  # what has ended by then does not count
-    assert device.batches == [PER_BATCH] * 7
-    load.take_finished()
-    assert sum(device.batches) == 1020
-    assert [(r.job_id, r.success) for r in finish(device, load)] == [(0, True), (1, True)]
-    assert torch.equal(load.dst[ids], load.src[ids])
-
-
 def test_loads_have_large_batches_while_no_model_runs(device, monkeypatch):
     monkeypatch.setattr(transfers, "IDLE_BATCH_BYTES", 100 * ROW)
     load, store = (make(monkeypatch, way) for way in (Way.H2D, Way.D2H))
     ids = submit(load, [300])
     load.take_finished(model_ran=False)
-    assert device.batches == [PER_BATCH] * 4 + [100, 100, 72]
+    assert device.batches == [100, 100, 100]
     assert [r.success for r in finish(device, load)] == [True]
     assert torch.equal(load.dst[ids], load.src[ids])
     submit(store, [100])
     store.take_finished(model_ran=False)
-    assert max(device.batches[7:]) == PER_BATCH
+    assert max(device.batches[3:]) == PER_BATCH
 
 
-def test_loads_submitted_after_the_launch_do_not_wait_for_it(device, monkeypatch):
+def test_loads_wait_for_earlier_steps_and_not_for_the_one_launched_before_them(device, monkeypatch):
+    """vLLM hands them over after the launch; their blocks may have been another request's a step before."""
     load = make(monkeypatch, Way.H2D)
-    ids = submit(load, [20 * PER_BATCH])
-    device.put("kernel", lambda: None)  # the model's step: it never ends here
+    for job in range(2):  # as well after a step without loads
+        device.put("kernel", lambda: load.dst.fill_(0))  # the step before
+        load.before_launch()
+        device.put("kernel", lambda: None)  # this step: it does not end here
+        ids = submit(load, [20 * PER_BATCH], first_job=job)
+        load.take_finished()
+        assert not device.runnable()
+        device.run(device.model)
+        while streams := device.runnable():
+            device.run(streams[0])
+        assert torch.equal(load.dst[ids], load.src[ids])
+        assert [r.job_id for r in load.take_finished()] == [job]
+        device.run(device.model)
+
+
+def test_loads_wait_for_the_model_where_nobody_said_when_it_was_launched(device, monkeypatch):
+    load = make(monkeypatch, Way.H2D)
+    load.before_launch()
+    load.take_finished()  # that step had none
+    device.put("kernel", lambda: None)
+    submit(load, [PER_BATCH])
     load.take_finished()
-    while streams := device.runnable():
-        device.run(streams[0])
-    assert torch.equal(load.dst[ids], load.src[ids])
+    assert not device.runnable()
+
+
+def test_a_device_that_breaks_before_the_launch_fails_the_load(device, monkeypatch):
+    load = make(monkeypatch, Way.H2D)
+
+    def broken():
+        raise RuntimeError("the device is broken")
+
+    monkeypatch.setattr(load._chain, "follow", broken)
+    load.before_launch()
+    submit(load, [PER_BATCH])
+    assert [r.success for r in load.take_finished()] == [False]
 
 
 def test_stores_may_queue_a_share_of_a_step(device, monkeypatch):

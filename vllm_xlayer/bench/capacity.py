@@ -59,7 +59,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     """One engine, in its own process."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    from .. import compat
+    from ..compat.engine import cache_geometry, come_to_rest, empty_device_cache, rows_loaded
 
     settings: dict[str, Any] = {}
     if job["rows"]:
@@ -74,8 +74,8 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, **settings,
     )  # fmt: skip
     start_seconds = time.perf_counter() - started
-    compat.current().come_to_rest(llm)  # the host tier is pinned
-    layers, page_bytes, rows, tokens, _ = compat.current().cache_geometry(llm)
+    come_to_rest(llm)  # the host tier is pinned
+    cache = cache_geometry(llm)
     one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     prompts = [[(31 * i + 7 * n) % vocabulary for i in range(job["prompt"])] for n in range(job["repeats"])]
@@ -91,17 +91,17 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1",
         "start_seconds": start_seconds,
-        "tokens": tokens,
-        "row_bytes": layers * page_bytes if rows else None,
-        "page_bytes": page_bytes,
+        "tokens": cache.tokens,
+        "row_bytes": cache.layers * cache.page_bytes if cache.in_rows else None,
+        "page_bytes": cache.page_bytes,
         "ttft_cold": first_token(),
         "ttft_cached": first_token(),
     }
     if job["rows"]:
-        before = compat.current().rows_loaded()
-        compat.current().empty_device_cache(llm)
+        before = rows_loaded()
+        empty_device_cache(llm)
         report["ttft_restored"] = first_token()
-        report["rows_restored"] = compat.current().rows_loaded() - before
+        report["rows_restored"] = rows_loaded() - before
     return report
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast
 
 import torch
 
-from .. import compat
+from ..compat.engine import connector as connector_of_worker
 
 
 class TierState(TypedDict):
@@ -31,7 +31,7 @@ class TierWorker:
     """Methods that vLLM adds to its worker (``worker_extension_cls``), for ``LLM.collective_rpc``."""
 
     def tier_state(self) -> TierState:
-        worker = compat.current().connector().connector_worker.worker
+        worker = connector_of_worker().connector_worker.worker
         return TierState(
             ready=worker.ready, problem=worker.problem, row_bytes=worker.host.shape[1],
             stored=worker.rows_stored, loaded=worker.rows_loaded,
@@ -67,7 +67,7 @@ class TierWorker:
             note("launched")
             return output
 
-        connector = compat.current().connector()
+        connector = connector_of_worker()
         tier = connector.connector_worker.worker
         calls = ((tier, submit_load), (connector, get_finished), (self, execute_model))
         self._noted = [(owner, call.__name__) for owner, call in calls]
@@ -83,7 +83,7 @@ class TierWorker:
     def begin_copies(self, load: bool, row_bytes: int) -> None:
         """Keeps rows moving one way from now on, as the connector does: submits before a step's launch, asks
         what has finished after it."""
-        connector = compat.current().connector()
+        connector = connector_of_worker()
         copies = self._copies = row_copies(load, row_bytes, connector.pool.device)
         samples: list[tuple[float, int]] = []
         self._samples = samples
@@ -102,7 +102,7 @@ class TierWorker:
 
     def end_copies(self) -> list[tuple[float, int]]:
         """Ends them; (time.monotonic(), bytes copied until then) of every step."""
-        connector = compat.current().connector()
+        connector = connector_of_worker()
         del connector.start_load_kv, connector.get_finished
         self._copies.stop()
         del self._copies

@@ -4,6 +4,7 @@ Block hashing, lookup, eviction and scheduling are vLLM's. What is ours: the lay
 cache must have (rows), the check that the engine really allocated it, and the copies.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,42 +12,51 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
     PromMetric,
     PromMetricT,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadPromMetrics
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.forward_context import ForwardContext
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
+from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-from .. import compat
+from ..compat.private import CONNECTOR_FEATURE, require
+from ..compat.rows import allocations, negotiate_rows
+from ..config import ConnectorSettings
 from ..layout import LayoutDescriptor, check_allocation
-from ..patches.registry import REGISTRY
-from ..patches.rows import FEATURE as ROWS
 from .identity import tier_identity
-from .metrics import RowConnectorStats, RowPromMetrics
+from .metrics import RowConnectorStats
 from .offload import DiskSettings, RowOffloadingSpec, default_host_bytes
 from .scheduler import RowConnectorScheduler
 from .worker import RowConnectorWorker
 
 logger = init_logger(__name__)
 
+OUR_SPEC = RowOffloadingSpec.__name__
+OffloadingSpecFactory.register_spec(OUR_SPEC, RowOffloadingSpec.__module__, OUR_SPEC)
+
 
 class XLayerConnector(OffloadingConnector):
     """Stores and loads whole rows; see the module docstring.
 
-    ``kv_connector_extra_config`` takes what OffloadingConnector takes; ``cpu_bytes_to_use``
-    (bytes of the host tier over all ranks) has a default here. ``disk_path`` names the folder of
-    a disk tier, ``disk_bytes_to_use`` bounds it.
+    ``kv_connector_extra_config`` takes what OffloadingConnector takes, and ConnectorSettings.
 
     Attributes (worker side, after `register_kv_caches`):
         layout: What was negotiated; what a transfer peer or a tier must agree with.
@@ -56,9 +66,8 @@ class XLayerConnector(OffloadingConnector):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         # Not OffloadingConnector's: it would create the spec from the class name in the user's config.
         KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)
-        REGISTRY.require(ROWS)
-        groups = compat.current().groups_with_own_pages(kv_cache_config)
-        self.layout: LayoutDescriptor = compat.current().negotiate_rows(vllm_config, groups).descriptor
+        require(CONNECTOR_FEATURE)
+        self.layout: LayoutDescriptor = negotiate_rows(vllm_config, kv_cache_config).descriptor
         self.pool: torch.Tensor | None = None
         spec = _offloading_spec(vllm_config, kv_cache_config, self.layout, role)
         self.connector_scheduler = None
@@ -81,28 +90,30 @@ class XLayerConnector(OffloadingConnector):
         """kv_caches: layer name -> (B, H, N, C) view of the pool."""
         assert self.connector_worker is not None
         own = [name for group in self.layout.groups for name in group.layers]
-        check_allocation(self.layout, compat.current().allocations({n: kv_caches[n] for n in own}))
+        check_allocation(self.layout, allocations({n: kv_caches[n] for n in own}))
         storage = kv_caches[own[0]].untyped_storage()
         self.pool = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.pool = self.pool.view(-1, self.layout.row_bytes)
         self.connector_worker.register_kv_caches(dict(kv_caches))
 
-    def start_load_kv(self, forward_context, **kwargs) -> None:
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        # Both runners call this after all that a step does to blocks before its launch.
+        super().bind_connector_metadata(connector_metadata)
         if isinstance(self.connector_worker, RowConnectorWorker):
+            assert isinstance(connector_metadata, OffloadingConnectorMetadata)
+            self.connector_worker.before_launch(connector_metadata)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        if isinstance(self.connector_worker, RowConnectorWorker):
+            # Runner V2 passes what it ran, V1 the context in which it ran; where neither did, there is none.
             self.connector_worker.model_ran = bool(kwargs) or forward_context.attn_metadata is not None
         super().start_load_kv(forward_context, **kwargs)
 
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        return set()
-
-    def get_transfer_results(self, finished_req_ids: set[str]):
-        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-
-        sent, received = self.get_finished(finished_req_ids)
-        failed = set()
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        results = super().get_transfer_results(finished_req_ids)
         if isinstance(self.connector_worker, RowConnectorWorker):
-            failed = self.connector_worker.take_failed_requests()
-        return KVConnectorTransferResults(sent, received, failed)
+            results.failed_recving |= self.connector_worker.take_failed_loads()
+        return results
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
@@ -116,15 +127,23 @@ class XLayerConnector(OffloadingConnector):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics:
-        assert vllm_config.kv_transfer_config is not None
-        ours = _has_our_spec(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        make = RowPromMetrics if ours else OffloadPromMetrics
-        return make(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        config = _naming_our_spec(vllm_config)
+        return OffloadPromMetrics(config, metric_types, labelnames, per_engine_labelvalues)
 
 
-def _has_our_spec(extra: Mapping[str, Any]) -> bool:
-    """Whether the tiers are ours; the user may have named another spec of vLLM's."""
-    return extra.get("spec_name", "CPUOffloadingSpec") == "CPUOffloadingSpec"
+def _naming_our_spec(vllm_config: VllmConfig) -> VllmConfig:
+    """With the name of our spec, where the user has named no other: vLLM registers the metrics of the spec
+    that is named, and asserts that it knows every metric it is sent."""
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    if not _has_our_spec(transfer.kv_connector_extra_config):
+        return vllm_config
+    named = copy.copy(vllm_config)
+    named.kv_transfer_config = copy.copy(transfer)
+    named.kv_transfer_config.kv_connector_extra_config = {
+        **transfer.kv_connector_extra_config, "spec_name": OUR_SPEC
+    }  # fmt: skip
+    return named
 
 
 def _recompute_failed_loads(vllm_config: VllmConfig) -> None:
@@ -139,48 +158,41 @@ def _recompute_failed_loads(vllm_config: VllmConfig) -> None:
         transfer.kv_load_failure_policy = "recompute"
 
 
+def _has_our_spec(extra: Mapping[str, Any]) -> bool:
+    """Whether the tiers are ours; the user may have named another spec."""
+    return extra.get("spec_name", CPUOffloadingSpec.__name__) in (CPUOffloadingSpec.__name__, OUR_SPEC)
+
+
 def _offloading_spec(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout: LayoutDescriptor, role: KVConnectorRole
 ) -> OffloadingSpec:
     assert vllm_config.kv_transfer_config is not None
-    _check_block_size(vllm_config.kv_transfer_config.kv_connector_extra_config, kv_cache_config)
-    config = build_offloading_config(vllm_config, kv_cache_config)
-    extra = dict(config.extra_config)
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
     if not _has_our_spec(extra):
-        return OffloadingSpecFactory.create_spec(config)
-    extra.setdefault("cpu_bytes_to_use", default_host_bytes())
-    disk = _disk_settings(vllm_config, layout, extra, config.cache.blocks_per_chunk)
-    if disk is not None and role == KVConnectorRole.SCHEDULER:
-        compat.current().use_stable_block_hashes()
-    return RowOffloadingSpec(replace(config, extra_config=extra), disk)
-
-
-def _check_block_size(extra: Mapping[str, Any], kv_cache_config: KVCacheConfig) -> None:
-    """vLLM asserts this, without a word."""
-    size = extra.get("block_size")
-    for group in kv_cache_config.kv_cache_groups:
-        tokens = group.kv_cache_spec.block_size
-        if size is not None and (int(size) <= 0 or int(size) % tokens):
-            raise ValueError(
-                f"kv_connector_extra_config: block_size: expected a multiple of {tokens}, got {size}"
-            )
+        if role == KVConnectorRole.SCHEDULER:
+            logger.warning(
+                "XLayerConnector: spec_name %s: this package's copies, disk tier and metrics are off, and a "
+                "copy that fails ends the engine. Without spec_name they are on.", extra["spec_name"],
+            )  # fmt: skip
+        return OffloadingSpecFactory.create_spec(build_offloading_config(vllm_config, kv_cache_config))
+    settings = ConnectorSettings.read(extra)
+    config = build_offloading_config(vllm_config, kv_cache_config)
+    host_bytes = settings.cpu_bytes_to_use or default_host_bytes()
+    # Each rank stores its own rows: with equal ones (MLA) vLLM would let the first one write for all.
+    config = replace(config, extra_config={**extra, "cpu_bytes_to_use": host_bytes}, replicated_layout=False)
+    return RowOffloadingSpec(
+        config, _disk_settings(vllm_config, layout, settings, config.cache.blocks_per_chunk)
+    )
 
 
 def _disk_settings(
-    vllm_config: VllmConfig, layout: LayoutDescriptor, extra: dict[str, Any], blocks_per_chunk: int
+    vllm_config: VllmConfig, layout: LayoutDescriptor, settings: ConnectorSettings, blocks_per_chunk: int
 ) -> DiskSettings | None:
-    path, limit = extra.get("disk_path"), extra.get("disk_bytes_to_use")
-    if path is None and limit is None:
+    if settings.disk_path is None or settings.disk_bytes_to_use is None:
         return None
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"kv_connector_extra_config: disk_path: expected a folder, got {path!r}")
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0:
-        raise ValueError(
-            f"kv_connector_extra_config: disk_bytes_to_use: expected a number of bytes above 0, got {limit!r}"
-        )
     return DiskSettings(
-        path=Path(path),
-        limit=limit,
+        path=Path(settings.disk_path),
+        limit=settings.disk_bytes_to_use,
         identity=lambda: tier_identity(vllm_config, layout, blocks_per_chunk),
         in_process=vllm_config.parallel_config.distributed_executor_backend == "uni",
     )

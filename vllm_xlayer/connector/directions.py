@@ -16,6 +16,9 @@ class Direction(Protocol):
     rows: int
     """Rows copied, or submitted to be copied, so far."""
 
+    def before_launch(self) -> None:
+        """What is submitted until `take_finished` need not wait for what is launched from now on."""
+
     def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
         """Takes a job: rows src_ids -> dst_ids (int64 [P] on the CPU, not to be changed before it ends)."""
 

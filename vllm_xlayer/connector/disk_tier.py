@@ -21,7 +21,7 @@ from uuid import uuid4
 import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import LookupResult, Medium, OffloadKey, ReqContext, RequestOffloadingContext
-from vllm.v1.kv_offload.tiering.base import JobResult, TransferJob, SecondaryTierManager
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from .disk_format import EntryError, TierIdentity
 from .disk_store import DiskStore
@@ -60,7 +60,7 @@ class DiskTier(SecondaryTierManager):
 
     def __init__(self, view: np.ndarray, folder: Path, limit: int, identity: TierIdentity, max_waiting: int):
         self.tier_type = "xlayer-disk"
-        self._bp_detector = self.locality = None  # of SecondaryTierManager, whose __init__ wants more
+        self._bp_detector = self.locality = None  # of SecondaryTierManager, whose __init__ wants a whole spec
         self.problem = ""
         self.counts: Counter[str] = Counter()
         self.seconds = {"store": 0.0, "load": 0.0}
@@ -168,8 +168,13 @@ class DiskTier(SecondaryTierManager):
         self._loads.clear()
         self._stores.clear()
 
-    def _serve(self, queue: deque[TransferJob], work: Callable[[TransferJob], bool], name: str) -> None:
-        """A thread's life. ``work`` says whether the job succeeded."""
+    def _serve(
+        self,
+        queue: deque[TransferJob],
+        work: Callable[[TransferJob], Collection[OffloadKey]],
+        name: str,
+    ) -> None:
+        """A thread's life. ``work`` says which of the job's keys it has done."""
         scan_at = time.monotonic() + MIN_RESCAN_SECONDS
         while True:
             with self._wake:
@@ -178,9 +183,9 @@ class DiskTier(SecondaryTierManager):
                     return
                 job = queue.popleft()
                 self._busy += 1
-            success = False
+            done: Collection[OffloadKey] = ()
             try:
-                success = work(job)
+                done = work(job)
                 if name == "write" and time.monotonic() > scan_at:
                     scan_at = self._rescan()
             except OSError as error:
@@ -191,32 +196,30 @@ class DiskTier(SecondaryTierManager):
                 with self._wake:
                     self._busy -= 1
                     self._waiting -= len(job.keys) if name == "write" else 0
-                    self._done.append(JobResult(job.job_id, success))
+                    self._done.append(JobResult(job.job_id, len(done) == len(job.keys), done))
                     self._wake.notify_all()
 
-    def _load(self, job: TransferJob) -> bool:
-        good = True
+    def _load(self, job: TransferJob) -> Collection[OffloadKey]:
+        done = []
         for key, chunk in zip(job.keys, job.chunk_ids, strict=True):
             if self.problem:
-                good = False
                 self.counts["not loaded: off"] += 1
                 continue
             started = time.perf_counter()
             try:
                 self._store.read(key, memoryview(self._view[int(chunk)]))
             except EntryError as error:
-                good = False
                 self._count_once(f"miss: {error.reason}", str(error))
             except OSError as error:
-                good = False
                 self.counts["not loaded: disk error"] += 1
                 self._turn_off(error)
             else:
+                done.append(key)
                 self.counts["hit"] += 1
                 self.seconds["load"] += time.perf_counter() - started
-        return good
+        return done
 
-    def _write(self, job: TransferJob) -> bool:
+    def _write(self, job: TransferJob) -> Collection[OffloadKey]:
         for key, chunk in zip(job.keys, job.chunk_ids, strict=True):
             if self.problem:
                 self.counts["not stored: off"] += 1
@@ -235,7 +238,7 @@ class DiskTier(SecondaryTierManager):
                 self.seconds["store"] += time.perf_counter() - started
             else:
                 self._count_once("not stored: no room", key.hex())
-        return not self.problem
+        return () if self.problem else job.keys
 
     def _rescan(self) -> float:
         """When to look again."""

@@ -25,7 +25,7 @@ logger = init_logger(__name__)
 
 
 class HostTierManager(CPUOffloadingManager):
-    """Takes what CPUOffloadingManager takes; ``num_blocks`` is in chunks.
+    """Takes what CPUOffloadingManager takes.
 
     Args:
         workers_to_wait_for: until so many have said that their memory may be used, nothing is stored or
@@ -35,27 +35,24 @@ class HostTierManager(CPUOffloadingManager):
         problem: Why the tier is off; empty while it works.
         waits_for: Workers whose memory is not ready yet.
         stores_failed, loads_failed: Chunks, since the start.
+        kv_view: uint8 [chunks, chunk bytes], the memory, where a tier behind this one reads and writes it.
     """
 
-    def __init__(self, num_blocks: int, workers_to_wait_for: int = 0, **settings):
-        super().__init__(num_blocks, **settings)
+    def __init__(self, num_chunks: int, workers_to_wait_for: int = 0, **settings):
+        super().__init__(num_chunks, **settings)
         self.problem = ""
         self.waits_for = workers_to_wait_for
         self.stores_failed = 0
         self.loads_failed = 0
         self._failed: set[OffloadKey] = set()
-        if num_blocks == 0:
+        self.kv_view: memoryview | None = None
+        if num_chunks == 0:
             self.turn_off("cpu_bytes_to_use: expected at least the bytes of one chunk, got less")
 
     @property
     def serves(self) -> bool:
         """Whether anything is stored or found."""
         return not self.problem and self.waits_for == 0
-
-    kv_view: memoryview
-
-    def get_kv_memoryview(self) -> memoryview:
-        return self.kv_view
 
     def ready(self, workers: int) -> None:
         """So many more workers' memory may be used."""
@@ -114,8 +111,7 @@ class HostTierManager(CPUOffloadingManager):
 
         A long prompt has thousands, and its first token waits for the answer: no call a key.
         """
-        # With `counts`, `lookup` remembers what it was asked for.
-        if not self.serves or self._failed or self.counts is not None:
+        if not self.serves or self._failed:
             return 0
         hits = 0
         for block in map(self._policy.get, keys):
@@ -162,9 +158,14 @@ class HostTierManager(CPUOffloadingManager):
         super().reset_cache()
         self._failed.clear()
 
-    # vLLM's names for the same, where the other end is not the device but a tier behind this one.
-    def prepare_read(self, keys, req_context):
+    # What vLLM's TieringOffloadingManager asks of its first tier: the same, where the other end is not the
+    # device but a tier behind this one. That it is copied there is no use by a request.
+    def prepare_read(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
         return self._prepare_load(keys, req_context, record_access=False)
 
     complete_read = complete_load
     prepare_write, complete_write = prepare_store, complete_store
+
+    def get_kv_memoryview(self) -> memoryview:
+        assert self.kv_view is not None
+        return self.kv_view

@@ -35,20 +35,12 @@ All this is counted in the scheduler's process (activity.py), and travels once a
 statistics to the front end; that side is here.
 """
 
-from typing import Any
-
-from vllm.config import VllmConfig
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric, PromMetricT
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
-    OffloadingConnectorStats,
-    OffloadPromMetrics,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload.base import (
     OffloadingCounterMetadata,
     OffloadingGaugeMetadata,
     OffloadingMetricMetadata,
 )
-from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 PREFIX = "vllm:xlayer_"
 # Prometheus' client adds _total to the names of counters.
@@ -77,25 +69,3 @@ class RowConnectorStats(OffloadingConnectorStats):
     def reduce(self) -> dict[str, int | float]:
         """Without ours: they have a line of their own (activity.py), which can be read."""
         return {name: value for name, value in super().reduce().items() if not name.startswith(PREFIX)}
-
-
-class RowPromMetrics(OffloadPromMetrics):
-    """Takes what OffloadPromMetrics takes; lives in the front end's process.
-
-    vLLM registers the metrics of the spec that the user's configuration names, CPUOffloadingSpec. It asserts
-    that it knows every metric it is sent, and a second tier sends more: the engine would die of that.
-    """
-
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        metric_types: dict[type[PromMetric], type[PromMetricT]],
-        labelnames: list[str],
-        per_engine_labelvalues: dict[int, list[object]],
-    ):
-        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        definitions: dict[str, Any] = DEFINITIONS | TieringOffloadingSpec.build_metric_definitions({})
-        for name, metadata in definitions.items():
-            if name not in self._offloading_metric_metadata:
-                self._offloading_metric_metadata[name] = metadata
-                self._offloading_metric_defs[name] = self._create_metric(name, metadata)

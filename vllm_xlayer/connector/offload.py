@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from vllm.v1.kv_offload.base import (
     GPULoadStoreSpec,
     LoadStoreSpec,
     OffloadingManager,
+    OffloadingMetricMetadata,
     OffloadingWorker,
     TransferResult,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from . import directions, pinning
 from .disk_format import TierIdentity
@@ -29,6 +32,7 @@ from .disk_tier import DiskTier
 from .host_manager import HostTierManager
 from .host_memory import GIB, HostShape, scheduler_memory, worker_memory
 from .identity import NoIdentity
+from .metrics import DEFINITIONS
 from .pinning import Pinning
 from .tiering import TieredManager
 
@@ -58,10 +62,25 @@ class DiskSettings:
     in_process: bool
 
 
+def _no_tiers(extra_config: dict[str, Any]) -> dict[str, Any]:
+    """Without tiers of vLLM's, which there are none of here."""
+    return {**extra_config, "secondary_tiers": []}
+
+
 class RowOffloadingSpec(CPUOffloadingSpec):
     """vLLM's CPU offloading with our managers and worker, which also run where there is no GPU."""
 
     _worker: OffloadingWorker | None  # type: ignore[assignment]
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, OffloadingMetricMetadata]:
+        return {**TieringOffloadingSpec.build_metric_definitions(_no_tiers(extra_config)), **DEFINITIONS}
+
+    @classmethod
+    def config_info_keys(cls, extra_config: dict[str, Any]) -> tuple[str, ...]:
+        """Labels of what our manager says of its configuration; vLLM 0.33 and newer ask."""
+        spec = TieringOffloadingSpec if extra_config.get("disk_path") else CPUOffloadingSpec
+        return spec.config_info_keys(_no_tiers(extra_config))
 
     def __init__(self, config: OffloadingConfig, disk: DiskSettings | None = None):
         super().__init__(config)
@@ -79,13 +98,14 @@ class RowOffloadingSpec(CPUOffloadingSpec):
     def get_manager(self) -> OffloadingManager:
         if self._manager is None:
             host = HostTierManager(
-                num_blocks=self.num_chunks,
-                cache_policy=self.eviction_policy,  # type: ignore[arg-type]
+                num_chunks=self.num_chunks,
+                cache_policy=self.eviction_policy,
+                cache_policy_module_path=self.cache_policy_module_path,
                 enable_events=self.kv_events_config.enable_kv_cache_events,
                 store_threshold=int(self.extra_config.get("store_threshold", 0)),
                 max_tracker_size=int(self.extra_config.get("max_tracker_size", 64_000)),
                 workers_to_wait_for=self.config.parallel.world_size if pinning.needed() else 0,
-                info=self.cpu_info,
+                **_info(self),
             )
             self._manager = host if self._disk is None else self._with_disk(host, self._disk)
         return self._manager
@@ -93,12 +113,11 @@ class RowOffloadingSpec(CPUOffloadingSpec):
     def _with_disk(self, host: HostTierManager, settings: DiskSettings) -> OffloadingManager:
         try:
             if int(self.extra_config.get("store_threshold", 0)) >= 2:
-                raise NoIdentity("store_threshold does not work with several tiers in vLLM 0.26")
-            if self.kv_events_config.self_describing_kv_events:
-                raise NoIdentity("self_describing_kv_events does not work with several tiers in vLLM 0.26")
+                raise NoIdentity("store_threshold does not work with several tiers")
             identity = settings.identity()
             settings.path.mkdir(exist_ok=True)
             view = scheduler_memory(self._shape).numpy()
+            host.kv_view = view.data
             # The host tier must keep room for loads while the disk is behind.
             waiting = max(1, self.num_chunks // 4)
             disk = DiskTier(view, settings.path, settings.limit, identity, waiting)
@@ -123,6 +142,11 @@ class RowOffloadingSpec(CPUOffloadingSpec):
         return RowOffloadingWorker(pool, host, self.blocks_per_chunk, pins, early_loads=self._disk is None)
 
 
+def _info(spec: CPUOffloadingSpec) -> dict[str, Any]:
+    """What the manager publishes of its configuration, where vLLM asks for that (0.33 does)."""
+    return {"info": spec.cpu_info} if hasattr(spec, "cpu_info") else {}
+
+
 def _pool_of(kv_caches: CanonicalKVCaches) -> torch.Tensor:
     """The pool as uint8 [num_blocks, row_bytes]. ValueError if the cache was not allocated in rows."""
     if len(kv_caches.tensors) != 1:
@@ -131,6 +155,11 @@ def _pool_of(kv_caches: CanonicalKVCaches) -> torch.Tensor:
             "(the KV cache is not in cross-layer rows)"
         )
     return kv_caches.tensors[0].tensor.view(torch.uint8)
+
+
+def _ids(device: GPULoadStoreSpec) -> torch.Tensor:
+    """Device blocks, as the copies take them: vLLM has them in 32 bits."""
+    return torch.from_numpy(device.block_ids.astype(np.int64))
 
 
 class RowOffloadingWorker(OffloadingWorker):
@@ -184,16 +213,18 @@ class RowOffloadingWorker(OffloadingWorker):
         except ValueError as error:
             self._store.fail(job_id, error)
         else:
-            self._store.submit(job_id, torch.from_numpy(src_spec.block_ids.astype(np.int64)), host_rows)
+            self._store.submit(job_id, _ids(src_spec), host_rows)
         return True
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False) -> bool:
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
         try:
             host_rows = self._host_rows(dst_spec, src_spec)
         except ValueError as error:
             self._load.fail(job_id, error)
         else:
-            self._load.submit(job_id, host_rows, torch.from_numpy(dst_spec.block_ids.astype(np.int64)))
+            self._load.submit(job_id, host_rows, _ids(dst_spec))
         return True
 
     def _host_rows(self, device: GPULoadStoreSpec, host: LoadStoreSpec) -> torch.Tensor:
@@ -205,7 +236,7 @@ class RowOffloadingWorker(OffloadingWorker):
             if size == 0:
                 continue
             skip = first % n
-            chunks = host.block_ids.astype(np.int64)[at : at - (-(skip + size) // n)]
+            chunks = host.block_ids[at : at - (-(skip + size) // n)].astype(np.int64)
             at += len(chunks)
             rows.append((chunks[:, None] * n + np.arange(n)).ravel()[skip : skip + size])
         found = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
@@ -215,6 +246,10 @@ class RowOffloadingWorker(OffloadingWorker):
                 f"{len(host.block_ids)} chunks of {n} blocks ({len(found)} usable)"
             )
         return torch.from_numpy(found)
+
+    def before_launch(self) -> None:
+        """Loads that are submitted until `get_finished` need not wait for what is launched from now on."""
+        self._load.before_launch()
 
     def get_finished(self, model_ran: bool = True) -> list[TransferResult]:
         """What finished since the last call.
@@ -253,7 +288,9 @@ class NoTierWorker(OffloadingWorker):
         self._done.append(TransferResult(job_id, False))
         return True
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False) -> bool:
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
         self._done.append(TransferResult(job_id, False))
         return True
 

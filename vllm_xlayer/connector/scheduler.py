@@ -4,14 +4,13 @@ A request whose load failed is computed, and does not ask the tier again: the ne
 chance to fail, and without that rule a tier that always fails would hold the request up for ever.
 """
 
-import math
-import time
 from collections.abc import Iterable
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    GroupOffloadConfig,
     OffloadingConnectorScheduler,
     RequestOffloadState,
 )
@@ -30,9 +29,6 @@ from .step_news import without_idle
 from .tiering import TieredManager
 from .worker import RowWorkerMetadata
 
-TOUCH_SECONDS = 5.0
-"""Between two times that a running request's chunks count as used."""
-
 
 class RowConnectorScheduler(OffloadingConnectorScheduler):
     """Takes what OffloadingConnectorScheduler takes; the spec must be a RowOffloadingSpec.
@@ -50,6 +46,7 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         self._load_failed: set[str] = set()
         disk = self.manager.disk if isinstance(self.manager, TieredManager) else None
         self.activity = TierActivity(self.manager.host, disk, spec.config.worker_kv_bytes_per_block)
+        self._describes_events = spec.kv_events_config.self_describing_kv_events
         self._debug = Config.load().debug
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -73,46 +70,62 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         if job.is_store or request.req.is_finished():
             return
         self._load_failed.add(job.req_id)
-        # What was to be loaded counted as stored already. It is computed now, and can be stored again.
+        # What was to be loaded counts as stored already (0.33 forgets that by itself, 0.31 does not). It is
+        # computed now, and can be stored again.
         for config, group in zip(self.config.kv_group_configs, request.group_states, strict=True):
             held = request.num_locally_computed_tokens // config.tokens_per_chunk
             group.next_stored_chunk_idx = min(group.next_stored_chunk_idx, held)
 
-    def _lookup(self, req_status: RequestOffloadState, *limits) -> int | None:
-        """Tokens to load. Never a prompt's last token: it is computed in any case, for the next one.
-
-        vLLM's device cache leaves the block that ends with it to be computed, and so must the tier: else a
-        prompt that is on the device waits for one row from the host, and NVFP4 gives a restored prompt other
-        tokens than a cached one, as more of it is seen quantised.
-        """
-        if req_status.req.request_id in self._load_failed:
-            return 0
-        tokens = super()._lookup(req_status, *limits)
-        if tokens and req_status.num_locally_computed_tokens + tokens == req_status.req.num_tokens:
-            # Sliding windows: vLLM has left it out already.
-            tokens -= max(group.tokens_per_chunk for group in self.config.kv_group_configs)
-        return tokens
-
-    def _maximal_prefix_lookup(self, keys: Iterable[OffloadKey], req_context: ReqContext, req, group_config, start_chunk_idx) -> int | None:
-        keys = list(keys)
-        hits = self.manager.count_hits(keys)
-        rest = super()._maximal_prefix_lookup(keys[hits:], req_context, req, group_config, start_chunk_idx + hits)  # what is not simply there
-        return None if rest is None else hits + rest
-
     def get_num_new_matched_tokens(
-        self, request: Request, num_computed_tokens: int, **limits
+        self, request: Request, num_computed_tokens: int, max_num_new_tokens: int | None = None
     ) -> tuple[int | None, bool]:
-        found, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens, **limits)
+        wanted = self._may_load(request, num_computed_tokens)
+        limit = wanted if max_num_new_tokens is None else min(wanted, max_num_new_tokens)
+        found, is_async = super().get_num_new_matched_tokens(
+            request, num_computed_tokens, max_num_new_tokens=limit
+        )
         asked = not request.skip_reading_prefix_cache and request.request_id not in self._load_failed
         if found is not None and asked:
             self._note_answer(self._req_status[request.request_id], num_computed_tokens, found)
         return found, is_async
 
+    def _may_load(self, request: Request, num_computed_tokens: int) -> int:
+        """Tokens beyond those computed. Never a prompt's last one: it is computed in any case, for the next.
+
+        vLLM's device cache leaves the block that ends with it to be computed, and so must the tier: else a
+        prompt that is on the device waits for one row from the host, and NVFP4 gives a restored prompt other
+        tokens than a cached one, as more of it is seen quantised.
+        """
+        if request.request_id in self._load_failed:
+            return 0
+        groups = self.config.kv_group_configs
+        span = max(group.tokens_per_chunk for group in groups)
+        last = (request.num_tokens - 1) // span * span
+        # Where a group has a window, vLLM leaves out one token by itself.
+        windows = any(group.sliding_window_size_in_chunks is not None for group in groups)
+        return max(0, last + int(windows) - num_computed_tokens)
+
+    def _maximal_prefix_lookup(
+        self,
+        keys: Iterable[OffloadKey],
+        req_context: ReqContext,
+        req: Request,
+        group_config: GroupOffloadConfig,
+        start_chunk_idx: int,
+    ) -> int | None:
+        keys = list(keys)
+        # vLLM's describes every key that it finds, where events shall carry tokens.
+        hits = 0 if self._describes_events else self.manager.count_hits(keys)
+        rest = super()._maximal_prefix_lookup(  # what is not simply there
+            keys[hits:], req_context, req, group_config, start_chunk_idx + hits
+        )
+        return None if rest is None else hits + rest
+
     def _note_answer(self, status: RequestOffloadState, computed: int, found: int) -> None:
         """Remembers what a request found (tokens), for when it is admitted."""
         span = self.config.kv_group_configs[0].tokens_per_chunk
-        # The last token is always computed: see _lookup.
-        could = super()._calc_num_offloadable_tokens(status, status.req.num_tokens - 1)
+        # The last token is always computed: see _may_load.
+        could = self._calc_num_offloadable_tokens(status, status.req.num_tokens - 1)
         hits = (computed + found) // span - computed // span
         misses = max(0, could // span - (computed + found) // span)
         late = self.manager.is_late(status.req_context)

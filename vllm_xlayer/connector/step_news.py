@@ -1,7 +1,7 @@
 """Leaves out of a step the requests of which the connector's scheduler side has nothing to learn.
 
-vLLM 0.26 goes through every request in every step, and each time past all hashes of its tokens. A decoding
-request has news in few steps: a block, or a chunk to store.
+vLLM goes through every request in every step, and each time past all hashes of its tokens. A decoding
+request has news in few steps: a block, a chunk to store, or a state of it that was copied for the connector.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,15 @@ def without_idle(output: SchedulerOutput, has_news: Callable[[str, int], bool]) 
         has_news: of a request's id and its tokens in this step.
     """
     cached, scheduled = output.scheduled_cached_reqs, output.num_scheduled_tokens
+    states = output.kv_connector_block_state
+    handed_over = states.boundary_state_offloads if states is not None else {}
     kept = [
         i
         for i, (request, blocks) in enumerate(zip(cached.req_ids, cached.new_block_ids, strict=True))
-        if blocks is not None or request in cached.resumed_req_ids or has_news(request, scheduled[request])
+        if blocks is not None
+        or request in cached.resumed_req_ids
+        or request in handed_over
+        or has_news(request, scheduled[request])
     ]
     if len(kept) == len(cached.req_ids):
         return output

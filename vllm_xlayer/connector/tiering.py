@@ -3,7 +3,13 @@
 import time
 from collections.abc import Collection, Iterable
 
-from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
+from vllm.v1.kv_offload.base import (
+    LoadStoreSpec,
+    LookupResult,
+    OffloadKey,
+    PrepareStoreOutput,
+    ReqContext,
+)
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
 from .disk_tier import DiskTier
@@ -14,15 +20,14 @@ DEADLINE_SECONDS = 2.0
 
 
 class TieredManager(TieringOffloadingManager):
-    """The manager of a host tier and its disk tier."""
+    """The manager of a host tier, whose kv_view is set, and its disk tier."""
 
     primary_tier: HostTierManager  # type: ignore[assignment]
 
     def __init__(self, host: HostTierManager, disk: DiskTier):
-        host.kv_view = memoryview(disk._view)
-        self._asked_since: dict[str, float] = {}
         super().__init__(primary_tier=host, secondary_tiers=[disk])  # type: ignore[arg-type]
         self.disk = disk
+        self._waits_since: dict[str, float] = {}
 
     @property
     def host(self) -> HostTierManager:
@@ -42,7 +47,7 @@ class TieredManager(TieringOffloadingManager):
             for pending in by_request.values():
                 yield pending.keys, True
 
-    def lookup(self, key: OffloadKey, req_context: ReqContext, **exclude) -> LookupResult:
+    def lookup(self, key: OffloadKey, req_context: ReqContext, **exclude: int | None) -> LookupResult:
         if not self.host.serves or self.host.has_failed(key):
             return LookupResult.MISS
         if self.is_late(req_context):
@@ -51,8 +56,8 @@ class TieredManager(TieringOffloadingManager):
             found = self.host.lookup(key, req_context)
             return found if found is LookupResult.HIT else LookupResult.MISS
         found = super().lookup(key, req_context, **exclude)
-        if found is LookupResult.RETRY:
-            self._asked_since.setdefault(req_context.req_id, time.monotonic())
+        if found is LookupResult.HIT_PENDING:  # on its way from the disk, or from a device
+            self._waits_since.setdefault(req_context.req_id, time.monotonic())
         return found
 
     def count_hits(self, keys: Iterable[OffloadKey]) -> int:
@@ -61,11 +66,22 @@ class TieredManager(TieringOffloadingManager):
         return self.host.count_hits(keys)
 
     def is_late(self, req_context: ReqContext) -> bool:
-        since = self._asked_since.get(req_context.req_id)
+        since = self._waits_since.get(req_context.req_id)
         return since is not None and time.monotonic() - since > DEADLINE_SECONDS
 
-    def on_request_finished(self, req_context: ReqContext, **exclude) -> None:
-        self._asked_since.pop(req_context.req_id, None)
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
+        self._waits_since.pop(req_context.req_id, None)
+        self.disk.touch(keys, req_context)
+        return super().prepare_load(keys, req_context)
+
+    def prepare_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        self.disk.touch(keys, req_context)
+        return super().prepare_store(keys, req_context)
+
+    def on_request_finished(self, req_context: ReqContext, **exclude: int | None) -> None:
+        self._waits_since.pop(req_context.req_id, None)
         super().on_request_finished(req_context, **exclude)
 
     def complete_store(

@@ -32,10 +32,6 @@ And a request waits for a load, and the step loop for its submission: large batc
 IDLE_BATCH_BYTES = 128 << 20
 """Of a load after a step in which no model ran: vLLM has nothing to copy then, and the next step waits for
 the submission."""
-BEFORE_LAUNCH = 128 << 20
-"""Bytes of loads that are submitted before a step's launch: what a PCIe 5.0 link needs more than 2 ms for. A
-step cannot be launched meanwhile, and with asynchronous scheduling the GPU may be waiting for it. The rest
-follows after the launch, when the host has time until the step before ends."""
 STORE_SHARE = 0.25
 """Of the time between two steps: what stores may have queued on the link. A load is waited for, a store is
 not, and a step should wait neither for its copies nor for their submission."""
@@ -51,6 +47,9 @@ class HostDirection:
         self.rows = 0
         self._done: list[TransferResult] = []
         self._seen_errors: set[str] = set()
+
+    def before_launch(self) -> None:
+        """What is submitted until `take_finished` need not wait for what is launched from now on."""
 
     def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
         started = time.perf_counter()
@@ -115,9 +114,9 @@ class _Batch:
 class StreamDirection(HostDirection):
     """Copies in paced batches, each with rows of one job or of several.
 
-    Loads come before a step's launch, stores after it. What of them is not submitted at once is when the
-    connector asks what has finished, which it does after every launch: all of the loads, and as much of the
-    stores as the link should have; those of a step's requests then share batches.
+    vLLM hands over stores before a step's launch, and loads after it. They go to the device when the
+    connector asks what has finished, after every launch: all of the loads, and as much of the stores as the
+    link should have; those of a step's requests then share batches.
     """
 
     def __init__(self, src: torch.Tensor, dst: torch.Tensor, device: torch.device):
@@ -131,21 +130,29 @@ class StreamDirection(HostDirection):
         self._rows_running = 0
         self._bytes_copied, self._seconds_copying = 0, 0.0
         self._asked = time.perf_counter()
+        self._follows = False
+        """What is submitted now follows what the model's stream had before the launch."""
+
+    def before_launch(self) -> None:
+        try:
+            self._chain.follow()
+        except RuntimeError:  # submit meets it again, and has a job to fail
+            return
+        self._follows = True
 
     def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
         try:
             # A store reads what the model has written so far. A load waits as well: with asynchronous
             # scheduling the step in flight may still write to a block that has just been freed and reused.
-            self._chain.follow()
+            if not self._follows:
+                self._chain.follow()
         except RuntimeError as error:
             self.fail(job_id, error)
             return
         self._unsent.append(Job(job_id, src_ids, dst_ids))
-        if self._way is Way.H2D:
-            self._book_what_ended()
-            self._send_until_queued(BEFORE_LAUNCH)
 
     def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
+        self._follows = False
         self._book_what_ended()
         if self._way is Way.D2H:
             self._send_until_queued(self._room())

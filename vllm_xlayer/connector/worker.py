@@ -1,12 +1,11 @@
 """The connector in a worker process: vLLM's, where a transfer may fail.
 
-vLLM 0.26 asserts that every transfer succeeded. Here a failed load is told to vLLM as blocks that are not
-valid, and every failure to the scheduler's side of the connector, which then drops what was lost.
+vLLM asserts that every transfer succeeded. Here a failed load is told to vLLM as a request that received
+nothing, and every failure to the scheduler's side of the connector, which then drops what was lost.
 """
 
 from dataclasses import dataclass, field
 
-import numpy as np
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
@@ -15,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.kv_offload.base import BlockIDsLoadStoreSpec, OffloadingSpec, TransferResult
+from vllm.v1.kv_offload.base import OffloadingSpec, TransferResult
 
 from .offload import NoTierWorker, RowOffloadingWorker
 
@@ -53,50 +52,45 @@ class RowConnectorWorker(OffloadingConnectorWorker):
     def __init__(self, spec: OffloadingSpec, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
         super().__init__(spec, vllm_config, kv_cache_config)
         self._connector_worker_meta = RowWorkerMetadata()
-        self._blocks_of_load: dict[int, np.ndarray] = {}
-        self._invalid_blocks: set[int] = set()
+        self._failed_loads: set[str] = set()
         self._said_state = False
-        self._failed_requests: set[str] = set()
         self.model_ran = False
-        """Since the last `get_finished`."""
+        """In the step that `get_finished` is asked after."""
 
-    def start_kv_transfers(self, metadata: OffloadingConnectorMetadata) -> None:
-        for job_id, job in metadata.load_jobs.items():
-            assert isinstance(job.dst_spec, BlockIDsLoadStoreSpec)
-            self._blocks_of_load[job_id] = job.dst_spec.block_ids
-        super().start_kv_transfers(metadata)
+    def before_launch(self, metadata: OffloadingConnectorMetadata) -> None:
+        """Called in every step before the model's launch: its loads need not wait for what is launched then.
+
+        vLLM hands them over after the launch. By then the stream has the whole step, which touches none of
+        their blocks; what earlier steps still write to them, and this step's zeroing, it has already.
+        """
+        if metadata.load_jobs and isinstance(self.worker, RowOffloadingWorker):
+            self.worker.before_launch()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         """Returns (nothing, requests whose load ended, well or not)."""
         assert self.worker is not None
         results = self.worker.get_finished(self.model_ran)
-        self.model_ran = False
         return set(), {req for result in results if (req := self._finish(result))}
 
     def _finish(self, result: TransferResult) -> str | None:
         """Books one transfer; the request that waited for it, if it was a load."""
         meta, job_id = self._connector_worker_meta, result.job_id
+        is_load = job_id in self._load_jobs
         request = self._load_jobs.pop(job_id, None)
-        blocks = self._blocks_of_load.pop(job_id, ())
         meta.mark_completed(job_id)
         if not result.success:
             meta.failed_jobs.add(job_id)
-            self._invalid_blocks.update(int(block) for block in blocks)
             if request is not None:
-                self._failed_requests.add(request)
+                self._failed_loads.add(request)
         elif result.transfer_size is not None and result.transfer_time is not None:
-            stats = meta.transfer_stats.store if request is None else meta.transfer_stats.load
+            stats = meta.transfer_stats.load if is_load else meta.transfer_stats.store
             stats.record(result.transfer_size, result.transfer_time)
         return request
 
-    def take_failed_requests(self) -> set[str]:
-        failed, self._failed_requests = self._failed_requests, set()
+    def take_failed_loads(self) -> set[str]:
+        """Requests whose load failed, since the last call; `get_finished` has returned them as well."""
+        failed, self._failed_loads = self._failed_loads, set()
         return failed
-
-    def take_invalid_blocks(self) -> set[int]:
-        """Device blocks that a failed load should have filled, since the last call."""
-        invalid, self._invalid_blocks = self._invalid_blocks, set()
-        return invalid
 
     def build_connector_worker_meta(self) -> RowWorkerMetadata | None:
         meta = self._connector_worker_meta
@@ -122,5 +116,4 @@ class RowConnectorWorker(OffloadingConnectorWorker):
     def shutdown(self) -> None:
         super().shutdown()
         self._connector_worker_meta = RowWorkerMetadata()
-        self._blocks_of_load.clear()
-        self._invalid_blocks.clear()
+        self._failed_loads.clear()

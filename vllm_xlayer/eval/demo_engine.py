@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import compat
 from ..bench.record import provenance
+from ..compat.engine import cache_geometry, come_to_rest, empty_device_cache, rows_loaded
 from . import TASKS, model_path, tasks_path
 
 KV_BYTES = 256 << 20
@@ -27,15 +27,15 @@ def main() -> None:
 
     engine = start(args.kv_cache_dtype, args.rows)
     llm = engine.model
-    compat.current().come_to_rest(llm)  # the host tier is pinned
+    come_to_rest(llm)  # the host tier is pinned
     first = evaluate(engine, args.limit)
     result: dict[str, Any] = {**first, **sizes(llm)}
     if args.rows:
-        compat.current().empty_device_cache(llm)
-        before = compat.current().rows_loaded()
+        empty_device_cache(llm)
+        before = rows_loaded()
         again = evaluate(engine, args.limit)
         result.update(again)
-        rows = compat.current().rows_loaded() - before
+        rows = rows_loaded() - before
         result["restored_tokens"] = rows * result["block_size"]
         same = sum(again["answers"][key] == answer for key, answer in first["answers"].items())
         result["restored_identical"] = [same, len(first["answers"])]
@@ -103,13 +103,14 @@ def evaluate(engine: Any, limit: int) -> dict[str, Any]:
 
 def sizes(llm: Any) -> dict[str, Any]:
     """What a token and a block take, as the engine allocated them."""
-    layers, page_bytes, rows, tokens, block_size = compat.current().cache_geometry(llm)
+    cache = cache_geometry(llm)
+    block_bytes = cache.layers * cache.page_bytes
     return {
-        "bytes_per_token": layers * page_bytes // block_size,
-        "tokens_per_256_mib": tokens,
-        "copies": 1 if rows else layers,
-        "copy_bytes": layers * page_bytes if rows else page_bytes,
-        "block_size": block_size,
+        "bytes_per_token": block_bytes // cache.block_size,
+        "tokens_per_256_mib": cache.tokens,
+        "copies": 1 if cache.in_rows else cache.layers,
+        "copy_bytes": block_bytes if cache.in_rows else cache.page_bytes,
+        "block_size": cache.block_size,
     }
 
 
@@ -128,7 +129,7 @@ def time_to_first_token(llm: Any, rows: bool) -> dict[str, Any]:
     seconds(prompts.pop())
     times = {"cold": [seconds(p) for p in prompts], "cached on device": [seconds(p) for p in prompts]}
     if rows:
-        compat.current().empty_device_cache(llm)
+        empty_device_cache(llm)
         times["restored"] = [seconds(p) for p in prompts]
     return {"tokens": len(prompts[0]), **{name: statistics.median(t) for name, t in times.items()}}
 

@@ -7,7 +7,8 @@ where the answer is no, so it imports nothing at module level.
 
 PLATFORM_CLASS = "vllm_xlayer.platform.reference.CpuReferencePlatform"
 ENTRY_POINT_GROUP = "vllm.platform_plugins"
-SUPPORTED_VLLM = "0.33."
+NEEDED_MODULE = "vllm.v1.kv_cache_layout"
+"""No vLLM that this platform could not run on at all has it."""
 
 
 def cpu_reference_platform() -> str | None:
@@ -16,8 +17,8 @@ def cpu_reference_platform() -> str | None:
     None where vLLM's own platforms apply (a GPU is visible, vLLM was built for CPU, TPU,
     ...), where another platform plugin applies, where a GPU's device node exists but its
     driver does not answer (that machine's owner needs the driver's error, not a slow
-    engine), and with a vLLM version this platform was not written for. Never raises: vLLM
-    calls this on the way to every start, also for users who never asked for the platform.
+    engine), and with a vLLM that is too old. Never raises: vLLM calls this on the way to every
+    start, also for users who never asked for the platform.
     """
     try:
         if not _vllm_is_supported() or _gpu_device_nodes():
@@ -33,9 +34,10 @@ def cpu_reference_platform() -> str | None:
 
 
 def _vllm_is_supported() -> bool:
-    from importlib.metadata import version
+    """Looks for a module without importing it; the platform itself looks at the rest when it is used."""
+    from importlib.util import find_spec
 
-    return version("vllm").startswith(SUPPORTED_VLLM)
+    return find_spec(NEEDED_MODULE) is not None
 
 
 def _gpu_device_nodes() -> list[str]:

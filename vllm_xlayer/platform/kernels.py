@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from . import experts
+
 PAD_SLOT = -1
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -84,7 +86,14 @@ def greedy_argmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def fused_gumbel_argmax(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-    """A sample of softmax(logits [n, vocabulary]) a row, int64 [n]; seeds int64 [n] decide it."""
+    """A sample of softmax(logits) a row, int64 [n]; a row's seed alone decides it.
+
+    Gumbel's trick: with g drawn as -log(Exp(1)), argmax(logits + g) is distributed as the softmax.
+
+    Args:
+        logits: float32 [n, vocabulary]; -inf is never drawn.
+        seeds: int64 [n].
+    """
     noise = torch.empty_like(logits)
     for row, seed in zip(noise, seeds.tolist(), strict=True):
         row.exponential_(generator=torch.Generator().manual_seed(seed))
@@ -97,6 +106,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "init_cpu_memory_env(SymInt[] node_ids) -> ()": init_cpu_memory_env,
     "compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, Tensor block_table, "
     "Tensor(a!) slot_mapping, SymInt block_size) -> ()": compute_slot_mapping,
+    **experts.OPS,
 }
 _OPS |= {f"{name}(Tensor(a!) out, Tensor x) -> ()": _activation(f) for name, f in ACTIVATIONS.items()}
 _OPS |= {

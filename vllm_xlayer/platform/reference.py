@@ -6,21 +6,31 @@ from typing import TYPE_CHECKING
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability
 
+from vllm_xlayer.compat import UnsupportedVllm, check_vllm
+from vllm_xlayer.compat.private import PLATFORM_FEATURE, FeatureUnavailable, require
+from vllm_xlayer.nvfp4 import KV_DTYPES
 from vllm_xlayer.platform.kernels import define_missing_ops
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 WORKER = "vllm_xlayer.platform.worker.CpuReferenceWorker"
 BLOCK_SIZE = 16
 NO_GPU = DeviceCapability(0, 0)
-KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "nvfp4")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", *KV_DTYPES)
+RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 class CpuReferencePlatform(CpuPlatform):
     """Runs the engine of vLLM's CUDA wheel on a CPU: for correctness, never for speed."""
+
+    @classmethod
+    def pre_register_and_update(cls, parser: "FlexibleArgumentParser | None" = None) -> None:
+        """Chooses model runner V1, before vLLM looks for Triton, which V2 needs, and warns of its absence."""
+        os.environ.setdefault(RUNNER_VARIABLE, "0")
 
     @classmethod
     def import_kernels(cls) -> None:
@@ -49,7 +59,12 @@ class CpuReferencePlatform(CpuPlatform):
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         from vllm.config import CompilationMode
 
-        refusal = _refusal(vllm_config)
+        try:
+            check_vllm()
+            require(PLATFORM_FEATURE)
+        except (UnsupportedVllm, FeatureUnavailable) as error:
+            raise ValueError(f"{PLATFORM_FEATURE}: {error}") from error
+        refusal = _machine_refusal(vllm_config) or _refusal(vllm_config)
         if refusal is not None:
             raise ValueError(f"CPU reference platform: {refusal}")
         parallel_config, cache_config = vllm_config.parallel_config, vllm_config.cache_config
@@ -82,6 +97,20 @@ class CpuReferencePlatform(CpuPlatform):
         super(CpuPlatform, cls).update_block_size_for_backend(vllm_config)
 
 
+def _machine_refusal(vllm_config: "VllmConfig") -> str | None:
+    """Why this platform cannot run in this environment, or None."""
+    from vllm.triton_utils import HAS_TRITON
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" and HAS_TRITON:
+        return (
+            'CUDA_VISIBLE_DEVICES="" makes vLLM take Triton for usable, which finds no driver here: unset '
+            "the variable"
+        )
+    if vllm_config.use_v2_model_runner:
+        return f"model runner V2 is not supported (it needs Triton): unset {RUNNER_VARIABLE}"
+    return None
+
+
 def _refusal(vllm_config: "VllmConfig") -> str | None:
     """Why this platform cannot run that configuration, or None."""
     cache_config, parallel_config = vllm_config.cache_config, vllm_config.parallel_config
@@ -102,6 +131,4 @@ def _refusal(vllm_config: "VllmConfig") -> str | None:
         return "Mamba and linear attention layers are not supported (their kernels need Triton)"
     if model_config.is_encoder_decoder:
         return "encoder-decoder models are not supported"
-    if vllm_config.use_v2_model_runner:
-        return "model runner V2 is not supported (it needs Triton): unset VLLM_USE_V2_MODEL_RUNNER"
     return None
