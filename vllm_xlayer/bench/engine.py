@@ -1,7 +1,7 @@
 """Decode steps and start in vLLM's engine, with each KV cache: an engine of a real model's shape.
 
-All are started once more at the end (`--starts 2`): a first start on a machine reads files that the next finds
-in memory, and compiles what the next finds compiled.
+All are started once more at the end (`--starts 2`): a first start on a machine reads files that the next
+finds in memory, and compiles what the next finds compiled.
 """
 
 import argparse

@@ -39,10 +39,10 @@ CACHES: dict[str, dict[str, Any]] = {
     "nvfp4": {"kv_cache_dtype": "nvfp4"},
     "stock-nvfp4": {"kv_cache_dtype": "nvfp4", "attention_config": {"backend": "FLASHINFER"}},
 }
-"""Name of a KV cache -> vLLM's settings. "nvfp4" is this package's; vLLM's own, with FlashInfer's kernels, has
-to be named where this package is installed."""
+"""Name of a KV cache -> vLLM's settings. "nvfp4" is this package's; vLLM's own, with FlashInfer's kernels,
+has to be named where this package is installed."""
 GRAPHS_ONLY = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
-"""Settings with which an engine starts in a fraction of the time: no torch.compile, graphs for decode only."""
+"""Settings with which an engine starts in a fraction of the time: no torch.compile, graphs for decode."""
 SAMPLER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 """FlashInfer's sampler is compiled at the first start on a machine: minutes that are not the cache's."""
 WARM_STEPS = 8
@@ -216,16 +216,21 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
 
 
 def run_engine(
-    function: str, job: dict[str, Any], folder: Path, core_here: bool = False
+    function: str,
+    job: dict[str, Any],
+    folder: Path,
+    core_here: bool = False,
+    environment: dict[str, str] | None = None,
 ) -> dict[str, Any] | None:
     """What ``module:function`` returns for the job, called in a new process; None if it failed.
 
     core_here: with vLLM's engine core in that process too, so that the function can look into it.
+    environment: variables of that process, besides this one's.
     """
     out = folder / "out.json"
     out.unlink(missing_ok=True)
     module, name = function.split(":")
-    env = SAMPLER | os.environ
+    env = SAMPLER | os.environ | (environment or {})
     if core_here:
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     code = (

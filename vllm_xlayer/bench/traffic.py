@@ -1,8 +1,8 @@
 """A load at vLLM's default flags: prompts and answers of ragged lengths offered at once, then the same again.
 
-The first time all is computed, the second time the prompts are in the prefix cache, as far as it held them. An
-engine starts for one to two minutes (torch.compile, all CUDA graphs): fewer ``--layers`` are for machines that
-are lent for less.
+The first time all is computed, the second time the prompts are in the prefix cache, as far as it held them.
+An engine starts for one to two minutes (torch.compile, all CUDA graphs): fewer ``--layers`` are for machines
+that are lent for less.
 """
 
 import argparse
