@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import capacity, copy, decode, engine, faults, load, offload, pacing, prefill, suite, write
+from . import capacity, copy, decode, engine, faults, load, offload, pacing, prefill, suite, traffic, write
 
 QUESTIONS = {
     "capacity": capacity,
@@ -16,6 +16,7 @@ QUESTIONS = {
     "pacing": pacing,
     "prefill": prefill,
     "suite": suite,
+    "traffic": traffic,
     "write": write,
 }
 

@@ -1,7 +1,9 @@
 """Decode attention: ours beside its peers in one process, against the device's copy rate."""
 
 import argparse
+import functools
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,20 @@ from rich.progress import track
 from rich.table import Table
 
 from .inputs import Inputs, Shape
-from .peers import PEERS, Peer
+from .lengths import ragged
+from .peers import PEERS, Peer, check
 from .record import RESULTS, write
 from .timing import copy_rate, graph_seconds
 
+WIDTH = 150
+"""Of the printed table."""
 L2_TIMES = 4
 """Copies of the cache are rotated until they are so many times the L2."""
 MAX_COPIES = 32
-MAX_ERROR = 0.02
-"""Relative L2 error of a peer's result: 16-bit rounding stays below 0.01, a page read wrongly is near 1."""
-GROUPS = ("fa3", "flashinfer")
-"""What ``--peers`` takes. FlashInfer is compiled at first use, for minutes, so it has to be asked for."""
+COMPILED = "flashinfer"
+"""The group that is compiled at first use, for minutes, and so has to be named."""
+GROUPS = ("fa3", "int4", "turboquant", COMPILED)
+"""What ``--peers`` takes."""
 
 SHAPES = (
     Shape("64 x 8192", (8192,) * 64),
@@ -41,6 +46,7 @@ SHAPES = (
     Shape("64 x 8192, 4 query tokens", (8192,) * 64, q_len=4),
     Shape("64 x 8192, page 64", (8192,) * 64, block_size=64),
     Shape("1 x 128k + 63 x 1k", (131072,) + (1024,) * 63),
+    Shape("ragged 96, up to 60k", tuple(ragged("decode", 96, median=3000, most=60000))),
     Shape("16 x 8192, layer-major", (8192,) * 16, layers=1),
     Shape("16 x 8192, rows of 32 layers", (8192,) * 16, layers=32),
 )
@@ -49,7 +55,8 @@ PLOTTED = ("64 x 1024", "64 x 2048", "64 x 4096", "64 x 8192", "64 x 16384")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--peers", nargs="*", choices=GROUPS, default=["fa3"])
+    parser.add_argument("--peers", nargs="*", choices=GROUPS, default=[g for g in GROUPS if g != COMPILED],
+                        help="measured in this order, beside ours")  # fmt: skip
     parser.add_argument("--only", help="shapes whose name contains this")
     parser.add_argument("--json", type=Path, default=RESULTS / "decode.json", help="file to write")
     parser.add_argument("--plot", type=Path, help="PNG to draw from the results (needs matplotlib)")
@@ -57,22 +64,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures every shape, prints the table, writes the JSON. Returns a process exit code."""
-    console = Console(width=120, highlight=False)
+    console = Console(width=WIDTH, highlight=False)
     rate = copy_rate()
     shapes = [s for s in SHAPES if args.only is None or args.only in s.name]
     results: list[dict[str, Any]] = [
         {"name": s.name, "tokens": s.tokens, "seconds": {}, "bytes": {}, "error": {}, "failed": {}}
         for s in shapes
     ]
-    # The compiled peer last: if it takes the process with it, the others' numbers are written.
-    for groups in (("ours", "fa3"), ("flashinfer",)):
-        names = [n for n, p in PEERS.items() if p.group in groups and p.group in ("ours", *args.peers)]
-        if not names:
-            continue
+    for group in ("ours", *args.peers):
+        names = [name for name, peer in PEERS.items() if peer.group == group]
         for i in track(range(len(shapes)), f"decode, {', '.join(names)}", console=console):
             for name in names:
                 measure(name, PEERS[name], shapes[i], args.repeats, results[i])
-        write(args.json, {"copy_rate": rate, "shapes": results})
+            # If a kernel takes the process with it, or the time is up, what was measured is written.
+            write(args.json, {"copy_rate": rate, "shapes": results})
     console.print(_table(results, rate))
     console.print(f"device copy rate: {rate / 1e12:.2f} TB/s", markup=False)
     for line in missing(results):
@@ -86,23 +91,26 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(name: str, peer: Peer, shape: Shape, repeats: int, result: dict[str, Any]) -> None:
     """Puts a peer's seconds on one shape into the result, or why it has none."""
-    # Rows of other layers are not read: they only spread the pages.
-    if shape.layers > 1 and name != "nvfp4":
-        return
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     size = peer.bytes_per_token(shape) * shape.tokens
+    # Pages of other layers lie between those of a row, which takes memory enough.
     copies = 1 if shape.layers > 1 else min(MAX_COPIES, max(2, int(L2_TIMES * l2 / size) + 1))
     try:
-        if peer.error is not None:
-            result["error"][name] = peer.error(shape)
-            if not result["error"][name] <= MAX_ERROR:
-                raise ArithmeticError(f"relative error of its result: {result['error'][name]:.3f}")
-        result["seconds"][name] = graph_seconds(peer.make(Inputs(shape, copies)), repeats)
+        result["error"][name] = error_of(peer, replace(shape, name="", lens=()))
+        if not result["error"][name] <= peer.max_error:
+            raise ArithmeticError(f"relative error of its result: {result['error'][name]:.3f}")
+        result["seconds"][name] = graph_seconds(peer.make(Inputs(shape, copies), None), repeats)
         result["bytes"][name] = size
     except Exception as error:  # whatever a peer raises: the others are measured
         result["failed"][name] = f"{type(error).__name__}: {error}"[:300]
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@functools.cache
+def error_of(peer: Peer, kind: Shape) -> float:
+    """`check.error` of a peer for heads and pages such as these; once for all shapes that have them."""
+    return check.error(peer.make, peer.kept, kind)
 
 
 def missing(results: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,7 @@
 """Decode steps and start in vLLM's engine, with each KV cache: an engine of a real model's shape.
 
-All are started once more at the end: a first start on a machine reads files that the next finds in memory.
+All are started once more at the end (`--starts 2`): a first start on a machine reads files that the next
+finds in memory, and compiles what the next finds compiled.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bounds import SHAPE, Bound
-from .engines import CACHES, SHAPES, Engine, goes_on, prompts, write_model
+from .engines import CACHES, GRAPHS_ONLY, SHAPES, Engine, goes_on, prompts, write_model
 from .record import RESULTS, write
 
 DECODES = ((64, 8192), (1, 16384))
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--starts", type=int, choices=(1, 2), default=2, help="of each engine (default: 2)")
     parser.add_argument("--scale", type=int, default=1, help="divides requests and tokens, to try it out")
     parser.add_argument("--json", type=Path, default=RESULTS / "engine.json", help="file to write")
 
@@ -39,14 +41,14 @@ def run(args: argparse.Namespace) -> int:
     decodes = [(max(1, n // args.scale), tokens // args.scale) for n, tokens in DECODES]
     settings = dict(
         max_model_len=2 * max(tokens for _, tokens in decodes), max_num_seqs=max(n for n, _ in decodes),
-        gpu_memory_utilization=args.gpu_memory_utilization,
+        gpu_memory_utilization=args.gpu_memory_utilization, **GRAPHS_ONLY,
     )  # fmt: skip
     caches: dict[str, Any] = {}
     results = {"shape": args.shape, "steps": STEPS, "caches": caches}
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-engine-") as folder:
         model = write_model(Path(folder), args.shape)
-        for again in (False, True):
+        for again in (False, True)[: args.starts]:
             for cache in args.caches:
                 if cache in failed:
                     continue

@@ -33,8 +33,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_key_value_heads=2, head_dim=128, vocab_size=512, max_position_embeddings=32768,
     ),
 }  # fmt: skip
-CACHES = {"bf16": "auto", "fp8": "fp8", "nvfp4": "nvfp4"}
-"""Name of a KV cache -> --kv-cache-dtype."""
+CACHES: dict[str, dict[str, Any]] = {
+    "bf16": {"kv_cache_dtype": "auto"},
+    "fp8": {"kv_cache_dtype": "fp8"},
+    "nvfp4": {"kv_cache_dtype": "nvfp4"},
+    "stock-nvfp4": {"kv_cache_dtype": "nvfp4", "attention_config": {"backend": "FLASHINFER"}},
+}
+"""Name of a KV cache -> vLLM's settings. "nvfp4" is this package's; vLLM's own, with FlashInfer's kernels,
+has to be named where this package is installed."""
+GRAPHS_ONLY = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+"""Settings with which an engine starts in a fraction of the time: no torch.compile, graphs for decode."""
 SAMPLER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 """FlashInfer's sampler is compiled at the first start on a machine: minutes that are not the cache's."""
 WARM_STEPS = 8
@@ -56,18 +64,26 @@ def goes_on(cache: str, failed: list[str]) -> Iterator[None]:
         failed.append(cache)
 
 
-def write_model(folder: Path, shape: str) -> Path:
-    """A folder with the config of a shape; vLLM makes the weights."""
+def write_model(folder: Path, shape: str, layers: int | None = None) -> Path:
+    """A folder with the config of a shape, with so many layers if that is said; vLLM makes the weights."""
     model = folder / shape
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(LLAMA | SHAPES[shape]))
+    config = LLAMA | SHAPES[shape]
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    (model / "config.json").write_text(json.dumps(config))
     return model
 
 
 def prompts(seed: str, requests: int, tokens: int, vocabulary: int) -> list[Prompt]:
     """Random token ids, which no other seed gives: nothing of them is in a prefix cache by chance."""
+    return prompts_of(seed, [tokens] * requests, vocabulary)
+
+
+def prompts_of(seed: str, lengths: list[int], vocabulary: int) -> list[Prompt]:
+    """The same, each of a length of its own."""
     draw = random.Random(seed)
-    return [draw.choices(range(vocabulary), k=tokens) for _ in range(requests)]
+    return [draw.choices(range(vocabulary), k=tokens) for tokens in lengths]
 
 
 @dataclass(frozen=True)
@@ -90,12 +106,11 @@ class Engine:
     """
 
     def __init__(self, model: Path, cache: str, **settings: Any) -> None:
-        """settings: vLLM's, besides those that are the same in every benchmark."""
+        """settings: vLLM's, besides the cache's and those that a model without weights needs."""
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
         job = dict(
-            model=str(model), kv_cache_dtype=CACHES[cache], load_format="dummy", skip_tokenizer_init=True,
-            compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, **settings,
+            model=str(model), load_format="dummy", skip_tokenizer_init=True, **CACHES[cache], **settings
         )  # fmt: skip
         self._process = context.Process(target=_serve, args=(there, job))
         self._process.start()
@@ -108,8 +123,8 @@ class Engine:
             self._end()
             raise
 
-    def generate(self, asked: list[Prompt], tokens: int) -> Answer:
-        """All prompts at once, so many tokens for each."""
+    def generate(self, asked: list[Prompt], tokens: int | list[int]) -> Answer:
+        """All prompts at once, so many tokens for each; one number is for all of them."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_receive` says it
             self._pipe.send((asked, tokens))
         return Answer(*self._receive())
@@ -189,7 +204,11 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
         except EOFError:
             return
         batch = [TokensPrompt(prompt_token_ids=prompt) for prompt in asked]
-        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        counts = tokens if isinstance(tokens, list) else [tokens] * len(asked)
+        sampling = [
+            SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False)
+            for count in counts
+        ]
         begin = time.perf_counter()
         outputs = llm.generate(batch, sampling, use_tqdm=False)
         seconds = time.perf_counter() - begin
@@ -197,16 +216,21 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
 
 
 def run_engine(
-    function: str, job: dict[str, Any], folder: Path, core_here: bool = False
+    function: str,
+    job: dict[str, Any],
+    folder: Path,
+    core_here: bool = False,
+    environment: dict[str, str] | None = None,
 ) -> dict[str, Any] | None:
     """What ``module:function`` returns for the job, called in a new process; None if it failed.
 
     core_here: with vLLM's engine core in that process too, so that the function can look into it.
+    environment: variables of that process, besides this one's.
     """
     out = folder / "out.json"
     out.unlink(missing_ok=True)
     module, name = function.split(":")
-    env = SAMPLER | os.environ
+    env = SAMPLER | os.environ | (environment or {})
     if core_here:
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     code = (

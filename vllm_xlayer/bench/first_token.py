@@ -15,8 +15,7 @@ TURNS = 12
 in another."""
 SPANS = {
     "asked": "until its rows are asked for",
-    "submitted": "until the first of their copies are submitted",
-    "told": "until all are, and the load is reported",
+    "told": "until their copies are submitted, and the load is reported",
     "launch": "until the model's step begins",
     "launched": "until it is launched",
     "token": "until the token is there",

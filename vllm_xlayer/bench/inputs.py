@@ -40,6 +40,8 @@ class Inputs:
     q: torch.Tensor = field(init=False)
     out: torch.Tensor = field(init=False)
     seq_lens: torch.Tensor = field(init=False)
+    starts: torch.Tensor = field(init=False)
+    """Of each request's query tokens, int32; one more at the end."""
     tables: list[torch.Tensor] = field(init=False)
     num_blocks: int = field(init=False)
 
@@ -49,6 +51,7 @@ class Inputs:
         self.q = torch.randn(size, dtype=torch.bfloat16, device=self.device)
         self.out = torch.empty_like(self.q)
         self.seq_lens = torch.tensor(s.lens, dtype=torch.int32, device=self.device)
+        self.starts = torch.arange(0, size[0] + 1, s.q_len, dtype=torch.int32, device=self.device)
         self.num_blocks = sum(s.blocks) * self.copies
         order = torch.randperm(self.num_blocks, dtype=torch.int32)
         self.tables, at = [], 0
@@ -58,6 +61,12 @@ class Inputs:
                 table[r, :count] = order[at : at + count]
                 at += count
             self.tables.append(table.to(self.device))
+
+    def pages(self, page_bytes: int) -> torch.Tensor:
+        """(blocks, page_bytes) bytes of one layer, whatever is in them; other layers' pages lie between them
+        where the shape has more than one."""
+        size = (self.num_blocks, self.shape.layers * page_bytes)
+        return torch.empty(size, dtype=torch.uint8, device=self.device)[:, :page_bytes]
 
 
 Calls = list[Callable[[], Any]]

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..nvfp4 import content_bytes
 from .bounds import SHAPE
-from .engines import CACHES, SHAPES, WARM_STEPS, Engine, goes_on, prompts, write_model
+from .engines import CACHES, GRAPHS_ONLY, SHAPES, WARM_STEPS, Engine, goes_on, prompts, write_model
 from .record import RESULTS, write
 
 REQUESTS, TOKENS = 88, 32768
@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     requests, tokens = max(1, REQUESTS // args.scale), TOKENS // args.scale
     token_bytes = shape["num_hidden_layers"] * shape["num_key_value_heads"] * content_bytes(shape["head_dim"])
     memory = int(SPARE * requests * (tokens + LONGEST) * token_bytes)
-    settings = dict(max_model_len=tokens + LONGEST, max_num_seqs=requests, kv_cache_memory_bytes=memory)
+    settings = dict(
+        max_model_len=tokens + LONGEST, max_num_seqs=requests, kv_cache_memory_bytes=memory, **GRAPHS_ONLY
+    )
     caches: dict[str, Any] = {}
     results = {
         "shape": args.shape, "requests": requests, "tokens": tokens, "output": OUTPUT,

@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from . import offload_peers
 from .copy import WAYS, table_head, table_line
 from .copy import bounds as copy_bounds
 from .copy_peers import NOT_MEASURED
@@ -83,6 +84,12 @@ def offload_section(results: dict[str, Any]) -> str:
         ])
         for title, seconds, compared, copied in step_lines(results["engines"])
     ]  # fmt: skip
+    peers = offload_peers.lines(results["engines"])
+    beside = [] if len(peers) < 2 else [
+        "vLLM's own connector in the same run, ms, median. Its pages lie layer by layer unless "
+        "VLLM_KV_CACHE_LAYOUT=BLHNC is set:",
+        table(["connector", *offload_peers.HEAD], peers),
+    ]  # fmt: skip
     return "\n\n".join([
         "## The host tier in vLLM's engine",
         f"`vllm-xlayer bench offload`: {results['shape']} shape, random weights, {results['dtype']}. Time "
@@ -91,6 +98,7 @@ def offload_section(results: dict[str, Any]) -> str:
         table(["prompt", "ms"], first),
         "What it waits for, median of each:",
         table(["ms", "on the device", "in the host tier"], spans),
+        *beside,
         f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
         f"{results['rounds']} rounds of {results['steps']}. The copies are by the connector's "
         "own code, without a pause, between memory that the engine does not use. Decoding stored "

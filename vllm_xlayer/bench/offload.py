@@ -12,13 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from . import offload_peers
 from .bounds import SHAPE, Bound
-from .engines import SHAPES, run_engine, write_model
+from .engines import GRAPHS_ONLY, SHAPES, run_engine, write_model
 from .first_token import added, link, make_prompts, restore_table, restores, span_table
 from .record import RESULTS, write
 from .tier_worker import come_to_rest, tier
 
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
+OURS = "XLayerConnector"
 LARGE = 64 << 20
 """Bytes of a large piece."""
 STORING = "with the connector, storing what it decodes"
@@ -33,6 +35,8 @@ PROMPT, BATCH = 16384, (64, 8192)
 RESTORE_MS = 12.5
 STEP_COSTS = {STORING: 2.0, BESIDE["loads"]: 3.0}
 """Bounds: milliseconds that a first token may come later; per cent that a step may take longer."""
+CONNECTORS = {"with": OURS, "without": None}
+"""Engine -> its connector; the others are of `offload_peers`."""
 LAST = 7
 """A prompt is so many tokens short of whole blocks: vLLM computes a whole prompt's last block in any case."""
 
@@ -49,65 +53,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed, after a quarter as many")
     parser.add_argument("--rounds", type=int, default=5, help="of decoding alone and beside copies")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
+    parser.add_argument(
+        "--peers", nargs="*", choices=offload_peers.PEERS, default=list(offload_peers.PEERS),
+        help="vLLM's own connector, layer by layer and in rows: first tokens only",
+    )  # fmt: skip
     parser.add_argument("--host-bytes", type=int, default=24 << 30, help="host tier, for all prompts at once")
     parser.add_argument("--json", type=Path, default=RESULTS / "offload.json", help="file to write")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs an engine with the connector and one without, prints the tables, writes the JSON."""
-    results: dict[str, Any] = {}
+    """Runs an engine with the connector, one without and one for each peer, prints the tables, writes the
+    JSON. Returns 1 if an engine failed."""
+    engines: dict[str, Any] = {}
+    failed = False
+    asked = dict(
+        dtype=args.kv_cache_dtype, prompt=args.prompt, repeats=args.repeats, requests=args.requests,
+        tokens=args.tokens, steps=args.steps, rounds=args.rounds,
+    )  # fmt: skip
+    numbers = {"shape": args.shape, **asked, "engines": engines}
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-offload-") as name:
         folder = Path(name)
         job = dict(
-            model=str(write_model(folder, args.shape)), dtype=args.kv_cache_dtype, prompt=args.prompt,
-            repeats=args.repeats, requests=args.requests, tokens=args.tokens, steps=args.steps,
-            rounds=args.rounds, utilization=args.gpu_memory_utilization, host_bytes=args.host_bytes,
+            model=str(write_model(folder, args.shape)), utilization=args.gpu_memory_utilization,
+            host_bytes=args.host_bytes, **asked,
         )  # fmt: skip
-        for which, connector in (("with", True), ("without", False)):
-            print(f"engine {which} XLayerConnector: starting", flush=True)
-            result = run_engine(f"{__name__}:engine", {**job, "connector": connector}, folder)
+        for which in ("with", "without", *args.peers):
+            print(f"{which}: starting", flush=True)
+            environment = offload_peers.PEERS.get(which)
+            connector = CONNECTORS.get(which, "OffloadingConnector")
+            result = run_engine(
+                f"{__name__}:engine", {**job, "connector": connector}, folder, environment=environment
+            )
             if result is None:
-                print(f"the engine {which} XLayerConnector failed, see above", file=sys.stderr)
-                return 1
-            results[which] = result
+                print(f"{which}: the engine failed, see above", file=sys.stderr)
+                failed = True
+                continue
+            engines[which] = result
+            # What is measured is kept, whatever happens to the next engine.
+            write(args.json, numbers)
     console = Console(width=100, highlight=False)
-    console.print(restore_table(results["with"]))
-    console.print(span_table(results["with"]["restore"]["spans"]))
-    console.print(decode_table(results, f"{args.requests} x {args.tokens:,}"))
-    asked = {k: job[k] for k in ("dtype", "prompt", "repeats", "requests", "tokens", "steps", "rounds")}
-    numbers = {"shape": args.shape, **asked, "engines": results}
-    write(args.json, numbers)
-    for bound in bounds(numbers):
-        console.print(str(bound))
-    return 0
+    if "with" in engines:
+        console.print(restore_table(engines["with"]))
+        console.print(span_table(engines["with"]["restore"]["spans"]))
+    if args.peers:
+        console.print(offload_peers.peer_table(engines))
+    if "with" in engines and "without" in engines:
+        console.print(decode_table(engines, f"{args.requests} x {args.tokens:,}"))
+        for bound in bounds(numbers):
+            console.print(str(bound))
+    return int(failed)
 
 
 def engine(job: dict[str, Any]) -> dict[str, Any]:
     """One engine; its core is in a process of its own, as vLLM's default is."""
     from vllm import LLM
 
-    settings: dict[str, Any] = {}
-    if job["connector"]:
+    settings: dict[str, Any] = dict(GRAPHS_ONLY)
+    ours = job["connector"] == OURS
+    if job["connector"] is not None:
         settings["kv_transfer_config"] = {
-            "kv_connector": "XLayerConnector", "kv_role": "kv_both",
+            "kv_connector": job["connector"], "kv_role": "kv_both",
             # vLLM stores what a prompt fills only; here what is decoded too, so that decoding has stores.
             "kv_connector_extra_config": {
                 "cpu_bytes_to_use": job["host_bytes"], "offload_prompt_only": False,
             },
         }  # fmt: skip
+    if ours:
         settings["worker_extension_cls"] = WORKER
     started = time.perf_counter()
     llm = LLM(
         job["model"], load_format="dummy", skip_tokenizer_init=True, kv_cache_dtype=job["dtype"],
         max_model_len=max(job["prompt"], job["tokens"]) + 2 * job["steps"], max_num_seqs=job["requests"],
-        gpu_memory_utilization=job["utilization"],
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, **settings,
+        gpu_memory_utilization=job["utilization"], **settings,
     )  # fmt: skip
     report: dict[str, Any] = {
         "runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1",
         "start_seconds": time.perf_counter() - started,
     }
-    if job["connector"]:
+    if ours:
         report["row_bytes"] = tier(llm)["row_bytes"]
         block = llm.llm_engine.vllm_config.cache_config.block_size
         if (needed := rows_needed(job, block) * report["row_bytes"]) > job["host_bytes"]:
@@ -116,8 +139,11 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
             )
         report["link"] = link()
         report["restore"] = restores(llm, job["prompt"] - LAST, job["repeats"])
-    batch = make_prompts(llm, job["requests"], job["tokens"] - LAST, seed=101)
-    report["decode"] = decodes(llm, batch, job)
+    elif job["connector"] is not None:
+        report["restore"] = offload_peers.restores(llm, job["prompt"] - LAST, job["repeats"])
+    if ours or job["connector"] is None:
+        batch = make_prompts(llm, job["requests"], job["tokens"] - LAST, seed=101)
+        report["decode"] = decodes(llm, batch, job)
     llm.llm_engine.engine_core.shutdown()
     return report
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bounds import SHAPE, Bound
-from .engines import CACHES, SHAPES, Engine, goes_on, prompts, write_model
+from .engines import CACHES, GRAPHS_ONLY, SHAPES, Engine, goes_on, prompts, write_model
 from .record import RESULTS, write
 
 BATCH = (64, 8192)
@@ -28,7 +28,7 @@ BATCH_RATIO, LONG_RATIO = 1.03, 1.05
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=["bf16", "fp8", "nvfp4"])
     parser.add_argument("--rounds", type=int, default=2, help="times each engine is measured")
     parser.add_argument("--prompts", type=int, default=5, help="half cached prompts a round")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3, help="of each engine")
@@ -40,8 +40,9 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON. Returns 1 if an engine failed."""
     batch, long = (max(1, BATCH[0] // args.scale), BATCH[1] // args.scale), LONG // args.scale
     settings = dict(
-        max_model_len=long + 16, max_num_seqs=batch[0], gpu_memory_utilization=args.gpu_memory_utilization
-    )
+        max_model_len=long + 16, max_num_seqs=batch[0],
+        gpu_memory_utilization=args.gpu_memory_utilization, **GRAPHS_ONLY,
+    )  # fmt: skip
     caches: dict[str, Any] = {}
     results = {
         "shape": args.shape, "requests": batch[0], "tokens": batch[1], "long": long, "caches": caches,

@@ -38,8 +38,8 @@ class TierWorker:
         )  # fmt: skip
 
     def begin_events(self) -> None:
-        """Notes from now on when a load is "asked" for and "submitted", when one is "told" to have ended, and
-        when a step with tokens begins its "launch" and is "launched".
+        """Notes from now on when a load is "asked" for, when one is "told" to have ended, and when a step
+        with tokens begins its "launch" and is "launched".
         """
         events: list[Event] = []
         self._events = events
@@ -49,9 +49,7 @@ class TierWorker:
 
         def submit_load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             note("asked")
-            taken = original(*args, **kwargs)
-            note("submitted")
-            return taken
+            return original(*args, **kwargs)
 
         def get_finished(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             sent, received = original(*args, **kwargs)
@@ -71,42 +69,55 @@ class TierWorker:
         tier = connector.connector_worker.worker
         calls = ((tier, submit_load), (connector, get_finished), (self, execute_model))
         self._noted = [(owner, call.__name__) for owner, call in calls]
-        for owner, call in calls:
-            setattr(owner, call.__name__, functools.partial(call, getattr(owner, call.__name__)))
+        _call_first(*calls)
 
     def end_events(self) -> list[Event]:
         """Those since begin_events."""
-        for owner, name in self._noted:
-            delattr(owner, name)
+        _call_no_more(self._noted)
         return self._events
 
     def begin_copies(self, load: bool, row_bytes: int) -> None:
-        """Keeps rows moving one way from now on, as the connector does: submits before a step's launch, asks
-        what has finished after it."""
+        """Keeps rows moving one way from now on, as vLLM has the connector do it: stores are submitted before
+        a step's launch, loads after it, and then it is asked what has finished."""
         connector = connector_of_worker()
         copies = self._copies = row_copies(load, row_bytes, connector.pool.device)
         samples: list[tuple[float, int]] = []
         self._samples = samples
-        start_load_kv, get_finished = connector.start_load_kv, connector.get_finished
 
-        def before(*args: Any, **kwargs: Any) -> Any:
-            copies.submit()
-            return start_load_kv(*args, **kwargs)
+        def bind_connector_metadata(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            copies.before_launch()
+            return original(*args, **kwargs)
 
-        def after(*args: Any, **kwargs: Any) -> Any:
+        def start_load_kv(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            copies.after_launch()
+            return original(*args, **kwargs)
+
+        def get_finished(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             copies.book()
             samples.append((time.monotonic(), copies.bytes))
-            return get_finished(*args, **kwargs)
+            return original(*args, **kwargs)
 
-        connector.start_load_kv, connector.get_finished = before, after
+        calls = (bind_connector_metadata, start_load_kv, get_finished)
+        self._beside = [(connector, call.__name__) for call in calls]
+        _call_first(*((connector, call) for call in calls))
 
     def end_copies(self) -> list[tuple[float, int]]:
         """Ends them; (time.monotonic(), bytes copied until then) of every step."""
-        connector = connector_of_worker()
-        del connector.start_load_kv, connector.get_finished
+        _call_no_more(self._beside)
         self._copies.stop()
         del self._copies
         return self._samples
+
+
+def _call_first(*calls: tuple[Any, Callable[..., Any]]) -> None:
+    """Lets a function be called in place of its owner's method of that name, which it is handed first."""
+    for owner, call in calls:
+        setattr(owner, call.__name__, functools.partial(call, getattr(owner, call.__name__)))
+
+
+def _call_no_more(names: list[tuple[Any, str]]) -> None:
+    for owner, name in names:
+        delattr(owner, name)
 
 
 class RowCopies:
@@ -118,6 +129,7 @@ class RowCopies:
     def __init__(self, load: bool, row_bytes: int, device: torch.device):
         from ..connector.directions import make_direction
 
+        self._load = load
         rows = max(1, self.JOB_BYTES // row_bytes)
         pool = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, device=device)
         host = torch.zeros((2 * rows, row_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -129,7 +141,19 @@ class RowCopies:
         self.bytes = 0
         """Copied since they began."""
 
-    def submit(self) -> None:
+    def before_launch(self) -> None:
+        """Submits stores; loads that come after the launch need not wait for it."""
+        if self._load:
+            self._direction.before_launch()
+        else:
+            self._submit()
+
+    def after_launch(self) -> None:
+        """Submits loads."""
+        if self._load:
+            self._submit()
+
+    def _submit(self) -> None:
         """So many jobs that JOBS of them are not finished."""
         while self._running < self._ahead:
             self._direction.submit(self._running, *next(self._ids))

@@ -1,0 +1,54 @@
+"""This package's kernel, and pages in the format that it shares with vLLM's FlashInfer backend."""
+
+from functools import partial
+
+import torch
+
+from ... import ops
+from ...nvfp4 import content_bytes, decode, encode, page_bytes, page_views
+from ..inputs import Calls, Inputs
+
+
+def make(inputs: Inputs, kv: torch.Tensor | None = None) -> Calls:
+    """Calls with a schedule that is made once a step for all layers, and not timed."""
+    s = inputs.shape
+    cache = nvfp4_cache(inputs, kv)
+    one = torch.ones(1, device=inputs.device)
+    workspace = ops.AttentionWorkspace.create(
+        inputs.q.device,
+        num_q_heads=s.num_q_heads,
+        num_kv_heads=s.num_kv_heads,
+        head_size=s.head_size,
+        max_requests=len(s.lens),
+        max_q_len=s.q_len,
+    )
+    ops.nvfp4_attention_schedule(inputs.seq_lens, workspace, s.q_len)
+
+    def call(table: torch.Tensor) -> None:
+        ops.nvfp4_paged_attention(
+            inputs.q, cache, table, inputs.seq_lens, workspace, one, one, inputs.out,
+            scale=s.head_size**-0.5, q_len=s.q_len,
+        )  # fmt: skip
+
+    return [partial(call, table) for table in inputs.tables]
+
+
+def nvfp4_cache(inputs: Inputs, kv: torch.Tensor | None) -> torch.Tensor:
+    """(blocks, heads, tokens, 9D/8) bytes that hold ``kv``; random ones where that is None."""
+    s = inputs.shape
+    pages = inputs.pages(page_bytes(s.num_kv_heads, s.block_size, s.head_size))
+    cache = pages.unflatten(-1, (s.num_kv_heads, s.block_size, content_bytes(s.head_size)))
+    if kv is None:
+        return cache.random_(0, 0x60)  # any byte below 0x7F is a positive block scale
+    data, scale = encode(kv.float())
+    views = page_views(cache)
+    parts = ((views.k_data, data[:, 0]), (views.k_scale, scale[:, 0]),
+             (views.v_data, data[:, 1]), (views.v_scale, scale[:, 1]))  # fmt: skip
+    for view, part in parts:
+        view.copy_(part)
+    return cache
+
+
+def kept(kv: torch.Tensor) -> torch.Tensor:
+    """K and V after a round trip through NVFP4."""
+    return decode(*encode(kv.float()))
