@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
         "gpus": _gpus(),
         "extension": _extension(),
         "vllm": _vllm(),
-        "copies": _copies(),
+        "copies": copies(),
     }
     if args.model:
         report["model"] = _model(args)
@@ -57,30 +57,13 @@ def _extension() -> dict[str, Any]:
     return ops.build_info()
 
 
-def _copies() -> dict[str, Any]:
-    """What moves rows between device and host on the first GPU, and the rates (GB/s) it was chosen by."""
+def copies() -> str:
+    """What moves rows between device and host."""
     import torch
 
-    from .connector import copy_measure
-    from .connector.copy_choice import Way
+    from .connector.copy_choice import rule
 
-    if not torch.cuda.is_available():
-        return {"state": "no GPU: nothing to choose"}
-    device = torch.device("cuda", 0)
-    times = copy_measure.cached(device)
-    if times is None:
-        return {"state": "not measured yet: the next start of XLayerConnector does"}
-    return {
-        "state": copy_measure.told(times),
-        "file": str(copy_measure.cache_file(copy_measure.machine(device))),
-        "GB/s": {
-            way.value: [
-                {"piece bytes": size, "copy engine": engine / 1e9, "kernel": kernel / 1e9}
-                for size, engine, kernel in times.rates(way)
-            ]
-            for way in Way
-        },
-    }
+    return rule() if torch.cuda.is_available() else "no GPU: nothing to choose"
 
 
 def _vllm() -> dict[str, Any]:
@@ -148,11 +131,8 @@ def _print(report: dict[str, Any]) -> None:
     for name, value in state.items():
         if name != "private":
             pairs.add_row(f"vLLM: {name}", str(value))
-    pairs.add_row("copies", report["copies"]["state"])
+    pairs.add_row("copies", report["copies"])
     console.print(pairs)
-    if rates := report["copies"].get("GB/s"):
-        console.print()
-        console.print(_rates(rates))
     if records := state.get("private"):
         console.print("\nWhat this package needs of vLLM that is not public:")
     for record in records or ():
@@ -174,14 +154,3 @@ def _print(report: dict[str, Any]) -> None:
         console.print(f"  {refusal}", markup=False)
     console.print()
     console.print(model["drawing"], markup=False, soft_wrap=True)
-
-
-def _rates(rates: dict[str, list[dict[str, float]]]) -> Table:
-    grid = Table(title="GB/s of long copies: copy engine, kernel", title_justify="left")
-    grid.add_column("bytes a piece", justify="right")
-    for way in rates:
-        grid.add_column(way, justify="right")
-    for lines in zip(*rates.values(), strict=True):
-        cells = (f"{line['copy engine']:.1f}  {line['kernel']:.1f}" for line in lines)
-        grid.add_row(f"{lines[0]['piece bytes']:,}", *cells)
-    return grid

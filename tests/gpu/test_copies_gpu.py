@@ -1,26 +1,14 @@
-"""Copies between pool and host tier on a GPU: the measurement, and transfers cut into batches."""
+"""Copies between pool and host tier on a GPU: transfers cut into batches."""
 
 import pytest
 import torch
 
-from vllm_xlayer.connector import copy_measure, directions, transfers
-from vllm_xlayer.connector.copy_choice import CopyTimes, Sample, Way
+from vllm_xlayer.connector import directions, transfers
+from vllm_xlayer.connector.copy_choice import Way
 from vllm_xlayer.ops import CopyMethod
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
-
-
-def test_measured_kept_and_found_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    copy_measure.times_here.cache_clear()
-    times = copy_measure.times_here(GPU)
-    assert times is not None and copy_measure.cached(GPU) == times
-    copy_measure.times_here.cache_clear()
-    for way in Way:
-        assert [size for size, *_ in times.rates(way)] == list(copy_measure.SIZES)
-        # No link or memory does more than 100 TB/s or less than 1 MB/s: a clock that did not run.
-        assert all(1e6 < rate < 1e14 for _, *rates in times.rates(way) for rate in rates)
 
 
 def test_rows_that_the_kernel_can_copy():
@@ -33,19 +21,11 @@ def test_rows_that_the_kernel_can_copy():
     assert not transfers.kernel_can(rows(4, 4640)[:, 8:4616])
 
 
-def always(method):
-    """Times with which this method is chosen."""
-    other = CopyMethod(1 - method)
-    return CopyTimes(
-        {(way, m): [Sample(4096, 0.0, 1.0 if m == other else 1e-3)] for way in Way for m in CopyMethod}
-    )
-
-
 @pytest.mark.parametrize("method", list(CopyMethod))
 def test_a_store_and_a_load_in_many_batches(monkeypatch, method):
     """A store reads what the stream of the model writes before it, and is not finished before that."""
     monkeypatch.setattr(transfers, "BATCH_BYTES", dict.fromkeys(Way, 10 * 4608))
-    monkeypatch.setattr(transfers, "times_here", lambda device: always(method))
+    monkeypatch.setattr(transfers, "choose", lambda way, piece_bytes: method)
     used, real = [], transfers.ops.copy_blocks
 
     def copy_blocks(src, dst, src_ids, dst_ids, method):

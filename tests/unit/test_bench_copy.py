@@ -25,7 +25,6 @@ def copies() -> dict:
     return {
         **provenance(),
         "link": dict.fromkeys(copy.WAYS, 55e9),
-        "choice_seconds": 0.25,
         "ways": dict.fromkeys(copy.WAYS, lines),
     }
 

@@ -25,7 +25,6 @@ def device(monkeypatch):
     monkeypatch.setattr(transfers, "BATCH_BYTES", dict.fromkeys(Way, PER_BATCH * ROW))
     monkeypatch.setattr(transfers, "LEAST_QUEUED", 40 * PER_BATCH * ROW)
     monkeypatch.setattr(transfers, "IDLE_BATCH_BYTES", PER_BATCH * ROW)
-    monkeypatch.setattr(transfers, "times_here", lambda device: None)
     monkeypatch.setattr(transfers.time, "perf_counter", lambda: made.clock * 1e-3)
     made.refuse = lambda number: False
     made.batches = []

@@ -7,7 +7,6 @@ of the device alone, as if submitting took no time.
 
 import argparse
 import gc
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..connector import copy_measure
 from ..connector.copy_choice import Way
 from .bounds import Bound
 from .copy_peers import NOT_MEASURED, TITLES, VLLM, Call, Peer, peers
@@ -63,11 +61,6 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         console.print("copy: expected an NVIDIA GPU, got none")
         return 1
-    device = torch.device("cuda", torch.cuda.current_device())
-    started = time.perf_counter()
-    times = copy_measure.measure(device)
-    choice_seconds = time.perf_counter() - started
-    console.print(f"measured for the choice in {choice_seconds:.2f} s: {copy_measure.told(times)}")
     device_rate = copy_rate() / 2  # of copying: read plus written is twice that
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -75,10 +68,9 @@ def run(args: argparse.Namespace) -> int:
         buffers = Buffers()
         link = {"D2D": device_rate, **buffers.link_rates()}
         ways: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-        crossover = {way.name: times.crossover(way) for way in Way}
-        numbers = {"link": link, "choice_seconds": choice_seconds, "crossover": crossover, "ways": ways}
+        numbers = {"link": link, "ways": ways}
         for way, size in track([(w, s) for w in WAYS for s in args.pieces], "copy", console=console):
-            ways[way].append(measure(buffers, way, size, peers(times), args.repeats))
+            ways[way].append(measure(buffers, way, size, peers(), args.repeats))
             write(args.json, numbers)  # what is measured is kept
     for way in WAYS:
         console.print(_table(way, ways[way], link[way]))

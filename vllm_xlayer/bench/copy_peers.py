@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from .. import ops
-from ..connector.copy_choice import CopyTimes, Way
+from ..connector.copy_choice import Way, choose
 from ..ops import CopyMethod
 
 Call = Callable[[], object]
@@ -26,12 +26,12 @@ NOT_MEASURED = ("LMCache", "SGLang", "Mooncake", "NIXL")
 """Peers that move pieces as well and are not here."""
 
 
-def peers(times: CopyTimes) -> dict[str, Peer]:
-    """A function for each of TITLES. ours: by engine or kernel, as `times` say."""
+def peers() -> dict[str, Peer]:
+    """A function for each of TITLES. ours: by engine or kernel, as the connector chooses."""
 
     def ours(src: torch.Tensor, dst: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> Call:
         way = Way.of(src.device, dst.device)
-        method = times.choose(way, src.shape[1], len(src_ids))
+        method = choose(way, src.shape[1])
         return partial(ops.copy_blocks, src, dst, src_ids, dst_ids, method)
 
     def by(method: CopyMethod) -> Peer:

@@ -23,8 +23,8 @@ def copy_section(results: dict[str, Any]) -> str:
     parts = [
         "## Copies",
         "`vllm-xlayer bench copy`: scattered pieces, GB/s of calls one behind the other, with submitting "
-        'them, beside vLLM\'s two paths in the same process. "ours" is what the measurement at start chose, '
-        f"in {results['choice_seconds']:.2f} s. The last three columns: how many times as fast as the better "
+        'them, beside vLLM\'s two paths in the same process. "ours" is what the connector chooses. '
+        "The last three columns: how many times as fast as the better "
         "of vLLM's; the same of one call until all is copied, which who waits for it sees; and on the "
         f"device alone, as if submitting took no time. Not measured: {', '.join(NOT_MEASURED)}.",
         f"![GB/s against bytes a piece](results/{COPY_PNG})",

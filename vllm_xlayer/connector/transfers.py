@@ -19,8 +19,7 @@ from vllm.v1.kv_offload.base import TransferResult
 
 from .. import ops
 from ..ops import CopyMethod
-from .copy_choice import ENOUGH, Way, choose
-from .copy_measure import times_here
+from .copy_choice import Way, choose
 from .pacing import Chain, Paced
 
 logger = init_logger(__name__)
@@ -122,7 +121,6 @@ class StreamDirection(HostDirection):
     def __init__(self, src: torch.Tensor, dst: torch.Tensor, device: torch.device):
         super().__init__(src, dst)
         self._way = Way.of(src.device, dst.device)
-        self._times = times_here(device)
         self._row_bytes = src.shape[1]
         self._chain = Chain(device)
         self._unsent: deque[Job] = deque()
@@ -208,10 +206,10 @@ class StreamDirection(HostDirection):
 
     @cached_property
     def _method(self) -> CopyMethod:
-        # Asked with the first copy, not before: host memory is pinned by then. For long copies, whatever a
-        # batch has: what a copy takes to start is over before the batch ahead of it is done.
-        times = self._times if kernel_can(self.src) and kernel_can(self.dst) else None
-        return choose(times, self._way, self._row_bytes, max(1, ENOUGH // self._row_bytes))
+        # Asked with the first copy, not before: host memory is pinned by then.
+        if not (kernel_can(self.src) and kernel_can(self.dst)):
+            return CopyMethod.ENGINE
+        return choose(self._way, self._row_bytes)
 
     def _book_what_ended(self) -> None:
         while self._running:
