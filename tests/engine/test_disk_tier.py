@@ -102,9 +102,15 @@ def cut(data, i):
     del data[i * 997 % len(data) :]
 
 
+def age(data, i):
+    """As an earlier version of this package has written it."""
+    data[7] = 1
+
+
 @pytest.mark.parametrize(
     ("damage", "reasons"),
     [
+        pytest.param(age, {"miss: old format"}, id="old format"),
         pytest.param(flip, {"miss: damaged header", "miss: damaged payload"}, marks=fault("flipped bits")),
         pytest.param(cut, {"miss: short"}, marks=fault("short read")),
     ],

@@ -5,9 +5,10 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from test_tier_format import IDENTITY
+from test_tier_format import IDENTITY, entry_of_version
 
 from vllm_xlayer.connector.disk_format import HEADER_BYTES, EntryError
 from vllm_xlayer.connector.disk_store import DiskStore
@@ -162,6 +163,35 @@ def test_an_entry_under_another_name(tmp_path):
     shutil.copy(store.path_of(key(1)), store.path_of(key(0)))
     with pytest.raises(EntryError, match="other key"):
         read(store, 0)
+
+
+def leave_old_entry(store, i, used):
+    """As an engine of an earlier version has left it, with the same identity."""
+    path = Path(store.path_of(key(i)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(entry_of_version(1, key=key(i), payload=bytes(payload(i))))
+    os.utime(path, (used, used))
+
+
+def test_an_entry_of_an_old_format_is_a_miss(tmp_path):
+    store = store_in(tmp_path)
+    leave_old_entry(store, 0, used=time.time())
+    with pytest.raises(EntryError) as caught:
+        read(store, 0)
+    assert caught.value.reason == "old format"
+    assert used(tmp_path) == 0  # there is room for one of today's
+    assert store.write(key(0), payload(0)) and read(store, 0) == payload(0)
+
+
+def test_entries_of_an_old_format_count_and_go_first(tmp_path):
+    store = store_in(tmp_path, entries=4)
+    for i in (0, 1):
+        leave_old_entry(store, i, used=time.time() - 60)
+    store.rescan()
+    assert store.total == 2 * SIZE
+    for i in (2, 3, 4, 5):
+        store.write(key(i), payload(i))
+    assert held(store, 6) == [2, 3, 4, 5] and used(tmp_path) == 4 * SIZE
 
 
 def test_temporary_files(tmp_path):

@@ -13,7 +13,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .disk_format import HEADER_BYTES, EntryError, TierIdentity, check_header, check_payload, decode_header
+from .disk_format import (
+    HEADER_BYTES,
+    OLD_FORMAT,
+    EntryError,
+    TierIdentity,
+    check_header,
+    check_payload,
+    decode_header,
+)
 from .disk_store import STALE_SECONDS, SUBFOLDER, SUFFIX, scan
 
 _NAMES = tuple(field.name for field in fields(TierIdentity))
@@ -42,7 +50,7 @@ def add_parsers(commands: Any) -> None:
     """Adds ``verify`` and ``tier`` to the subparsers of the command line; `run` takes what they parse."""
     verify = commands.add_parser("verify", help="check every entry of a disk tier's folder")
     verify.add_argument("folder", type=Path, help="the connector's disk_path")
-    verify.add_argument("--delete", action="store_true", help="delete what is damaged")
+    verify.add_argument("--delete", action="store_true", help="delete what is damaged, or of an old format")
     tier = commands.add_parser("tier", help="look at a disk tier's folder, or empty it")
     actions = tier.add_subparsers(dest="action", required=True)
     for name, text in (
@@ -65,7 +73,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verify(folder: Path, delete: bool = False) -> int:
-    """Reads every entry, prints what is wrong with it, and deletes that if told to. 1 if any was damaged."""
+    """Reads every entry, prints what is wrong with it, and deletes that if told to. 1 if any was damaged.
+
+    Entries of an older format are no damage: an earlier version of this package left them, and no engine
+    uses them. They are counted apart.
+    """
     reasons: Counter[str] = Counter()
     checked = 0
     for found in _files(folder):
@@ -77,14 +89,18 @@ def verify(folder: Path, delete: bool = False) -> int:
             continue
         except EntryError as error:
             reasons[error.reason] += 1
-            print(f"{found.path}: {error}")
+            if error.reason != OLD_FORMAT:
+                print(f"{found.path}: {error}")
             if delete:
                 os.unlink(found.path)
         checked += 1
+    old = reasons.pop(OLD_FORMAT, 0)
     bad = sum(reasons.values())
     what = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     print(f"{checked} entries checked, {bad} damaged{f' ({what})' if bad else ''}"
           f"{', deleted' if bad and delete else ''}")  # fmt: skip
+    if old:
+        print(f"{old} of an old format, which are never used: {'deleted' if delete else '--delete removes them'}")
     return 1 if bad else 0
 
 
@@ -138,15 +154,17 @@ def stat(folder: Path) -> int:
 
 
 def _identity_of(files: list[Found]) -> dict[str, Any]:
-    """From the first header that can be read; empty if none can."""
+    """From the first header that can be read; else why none can."""
+    problem = ""
     for found in files:
         try:
             with open(found.path, "rb") as file:
                 values = decode_header(file.read(HEADER_BYTES))
-        except (OSError, EntryError):
+        except (OSError, EntryError) as error:
+            problem = str(error)
             continue
-        return {name: values[name] for name in _NAMES if values.get(name) != ""}
-    return {}
+        return {name: values[name] for name in _NAMES if values.get(name, "") != ""}
+    return {"not readable": problem}
 
 
 def purge(folder: Path) -> int:
