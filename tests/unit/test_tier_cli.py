@@ -45,7 +45,7 @@ def test_damage_is_named_and_deleted_on_demand(store, tmp_path, capsys):
     path(store, 1).write_bytes(data)
     path(store, 2).write_bytes(b"")
     shutil.copy(path(store, 3), path(store, 4))
-    other = tmp_path / "xlayer-rows" / "someone" / "03"
+    other = tmp_path / "xlayer-rows" / ("0" * 32) / "03"
     other.mkdir(parents=True)
     shutil.copy(path(store, 3), other)
     assert command("verify", tmp_path) == 1
@@ -96,7 +96,7 @@ def test_stat_of_a_header_with_a_field_less(store, tmp_path, capsys, monkeypatch
 
 
 def test_purge(store, tmp_path, capsys):
-    part = path(store, 0).with_suffix(".tmp")
+    part = path(store, 0).with_name(f"{path(store, 0).name}.1.1.01234567.tmp")
     part.write_bytes(b"part")  # somebody may be writing it
     assert command("tier", "purge", tmp_path) == 0
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [part]

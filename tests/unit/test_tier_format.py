@@ -31,7 +31,9 @@ def entry(identity=IDENTITY, key=KEY, payload=PAYLOAD):
 
 
 def check(header, identity=IDENTITY, key=KEY, payload=PAYLOAD):
-    check_payload(payload, check_header(decode_header(header), identity, key, len(payload)))
+    check_payload(
+        [payload[:7], payload[7:]], check_header(decode_header(header), identity, key, len(payload))
+    )
 
 
 def test_what_was_written_passes():

@@ -11,7 +11,7 @@ header says. So what `check_header` and `check_payload` let pass is what was wri
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -124,8 +124,10 @@ def check_header(values: Mapping[str, Any], identity: TierIdentity, key: bytes, 
     return str(values.get("payload_xxh3_128"))
 
 
-def check_payload(payload: memoryview | bytes, expected: str) -> None:
-    """EntryError if the payload's checksum is not the header's."""
-    got = xxhash.xxh3_128_hexdigest(payload)
-    if got != expected:
-        raise EntryError("damaged payload", f"expected xxh3-128 {expected}, got {got}")
+def check_payload(payload: Iterable[memoryview | bytes], expected: str) -> None:
+    """EntryError if the checksum of the payload, which may come in pieces, is not the header's."""
+    digest = xxhash.xxh3_128()
+    for piece in payload:
+        digest.update(piece)
+    if digest.hexdigest() != expected:
+        raise EntryError("damaged payload", f"expected xxh3-128 {expected}, got {digest.hexdigest()}")
