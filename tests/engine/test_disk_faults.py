@@ -95,7 +95,7 @@ def test_a_bad_disk_turns_the_tier_off(
             TALLY["tries"] += 1
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(disk_tier.DiskStore, "_create", fail)
+        monkeypatch.setattr(disk_tier.DiskStore, "_write", fail)
         if code == errno.EIO:
             monkeypatch.setattr(disk_tier.DiskStore, "_read", fail)
     found = cached_right(llm, answers)
@@ -153,7 +153,7 @@ def test_a_slow_disk_does_not_pin_the_host_tier(make_llm, tiny_llama, answers, t
     llm = start(make_llm, tiny_llama, tmp_path, cpu_bytes_to_use=24 * ROW)
     check(llm, PROMPTS, answers)
     assert manager_of(llm).disk.counts["not stored: disk too slow"] > 0
-    assert manager_of(llm).disk._waiting < 24 // 4 + 12  # the largest prompt's job may come on top
+    assert manager_of(llm).disk.chunks_to_write < 24 // 4 + 12  # the largest prompt's job may come on top
     settle(llm)
 
 
@@ -260,7 +260,7 @@ def test_stop_during_promotions_and_stores(make_llm, tiny_llama, answers, tmp_pa
     step_until(llm, lambda: len({writes for _, writes in manager_of(llm).transfers()}) == 2)
     disk = manager_of(llm).disk
     core_of(llm).shutdown()
-    assert not any(thread.is_alive() for thread in disk._threads)
+    assert not any(worker.thread.is_alive() for worker in disk._workers)
     assert not list(tmp_path.rglob("*.tmp"))
     cached_right(start(make_llm, tiny_llama, tmp_path), answers)
     TALLY["tries"] = 1

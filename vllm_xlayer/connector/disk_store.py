@@ -76,12 +76,17 @@ class DiskStore:
         return other
 
     @property
+    def root(self) -> Path:
+        """The folder of all identities."""
+        return self._files.root
+
+    @property
     def total(self) -> int:
         """Bytes of all entries, as far as known."""
         return self._account.total
 
     def path_of(self, key: bytes) -> str:
-        return f"{self._files.root}/{self._path(key)}"
+        return f"{self.root}/{self._path(key)}"
 
     def _path(self, key: bytes) -> str:
         name = key.hex()
@@ -139,7 +144,7 @@ class DiskStore:
             if isinstance(error, FileNotFoundError) and self._files.folder.is_dir():
                 return False  # somebody emptied the folder just now
             if error.errno in _IN_THE_WAY:
-                raise EntryError("in the way", f"{self._files.root}/{path}: {error.strerror}") from error
+                raise EntryError("in the way", f"{self.root}/{path}: {error.strerror}") from error
             raise
         self._account.add(path, size)
         return True
@@ -173,7 +178,7 @@ class DiskStore:
                 self._account.forget([path])
             else:
                 self._remove(path)
-            raise EntryError(error.reason, f"{self._files.root}/{path}: {error}") from error
+            raise EntryError(error.reason, f"{self.root}/{path}: {error}") from error
         self._account.touch(path)
 
     def _read(self, path: str, key: bytes, payload: memoryview) -> None:
