@@ -5,10 +5,10 @@ No engine is started here: these are calls of a DiskTier as vLLM makes them.
 
 import os
 import threading
-import time
 
 import numpy as np
 import pytest
+from disk_fixture import GIVE_UP, Hang, until
 from vllm.v1.kv_offload.base import LookupResult, ReqContext
 from vllm.v1.kv_offload.tiering.base import JobMetadata
 
@@ -23,41 +23,10 @@ IDENTITY = TierIdentity(
 )  # fmt: skip
 CHUNKS, BYTES = 4, 1000
 REQUEST = ReqContext("a request")
-GIVE_UP = 60
 
 
 def key(i):
     return bytes([i]) * 36
-
-
-def until(condition):
-    give_up = time.monotonic() + GIVE_UP
-    while not condition():
-        assert time.monotonic() < give_up, "what was waited for did not happen"
-        time.sleep(0.001)
-
-
-class Hang:
-    """A function of ``os`` that does not return on the disk's threads, until `release`."""
-
-    def __init__(self, monkeypatch):
-        self._monkeypatch = monkeypatch
-        self._go_on = threading.Event()
-        self.began = threading.Event()
-
-    def at(self, name):
-        real = getattr(os, name)
-
-        def hanging(*args, **more):
-            if threading.current_thread().name.startswith("xlayer-disk"):
-                self.began.set()
-                assert self._go_on.wait(10 * GIVE_UP)
-            return real(*args, **more)
-
-        self._monkeypatch.setattr(os, name, hanging)
-
-    def release(self):
-        self._go_on.set()
 
 
 @pytest.fixture
