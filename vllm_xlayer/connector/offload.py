@@ -96,7 +96,6 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             if self.kv_events_config.self_describing_kv_events:
                 raise NoIdentity("self_describing_kv_events does not work with several tiers in vLLM 0.26")
             identity = settings.identity()
-            settings.path.mkdir(exist_ok=True)
             view = scheduler_memory(self._shape).numpy()
             # The host tier must keep room for loads while the disk is behind.
             waiting = max(1, self.num_blocks // 4)
