@@ -1,8 +1,11 @@
 """Engines with a disk tier, for the tests of it."""
 
+import os
+import threading
+import time
 from pathlib import Path
 
-from faults import check, core_of, live_connector, settle
+from faults import TALLY, check, core_of, live_connector, settle
 from model_fixture import random_prompts, vllm_greedy, vllm_outputs
 
 NUM_TOKENS = 8
@@ -54,3 +57,37 @@ def cached_right(llm, answers):
 
 WHOLE_BLOCKS = [(len(p) - 1) // 16 * 16 for p in PROMPTS]
 """Tokens of each prompt that a cache can hold for it: its last token is always computed."""
+
+GIVE_UP = 60
+"""Seconds after which what a test waits for is taken to fail."""
+
+
+def until(condition):
+    give_up = time.monotonic() + GIVE_UP
+    while not condition():
+        assert time.monotonic() < give_up, "what was waited for did not happen"
+        time.sleep(0.001)
+
+
+class Hang:
+    """A function of ``os`` that does not return on the disk's threads, until `release`."""
+
+    def __init__(self, monkeypatch):
+        self._monkeypatch = monkeypatch
+        self._go_on = threading.Event()
+        self.began = threading.Event()
+
+    def at(self, name):
+        real = getattr(os, name)
+
+        def hanging(*args, **more):
+            if threading.current_thread().name.startswith("xlayer-disk"):
+                self.began.set()
+                TALLY["tries"] += not self._go_on.is_set()
+                assert self._go_on.wait(10 * GIVE_UP)
+            return real(*args, **more)
+
+        self._monkeypatch.setattr(os, name, hanging)
+
+    def release(self):
+        self._go_on.set()

@@ -12,11 +12,13 @@ from disk_fixture import (
     PROMPTS,
     ROW,
     WHOLE_BLOCKS,
+    Hang,
     cached_right,
     connector,
     entries,
     fill,
     start,
+    until,
 )
 from faults import (
     TALLY,
@@ -95,7 +97,7 @@ def test_a_bad_disk_turns_the_tier_off(
             TALLY["tries"] += 1
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(disk_tier.DiskStore, "_create", fail)
+        monkeypatch.setattr(disk_tier.DiskStore, "_write", fail)
         if code == errno.EIO:
             monkeypatch.setattr(disk_tier.DiskStore, "_read", fail)
     found = cached_right(llm, answers)
@@ -153,8 +155,87 @@ def test_a_slow_disk_does_not_pin_the_host_tier(make_llm, tiny_llama, answers, t
     llm = start(make_llm, tiny_llama, tmp_path, cpu_bytes_to_use=24 * ROW)
     check(llm, PROMPTS, answers)
     assert manager_of(llm).disk.counts["not stored: disk too slow"] > 0
-    assert manager_of(llm).disk._waiting < 24 // 4 + 12  # the largest prompt's job may come on top
+    assert manager_of(llm).disk.chunks_to_write < 24 // 4 + 12  # the largest prompt's job may come on top
     settle(llm)
+
+
+HANGS = {"read": "readv", "write": "replace", "stat": "lstat", "scan": "scandir"}
+
+
+@fault("hung disk")
+@pytest.mark.parametrize("call", HANGS)
+def test_a_disk_that_hangs(make_llm, tiny_llama, answers, tmp_path, monkeypatch, caplog_vllm, call):
+    """Requests are answered without it, all is given back, and nothing waits for it: neither a reset nor the
+    engine's end. (test_disk_hang.py has what becomes of calls that return late.)"""
+    if call == "read":
+        fill(make_llm, tiny_llama, tmp_path)
+    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 0.3)
+    monkeypatch.setattr(disk_tier, "FLUSH_SECONDS", 0.3)
+    monkeypatch.setattr(disk_tier, "MIN_RESCAN_SECONDS", 0.0)
+    llm = start(make_llm, tiny_llama, tmp_path)
+    disk, hang = manager_of(llm).disk, Hang(monkeypatch)
+    try:
+        hang.at(HANGS[call])
+        check(llm, PROMPTS, answers)
+        settle(llm)
+        until(lambda: any(worker.overdue(disk_tier.HUNG_SECONDS) for worker in disk._workers))
+        assert llm.reset_prefix_cache(reset_connector=True)
+        live_connector().pool.fill_(0xFF)
+        assert cached_right(llm, answers) == [0] * len(PROMPTS)
+        assert disk.hung and not disk.problem
+        assert disk.counts["hit"] == 0
+        forget_device_cache(llm)
+        assert cached_right(llm, answers) == WHOLE_BLOCKS  # the host tier goes on
+        assert sum("off until the disk answers" in r.getMessage() for r in caplog_vllm.records) == 1
+        core_of(llm).shutdown()
+    finally:
+        hang.release()
+    for worker in disk._workers:
+        worker.thread.join(60)
+        assert not worker.thread.is_alive()
+    assert not disk.counts["miss: damaged payload"]
+
+
+@fault("hung disk")
+def test_a_disk_that_hangs_and_comes_back(make_llm, tiny_llama, answers, tmp_path, monkeypatch):
+    fill(make_llm, tiny_llama, tmp_path)
+    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 0.3)
+    llm = start(make_llm, tiny_llama, tmp_path)
+    disk, hang = manager_of(llm).disk, Hang(monkeypatch)
+    try:
+        hang.at("readv")
+        assert cached_right(llm, answers) == [0] * len(PROMPTS)
+        assert disk.hung
+        before = disk._view.copy()
+    finally:
+        hang.release()
+    until(lambda: disk._reader._call is None)
+    assert (disk._view == before).all()  # the read that returned changed nothing
+    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 60)
+    monkeypatch.setattr(tiering, "DEADLINE_SECONDS", 60)
+    manager_of(llm).host.reset_cache()
+    forget_device_cache(llm)
+    assert cached_right(llm, answers) == WHOLE_BLOCKS
+    assert disk.counts["hit"] > 0 and not disk.hung
+
+
+@fault("hung disk")
+def test_a_disk_that_does_not_answer_at_the_start(
+    make_llm, tiny_llama, answers, tmp_path, monkeypatch, caplog_vllm
+):
+    (tmp_path / "xlayer-rows").mkdir()
+    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 0.3)
+    hang = Hang(monkeypatch)
+    try:
+        hang.at("scandir")
+        llm = start(make_llm, tiny_llama, tmp_path)
+        cached_right(llm, answers)
+        forget_device_cache(llm)
+        assert cached_right(llm, answers) == WHOLE_BLOCKS
+    finally:
+        hang.release()
+    assert not isinstance(manager_of(llm), TieredManager)
+    assert any("without its disk tier" in record.getMessage() for record in caplog_vllm.records)
 
 
 @fault("copy error")
@@ -260,7 +341,7 @@ def test_stop_during_promotions_and_stores(make_llm, tiny_llama, answers, tmp_pa
     step_until(llm, lambda: len({writes for _, writes in manager_of(llm).transfers()}) == 2)
     disk = manager_of(llm).disk
     core_of(llm).shutdown()
-    assert not any(thread.is_alive() for thread in disk._threads)
+    assert not any(worker.thread.is_alive() for worker in disk._workers)
     assert not list(tmp_path.rglob("*.tmp"))
     cached_right(start(make_llm, tiny_llama, tmp_path), answers)
     TALLY["tries"] = 1

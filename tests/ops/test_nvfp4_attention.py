@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import attention_ref as ref
 from reference import nvfp4_ref
-from reference.attention_cases import Case, check_batch, check_case, make_batch
+from reference.attention_cases import SHARP, Case, check_batch, check_case, make_batch
 from reference.pools import make_pool
 
 from vllm_xlayer import ops
@@ -94,6 +94,24 @@ def test_block_scales_of_the_whole_range(device, head_size, dtype):
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 def test_query_magnitudes(device, head_size, q_size):
     check_case(Case((1, 40, 300), 2, head_size=head_size, q_size=q_size), device)
+
+
+@pytest.mark.parametrize("case", SHARP, ids=str)
+def test_what_models_look_like(device, case):
+    check_case(case, device)
+
+
+def test_a_first_token_that_has_nearly_all_of_the_mass():
+    """That the cases are what they say: the share of the first token, by float64."""
+    batch = make_batch(SHARP[0], torch.device("cpu"))
+    c, (k_pool, v_pool) = batch.case, batch.dequantised()
+    tokens = torch.arange(c.lengths[0])
+    blocks = batch.block_table[0, tokens // c.block_size].long()
+    k, v = k_pool[blocks, tokens % c.block_size], v_pool[blocks, tokens % c.block_size]
+    first = torch.zeros_like(v)
+    first[0] = 1.0
+    share, _ = ref.attention(batch.q[: c.q_len], k, first, ref.Softmax(c.softmax_scale))
+    assert (v[0] == 0).all() and 0.9995 < share.mean() < 0.99999
 
 
 def test_query_magnitudes_differ_between_rows(device):

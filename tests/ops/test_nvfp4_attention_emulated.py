@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.attention_cases import Case, check_batch, make_batch
+from reference.attention_cases import SHARP, Case, check_batch, make_batch
 from reference.emulated import emulated, schedule_of, why_not
 
 from vllm_xlayer.nvfp4 import ScaleOrder
@@ -60,6 +60,11 @@ def test_soft_cap_sinks_and_global_scales():
 @pytest.mark.parametrize("q_size", [1e-4, 1e4])
 def test_magnitudes(q_size):
     check(Case((1, 40, 200), q_size=q_size, all_scales=True))
+
+
+@pytest.mark.parametrize("case", SHARP, ids=str)
+def test_what_models_look_like(case):
+    check(case)
 
 
 @pytest.mark.parametrize("head_size", [64, 128])

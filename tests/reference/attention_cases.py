@@ -35,6 +35,13 @@ class Case:
     """Standard deviation of the queries; the softmax scale is divided by it, so scores stay about 1."""
     all_scales: bool = False
     """Block scales of K and V over e4m3's whole range, instead of those of Gaussian K and V."""
+    first_logit: float = 0.0
+    """If not 0, about what every query's logit of its request's first token is, whose V is 0. Models attend
+    to that token where they have nothing to look for; what they see then is in the others' tiny weights."""
+    outliers: bool = False
+    """Sixteen channels of K are sixteen times as large as the others, so logits are about 6."""
+    small_v: bool = False
+    """V of about 0.005: its block scales are subnormal numbers."""
     split_units: int = 0
     seed: int = 0
 
@@ -55,6 +62,20 @@ class Case:
     def first_seen(self, length: int) -> int:
         """The first token that a query of a request of this length sees."""
         return max(0, length - self.q_len - self.window + 1) if self.window else 0
+
+
+SHARP = tuple(
+    Case((2048, 100, 1, 33), head_size=head_size, dtype=dtype, **how)
+    for head_size, dtype in ((128, torch.bfloat16), (64, torch.bfloat16), (256, torch.float16))
+    for how in (
+        {"first_logit": 20.0},
+        {"first_logit": 14.0, "q_len": 4, "window": 700, "sinks": True},
+        {"outliers": True, "q_len": 2},
+        {"outliers": True, "first_logit": 25.0, "small_v": True, "soft_cap": 50.0},
+        {"small_v": True, "v_scale": 0.01},
+    )
+)
+"""What real models' caches look like, and random ones never do."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +180,10 @@ def make_batch(case: Case, device: torch.device) -> Batch:
     full = [length // n for length in case.lengths]
     partial = [int(length % n > 0) for length in case.lengths]
     shared = max(1, sum(full) * 2 // 3)
-    ids = rng.permutation(shared + sum(partial) + NEVER_WRITTEN)
-    poisoned, shared_ids, own_ids = np.split(ids, [NEVER_WRITTEN, NEVER_WRITTEN + shared])
+    firsts = len(case.lengths) if case.first_logit else 0
+    ids = rng.permutation(shared + sum(partial) + NEVER_WRITTEN + firsts)
+    at_split = [NEVER_WRITTEN, NEVER_WRITTEN + shared, len(ids) - firsts]
+    poisoned, shared_ids, own_ids, first_ids = np.split(ids, at_split)
 
     columns = max([f + p for f, p in zip(full, partial, strict=True)], default=0) + 1
     table = rng.choice([-1, *poisoned], (len(case.lengths), columns + 2)).astype(np.int32)
@@ -168,6 +191,8 @@ def make_batch(case: Case, device: torch.device) -> Batch:
     for r, length in enumerate(case.lengths):
         first = case.first_seen(length)
         blocks = rng.choice(shared_ids, full[r])
+        if firsts:
+            blocks[:1] = first_ids[r]
         if partial[r]:
             blocks = np.append(blocks, own_ids[sum(partial[:r])])
         table[r, first // n : len(blocks)] = blocks[first // n :]
@@ -185,8 +210,14 @@ def make_batch(case: Case, device: torch.device) -> Batch:
         data_at, scale_at = ref.byte_addresses(case.kv_heads, n, case.head_size, is_v, swizzled)
         at = data_at[token]
         pages[block[:, None, None], at] = rng.integers(0, 256, at.shape, dtype=np.uint8)
+        if is_v and firsts:
+            pages[block[token == 0, None, None], data_at[0]] &= np.uint8(0x88)  # only its signs are left
         at = scale_at[token]
         scales = rng.integers(low, high, at.shape, dtype=np.uint8)
+        if case.outliers and not is_v:
+            scales[..., 0] += 4 * 8  # an octave of e4m3 is 8 numbers
+        if case.small_v and is_v:
+            scales = rng.integers(1, 8, at.shape, dtype=np.uint8)
         # Zero and subnormal scales, too.
         pages[block[:, None, None], at] = np.where(
             rng.random(at.shape) < 0.05, rng.integers(0, 8, at.shape, dtype=np.uint8), scales
@@ -198,6 +229,8 @@ def make_batch(case: Case, device: torch.device) -> Batch:
     width = case.heads * case.head_size
     fused = torch.full((rows, width + 2 * case.kv_heads * case.head_size), torch.nan)
     fused[:, :width] = torch.randn(rows, width, generator=generator) * case.q_size
+    if firsts:
+        fused[:, :width] += _towards_first_tokens(case, pages, table).flatten(1)
     q = fused.to(case.dtype).to(device)[:, :width].unflatten(1, (case.heads, case.head_size))
     sinks = torch.randn(case.heads, generator=generator) * 2 if case.sinks else None
     return Batch(
@@ -210,6 +243,16 @@ def make_batch(case: Case, device: torch.device) -> Batch:
         scalar(case.v_scale, device),
         None if sinks is None else sinks.to(device),
     )
+
+
+def _towards_first_tokens(case: Case, pages: np.ndarray, table: np.ndarray) -> torch.Tensor:
+    """[R * q_len, Hq, D]: what gives a query the logit ``case.first_logit`` of its request's first token."""
+    blocks = table[:, 0].clip(0)  # a request without tokens has none, and no query that sees any
+    shape = (case.kv_heads, case.block_size, case.head_size)
+    k = ref.dequantise_pages(pages[blocks], *shape, False, False)[:, 0] * case.k_scale
+    along = np.nan_to_num(k) / np.maximum(np.nan_to_num((k * k).sum(-1, keepdims=True)), 1e-9)
+    rows = torch.from_numpy(along * case.first_logit / case.softmax_scale).float()
+    return rows.repeat_interleave(case.group, 1).repeat_interleave(case.q_len, 0)
 
 
 def rounding(dtype: torch.dtype, exact: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_tier_format import IDENTITY
+from test_tier_format import IDENTITY, entry_of_version
 
 from vllm_xlayer.connector import tier_cli
 from vllm_xlayer.connector.disk_format import HEADER_BYTES
@@ -45,7 +45,7 @@ def test_damage_is_named_and_deleted_on_demand(store, tmp_path, capsys):
     path(store, 1).write_bytes(data)
     path(store, 2).write_bytes(b"")
     shutil.copy(path(store, 3), path(store, 4))
-    other = tmp_path / "xlayer-rows" / "someone" / "03"
+    other = tmp_path / "xlayer-rows" / ("0" * 32) / "03"
     other.mkdir(parents=True)
     shutil.copy(path(store, 3), other)
     assert command("verify", tmp_path) == 1
@@ -69,8 +69,34 @@ def test_ls_and_stat(store, tmp_path, capsys):
     assert out.startswith(f"{IDENTITY.digest}: 5 files") and "a/model" in out and "nvfp4" in out
 
 
+def test_entries_of_an_old_format(store, tmp_path, capsys):
+    """Counted apart from damage, and removed on demand."""
+    key = bytes([1]) * 36
+    path(store, 1).write_bytes(entry_of_version(1, key=key, payload=bytes(BYTES)))
+    assert command("verify", tmp_path) == 0
+    good, old = capsys.readouterr().out.splitlines()
+    assert good == "5 entries checked, 0 damaged" and old.startswith("1 of an old format")
+    assert command("verify", tmp_path, "--delete") == 0
+    assert capsys.readouterr().out.endswith("never used: deleted\n") and not path(store, 1).exists()
+
+
+def test_stat_of_headers_it_does_not_know(store, tmp_path, capsys):
+    for i in range(5):
+        old = entry_of_version(1, key=bytes([i]) * 36, payload=bytes(BYTES))
+        path(store, i).write_bytes(old)
+    assert command("tier", "stat", tmp_path) == 0
+    assert "old format: expected version 2, got 1" in capsys.readouterr().out
+
+
+def test_stat_of_a_header_with_a_field_less(store, tmp_path, capsys, monkeypatch):
+    """As another version of this package may have written, or will."""
+    monkeypatch.setattr(tier_cli, "_NAMES", (*tier_cli._NAMES, "a field of tomorrow"))
+    assert command("tier", "stat", tmp_path) == 0
+    assert "a/model" in capsys.readouterr().out
+
+
 def test_purge(store, tmp_path, capsys):
-    part = path(store, 0).with_suffix(".tmp")
+    part = path(store, 0).with_name(f"{path(store, 0).name}.1.1.01234567.tmp")
     part.write_bytes(b"part")  # somebody may be writing it
     assert command("tier", "purge", tmp_path) == 0
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [part]

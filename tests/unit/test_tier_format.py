@@ -1,11 +1,15 @@
 """Entries of the disk tier: every field counts, and sizes are exact."""
 
+import json
 from dataclasses import asdict, fields, replace
 
 import pytest
+import xxhash
 
 from vllm_xlayer.connector.disk_format import (
+    FORMAT_VERSION,
     HEADER_BYTES,
+    MAGIC,
     EntryError,
     TierIdentity,
     check_header,
@@ -27,7 +31,9 @@ def entry(identity=IDENTITY, key=KEY, payload=PAYLOAD):
 
 
 def check(header, identity=IDENTITY, key=KEY, payload=PAYLOAD):
-    check_payload(payload, check_header(decode_header(header), identity, key, len(payload)))
+    check_payload(
+        [payload[:7], payload[7:]], check_header(decode_header(header), identity, key, len(payload))
+    )
 
 
 def test_what_was_written_passes():
@@ -67,11 +73,37 @@ def test_a_header_of_another_length(length):
         decode_header((entry() + b"\0")[:length])
 
 
-def test_another_format_version():
-    header = bytearray(entry())
-    header[7] += 1
-    with pytest.raises(EntryError, match="format"):
-        decode_header(bytes(header))
+def entry_of_version(version, identity=IDENTITY, key=KEY, payload=PAYLOAD):
+    """A whole entry, built from the definition of version 1, whose header is otherwise that of today."""
+    values = asdict(identity) | {
+        "key": key.hex(),
+        "payload_bytes": len(payload),
+        "payload_xxh3_128": xxhash.xxh3_128_hexdigest(payload),
+    }
+    text = json.dumps(values, sort_keys=True).encode()
+    body = (b"XLAYROW" + bytes([version]) + len(text).to_bytes(4, "little") + text).ljust(4080, b"\0")
+    return body + xxhash.xxh3_128_digest(body) + payload
+
+
+def test_an_older_format_is_named():
+    """Entries that were written before the identity covered what it covers now."""
+    assert FORMAT_VERSION == 2
+    old = entry_of_version(1)
+    with pytest.raises(EntryError, match="expected version 2, got 1") as caught:
+        decode_header(old[:HEADER_BYTES])
+    assert caught.value.reason == "old format"
+    check(entry_of_version(2)[:HEADER_BYTES])  # nothing but the version was in the way
+
+
+@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, 255])
+def test_a_format_that_does_not_exist(version):
+    with pytest.raises(EntryError) as caught:
+        decode_header(entry_of_version(version)[:HEADER_BYTES])
+    assert caught.value.reason == "format"
+
+
+def test_the_magic_ends_with_the_version():
+    assert entry()[:8] == MAGIC == b"XLAYROW\x02"
 
 
 def test_too_long_names_are_refused():

@@ -5,9 +5,10 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from test_tier_format import IDENTITY
+from test_tier_format import IDENTITY, entry_of_version
 
 from vllm_xlayer.connector.disk_format import HEADER_BYTES, EntryError
 from vllm_xlayer.connector.disk_store import DiskStore
@@ -164,26 +165,94 @@ def test_an_entry_under_another_name(tmp_path):
         read(store, 0)
 
 
+def leave_old_entry(store, i, used):
+    """As an engine of an earlier version has left it, with the same identity."""
+    path = Path(store.path_of(key(i)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(entry_of_version(1, key=key(i), payload=bytes(payload(i))))
+    os.utime(path, (used, used))
+
+
+def test_an_entry_of_an_old_format_is_a_miss(tmp_path):
+    store = store_in(tmp_path)
+    leave_old_entry(store, 0, used=time.time())
+    with pytest.raises(EntryError) as caught:
+        read(store, 0)
+    assert caught.value.reason == "old format"
+    assert used(tmp_path) == 0  # there is room for one of today's
+    assert store.write(key(0), payload(0)) and read(store, 0) == payload(0)
+
+
+def test_entries_of_an_old_format_count_and_go_first(tmp_path):
+    store = store_in(tmp_path, entries=4)
+    for i in (0, 1):
+        leave_old_entry(store, i, used=time.time() - 60)
+    store.rescan()
+    assert store.total == 2 * SIZE
+    for i in (2, 3, 4, 5):
+        store.write(key(i), payload(i))
+    assert held(store, 6) == [2, 3, 4, 5] and used(tmp_path) == 4 * SIZE
+
+
+def leave_temporary(store, i, hours=0.0, size=SIZE):
+    """As an engine that is writing leaves it, or one that was killed."""
+    part = f"{store.path_of(key(i))}.1.1.01234567.tmp"
+    os.makedirs(os.path.dirname(part), exist_ok=True)
+    with open(part, "wb") as file:
+        file.write(bytes(size))
+    os.utime(part, (time.time() - hours * 3600,) * 2)
+    return part
+
+
 def test_temporary_files(tmp_path):
     store = store_in(tmp_path, entries=3)
     store.write(key(0), payload(0))
-    part = f"{store.path_of(key(0))}.1.1.abc.tmp"
-    with open(part, "wb") as file:
-        file.write(bytes(SIZE))
+    part = leave_temporary(store, 0)
     fresh = store_in(tmp_path, entries=3)
     assert fresh.total == 2 * SIZE  # perhaps another engine is writing it: it counts and stays
     for i in range(1, 4):
         fresh.write(key(i), payload(i))
     assert os.path.exists(part) and held(fresh, 4) == [2, 3]
-    os.utime(part, (time.time() - 4000,) * 2)
+    leave_temporary(store, 0, hours=1.1)
     assert store_in(tmp_path, entries=3).total == 2 * SIZE and not os.path.exists(part)
+
+
+def test_files_being_written_count_for_the_bound(tmp_path):
+    """They cannot be evicted: what no longer fits beside them is not written."""
+    store = store_in(tmp_path, entries=3)
+    parts = [leave_temporary(store, i) for i in range(3)]
+    store.rescan()
+    assert not store.write(key(3), payload(3)) and used(tmp_path) == 3 * SIZE
+    os.unlink(parts[0])
+    store.rescan()
+    assert store.write(key(3), payload(3)) and used(tmp_path) == 3 * SIZE
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_a_clock_that_was_set(tmp_path, monkeypatch, hours):
+    """Back: what was written before lies in the future, and must not stay for ever."""
+    store, now = store_in(tmp_path, entries=4), time.time()
+    for i in range(3):
+        store.write(key(i), payload(i))
+        os.utime(store.path_of(key(i)), (now + i, now + i))
+    part = leave_temporary(store, 9)
+    clock = [now + hours * 3600]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    store = store_in(tmp_path, entries=4)
+    assert os.path.exists(part) == (hours < 0)  # its writer, if there is one, starts it anew
+    for i in range(3, 9):
+        clock[0] += 7200
+        store.write(key(i), payload(i))
+        os.utime(store.path_of(key(i)), (clock[0],) * 2)
+        store.rescan()
+    assert held(store, 9) == [5, 6, 7, 8] and not os.path.exists(part)
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     store = store_in(tmp_path)
     store.write(key(0), payload(0))
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
@@ -196,9 +265,9 @@ def test_a_folder_emptied_while_writing(tmp_path, monkeypatch):
     """As `vllm-xlayer tier purge` may do while an engine runs."""
     store, rename = store_in(tmp_path), os.replace
 
-    def purge_first(*args):
-        shutil.rmtree(store.root)
-        rename(*args)
+    def purge_first(*args, **handles):
+        shutil.rmtree(tmp_path / "xlayer-rows")
+        rename(*args, **handles)
 
     monkeypatch.setattr(os, "replace", purge_first)
     assert not store.write(key(0), payload(0))

@@ -31,6 +31,7 @@ FAULTS = (
     "folder removed",
     "folder read-only",
     "slow disk",
+    "hung disk",
     "abort during load",
     "abort during store",
     "preemption",

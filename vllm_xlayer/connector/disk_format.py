@@ -11,14 +11,20 @@ header says. So what `check_header` and `check_payload` let pass is what was wri
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import xxhash
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Goes up when entries written before must not be used any more.
+
+The version is not in the names of folders and files: an entry of an older format is met where a new one would
+be, counts against the bound like any other, and goes first, as nobody uses it.
+"""
 MAGIC = b"XLAYROW" + bytes([FORMAT_VERSION])
+OLD_FORMAT = "old format"
 HEADER_BYTES = 4096
 _TEXT_AT, _SUM_AT = 12, HEADER_BYTES - 16
 _MAX_TEXT = _SUM_AT - _TEXT_AT
@@ -81,6 +87,8 @@ def decode_header(header: bytes) -> dict[str, Any]:
     """
     if len(header) != HEADER_BYTES:
         raise EntryError("short", f"expected a header of {HEADER_BYTES} bytes, got {len(header)}")
+    if header[:7] == MAGIC[:7] and 0 < header[7] < FORMAT_VERSION:
+        raise EntryError(OLD_FORMAT, f"expected version {FORMAT_VERSION}, got {header[7]}")
     if header[: len(MAGIC)] != MAGIC:
         raise EntryError("format", f"expected {MAGIC!r}, got {header[: len(MAGIC)]!r}")
     if xxhash.xxh3_128_digest(header[:_SUM_AT]) != header[_SUM_AT:]:
@@ -116,8 +124,10 @@ def check_header(values: Mapping[str, Any], identity: TierIdentity, key: bytes, 
     return str(values.get("payload_xxh3_128"))
 
 
-def check_payload(payload: memoryview | bytes, expected: str) -> None:
-    """EntryError if the payload's checksum is not the header's."""
-    got = xxhash.xxh3_128_hexdigest(payload)
-    if got != expected:
-        raise EntryError("damaged payload", f"expected xxh3-128 {expected}, got {got}")
+def check_payload(payload: Iterable[memoryview | bytes], expected: str) -> None:
+    """EntryError if the checksum of the payload, which may come in pieces, is not the header's."""
+    digest = xxhash.xxh3_128()
+    for piece in payload:
+        digest.update(piece)
+    if digest.hexdigest() != expected:
+        raise EntryError("damaged payload", f"expected xxh3-128 {expected}, got {digest.hexdigest()}")

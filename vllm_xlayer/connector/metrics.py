@@ -18,11 +18,13 @@
 |                        |                         |         | memory: absent, late (from the disk),         |
 |                        |                         |         | starting (not pinned yet), off.               |
 |                        |                         |         | disk: it had an entry, and could not use it:  |
-|                        |                         |         | short, format, damaged header, damaged        |
-|                        |                         |         | payload, other <field>, absent (another       |
-|                        |                         |         | engine just evicted it)                       |
+|                        |                         |         | short, format, old format, damaged header,    |
+|                        |                         |         | damaged payload, other <field>, absent        |
+|                        |                         |         | (another engine just evicted it), not a file  |
 | failures_total         | direction, tier, reason | chunks  | not moved. host: copy. disk: disk error, off, |
-|                        |                         |         | no room, disk too slow                        |
+|                        |                         |         | no room, disk too slow, disk hangs (off until |
+|                        |                         |         | a call to it returns), in the way (of an      |
+|                        |                         |         | entry is something else)                      |
 | queue_depth            | direction, tier         | chunks  | in transfers that are under way or wait       |
 | disk_used_bytes        |                         | bytes   | entries in the disk tier's folder, of all     |
 |                        |                         |         | engines                                       |

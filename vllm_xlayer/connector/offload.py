@@ -115,7 +115,6 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             if int(self.extra_config.get("store_threshold", 0)) >= 2:
                 raise NoIdentity("store_threshold does not work with several tiers")
             identity = settings.identity()
-            settings.path.mkdir(exist_ok=True)
             view = scheduler_memory(self._shape).numpy()
             host.kv_view = view.data
             # The host tier must keep room for loads while the disk is behind.

@@ -8,7 +8,11 @@ namespace xlayer::attention {
 constexpr int TILE = 16;             // tokens a warp works on at a time
 constexpr int ROWS = 8;              // query rows of one MMA
 constexpr float EMPTY = -1e30f;      // running maximum of no key; finite, so that exp2(x - EMPTY) has no NaN
-constexpr float LAZY = 8.0f;         // P may reach 2^LAZY before the accumulators are rescaled
+// P is a half, relative to the running maximum: beside a key that has nearly all of the mass, as a model's first
+// token often does, all others' P together is what the output is made of. So the maximum's P is 2^HEADROOM, and
+// what is 2^-26 of it (e^-18) is still a normal half.
+constexpr float HEADROOM = 12.0f;
+constexpr float LAZY = 3.0f;  // P may reach 2^(HEADROOM + LAZY) before the accumulators are rescaled
 constexpr float UNSCALE = 16384.0f;  // dequantised values are 2^-14 of what they stand for
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;

@@ -30,7 +30,7 @@ struct WarpState {
   uint32_t q[C::NT][2 * C::WORDS][2];  // Q^T fragments, halves, each row times a power of two
   float out[C::NT][C::M_TILES][4];     // O^T, times UNSCALE^-1
   float factor[C::NT][2];              // logits in base 2 = S^T * factor
-  float max[C::NT][2];                 // of the logits in base 2, may lag by LAZY
+  float max[C::NT][2];                 // of the logits in base 2, less HEADROOM; may lag by LAZY
   float limit[C::NT][2];               // S^T beyond which it lags too much
   float sum[C::NT][2];                 // this lane's part
 
@@ -230,10 +230,10 @@ class Tile {
         float m = fmaxf(s[n][j], s[n][2 + j]) * state.factor[n][j];
 #pragma unroll
         for (int lanes = 4; lanes < 32; lanes *= 2) m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, lanes));
-        m = fmaxf(m, state.max[n][j]);
+        m = fmaxf(m - HEADROOM, state.max[n][j]);
         const float shrink = ptx::exp2_approx(state.max[n][j] - m);
         state.max[n][j] = m;
-        state.limit[n][j] = __fdividef(m + LAZY, state.factor[n][j]);
+        state.limit[n][j] = __fdividef(m + (HEADROOM + LAZY), state.factor[n][j]);
         state.sum[n][j] *= shrink;
 #pragma unroll
         for (int d = 0; d < C::M_TILES; ++d) {
