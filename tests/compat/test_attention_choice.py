@@ -83,14 +83,14 @@ def test_ours_on_consumer_blackwell_where_vllm_refuses():
 
 
 def test_vllm_alone_where_its_pages_are_swizzled():
-    with pytest.raises(ValueError, match="^no$"):
+    with pytest.raises(ValueError, match=r"^no$"):
         choose(selector(), (10, 0), refusal="no")
 
 
 def test_a_named_backend_is_obeyed():
     assert choose(selector(), selected="FLASHINFER") == (FLASHINFER, ["FLASHINFER"])
     assert choose(selector(), (12, 0), selected="CUSTOM") == (BACKEND, [])
-    with pytest.raises(ValueError, match="^FLASH_ATTN has no such kernels$"):
+    with pytest.raises(ValueError, match=r"^FLASH_ATTN has no such kernels$"):
         choose(selector(), selected="FLASH_ATTN", refusal="FLASH_ATTN has no such kernels")
     with pytest.raises(ValueError, match=r"vllm-xlayer cannot serve .*head_size"):
         choose(selector(head_size=512), selected="CUSTOM")

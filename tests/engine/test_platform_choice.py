@@ -29,16 +29,12 @@ def test_not_offered_beside_another(bare_machine, monkeypatch, check):
     assert platform.cpu_reference_platform() is None
 
 
-def test_not_offered_to_another_vllm(bare_machine, monkeypatch):
+def test_not_offered_to_a_vllm_without_layouts(bare_machine, monkeypatch):
     monkeypatch.undo()
-    for version, supported in (
-        ("0.26.0", True),
-        ("0.26.1+cu130", True),
-        ("0.33.0", False),
-        ("0.260.0", False),
-    ):
-        monkeypatch.setattr("importlib.metadata.version", lambda _, version=version: version)
-        assert platform._vllm_is_supported() is supported
+    assert platform._vllm_is_supported()
+    monkeypatch.setattr(platform, "NEEDED_MODULE", "vllm.v1.no_such_module")
+    assert not platform._vllm_is_supported()
+    assert platform.cpu_reference_platform() is None
 
 
 def test_never_raises(bare_machine, monkeypatch):

@@ -90,7 +90,8 @@ def _float(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
 
 OPS: dict[str, Callable[..., torch.Tensor | None]] = {
     "convert_weight_packed(Tensor weight) -> Tensor": pack_linear,
-    "weight_packed_linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, bool is_packed) -> ()": linear,
+    "weight_packed_linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, "
+    "bool is_packed) -> ()": linear,
     "prepack_moe_weight(Tensor weight, Tensor(a!) out, str isa) -> ()": pack_experts,
     "cpu_fused_moe(Tensor(a!) out, Tensor x, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
     "Tensor weights, Tensor experts, bool skip_weighted, str activation, str isa) -> ()": fused_experts,
