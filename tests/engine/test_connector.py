@@ -245,7 +245,7 @@ def test_a_backend_without_rows_is_named(make_llm, tiny_llama, monkeypatch):
 
 
 def test_a_layout_left_over_in_the_environment_is_named(make_llm, tiny_llama, monkeypatch):
-    """As it was set for vLLM 0.26; it goes before every connector's wish."""
+    """As older vLLMs needed it in places; it goes before every connector's wish."""
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "HND")
     with pytest.raises(NegotiationError, match="VLLM_KV_CACHE_LAYOUT: it is HND"):
         make_llm(tiny_llama, kv_transfer_config=connector())
