@@ -111,7 +111,7 @@ def test_the_disk_has_the_rows_of_both(engine, answers):
     engine.collective_rpc(spoil_pool)
     assert check(engine, PROMPTS, answers) == WHOLE_BLOCKS
     settle(engine)
-    assert manager_of(engine).disk.counts["hit"] == BLOCKS
+    assert manager_of(engine).disk.counts["hit"] == USABLE
 
 
 def test_each_rank_moves_its_rows(llm, answers):

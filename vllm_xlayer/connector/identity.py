@@ -12,8 +12,8 @@ from .disk_format import TierIdentity
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 SAFE_HASHES = ("sha256", "sha256_cbor")
-"""Hash functions of vLLM's under which different prompts do not get the same key, even if someone tries. Their
-chains begin alike in every process; engines with different PYTHONHASHSEEDs find nothing of each other."""
+"""Hash functions of vLLM's under which different prompts do not get the same key, even if someone tries.
+Their chains begin alike in every process, unless PYTHONHASHSEED differs: then nothing is found."""
 
 
 class NoIdentity(ValueError):
