@@ -5,6 +5,10 @@ Where no GPU is visible the marked ones are skipped, with what was looked for.
 """
 
 import functools
+import os
+
+# Before vLLM is imported: one of its libraries starts compilers in the background, of kernels for GPUs.
+os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
 
 import pytest
 import torch

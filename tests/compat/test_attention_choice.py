@@ -73,6 +73,15 @@ def test_without_cuda_ops_vllm_may_serve(monkeypatch, caplog_vllm):
     assert "VLLM_XLAYER_CUDA=1" in caplog_vllm.text
 
 
+def test_without_the_extension_vllm_may_serve(monkeypatch, caplog_vllm):
+    def missing():
+        raise ops.ExtensionMissingError("expected the compiled extension")
+
+    monkeypatch.setattr(ops, "build_info", missing)
+    assert choose(selector()) == (FLASHINFER, [None])
+    assert "expected the compiled extension" in caplog_vllm.text
+
+
 def test_both_reasons_where_both_refuse():
     with pytest.raises(ValueError, match=r"(?s)vllm-xlayer cannot serve.*head_size.*no valid backend"):
         choose(selector(head_size=512), refusal="no valid backend")

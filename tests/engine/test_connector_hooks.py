@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingConnectorMetadata,
     TransferJob,
@@ -13,6 +14,7 @@ from vllm.v1.kv_offload.base import GPULoadStoreSpec, TransferResult
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
 from vllm_xlayer.compat.private import CONNECTOR_FEATURE, require
+from vllm_xlayer.connector import connector as connector_module
 from vllm_xlayer.connector.connector import XLayerConnector
 from vllm_xlayer.connector.offload import RowOffloadingWorker
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
@@ -145,6 +147,17 @@ def test_loads_are_told_of_the_launch_that_comes(connector, monkeypatch):
     assert not marked
     step(connector, loads=[(1, [6], [3])])
     assert marked == [1]
+
+
+def test_another_spec_is_told_what_is_lost(monkeypatch, caplog_vllm):
+    extra = {"spec_name": "TieringOffloadingSpec", "no_key_of_ours": 1}
+    config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra))
+    monkeypatch.setattr(connector_module, "build_offloading_config", lambda *_: "theirs")
+    monkeypatch.setattr(connector_module.OffloadingSpecFactory, "create_spec", lambda config: config)
+    spec = connector_module._offloading_spec(config, None, None, KVConnectorRole.SCHEDULER)
+    assert spec == "theirs"
+    (said,) = [r.getMessage() for r in caplog_vllm.records]
+    assert "TieringOffloadingSpec" in said and "Without spec_name they are on" in said
 
 
 def scheduler(monkeypatch, *groups):

@@ -41,7 +41,7 @@ class Step:
     requests = ((37, 1), (50, 21), (0, 150), (31, 1), (0, 1))
 
     def __init__(self, impl, kv_cache_dtype="auto", dtype=torch.float32):
-        from vllm_xlayer.attention.cpu import CpuReferenceBackend, CpuReferenceMetadata
+        from vllm_xlayer.attention.cpu import CpuReferenceMetadata
 
         torch.manual_seed(0)
         lens = [computed + new for computed, new in self.requests]
@@ -50,10 +50,8 @@ class Step:
         self.block_table = torch.zeros(len(lens), max(blocks_needed), dtype=torch.int32)
         for row, blocks in zip(self.block_table, ids, strict=True):
             row[: len(blocks)] = blocks
-        shape = CpuReferenceBackend.get_kv_cache_shape(
-            1 + sum(blocks_needed), BLOCK, KV_HEADS, HEAD_SIZE, kv_cache_dtype
-        )
-        layers = (shape[0], 3, *shape[1:])
+        content = HEAD_SIZE * 9 // 8 if kv_cache_dtype == "nvfp4" else 2 * HEAD_SIZE
+        layers = (1 + sum(blocks_needed), 3, KV_HEADS, BLOCK, content)
         if kv_cache_dtype == "nvfp4":
             rows = torch.full(layers, 0xFF, dtype=torch.uint8)  # scales that are NaN
         else:
@@ -161,15 +159,22 @@ def test_own_chunk_is_not_rounded_by_a_narrower_cache():
         torch.testing.assert_close(outputs[r].double(), expected, rtol=0, atol=1e-5)
 
 
-def test_shape_and_orders():
+@pytest.mark.parametrize(
+    ("quant_mode", "dtype", "content"), [("NONE", torch.bfloat16, 512), ("NVFP4", torch.uint8, 144)]
+)
+def test_page_and_orders(quant_mode, dtype, content):
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+
     from vllm_xlayer.attention.cpu import CpuReferenceBackend as Backend
 
-    assert Backend.get_kv_cache_shape(7, 16, 2, 128) == (7, 2, 16, 256)
-    assert Backend.get_kv_cache_shape(7, 16, 2, 128, "nvfp4") == (7, 2, 16, 144)
-    assert Backend.get_kv_cache_stride_order() == (0, 1, 2, 3)
-    # Logical (L, B, H, N, C) stored as B, L, H, N, C: cross-layer rows with dense pages.
-    assert Backend.get_kv_cache_stride_order(include_num_layers_dimension=True) == (1, 0, 2, 3, 4)
-    assert Backend.indexes_kv_by_block_stride()
+    spec = FullAttentionSpec(
+        block_size=16, num_kv_heads=2, head_size=128, dtype=dtype, kv_quant_mode=KVQuantMode[quant_mode]
+    )
+    page = Backend.customize_spec(spec)
+    assert (page.num_heads, page.state_content_size_bytes) == (2, content)
+    assert page.page_size_bytes == 2 * 16 * content
+    assert Backend.customize_spec(page) == page
+    assert [layout.name for layout in Backend.supported_kv_cache_layouts()] == ["LBHNC", "BLHNC"]
 
 
 @pytest.mark.parametrize(

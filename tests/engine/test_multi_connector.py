@@ -4,6 +4,8 @@ import pytest
 from disk_fixture import ROW, WHOLE_BLOCKS
 from faults import check, core_of, live_connector, without_connector
 from model_fixture import random_prompts
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, SupportsHMA
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
@@ -38,7 +40,7 @@ class Silent(KVConnectorBase_V1, SupportsHMA):
     start_load_kv = wait_for_layer_load = save_kv_layer = wait_for_save = update_state_after_alloc = nothing
 
 
-def both(layout=None):
+def both(layout=None, **policy):
     silent = dict(
         kv_connector="Silent", kv_connector_module_path=__name__, kv_role="kv_both",
         kv_connector_extra_config={"layout": layout},
@@ -49,7 +51,7 @@ def both(layout=None):
     )  # fmt: skip
     return dict(
         kv_connector="MultiConnector", kv_role="kv_both",
-        kv_connector_extra_config={"connectors": [silent, ours]},
+        kv_connector_extra_config={"connectors": [silent, ours]}, **policy,
     )  # fmt: skip
 
 
@@ -67,7 +69,7 @@ def refuse(*_):
 
 def test_prompts_are_restored_and_failed_loads_computed(make_llm, tiny_llama, monkeypatch):
     answers = without_connector(make_llm, tiny_llama, PROMPTS, NUM_TOKENS)
-    llm = make_llm(tiny_llama, kv_transfer_config=both())
+    llm = make_llm(tiny_llama, kv_transfer_config=both(kv_load_failure_policy="recompute"))
     check(llm, PROMPTS, answers)
     forget(llm)
     assert check(llm, PROMPTS, answers) == WHOLE_BLOCKS
@@ -78,6 +80,13 @@ def test_prompts_are_restored_and_failed_loads_computed(make_llm, tiny_llama, mo
     assert ours.connector_scheduler.manager.loads_failed > 0
     come_to_rest(llm)
     check_accounts(ours.connector_scheduler, idle=True)
+
+
+def test_the_policy_for_failed_loads_is_said(caplog_vllm):
+    """It is MultiConnector's, and one of its connectors cannot change it."""
+    KVConnectorFactory.get_connector_class(KVTransferConfig(**both()))
+    (said,) = [record for record in caplog_vllm.records if "kv_load_failure_policy" in record.getMessage()]
+    assert "recompute" in said.getMessage()
 
 
 def test_another_layout_is_refused_with_both_names(make_llm, tiny_llama):

@@ -92,6 +92,37 @@ def test_other_plugins(monkeypatch, value, allowed, applies):
     assert platform._other_plugin_applies() is applies
 
 
+def config(v2: bool):
+    return types.SimpleNamespace(use_v2_model_runner=v2)
+
+
+def test_an_empty_cuda_visible_devices_is_named(monkeypatch):
+    """vLLM then takes Triton for usable, and the first step would find no driver."""
+    from vllm import triton_utils
+
+    from vllm_xlayer.platform import reference
+
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert 'CUDA_VISIBLE_DEVICES="" makes vLLM' in reference._machine_refusal(config(v2=False))
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", False)
+    assert reference._machine_refusal(config(v2=False)) is None
+
+
+def test_model_runner_v1_is_chosen_unless_the_user_chose(monkeypatch):
+    import os
+
+    from vllm_xlayer.platform import reference
+
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    reference.CpuReferencePlatform.pre_register_and_update()
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    reference.CpuReferencePlatform.pre_register_and_update()
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    assert "unset VLLM_USE_V2_MODEL_RUNNER" in reference._machine_refusal(config(v2=True))
+
+
 def test_import_is_cheap():
     script = "import sys, vllm_xlayer.platform; print(sorted({'torch', 'vllm', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -25,6 +25,7 @@ NONE = [0] * len(PROMPTS)
 one_rank = pytest.mark.fault("copy error on one rank")
 pytestmark = [
     pytest.mark.anywhere,
+    pytest.mark.timeout(400, func_only=True),  # a busy machine may need longer for three engines' start
     pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
@@ -110,7 +111,7 @@ def test_the_disk_has_the_rows_of_both(engine, answers):
     engine.collective_rpc(spoil_pool)
     assert check(engine, PROMPTS, answers) == WHOLE_BLOCKS
     settle(engine)
-    assert manager_of(engine).disk.counts["hit"] == BLOCKS
+    assert manager_of(engine).disk.counts["hit"] == USABLE
 
 
 def test_each_rank_moves_its_rows(llm, answers):

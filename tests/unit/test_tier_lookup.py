@@ -6,9 +6,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
-from vllm.v1.kv_offload.base import LookupResult, OffloadingKVEventsConfig, OffloadKey, ReqContext
+from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from vllm_xlayer.connector.host_manager import HostTierManager
@@ -68,7 +67,7 @@ def connector(manager):
     scheduler = object.__new__(RowConnectorScheduler)
     scheduler.manager = manager
     scheduler._describes_events = False
-    scheduler._events_tracker = OffloadingEventsTracker(OffloadingKVEventsConfig(False, False), {})
+    scheduler._events_tracker = SimpleNamespace(record_lookup=lambda *what: None)
     return scheduler
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
+# A library of vLLM's starts compilers in the background when it is imported, of kernels for GPUs.
+os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
+
 WORKER = "vllm_xlayer.platform.worker.CpuReferenceWorker"
 BLOCK_SIZE = 16
 NO_GPU = DeviceCapability(0, 0)
