@@ -25,8 +25,8 @@ def record_every_step(llm):
     scheduler, loggers = engine.engine_core.engine_core.scheduler, engine.logger_manager
     make_stats = scheduler.make_stats
 
-    def make_and_record(*args):
-        stats = make_stats(*args)
+    def make_and_record(*args, **stats_of):
+        stats = make_stats(*args, **stats_of)
         loggers.record(scheduler_stats=stats, iteration_stats=None)
         return stats
 
