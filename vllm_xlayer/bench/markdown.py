@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from ..eval import TASKS
-from . import engine, load, prefill
+from . import engine, load, prefill, traffic
 from .bounds import Bound
 from .peers import PEERS
 from .write import TITLES as WRITERS
@@ -152,6 +152,16 @@ def load_section(results: dict[str, Any]) -> str:
 Memory for KV: {results["kv_bytes"] / 1e9:.1f} GB, what NVFP4 needs for all of them.
 
 {_caches(results, load.rows(results), [])}"""
+
+
+def traffic_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench traffic`, with its heading."""
+    return f"""\
+### At vLLM's default flags
+
+`vllm-xlayer bench traffic`: {traffic.title(results)}; all offered at once, then the same requests again.
+
+{_caches(results, traffic.rows(results), [])}"""
 
 
 def write_table(results: dict[str, Any]) -> str:
