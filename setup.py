@@ -26,6 +26,7 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 TORCH_REQUIREMENT = "torch==2.11.0"
+"""Built against the oldest, so that the extension can only use what every torch since has."""
 STABLE_HEADER = "include/torch/csrc/stable/library.h"
 # What a source distribution must have beside the Python files.
 SOURCES = ["CMakeLists.txt", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*"))]
@@ -177,10 +178,10 @@ class CMakeBuild(build_ext):
 
 
 class Abi3Wheel(bdist_wheel):
-    """One wheel for every CPython from 3.10 on."""
+    """One wheel for every CPython from 3.11 on."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "cp310", "abi3", super().get_tag()[2]
+        return "cp311", "abi3", super().get_tag()[2]
 
 
 setup(

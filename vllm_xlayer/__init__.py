@@ -4,4 +4,4 @@ Importing this package imports neither vLLM nor the compiled extension, so it
 never fails because a GPU or vLLM is absent.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

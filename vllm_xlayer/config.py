@@ -6,6 +6,7 @@ VLLM_XLAYER_GATHER_WORKSPACE_BYTES   256 MiB      buffer that cached NVFP4 token
 VLLM_XLAYER_SCALE_CHOICE             best_of_9    how the writer picks block scales: amax_6, four_over_six
 """
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -142,7 +143,7 @@ class ConnectorSettings(BaseModel, extra="forbid", strict=True, frozen=True):
             if name in REFUSED and value:
                 raise _bad(name, f"nothing: {REFUSED[name]}", repr(value))
             if VLLMS_SETTINGS.get(name) == "" and name not in REFUSED:
-                logger.warning("XLayerConnector: kv_connector_extra_config: %s does nothing here", name)
+                _say_that_it_does_nothing(name)
         try:
             settings = cls.model_validate({name: extra[name] for name in cls.model_fields if name in extra})
         except ValidationError as error:
@@ -153,6 +154,11 @@ class ConnectorSettings(BaseModel, extra="forbid", strict=True, frozen=True):
             if getattr(settings, one) is None and getattr(settings, other) is not None:
                 raise _bad(one, str(cls.model_fields[one].description), "none")
         return settings
+
+
+@functools.cache  # both sides of the connector read the settings
+def _say_that_it_does_nothing(name: str) -> None:
+    logger.warning("XLayerConnector: kv_connector_extra_config: %s does nothing here", name)
 
 
 def _bad(name: str, expected: str, got: str) -> ConfigError:

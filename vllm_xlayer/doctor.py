@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         _print(report)
-    return 1 if "error" in report.get("model", {}) or "error" in report["vllm"] else 0
+    asked = (report["extension"], report["vllm"], report.get("model", {}))
+    return 1 if any("error" in part for part in asked) else 0
 
 
 def _versions() -> dict[str, str]:
@@ -54,7 +55,10 @@ def _gpus() -> list[str]:
 def _extension() -> dict[str, Any]:
     from . import ops
 
-    return ops.build_info()
+    try:
+        return ops.build_info()
+    except ops.ExtensionMissingError as error:
+        return {"error": str(error)}
 
 
 def _copies() -> dict[str, Any]:

@@ -47,14 +47,19 @@ def llama_answers(tiny_llama):
     return transformers_greedy(tiny_llama, PROMPTS, NUM_TOKENS)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "bfloat16", "nvfp4"])
-def test_the_cache_lies_in_rows(make_llm, tiny_llama, kv_cache_dtype):
-    llm = make_llm(tiny_llama, kv_cache_dtype=kv_cache_dtype, kv_transfer_config=connector())
+@pytest.mark.parametrize(
+    ("settings", "page"),
+    [
+        ({}, 2 * 2 * 16 * 32 * 4),
+        ({"dtype": "bfloat16"}, 2 * 2 * 16 * 32 * 2),
+        ({"kv_cache_dtype": "nvfp4"}, 2 * 16 * 36),
+    ],
+    ids=["float32", "bfloat16", "nvfp4"],
+)
+def test_the_cache_lies_in_rows(make_llm, tiny_llama, settings, page):
+    llm = make_llm(tiny_llama, kv_transfer_config=connector(), **settings)
     layout, pool = live_connector().layout, live_connector().pool
     caches = layer_caches(llm)
-    page = {"auto": 2 * 2 * 16 * 32 * 4, "bfloat16": 2 * 2 * 16 * 32 * 2, "nvfp4": 2 * 16 * 36}[
-        kv_cache_dtype
-    ]
     assert layout.layout.value == "BLHNC" and layout.row_bytes == 2 * page
     assert pool.shape == (llm.llm_engine.vllm_config.cache_config.num_gpu_blocks, 2 * page)
     for i, cache in enumerate(caches.values()):
@@ -216,19 +221,52 @@ def test_mamba_is_refused(make_llm, tmp_path):
 
 
 def test_an_allocation_that_differs_is_refused(make_llm, tiny_llama, monkeypatch):
-    """If vLLM ever allocated something else than was negotiated, nothing may be stored from it."""
-    from vllm.v1.core import kv_cache_utils
-
+    """If vLLM ever allocated something else than it resolved, nothing may be stored from it."""
+    from vllm_xlayer.connector import connector as module
     from vllm_xlayer.layout import AllocationError
 
-    monkeypatch.setattr(kv_cache_utils, "_use_packed_kv_cache_config", lambda *_: False)
+    real = module.allocations
+    monkeypatch.setattr(
+        module, "allocations", lambda caches: real({name: cache.clone() for name, cache in caches.items()})
+    )
     with pytest.raises(AllocationError, match=r"expected shape .* strides \(16384, .* got shape"):
         make_llm(tiny_llama, kv_transfer_config=connector())
 
 
-def test_a_backend_without_block_strides_is_named(make_llm, tiny_llama, monkeypatch):
+def test_a_backend_without_rows_is_named(make_llm, tiny_llama, monkeypatch):
+    from vllm.v1.kv_cache_interface import KVCacheLayout
+
     from vllm_xlayer.attention.cpu import CpuReferenceBackend
 
-    monkeypatch.setattr(CpuReferenceBackend, "indexes_kv_by_block_stride", classmethod(lambda cls: False))
-    with pytest.raises(NegotiationError, match=r"BLHNC refused by attention backend .* block stride"):
+    only = [KVCacheLayout.LBHNC]
+    monkeypatch.setattr(CpuReferenceBackend, "supported_kv_cache_layouts", classmethod(lambda cls: only))
+    with pytest.raises(NegotiationError, match=r"BLHNC refused by attention backend .* LBHNC only"):
         make_llm(tiny_llama, kv_transfer_config=connector())
+
+
+def test_a_layout_left_over_in_the_environment_is_named(make_llm, tiny_llama, monkeypatch):
+    """As older vLLMs needed it in places; it goes before every connector's wish."""
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "HND")
+    with pytest.raises(NegotiationError, match="VLLM_KV_CACHE_LAYOUT: it is HND"):
+        make_llm(tiny_llama, kv_transfer_config=connector())
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"cpu_byte_to_use": 1 << 30}, "expected cpu_bytes_to_use, got unknown key 'cpu_byte_to_use'"),
+        ({"sync_load_budget_bytes": 1}, "sync_load_budget_bytes: expected nothing"),
+        ({"block_size": 40}, "block_size.*40"),
+    ],
+)
+def test_bad_settings_are_refused(make_llm, tiny_llama, extra, message):
+    with pytest.raises(ValueError, match=message):
+        make_llm(tiny_llama, kv_transfer_config=connector(**extra))
+
+
+def test_another_spec_is_told_what_is_lost(make_llm, tiny_llama, caplog_vllm):
+    """vLLM's own copies do not work without a GPU, which is what ends this engine."""
+    spec = dict(spec_name="TieringOffloadingSpec", secondary_tiers=[], no_key_of_ours=1)
+    with pytest.raises(Exception, match="CUDA"):
+        make_llm(tiny_llama, kv_transfer_config=connector(**spec))
+    assert any("Without spec_name they are on" in record.getMessage() for record in caplog_vllm.records)

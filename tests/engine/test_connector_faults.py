@@ -179,7 +179,7 @@ def abort(llm, names, way):
 
 
 def test_an_aborted_prefill_stores_only_what_it_computed(make_llm, tiny_llama):
-    """vLLM 0.26 alone asks for all blocks of an aborted request, and asserts that it has them."""
+    """The rest of its blocks is not KV."""
     llm = make_llm(tiny_llama, max_num_batched_tokens=64, kv_transfer_config=connector())
     add(llm, ["a", "b"], [PROMPTS[4], PROMPTS[1]], LONG)
     llm.llm_engine.step()

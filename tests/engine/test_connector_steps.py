@@ -50,8 +50,6 @@ def steps(monkeypatch):
 def test_the_same_transfers_as_if_every_request_was_looked_at(
     make_llm, tiny_llama, monkeypatch, steps, extra
 ):
-    monkeypatch.setenv("PYTHONHASHSEED", "0")  # the same keys in both engines
-    monkeypatch.setattr(connector_scheduler, "TOUCH_SECONDS", 0.0)
 
     def run():
         llm = start(make_llm, tiny_llama, **extra)
@@ -67,22 +65,6 @@ def test_the_same_transfers_as_if_every_request_was_looked_at(
     assert [what for _, *what in ours] == [what for _, *what in all_of_them]
     assert sum(bool(moved) for _, moved, _ in ours) > 10
     assert sum(n for n, *_ in ours) < 0.6 * sum(n for n, *_ in all_of_them)
-
-
-def test_how_often_chunks_count_as_used(make_llm, tiny_llama, monkeypatch):
-    llm = start(make_llm, tiny_llama)
-    touched = []
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector.connector_scheduler
-    monkeypatch.setattr(scheduler.manager, "touch", lambda keys, req_context: touched.append(len(keys)))
-    now = [0.0]
-    monkeypatch.setattr(connector_scheduler.time, "monotonic", lambda: now[0])
-    vllm_greedy(llm, PROMPTS[:1], 165)  # stores 13 times
-    assert touched == [3]
-    monkeypatch.setattr(connector_scheduler, "TOUCH_SECONDS", 0.0)
-    vllm_greedy(llm, PROMPTS[4:5], 100)
-    assert len(touched) > 6 and touched[-1] >= 17
-    come_to_rest(llm)
-    assert not scheduler._touched
 
 
 def test_whether_the_model_ran_is_known(make_llm, tiny_llama, monkeypatch):

@@ -155,6 +155,8 @@ def test_sixteen_bit_models(make_llm, tiny_llama, llama_answers, dtype):
 
 def test_kv_cache_dtype_beside_the_models(make_llm, tiny_llama):
     llm = make_llm(tiny_llama, kv_cache_dtype="bfloat16")
+    (model,) = llm.apply_model(repr)
+    assert "num_heads=4" in model  # vLLM prints an attention layer with what its backend knows
     assert {cache.dtype for cache in kv_caches(llm)} == {torch.bfloat16}
     assert vllm_greedy(llm, PROMPTS, 1) == transformers_greedy(tiny_llama, PROMPTS, 1)
 
@@ -174,7 +176,7 @@ def test_kv_cache_size(make_llm, tiny_llama, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (dict(kv_cache_dtype="fp8"), "expected one of auto, bfloat16, float16, nvfp4, got fp8"),
+        (dict(kv_cache_dtype="fp8"), "expected one of auto, bfloat16, float16, nvfp4, nvfp4_4over6, got fp8"),
         (dict(block_size=24), "block_size: expected a multiple of 16, got 24"),
         (dict(decode_context_parallel_size=2, tensor_parallel_size=4), "context parallelism"),
         (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)), "speculative decoding"),
@@ -228,6 +230,17 @@ def test_nvfp4_cache(make_llm, tiny_llama, llama_answers):
     assert [answer[0] for answer in answers] == [answer[0] for answer in llama_answers]
     assert answers != llama_answers
     assert vllm_greedy(llm, PROMPTS, NUM_TOKENS) == answers
+
+
+def test_nvfp4_4over6_says_how_scales_are_picked(make_llm, tiny_llama, monkeypatch):
+    def answers(kv_cache_dtype):
+        llm = make_llm(tiny_llama, kv_cache_dtype=kv_cache_dtype, enable_prefix_caching=False)
+        return vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+
+    by_name = answers("nvfp4_4over6")
+    assert by_name != answers("nvfp4")  # the best of nine
+    monkeypatch.setenv("VLLM_XLAYER_SCALE_CHOICE", "four_over_six")
+    assert by_name == answers("nvfp4")
 
 
 def test_nvfp4_prefix_hit_equals_a_chunk_boundary(make_llm, tiny_llama):

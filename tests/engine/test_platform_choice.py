@@ -29,16 +29,12 @@ def test_not_offered_beside_another(bare_machine, monkeypatch, check):
     assert platform.cpu_reference_platform() is None
 
 
-def test_not_offered_to_another_vllm(bare_machine, monkeypatch):
+def test_not_offered_to_a_vllm_without_layouts(bare_machine, monkeypatch):
     monkeypatch.undo()
-    for version, supported in (
-        ("0.26.0", True),
-        ("0.26.1+cu130", True),
-        ("0.33.0", False),
-        ("0.260.0", False),
-    ):
-        monkeypatch.setattr("importlib.metadata.version", lambda _, version=version: version)
-        assert platform._vllm_is_supported() is supported
+    assert platform._vllm_is_supported()
+    monkeypatch.setattr(platform, "NEEDED_MODULE", "vllm.v1.no_such_module")
+    assert not platform._vllm_is_supported()
+    assert platform.cpu_reference_platform() is None
 
 
 def test_never_raises(bare_machine, monkeypatch):
@@ -94,6 +90,37 @@ def test_other_plugins(monkeypatch, value, allowed, applies):
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries)
     monkeypatch.setattr(envs, "VLLM_PLUGINS", allowed, raising=False)
     assert platform._other_plugin_applies() is applies
+
+
+def config(v2: bool):
+    return types.SimpleNamespace(use_v2_model_runner=v2)
+
+
+def test_an_empty_cuda_visible_devices_is_named(monkeypatch):
+    """vLLM then takes Triton for usable, and the first step would find no driver."""
+    from vllm import triton_utils
+
+    from vllm_xlayer.platform import reference
+
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert 'CUDA_VISIBLE_DEVICES="" makes vLLM' in reference._machine_refusal(config(v2=False))
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", False)
+    assert reference._machine_refusal(config(v2=False)) is None
+
+
+def test_model_runner_v1_is_chosen_unless_the_user_chose(monkeypatch):
+    import os
+
+    from vllm_xlayer.platform import reference
+
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    reference.CpuReferencePlatform.pre_register_and_update()
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    reference.CpuReferencePlatform.pre_register_and_update()
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    assert "unset VLLM_USE_V2_MODEL_RUNNER" in reference._machine_refusal(config(v2=True))
 
 
 def test_import_is_cheap():

@@ -20,10 +20,14 @@ LEFT, IDLE_LEFT = 3, 6
 @pytest.fixture
 def load(device, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Way, "of", lambda src, dst: Way.H2D)
+    monkeypatch.setattr(early_loads, "cuda", device.as_cuda())
     monkeypatch.setattr(early_loads, "BUSY_SECONDS", LEFT * 1e-3)
     monkeypatch.setattr(early_loads, "IDLE_SECONDS", IDLE_LEFT * 1e-3)
     src = torch.randint(0, 256, (POOL, ROW), dtype=torch.uint8)
-    return early_loads.EarlyLoads(src, torch.zeros_like(src), GPU)
+    made = early_loads.EarlyLoads(src, torch.zeros_like(src), GPU)
+    made.before_launch()
+    made.take_finished()
+    return made
 
 
 @pytest.mark.parametrize("model_ran, left", [(True, LEFT), (False, IDLE_LEFT)])
@@ -90,6 +94,17 @@ def test_host_rows_are_overwritten_after_they_are_read(device, load, monkeypatch
     assert torch.equal(load.dst[ids], expected[ids]) and bool((load.src[ids] == 7).all())
 
 
+def test_not_where_the_model_runs_on_another_stream(device, load):  # noqa: F811
+    """The one that asks would wait for the load, and the model would not."""
+    submit(load, [10 * PER_BATCH])
+    with device.use(device.stream()):
+        for _ in range(9):
+            assert load.take_finished() == []
+            device.run_a_copy()
+    assert [r.job_id for r in load.take_finished()] == [0]
+    assert device.runnable()
+
+
 def test_not_before_anything_is_known(device, load):  # noqa: F811
     """What a batch takes is not known before the first one of all loads has ended."""
     submit(load, [2 * PER_BATCH])
@@ -103,6 +118,7 @@ def test_not_before_anything_is_known(device, load):  # noqa: F811
 def test_a_small_load_is_reported_when_it_is_submitted(device, load):  # noqa: F811
     """Once it is known how long it will take; the model's stream waits for all of it."""
     submit(load, [PER_BATCH])
+    load.take_finished()
     device.run_a_copy()
     load.take_finished()
     ids = submit(load, [LEFT * PER_BATCH])

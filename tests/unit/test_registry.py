@@ -8,16 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from vllm_xlayer.patches.registry import (
-    FOUND,
-    FeatureUnavailable,
-    Patch,
-    Phase,
-    Registry,
-    State,
-    missing,
-    not_needed,
-)
+from vllm_xlayer.compat.private import Patch
+from vllm_xlayer.patches.registry import Registry, State
 from vllm_xlayer.patches.wrapping import undo_on_error, wrap
 
 LOGGER = "vllm_xlayer.patches.registry"
@@ -72,12 +64,17 @@ def tagged(original, *args, **kwargs):
     return ("tag", original(*args, **kwargs))
 
 
-def make(target="fakevllm.core.size", apply=lambda: None, probe=lambda: FOUND, phase=Phase.PLUGIN):
-    return Patch(target, f"why {target}", "how", "none", "never", phase=phase, probe=probe, apply=apply)
+def make(apply=lambda: None, owner="fakevllm.core", name="size", parameters="n", not_needed=lambda: None):
+    return Patch(
+        "rows", owner, "blocks move in many pieces", "how", "never",
+        methods={name: parameters}, apply=apply, not_needed=not_needed,
+    )  # fmt: skip
 
 
-def states(registry):
-    return {record.patch.target: record.state for record in registry.report()}
+def state_of(*patches):
+    registry = Registry()
+    registry.apply(patches)
+    return [(record.state, record.reason) for record in registry.report()]
 
 
 def raises(error):
@@ -182,156 +179,69 @@ def test_what_was_wrapped_before_an_error_scope_stays(engine):
 
 def test_applied_once_logged_once(engine, caplog):
     registry = Registry()
-    registry.add("rows", make(apply=lambda: wrap(engine, "size", plus_one, "fakevllm")))
+    patch = make(apply=lambda: wrap(engine, "size", plus_one, "fakevllm"))
     with caplog.at_level(logging.INFO, LOGGER):
-        registry.apply(Phase.PLUGIN, {"rows"})
-        registry.apply(Phase.PLUGIN, {"rows"})
+        registry.apply([patch])
+        registry.apply([patch])
     assert engine.size(3) == 7
-    assert states(registry) == {"fakevllm.core.size": State.APPLIED}
-    assert [r.getMessage() for r in caplog.records] == [
-        "patch for rows: fakevllm.core.size: applied. Without it: why fakevllm.core.size"
-    ]
-    registry.require("rows")
-    again = Registry()
-    again.add("rows", make(apply=lambda: wrap(engine, "size", plus_one, "fakevllm")))
-    again.apply(Phase.PLUGIN, {"rows"})
+    assert [record.state for record in registry.report()] == [State.APPLIED]
+    assert [r.getMessage() for r in caplog.records] == ["patch for rows: fakevllm.core: size: applied"]
+    Registry().apply([patch])
     assert engine.size(3) == 7
 
 
-def test_not_wanted_is_untouched_and_silent_until_wanted(engine, caplog):
-    registry = Registry()
-    probed = []
-    registry.add(
-        "rows",
-        make(
-            apply=lambda: wrap(engine, "size", plus_one, "fakevllm"), probe=lambda: probed.append(1) or FOUND
-        ),
-    )
-    with caplog.at_level(logging.DEBUG, LOGGER):
-        registry.apply(Phase.PLUGIN, set())
-    assert (engine.size(3), probed, caplog.records) == (6, [], [])
-    assert states(registry) == {"fakevllm.core.size": State.NOT_WANTED}
-    with pytest.raises(FeatureUnavailable, match=r"rows does not work with this vLLM: .*: not wanted"):
-        registry.require("rows")
-    registry.apply(Phase.PLUGIN, {"rows"})
-    assert engine.size(3) == 7
-    registry.apply(Phase.PLUGIN, set())
-    assert states(registry) == {"fakevllm.core.size": State.APPLIED}
-
-
-def test_not_needed_is_fine_and_not_applied(caplog):
-    registry = Registry()
-    registry.add(
-        "rows", make(probe=lambda: not_needed("0.33 does it"), apply=raises(AssertionError("applied")))
-    )
-    with caplog.at_level(logging.INFO, LOGGER):
-        registry.apply(Phase.PLUGIN, {"rows"})
-    registry.require("rows")
-    (record,) = registry.report()
-    assert str(record) == "fakevllm.core.size: not needed (0.33 does it)"
-    assert "not needed (0.33 does it)" in caplog.text
+def test_not_needed_says_why(engine):
+    patch = make(apply=raises(AssertionError()), not_needed=lambda: "vLLM has it")
+    assert state_of(patch) == [(State.NOT_NEEDED, "vLLM has it")]
 
 
 @pytest.mark.parametrize(
-    ("probe", "reason"),
+    ("more", "said"),
     [
-        (lambda: missing("no such function"), "no such function"),
-        (raises(KeyError("x")), "KeyError: 'x'"),
-        (lambda: None, "TypeError: probe: expected a Finding, got None"),
+        (dict(name="absent"), "fakevllm.core has no absent"),
+        (dict(parameters="m"), "fakevllm.core.size: expected parameters m, got n"),
+        (dict(owner="fakevllm.gone"), "No module named 'fakevllm.gone'"),
+        (dict(owner="fakevllm.core:Gone"), "has no attribute 'Gone'"),
+        (dict(not_needed=raises(RuntimeError("a changed vLLM"))), "RuntimeError: a changed vLLM"),
+        (dict(apply=raises(RuntimeError("half done"))), "RuntimeError: half done"),
     ],
 )
-def test_a_failing_probe_holds_the_whole_feature_back_and_no_other(engine, caplog, probe, reason):
+def test_off_with_a_sentence_and_no_exception(engine, caplog, more, said):
+    [(state, reason)] = state_of(make(**more))
+    assert state is State.OFF and said in reason
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "rows is off: " in record.getMessage() and "So blocks move in many pieces" in record.getMessage()
+
+
+def test_a_failed_apply_is_undone(engine):
+    original = engine.size
+
+    def apply():
+        wrap(engine, "size", plus_one, "fakevllm")
+        raise RuntimeError("later")
+
+    assert state_of(make(apply=apply))[0][0] is State.OFF
+    assert engine.size is original and sys.modules["fakevllm.user"].size is original
+
+
+def test_one_that_is_off_does_not_stop_the_next(engine):
+    other = make(name="absent")
+    patch = make(apply=lambda: wrap(engine, "size", plus_one, "fakevllm"))
+    assert [state for state, _ in state_of(other, patch)] == [State.OFF, State.APPLIED]
+
+
+def test_what_was_off_is_tried_again_and_warned_of_once(engine, caplog):
     registry = Registry()
-    good = make("good", apply=lambda: wrap(engine, "size", plus_one, "fakevllm"))
-    registry.add("rows", good, make("bad", probe=probe))
-    registry.add("nvfp4", make("other"))
-    with caplog.at_level(logging.INFO, LOGGER):
-        registry.apply(Phase.PLUGIN, {"rows", "nvfp4"})
-        registry.apply(Phase.PLUGIN, {"rows", "nvfp4"})
-    assert engine.size(3) == 6
-    assert states(registry) == {
-        "good": State.HELD_BACK,
-        "bad": State.PROBE_FAILED,
-        "other": State.APPLIED,
-    }
-    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert warnings == [f"rows will not work: bad: probe failed ({reason}). Without it: why bad"]
-    registry.require("nvfp4")
-    with pytest.raises(FeatureUnavailable) as caught:
-        registry.require("rows")
-    assert f"bad: probe failed ({reason})" in str(caught.value)
-    assert "good: held back (because of bad)" in str(caught.value)
-
-
-def test_an_exception_in_apply_undoes_the_feature_and_stays_inside(engine, caplog):
-    registry = Registry()
-
-    def half():
-        wrap(engine.Runner, "name", tagged, "fakevllm")
-        raise ValueError("half way")
-
-    registry.add(
-        "rows",
-        make("first", apply=lambda: wrap(engine, "size", plus_one, "fakevllm")),
-        make("second", apply=half),
-        make("third", apply=raises(AssertionError("reached"))),
-    )
-    registry.apply(Phase.PLUGIN, {"rows"})
-    assert engine.size(3) == 6 and sys.modules["fakevllm.user"].size(3) == 6
-    assert engine.Runner().name() == "runner"
-    assert states(registry) == {
-        "first": State.HELD_BACK,
-        "second": State.APPLY_FAILED,
-        "third": State.HELD_BACK,
-    }
-    assert "rows will not work: second: apply failed (ValueError: half way)" in caplog.text
-
-
-def test_what_failed_is_tried_again(engine):
-    registry = Registry()
-    answers = [missing("half imported"), FOUND]
-    registry.add(
-        "rows",
-        make("size", apply=lambda: wrap(engine, "size", plus_one, "fakevllm"), probe=lambda: answers.pop(0)),
-        make("other"),
-    )
-    registry.apply(Phase.PLUGIN, {"rows"})
-    assert engine.size(3) == 6
-    registry.apply(Phase.PLUGIN, {"rows"})
-    assert engine.size(3) == 7
-    registry.require("rows")
-
-
-def test_phases_are_apart_and_a_failed_one_holds_the_next_back(engine):
-    registry = Registry()
-    late = make("late", phase=Phase.WORKER, apply=lambda: wrap(engine, "size", plus_one, "fakevllm"))
-    registry.add("rows", make("early"), late)
-    registry.apply(Phase.PLUGIN, {"rows"})
-    assert states(registry) == {"early": State.APPLIED, "late": State.NOT_TRIED}
-    with pytest.raises(FeatureUnavailable, match="late: not tried"):
-        registry.require("rows")
-    registry.apply(Phase.WORKER, {"rows"})
-    assert engine.size(3) == 7
-    registry.require("rows")
-
-    broken = Registry()
-    broken.add("rows", make("early", probe=lambda: missing("gone")), make("late", phase=Phase.WORKER))
-    broken.apply(Phase.PLUGIN, {"rows"})
-    broken.apply(Phase.WORKER, {"rows"})
-    assert states(broken) == {"early": State.PROBE_FAILED, "late": State.HELD_BACK}
-
-
-def test_the_process_is_not_kept_alive_against_its_will():
-    registry = Registry()
-    registry.add("rows", make(apply=raises(KeyboardInterrupt())))
-    with pytest.raises(KeyboardInterrupt):
-        registry.apply(Phase.PLUGIN, {"rows"})
-
-
-def test_mistakes_of_the_caller():
-    registry = Registry()
-    registry.add("rows", make())
-    with pytest.raises(ValueError, match=r"rows: expected one patch for fakevllm.core.size, got a second"):
-        registry.add("rows", make())
-    with pytest.raises(ValueError, match="feature: expected one of rows, got columns"):
-        registry.require("columns")
+    patch = make(owner="fakevllm.late", name="thing", parameters="")
+    registry.apply([patch])
+    registry.apply([patch])
+    assert len(caplog.records) == 1
+    late = ModuleType("fakevllm.late")
+    late.thing = lambda: None
+    sys.modules["fakevllm.late"] = late
+    try:
+        registry.apply([patch])
+    finally:
+        del sys.modules["fakevllm.late"]
+    assert [record.state for record in registry.report()] == [State.APPLIED]

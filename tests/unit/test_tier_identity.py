@@ -62,13 +62,11 @@ def test_no_weights(tmp_path):
 
 
 def engine(**changes):
-    settings = dict(lora=None, speculative=None, scales=False, algorithm="sha256", world=2) | changes
+    settings = dict(lora=None, speculative=None, algorithm="sha256", world=2) | changes
     return SimpleNamespace(
         lora_config=settings["lora"],
         speculative_config=settings["speculative"],
-        cache_config=SimpleNamespace(
-            calculate_kv_scales=settings["scales"], prefix_caching_hash_algo=settings["algorithm"]
-        ),
+        cache_config=SimpleNamespace(prefix_caching_hash_algo=settings["algorithm"]),
         parallel_config=SimpleNamespace(world_size=settings["world"], tensor_parallel_size=2),
     )
 
@@ -78,7 +76,6 @@ def engine(**changes):
     [
         (dict(lora=object()), "LoRA"),
         (dict(speculative=object()), "speculative"),
-        (dict(scales=True), "calculate_kv_scales"),
         (dict(algorithm="xxhash"), "expected one of sha256, sha256_cbor, got xxhash"),
         (dict(world=4), "tensor parallelism only"),
     ],

@@ -20,7 +20,7 @@ PACKAGES = ("vllm", "torch", "flashinfer-python", "lm-eval", "transformers")
 def provenance() -> dict[str, Any]:
     """Date (UTC), commit, hardware and versions. Looks at the GPU if there is one."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "hardware": hardware(),
         "python": platform.python_version(),

@@ -78,9 +78,8 @@ class Private:
             wanted, found = expected.split(), list(inspect.signature(function).parameters)
             if [p for p in found if p in wanted] != wanted:
                 yield f"{self.owner}.{name}: expected parameters {', '.join(wanted)}, got {', '.join(found)}"
-        source = _source(owner)
         for name in self.attributes:
-            if not hasattr(owner, name) and not re.search(rf"\.{name}\b", source):
+            if not hasattr(owner, name) and not re.search(rf"\.{name}\b", _source(owner)):
                 yield f"{self.owner} has no attribute {name}"
 
 

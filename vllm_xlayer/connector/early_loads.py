@@ -2,14 +2,23 @@
 
 What follows a load, the scheduler's accounts, the next step's schedule and its launch, takes the host as long
 as several batches take the link. So a load whose rest the link will have copied in that time is reported
-early, and the stream on which the model runs waits for its last batches. That orders all that uses its blocks
-after them: the model, copies to the host, which follow that stream, and loads into the same blocks once they
-are someone else's. Host memory is given away as early: only for tiers whose host memory nothing but such
-copies writes, so not with a disk tier, whose threads do.
+early, and the stream on which the model runs waits for its last batches.
+
+Nothing uses its blocks before that. vLLM hears of the load when the wait is on that stream already, and what
+it does to blocks is put there later: zeroing and copies of blocks, launches (in parts or as a graph, which
+follow the stream that they are launched on), a draft model's; microbatches run on it. What runs elsewhere
+follows it: copies to the host, and loads into the same blocks once they are someone else's. vLLM's streams
+of their own (samples to the host, grammars, what ranks of a pipeline exchange) touch no blocks. Both runners
+ask what has finished after the launch, on that stream; if ever one does not, loads are not reported early.
+Of several ranks each has its own wait, and a load counts when all have reported it.
+
+Host memory is given away as early: only for tiers whose host memory nothing but such copies writes, so not
+with a disk tier, whose threads do.
 """
 
 from collections import Counter
 
+from torch import cuda
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import TransferResult
 
@@ -34,6 +43,11 @@ class EarlyLoads(StreamDirection):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._told = set()
+        self._model_stream: cuda.Stream | None = None
+
+    def before_launch(self) -> None:
+        self._model_stream = cuda.current_stream()
+        super().before_launch()
 
     def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
         """What finished since the last call, or is about to.
@@ -63,6 +77,8 @@ class EarlyLoads(StreamDirection):
         results: list[TransferResult] = []
         ahead = Counter[Job]()
         if not self._seconds_copying:  # nothing has been loaded yet: how long this takes is not known
+            return results
+        if cuda.current_stream() != self._model_stream:
             return results
         rate = self._bytes_copied / self._seconds_copying
         left = rate * seconds_left

@@ -12,7 +12,8 @@ from .disk_format import TierIdentity
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 SAFE_HASHES = ("sha256", "sha256_cbor")
-"""Hash functions of vLLM's under which different prompts do not get the same key, even if someone tries."""
+"""Hash functions of vLLM's under which different prompts do not get the same key, even if someone tries. Their
+chains begin alike in every process; engines with different PYTHONHASHSEEDs find nothing of each other."""
 
 
 class NoIdentity(ValueError):
@@ -46,8 +47,6 @@ def _problems(vllm_config: VllmConfig):
         yield "LoRA adapters are in vLLM's block hashes by name, not by weights"
     if vllm_config.speculative_config is not None:
         yield "with speculative decoding rows may hold a draft model's KV"
-    if getattr(cache, "calculate_kv_scales", False):
-        yield "calculate_kv_scales makes KV scales depend on the first requests"
     if cache.prefix_caching_hash_algo not in SAFE_HASHES:
         yield (
             f"prefix_caching_hash_algo: expected one of {', '.join(SAFE_HASHES)}, "

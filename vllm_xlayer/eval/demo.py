@@ -5,6 +5,7 @@ patches of one cannot touch the next, and Ctrl-C ends whatever runs.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if limit < 1:
         print(f"--limit: expected at least 1, got {limit}", file=sys.stderr)
         return 2
+    if importlib.util.find_spec("lm_eval") is None:
+        print('demo: expected lm-eval, found none: pip install "vllm-xlayer[eval]"', file=sys.stderr)
+        return 1
     console = Console(width=WIDTH, highlight=False)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-demo-") as folder:

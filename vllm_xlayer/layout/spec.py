@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from vllm_xlayer.nvfp4 import GROUP, ScaleOrder
 
@@ -18,7 +18,7 @@ ITEM_BYTES = {
 """Bytes of one item of the cache's view. NVFP4 and fp8 caches are seen as bytes (torch.uint8)."""
 
 
-class Layout(str, Enum):
+class Layout(StrEnum):
     """A physical order of the axes, slowest first.
 
     L layer (slot), B block, H KV head of the rank, N token in the block, C content: K then V of one

@@ -74,11 +74,15 @@ def _refusal(capability, config) -> str | None:
     from .. import ops
     from ..attention.backend import NVFP4Backend
 
-    if not ops.build_info()["cuda"]:
+    cannot = f"vllm-xlayer cannot serve --kv-cache-dtype {config.kv_cache_dtype}"
+    try:
+        built = ops.build_info()
+    except ops.ExtensionMissingError as error:
+        return f"{cannot}: {error}."
+    if not built["cuda"]:
         return (
-            f"vllm-xlayer cannot serve --kv-cache-dtype {config.kv_cache_dtype}: expected its CUDA ops, got "
-            "a build without them; reinstall it where nvcc is found (VLLM_XLAYER_CUDA=1 makes a missing one "
-            "an error)."
+            f"{cannot}: expected its CUDA ops, got a build without them; reinstall it where nvcc is found "
+            "(VLLM_XLAYER_CUDA=1 makes a missing one an error)."
         )
     return NVFP4Backend.explain_refusal(capability, config)
 

@@ -1,5 +1,7 @@
 """Connectors that wish for different layouts: vLLM says how many wishes there are, this says whose."""
 
+import functools
+
 from ..compat.extension_points import CONNECTOR
 from ..compat.private import Patch
 from .wrapping import wrap
@@ -15,8 +17,24 @@ def explain_different_wishes(original, cls, kv_transfer_config):
     """vLLM's answer. MultiConnector is seen to on the way: importing it takes seconds, and few have one."""
     connector = original(cls, kv_transfer_config)
     if connector.__name__ == "MultiConnector":
+        if (
+            kv_transfer_config.has_connector(CONNECTOR)
+            and kv_transfer_config.kv_load_failure_policy == "fail"
+        ):
+            _say_that_requests_end()
         wrap(connector, "get_required_kvcache_layout", name_the_wishes, "vllm")
     return connector
+
+
+@functools.cache
+def _say_that_requests_end() -> None:
+    """XLayerConnector cannot choose for the others: the policy is MultiConnector's."""
+    from vllm.logger import init_logger
+
+    init_logger(__name__).warning(
+        "MultiConnector: kv_load_failure_policy is fail: a request whose load fails ends with an error, also "
+        "one of %s. With kv_load_failure_policy recompute, beside kv_connector, it is computed.", CONNECTOR,
+    )  # fmt: skip
 
 
 def name_the_wishes(original, cls, vllm_config) -> str | None:

@@ -1,4 +1,7 @@
-"""Mixture-of-experts layers in plain torch: what vLLM's CPU experts ask for, and its CUDA wheel lacks."""
+"""Layers whose weights vLLM packs for its CPU kernels, which its CUDA wheel lacks, in plain torch.
+
+Packing does nothing here, and the layers read their weights as they are.
+"""
 
 from collections.abc import Callable
 
@@ -31,8 +34,20 @@ _ACTIVATIONS = {
 """vLLM's names of activations: [..., 2d] -> [..., d]."""
 
 
-def prepack_moe_weight(weight: torch.Tensor, out: torch.Tensor, isa: str) -> None:
-    """vLLM orders weights for its kernels here; `fused_experts` reads them as they are."""
+def pack_linear(weight: torch.Tensor) -> torch.Tensor:
+    """vLLM takes this way for small 16-bit layers on CPUs with AMX."""
+    return weight.clone()
+
+
+def linear(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_packed: bool
+) -> None:
+    """Write x [T, K] times weight [N, K], plus bias [N] of any float type, to out [T, N]."""
+    out.copy_(functional.linear(x, weight, None if bias is None else bias.to(x.dtype)))
+
+
+def pack_experts(weight: torch.Tensor, out: torch.Tensor, isa: str) -> None:
+    """``isa`` names the instructions that vLLM's kernels would use."""
     out.copy_(weight)
 
 
@@ -73,8 +88,11 @@ def _float(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
     return None if bias is None else bias[expert].float()
 
 
-OPS: dict[str, Callable[..., None]] = {
-    "prepack_moe_weight(Tensor weight, Tensor(a!) out, str isa) -> ()": prepack_moe_weight,
+OPS: dict[str, Callable[..., torch.Tensor | None]] = {
+    "convert_weight_packed(Tensor weight) -> Tensor": pack_linear,
+    "weight_packed_linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, "
+    "bool is_packed) -> ()": linear,
+    "prepack_moe_weight(Tensor weight, Tensor(a!) out, str isa) -> ()": pack_experts,
     "cpu_fused_moe(Tensor(a!) out, Tensor x, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
     "Tensor weights, Tensor experts, bool skip_weighted, str activation, str isa) -> ()": fused_experts,
 }
