@@ -155,6 +155,21 @@ def test_vllms_own_nvfp4_is_the_same_cache_by_another_backend():
     assert stock == {**ours, "attention_config": {"backend": "FLASHINFER"}}
 
 
+def test_the_first_screen_names_vllms_own_nvfp4_where_it_was_measured():
+    files = readme.TABLES["gain"][0]
+    decode, steps_in_engines, *others = (json.loads((readme.RESULTS / file).read_text()) for file in files)
+    decode["shapes"][0]["seconds"].pop("flashinfer_nvfp4", None)
+    steps_in_engines["caches"].pop("stock-nvfp4", None)
+    assert "own NVFP4" not in (text := markdown.gain(decode, steps_in_engines, *others))
+    assert "FlashInfer" not in text
+    decode["shapes"][0]["seconds"]["flashinfer_nvfp4"] = 703e-6
+    steps = [{"requests": 64, "tokens": 8192, "step_seconds": 0.0271}]
+    steps_in_engines["caches"]["stock-nvfp4"] = {"runner": "V2", "decodes": steps}
+    text = markdown.gain(decode, steps_in_engines, *others)
+    assert "with bf16; FlashInfer's NVFP4 703 us." in text
+    assert "ms, with vLLM's own NVFP4 27.1 ms (llama-3.1-8b shape)." in text
+
+
 @pytest.mark.parametrize(("name", "results"), [("prefill", PREFILL), ("load", LOAD), ("traffic", TRAFFIC)])
 def test_a_section_is_there_when_its_results_are(name, results, tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
