@@ -7,7 +7,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from vllm_xlayer.bench import copy, first_token, markdown_tier, offload, pacing, plot
+from vllm_xlayer.bench import (
+    copy,
+    first_token,
+    markdown_tier,
+    offload,
+    offload_peers,
+    pacing,
+    plot,
+    tier_worker,
+)
 from vllm_xlayer.bench.copy_peers import TITLES
 from vllm_xlayer.bench.record import provenance
 from vllm_xlayer.connector.copy_choice import Way
@@ -177,3 +186,97 @@ def test_pacing_in_tables():
                                          "date": "today", "commit": "c"})  # fmt: skip
     bold = [line for line in made.splitlines() if line.startswith("| **")]
     assert bold == ["| **32, paced** | 1.3 | 53.9 | 1.50 | 1.50 | - |"]
+
+
+def test_stock_connectors_are_shown_where_they_ran(offloads):
+    """In the order of their titles; one that failed is left out."""
+    assert "OffloadingConnector" not in markdown_tier.offload_section(offloads)
+    stock = {"cold": [0.5], "cached": [0.02, 0.02], "restored": [0.10, 0.14]}
+    offloads["engines"]["stock-rows"] = {"runner": "V2", "restore": stock}
+    made = markdown_tier.offload_section(offloads)
+    assert "| XLayerConnector | 500.0 | 21.0 | 34.0 | 12.0 |" in made
+    assert "| OffloadingConnector, in rows | 500.0 | 20.0 | 120.0 | 100.0 |" in made
+    assert "| OffloadingConnector |" not in made
+    console = Console(width=100, record=True)
+    console.print(offload_peers.peer_table(offloads["engines"]))
+    assert "120.0" in console.export_text()
+
+
+class FakeLLM:
+    """A prompt is computed, restored or on the device; a cache is emptied at the second try."""
+
+    class llm_engine:
+        model_config = SimpleNamespace(get_vocab_size=lambda: 1000)
+        vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
+
+    def __init__(self, stores):
+        self.stores, self.host, self.device, self.refusals = stores, set(), set(), 0
+
+    def generate(self, prompts, sampling, use_tqdm):
+        prompt = tuple(prompts[0]["prompt_token_ids"])
+        cached = len(prompt) // 16 * 16 if prompt in self.host | self.device else 0
+        self.device.add(prompt)
+        if self.stores:
+            self.host.add(prompt)
+        return [SimpleNamespace(num_cached_tokens=cached)]
+
+    def reset_prefix_cache(self):
+        self.refusals += 1
+        if self.refusals % 2:
+            return False
+        self.device.clear()
+        return True
+
+
+def test_a_stock_connectors_restored_prompts_were_restored(monkeypatch):
+    monkeypatch.setattr(offload_peers, "PAUSE_SECONDS", 0.0)
+    found = offload_peers.restores(FakeLLM(stores=True), 41, 2)
+    assert {kind: len(times) for kind, times in found.items()} == {
+        "cold": 2, "restored": 2 * first_token.TURNS, "cached": 2 * first_token.TURNS,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="restored: expected 32 to 41 tokens to be there, got 0"):
+        offload_peers.restores(FakeLLM(stores=False), 41, 2)
+
+
+@pytest.mark.parametrize("load", [True, False], ids=["loads", "stores"])
+def test_copies_are_submitted_when_the_connectors_are(load, monkeypatch):
+    """Stores before the launch, loads after it and told before it that they come."""
+    seen = []
+    result = SimpleNamespace(success=True, transfer_size=100)
+    direction = SimpleNamespace(
+        submit=lambda job, src, dst: seen.append("submit"), before_launch=lambda: seen.append("announce"),
+        take_finished=lambda: [seen.append("finished"), result][1:], drain=lambda: seen.append("drain"),
+    )  # fmt: skip
+    monkeypatch.setattr("vllm_xlayer.connector.directions.make_direction", lambda *_: direction)
+
+    class Connector:
+        pool = torch.empty(0)
+
+        def bind_connector_metadata(self, metadata):
+            seen.append("bind")
+
+        def start_load_kv(self, context):
+            seen.append("start")
+
+        def get_finished(self, requests):
+            seen.append("asked")
+            return set(), set()
+
+    connector, worker = Connector(), tier_worker.TierWorker()
+    monkeypatch.setattr(tier_worker, "connector_of_worker", lambda: connector)
+    tier_worker.row_copies.cache_clear()
+
+    def step():
+        connector.bind_connector_metadata(None)
+        connector.start_load_kv(None)
+        connector.get_finished(set())
+
+    worker.begin_copies(load, 1 << 20)
+    step()
+    before, after = (["announce"], ["submit"]) if load else (["submit"], [])
+    assert seen == [*before, "bind", *after, "start", "finished", "asked"]
+    assert [copied for _, copied in worker.end_copies()] == [100]
+    seen.clear()
+    step()
+    assert seen == ["bind", "start", "asked"]
+    tier_worker.row_copies.cache_clear()

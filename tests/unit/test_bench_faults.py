@@ -62,3 +62,12 @@ def test_counts_are_added_up(tmp_path):
 def test_a_fault_without_a_row_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="disc full"):
         faults.counted(report(tmp_path, CASE.replace('"disk full", 3', '"disc full", 3')))
+
+
+@pytest.mark.parametrize(
+    ("name", "device"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), (None, "cpu")]
+)
+def test_results_files_are_named_after_the_gpu(name, device, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: name is not None)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    assert faults.device() == device

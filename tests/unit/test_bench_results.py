@@ -2,11 +2,13 @@
 what is optional."""
 
 import json
+import types
 
 import pytest
 from rich.console import Console
 
-from vllm_xlayer.bench import bounds, engine, load, markdown, prefill, readme
+from vllm_xlayer.bench import bounds, engine, engines, load, markdown, prefill, readme, traffic
+from vllm_xlayer.bench.lengths import ragged
 from vllm_xlayer.eval import TASKS, demo
 
 ABOUT = {
@@ -40,7 +42,19 @@ LOAD = {
 }  # fmt: skip
 
 
-def engines(**steps):
+TRAFFIC = {
+    **ABOUT, "shape": "llama-3.1-8b", "layers": 32, "requests": 256, "prompt_tokens": 1_000_000,
+    "output_tokens": 90_000, "longest_prompt": 30_000, "longest_output": 1500,
+    "caches": {
+        "nvfp4": {
+            "runner": "V2", "capacity": 2_900_000, "start_seconds": 99.6,
+            "new": {"seconds": 40.0, "cached": 0}, "again": {"seconds": 10.0, "cached": 990_000},
+        },
+    },
+}  # fmt: skip
+
+
+def engine_results(**steps):
     """Results of `bench engine` with these steps (64 x 8192, 1 x 16384) and warm starts, in seconds."""
     caches = {
         name: {
@@ -59,8 +73,12 @@ def engines(**steps):
     ("module", "results", "kept"),
     [
         (prefill, PREFILL, [True, False]),
-        (engine, engines(fp8=(0.0165, 0.005, 7.0), nvfp4=(0.0115, 0.005, 10.0)), [True, True, True, True]),
-        (engine, engines(fp8=(0.0160, 0.005, 7.0), nvfp4=(0.0116, 0.0051, 10.1)), [False] * 4),
+        (
+            engine,
+            engine_results(fp8=(0.0165, 0.005, 7.0), nvfp4=(0.0115, 0.005, 10.0)),
+            [True, True, True, True],
+        ),
+        (engine, engine_results(fp8=(0.0160, 0.005, 7.0), nvfp4=(0.0116, 0.0051, 10.1)), [False] * 4),
     ],
     ids=["prefill", "engine, kept", "engine, missed"],
 )
@@ -76,8 +94,8 @@ def test_what_is_just_over_a_bound_does_not_read_as_kept():
 
 def test_bounds_are_for_the_full_size_only():
     assert not prefill.bounds({**PREFILL, "tokens": 256})
-    assert not engine.bounds({**engines(fp8=(1, 1, 1), nvfp4=(1, 1, 1)), "shape": "tiny"})
-    assert not engine.bounds(engines(bf16=(1, 1, 1), nvfp4=(1, 1, 1)))
+    assert not engine.bounds({**engine_results(fp8=(1, 1, 1), nvfp4=(1, 1, 1)), "shape": "tiny"})
+    assert not engine.bounds(engine_results(bf16=(1, 1, 1), nvfp4=(1, 1, 1)))
 
 
 def test_prefill_shows_medians_and_ratios():
@@ -96,7 +114,63 @@ def test_load_shows_the_memory_and_what_was_kept():
     assert "| - output tokens a second | 35,200 |" in text  # 352 in a step of 10 ms
 
 
-@pytest.mark.parametrize(("name", "results"), [("prefill", PREFILL), ("load", LOAD)])
+def test_traffic_shows_both_passes():
+    text = markdown.traffic_section(TRAFFIC)
+    assert "256 requests, 1,000,000 prompt tokens (at most 30,000), 90,000 of answers (at most 1,500)" in text
+    assert "| all is computed, s | 40.0 |\n| - of prompt tokens cached | 0 % |" in text
+    assert "| - output tokens a second | 2,250 |" in text and "| - output tokens a second | 9,000 |" in text
+    assert "| - of prompt tokens cached | 99 % |" in text and "| start, s | 100 |" in text
+
+
+def test_ragged_lengths_are_the_same_every_time():
+    lengths = ragged("prompts", 256, median=3000, most=30000)
+    assert lengths == ragged("prompts", 256, median=3000, most=30000) != ragged("x", 256, 3000, 30000)
+    assert 2000 < sorted(lengths)[128] < 4000 and max(lengths) == 30000 and min(lengths) < 500
+    assert sum(lengths) == 1_281_437  # a change would make old results files another question's
+
+
+class FakeEngine:
+    """Answers at once; the second time all is cached."""
+
+    about = types.MappingProxyType(dict(vocabulary=50, start_seconds=1.0, runner="V2", capacity=7))
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, asked, tokens):
+        self.asked.append(([len(prompt) for prompt in asked], tokens))
+        again = len(self.asked) == 3
+        return engines.Answer(2.0, [len(prompt) if again else 0 for prompt in asked])
+
+
+def test_traffic_asks_for_ragged_answers():
+    engine = FakeEngine()
+    report = traffic.measure(engine, [5, 9, 7], [2, 3, 4])
+    assert engine.asked[1:] == [([5, 9, 7], [2, 3, 4])] * 2
+    assert report["new"] == {"seconds": 2.0, "cached": 0} and report["again"]["cached"] == 21
+
+
+def test_vllms_own_nvfp4_is_the_same_cache_by_another_backend():
+    ours, stock = engines.CACHES["nvfp4"], engines.CACHES["stock-nvfp4"]
+    assert stock == {**ours, "attention_config": {"backend": "FLASHINFER"}}
+
+
+def test_the_first_screen_names_vllms_own_nvfp4_where_it_was_measured():
+    files = readme.TABLES["gain"][0]
+    decode, steps_in_engines, *others = (json.loads((readme.RESULTS / file).read_text()) for file in files)
+    decode["shapes"][0]["seconds"].pop("flashinfer_nvfp4", None)
+    steps_in_engines["caches"].pop("stock-nvfp4", None)
+    assert "own NVFP4" not in (text := markdown.gain(decode, steps_in_engines, *others))
+    assert "FlashInfer" not in text
+    decode["shapes"][0]["seconds"]["flashinfer_nvfp4"] = 703e-6
+    steps = [{"requests": 64, "tokens": 8192, "step_seconds": 0.0271}]
+    steps_in_engines["caches"]["stock-nvfp4"] = {"runner": "V2", "decodes": steps}
+    text = markdown.gain(decode, steps_in_engines, *others)
+    assert "with bf16; FlashInfer's NVFP4 703 us." in text
+    assert "ms, with vLLM's own NVFP4 27.1 ms (llama-3.1-8b shape)." in text
+
+
+@pytest.mark.parametrize(("name", "results"), [("prefill", PREFILL), ("load", LOAD), ("traffic", TRAFFIC)])
 def test_a_section_is_there_when_its_results_are(name, results, tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     empty = f"before\n\n<!-- {name}: begin -->\n<!-- {name}: end -->\n\nafter\n"
@@ -175,5 +249,9 @@ def test_the_demo_goes_on_where_fp8_does_not_run(monkeypatch, capsys):
 
 
 def test_rows_of_load_and_engine_have_a_cell_for_each_cache():
-    for lines in (load.rows(LOAD), engine.rows(engines(fp8=(1, 1, 1), nvfp4=(1, 1, 1)))):
+    for lines in (
+        load.rows(LOAD),
+        traffic.rows(TRAFFIC),
+        engine.rows(engine_results(fp8=(1, 1, 1), nvfp4=(1, 1, 1))),
+    ):
         assert len({len(cells) for _, cells in lines}) == 1

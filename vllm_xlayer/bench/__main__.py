@@ -3,9 +3,24 @@
 import argparse
 import sys
 
-from . import capacity, copy, decode, engine, faults, load, offload, pacing, prefill, suite, traffic, write
+from . import (
+    capacity,
+    copy,
+    decode,
+    engine,
+    every,
+    faults,
+    load,
+    offload,
+    pacing,
+    prefill,
+    suite,
+    traffic,
+    write,
+)
 
 QUESTIONS = {
+    "all": every,
     "capacity": capacity,
     "copy": copy,
     "decode": decode,

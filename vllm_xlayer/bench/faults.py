@@ -107,10 +107,10 @@ def counted(report: Path) -> tuple[dict[str, dict[str, int]], float]:
 
 
 def device() -> str:
-    """ "h200" on an NVIDIA H200, "cpu" where there is no GPU."""
+    """ "h200" on an NVIDIA H200, "h100" on an NVIDIA H100 80GB HBM3, "cpu" where there is no GPU."""
     import torch
 
-    return torch.cuda.get_device_name(0).split()[-1].lower() if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name(0).split()[1].lower() if torch.cuda.is_available() else "cpu"
 
 
 def _table(found: dict[str, dict[str, Any]]) -> Table:

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from ..eval import TASKS
-from . import engine, load, prefill
+from . import engine, load, prefill, traffic
 from .bounds import Bound
 from .peers import PEERS
 from .write import TITLES as WRITERS
@@ -71,6 +71,12 @@ def gain(
     times = shape["seconds"]["fa3_fp8"] / shape["seconds"]["nvfp4"]
     ours, fp8 = (engine["caches"][cache]["decodes"][0] for cache in ("nvfp4", "fp8"))
     faster = fp8["step_seconds"] / ours["step_seconds"]
+    # vLLM's own NVFP4, where it was measured.
+    flashinfer = f"; FlashInfer's NVFP4 {us['flashinfer_nvfp4']} us" if "flashinfer_nvfp4" in us else ""
+    stock = ""
+    if "stock-nvfp4" in engine["caches"]:
+        step = engine["caches"]["stock-nvfp4"]["decodes"][0]["step_seconds"]
+        stock = f", with vLLM's own NVFP4 {milliseconds(step, 1)} ms"
     kept, most = (load["caches"][cache] for cache in ("fp8", "nvfp4"))
     rates = [c["fit"] / c["step_seconds"] for c in (kept, most)]
     first = {kind: milliseconds(statistics.median(offload["engines"]["with"]["restore"][kind]), 0)
@@ -79,10 +85,11 @@ def gain(
         f"- **{capacity['capacity_ratio']:.2f} times the tokens of bf16** in the same memory "
         f"({capacity['shape']} shape, as vLLM counts them).\n"
         f"- **Decode attention {times:.1f} times as fast as with fp8 KV**: one layer, {shape['name']}: "
-        f"{us['nvfp4']} us; FlashAttention-3 {us['fa3_fp8']} us with fp8, {us['fa3_bf16']} us with bf16.\n"
+        f"{us['nvfp4']} us; FlashAttention-3 {us['fa3_fp8']} us with fp8, {us['fa3_bf16']} us with "
+        f"bf16{flashinfer}.\n"
         f"- **In vLLM's engine {faster:.1f} times the tokens a second**: a decode step of "
         f"{ours['requests']} x {ours['tokens']} takes {milliseconds(ours['step_seconds'], 1)} ms, with fp8 "
-        f"{milliseconds(fp8['step_seconds'], 1)} ms ({engine['shape']} shape).\n"
+        f"{milliseconds(fp8['step_seconds'], 1)} ms{stock} ({engine['shape']} shape).\n"
         f"- **{rates[1] / rates[0]:.1f} times where memory is the limit**: {most['fit']} contexts of "
         f"{load['tokens']:,} tokens fit in {load['kv_bytes'] / 1e9:.0f} GB and decode {rates[1]:,.0f} tokens "
         f"a second; with fp8 {kept['fit']} fit and decode {rates[0]:,.0f}.\n"
@@ -152,6 +159,16 @@ def load_section(results: dict[str, Any]) -> str:
 Memory for KV: {results["kv_bytes"] / 1e9:.1f} GB, what NVFP4 needs for all of them.
 
 {_caches(results, load.rows(results), [])}"""
+
+
+def traffic_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench traffic`, with its heading."""
+    return f"""\
+### At vLLM's default flags
+
+`vllm-xlayer bench traffic`: {traffic.title(results)}; all offered at once, then the same requests again.
+
+{_caches(results, traffic.rows(results), [])}"""
 
 
 def write_table(results: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "quality": (("h200-demo.json",), markdown.demo_table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
+    "traffic": (("h200-traffic.json",), markdown.traffic_section),
     "gpu": (tuple(markdown.GPU_SUITES), markdown.gpu_tests),
     "copy": (("h200-copy.json",), markdown_tier.copy_section),
     "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
@@ -43,7 +44,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
-SECTIONS = ("prefill", "load", "copy", "pacing", "offload")
+SECTIONS = ("prefill", "load", "traffic", "copy", "pacing", "offload")
 """Nothing is shown for these, not even a heading, until their results are there."""
 
 

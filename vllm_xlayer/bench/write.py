@@ -84,13 +84,14 @@ def _writers(inputs: torch.Tensor, slots: list[torch.Tensor]) -> dict[str, list[
     def theirs(dtype: str, torch_dtype: torch.dtype) -> list[Callable[[], None]]:
         from vllm import _custom_ops
 
-        shape = (copies, 2, blocks, BLOCK_SIZE, HEADS, HEAD_SIZE)
-        caches = torch.zeros(shape, dtype=torch_dtype, device="cuda")
+        # K and V of a token side by side, a head's tokens one behind the other: vLLM's cache.
+        shape = (copies, blocks, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
+        caches = torch.zeros(shape, dtype=torch_dtype, device="cuda").transpose(2, 3)
         return [
-            lambda x=x, cache=cache, slot=slot: _custom_ops.reshape_and_cache_flash(  # type: ignore[misc]
-                x[0], x[1], cache[0], cache[1], slot, dtype, one, one
+            lambda x=x, k=k, v=v, slot=slot: _custom_ops.reshape_and_cache_flash(  # type: ignore[misc]
+                x[0], x[1], k, v, slot, dtype, one, one
             )
-            for x, cache, slot in zip(inputs, caches, slots, strict=True)
+            for x, k, v, slot in zip(inputs, *caches.split(HEAD_SIZE, dim=-1), slots, strict=True)
         ]
 
     return {
