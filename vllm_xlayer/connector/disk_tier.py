@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -33,6 +33,11 @@ FLUSH_SECONDS = 5.0
 MIN_RESCAN_SECONDS = 10.0
 RESCAN_SHARE = 0.01
 """Of the writing thread's time, for looking at what other engines wrote."""
+
+
+@dataclass
+class HostOnly(ReqContext):
+    """Of a request whose keys do not say what its items are: tiers that outlive the engine are not for it."""
 
 
 class DiskTier(SecondaryTierManager):
@@ -116,15 +121,21 @@ class DiskTier(SecondaryTierManager):
 
     def submit_store(self, job_metadata: JobMetadata) -> None:
         with self._wake:
-            if self.problem or self._waiting >= self._max_waiting:
-                self.counts["not stored: " + ("off" if self.problem else "disk too slow")] += len(
-                    job_metadata.keys
-                )
+            if reason := self._refusal(job_metadata):
+                self.counts[f"not stored: {reason}"] += len(job_metadata.keys)
                 self._done.append(JobResult(job_metadata.job_id, False))
                 return
             self._waiting += len(job_metadata.keys)
             self._stores.append(job_metadata)
             self._wake.notify_all()
+
+    def _refusal(self, job: JobMetadata) -> str:
+        """Why a store is not taken; empty if it is."""
+        if self.problem:
+            return "off"
+        if isinstance(job.req_context, HostOnly):
+            return "items not named by content"
+        return "disk too slow" if self._waiting >= self._max_waiting else ""
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         while self._done:
