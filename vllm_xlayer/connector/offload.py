@@ -106,6 +106,9 @@ class RowOffloadingSpec(CPUOffloadingSpec):
         except (NoIdentity, OSError, MemoryError) as error:
             logger.warning("XLayerConnector: the engine runs without its disk tier: %s", error)
             return host
+        except Exception:  # a vLLM that is not as expected must not end the engine
+            logger.exception("XLayerConnector: the engine runs without its disk tier")
+            return host
         return TieredManager(host, disk)
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
