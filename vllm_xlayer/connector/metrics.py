@@ -22,7 +22,8 @@
 |                        |                         |         | payload, other <field>, absent (another       |
 |                        |                         |         | engine just evicted it)                       |
 | failures_total         | direction, tier, reason | chunks  | not moved. host: copy. disk: disk error, off, |
-|                        |                         |         | no room, disk too slow                        |
+|                        |                         |         | no room, disk too slow, items not named by    |
+|                        |                         |         | content                                       |
 | queue_depth            | direction, tier         | chunks  | in transfers that are under way or wait       |
 | disk_used_bytes        |                         | bytes   | entries in the disk tier's folder, of all     |
 |                        |                         |         | engines                                       |
