@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ParallelConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
@@ -145,6 +145,13 @@ def _offloading_spec(
         return OffloadingSpecFactory.create_spec(config)
     extra.setdefault("cpu_bytes_to_use", default_host_bytes())
     disk = _disk_settings(vllm_config, layout, extra, config.cache.blocks_per_chunk)
+    if disk is not None and (reason := off_one_host(vllm_config.parallel_config)):
+        if role == KVConnectorRole.SCHEDULER:
+            logger.warning(
+                "XLayerConnector: the engine runs without its disk tier, which needs all ranks on the "
+                "scheduler's host: %s. The host tier works as it does without a disk tier", reason,
+            )  # fmt: skip
+        disk = None
     if disk is not None and role == KVConnectorRole.SCHEDULER:
         compat.current().use_stable_block_hashes()
     return RowOffloadingSpec(replace(config, extra_config=extra), disk)
@@ -173,9 +180,25 @@ def _disk_settings(
         raise ValueError(
             f"kv_connector_extra_config: disk_bytes_to_use: expected a number of bytes above 0, got {limit!r}"
         )
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
     return DiskSettings(
         path=Path(path),
         limit=limit,
+        # Users may give two engines one id.
+        engine=f"{transfer.engine_id} {vllm_config.instance_id}",
         identity=lambda: tier_identity(vllm_config, layout, blocks_per_chunk),
         in_process=vllm_config.parallel_config.distributed_executor_backend == "uni",
     )
+
+
+def off_one_host(parallel: ParallelConfig) -> str:
+    """Why the configuration alone says that ranks do not share the scheduler's memory; else empty.
+
+    Not the proof that they do: that is what the scheduler is told when it takes the memory (host_memory.py).
+    """
+    if parallel.nnodes_within_dp > 1:
+        return f"expected one node, got {parallel.nnodes_within_dp} (--nnodes)"
+    if parallel.distributed_executor_backend == "external_launcher":
+        return "with distributed_executor_backend external_launcher each rank has a scheduler of its own"
+    return ""

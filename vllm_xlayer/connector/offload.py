@@ -48,12 +48,14 @@ class DiskSettings:
     Args:
         path: the folder; created if its parent is there.
         limit: bytes of all entries in it, also those of other engines and models.
+        engine: a name that no other engine has, known to its scheduler and all its workers.
         identity: says whose KV this engine's is; NoIdentity if it must not outlive the engine.
         in_process: scheduler and worker are in one process.
     """
 
     path: Path
     limit: int
+    engine: str
     identity: Callable[[], TierIdentity]
     in_process: bool
 
@@ -72,7 +74,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             row_bytes=config.worker_kv_bytes_per_block,
             ranks=config.parallel.world_size,
             # With a disk tier the scheduler reads and writes what the workers do.
-            shared_as=None if disk is None else config.engine_id,
+            shared_as=None if disk is None else disk.engine,
             in_process=disk is None or disk.in_process,
         )
 
@@ -91,17 +93,20 @@ class RowOffloadingSpec(CPUOffloadingSpec):
 
     def _with_disk(self, host: HostTierManager, settings: DiskSettings) -> OffloadingManager:
         try:
+            view = scheduler_memory(self._shape).numpy()  # first: the workers' side waits for it to be taken
             if int(self.extra_config.get("store_threshold", 0)) >= 2:
                 raise NoIdentity("store_threshold does not work with several tiers in vLLM 0.26")
             if self.kv_events_config.self_describing_kv_events:
                 raise NoIdentity("self_describing_kv_events does not work with several tiers in vLLM 0.26")
             identity = settings.identity()
-            view = scheduler_memory(self._shape).numpy()
             # The host tier must keep room for loads while the disk is behind.
             waiting = max(1, self.num_blocks // 4)
             disk = DiskTier(view, settings.path, settings.limit, identity, waiting)
         except (NoIdentity, OSError, MemoryError) as error:
             logger.warning("XLayerConnector: the engine runs without its disk tier: %s", error)
+            return host
+        except Exception:  # a vLLM that is not as expected must not end the engine
+            logger.exception("XLayerConnector: the engine runs without its disk tier")
             return host
         return TieredManager(host, disk)
 

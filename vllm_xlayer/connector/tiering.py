@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, PrepareStoreOutput, ReqContext
 from vllm.v1.kv_offload.tiering.manager import RequestState, TieringOffloadingManager
 
-from .disk_tier import DiskTier
+from .disk_tier import DiskTier, HostOnly
 from .host_manager import HostTierManager
 
 DEADLINE_SECONDS = 2.0
@@ -43,7 +43,7 @@ class TieredManager(TieringOffloadingManager):
     def lookup(self, key: OffloadKey, req_context: ReqContext, *, exclude_tier=None) -> LookupResult:
         if not self.host.serves or self.host.has_failed(key):
             return LookupResult.MISS
-        if self.is_late(req_context):
+        if self.is_late(req_context) or isinstance(req_context, HostOnly):
             # Also ends two requests' taking each other's chunks out of a host tier too small for both.
             self._maybe_process_finished_jobs()
             found = self.host.lookup(key, req_context)
