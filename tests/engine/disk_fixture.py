@@ -8,6 +8,8 @@ from pathlib import Path
 from faults import TALLY, check, core_of, live_connector, settle
 from model_fixture import random_prompts, vllm_greedy, vllm_outputs
 
+from vllm_xlayer.connector import disk_tier
+
 NUM_TOKENS = 8
 PROMPTS = random_prompts([5, 100, 16, 33, 200, 1])
 BLOCKS = sum(len(p) // 16 for p in PROMPTS)
@@ -70,15 +72,19 @@ def until(condition):
 
 
 class Hang:
-    """A function of ``os`` that does not return on the disk's threads, until `release`."""
+    """A function of ``os`` that does not return on the disk's threads, until `release`.
+
+    Only in between a call counts soon as one that hangs: on a busy machine any call may take long.
+    """
 
     def __init__(self, monkeypatch):
         self._monkeypatch = monkeypatch
         self._go_on = threading.Event()
         self.began = threading.Event()
 
-    def at(self, name):
+    def at(self, name, seconds=0.2):
         real = getattr(os, name)
+        self._monkeypatch.setattr(disk_tier, "HUNG_SECONDS", seconds)
 
         def hanging(*args, **more):
             if threading.current_thread().name.startswith("xlayer-disk"):
@@ -90,4 +96,5 @@ class Hang:
         self._monkeypatch.setattr(os, name, hanging)
 
     def release(self):
+        self._monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 10 * GIVE_UP)
         self._go_on.set()

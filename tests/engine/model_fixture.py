@@ -3,7 +3,15 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    GptOssConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PretrainedConfig,
+)
 
 VOCAB = 256
 ON_GPU = torch.cuda.is_available()
@@ -35,6 +43,49 @@ def gpt_oss_config() -> GptOssConfig:
     return GptOssConfig(**SHAPE, sliding_window=24, num_local_experts=4, num_experts_per_tok=2)
 
 
+IMAGE_TOKEN, IMAGE_SIDE, PATCH_SIDE = VOCAB - 1, 56, 14
+IMAGE_TOKENS = (IMAGE_SIDE // PATCH_SIDE) ** 2
+
+
+def llava_config() -> LlavaConfig:
+    """Llama behind a small CLIP: an image is IMAGE_TOKENS tokens."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_SIDE,
+        patch_size=PATCH_SIDE,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=llama_config(),
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=False,
+    )
+
+
+def save_image_processor(folder: Path) -> None:
+    """What llava_config's model needs beside its weights: a word for each token, one of them an image."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(IMAGE_TOKEN)} | {"<image>": IMAGE_TOKEN}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": IMAGE_SIDE}, crop_size=side),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="w0", additional_special_tokens=["<image>"]
+        ),
+        patch_size=PATCH_SIDE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+
+
 def save_random_model(config: PretrainedConfig, folder: Path) -> Path:
     """Save a float32 model with random weights whose greedy tokens hang on its attention.
 
@@ -42,7 +93,8 @@ def save_random_model(config: PretrainedConfig, folder: Path) -> Path:
     and the last token's embedding decides: a cache that returned wrong tokens would go
     unnoticed. So queries and keys are large and embeddings are small.
     """
-    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = auto.from_config(config).to(torch.float32)
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         if "q_norm" in name or "k_norm" in name:

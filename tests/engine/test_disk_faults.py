@@ -179,7 +179,6 @@ def test_a_disk_that_hangs(make_llm, tiny_llama, answers, tmp_path, monkeypatch,
     engine's end. (test_disk_hang.py has what becomes of calls that return late.)"""
     if call == "read":
         fill(make_llm, tiny_llama, tmp_path)
-    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 0.3)
     monkeypatch.setattr(disk_tier, "FLUSH_SECONDS", 0.3)
     monkeypatch.setattr(disk_tier, "MIN_RESCAN_SECONDS", 0.0)
     llm = start(make_llm, tiny_llama, tmp_path)
@@ -209,7 +208,6 @@ def test_a_disk_that_hangs(make_llm, tiny_llama, answers, tmp_path, monkeypatch,
 @fault("hung disk")
 def test_a_disk_that_hangs_and_comes_back(make_llm, tiny_llama, answers, tmp_path, monkeypatch):
     fill(make_llm, tiny_llama, tmp_path)
-    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 0.3)
     llm = start(make_llm, tiny_llama, tmp_path)
     disk, hang = manager_of(llm).disk, Hang(monkeypatch)
     try:
@@ -221,7 +219,6 @@ def test_a_disk_that_hangs_and_comes_back(make_llm, tiny_llama, answers, tmp_pat
         hang.release()
     until(lambda: disk._reader._call is None)
     assert (disk._view == before).all()  # the read that returned changed nothing
-    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 60)
     monkeypatch.setattr(tiering, "DEADLINE_SECONDS", 60)
     manager_of(llm).host.reset_cache()
     forget_device_cache(llm)
@@ -234,7 +231,6 @@ def test_a_disk_that_does_not_answer_at_the_start(
     make_llm, tiny_llama, answers, tmp_path, monkeypatch, caplog_vllm
 ):
     (tmp_path / "xlayer-rows").mkdir()
-    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 0.3)
     hang = Hang(monkeypatch)
     try:
         hang.at("scandir")

@@ -31,7 +31,6 @@ def key(i):
 
 @pytest.fixture
 def hang(monkeypatch):
-    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 0.2)
     hang = Hang(monkeypatch)
     yield hang
     hang.release()
@@ -123,7 +122,7 @@ def test_a_write_that_goes_on_late_writes_what_it_was_given(tier, hang, tmp_path
 
 def test_a_write_from_before_a_reset_is_not_found_after_it(tier, hang):
     """The weights may have been changed in between: it must not get the identity of afterwards."""
-    hang.at("replace")
+    hang.at("replace", seconds=1000)
     tier.submit_store(job(1, [0], [0]))
     assert hang.began.wait(GIVE_UP)
     tier.drain_jobs()
@@ -165,7 +164,7 @@ def test_a_search_that_hangs(tier, hang):
     assert looked_up(tier, 5, ReqContext("a third")) is LookupResult.MISS
 
 
-def test_a_scan_that_hangs(tier, hang, monkeypatch):
+def test_a_scan_that_hangs(tier, hang):
     tier._scan_at = 0.0
     hang.at("scandir")
     fill(tier)
@@ -179,10 +178,9 @@ def test_a_scan_that_hangs(tier, hang, monkeypatch):
     assert tier.lookup(key(0), REQUEST) is LookupResult.HIT
 
 
-def test_a_long_scan_is_not_a_hang(tmp_path, hang, monkeypatch):
+def test_a_long_scan_is_not_a_hang(tmp_path, monkeypatch):
     """What has a limit is one call."""
     now = [0.0]
-    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 1.5)
     tier = DiskTier(np.zeros((CHUNKS, BYTES), dtype=np.uint8), tmp_path, 1 << 20, IDENTITY, max_waiting=8)
     fill(tier)
     hungs, real = [], disk_store.DiskFiles._files
@@ -190,7 +188,7 @@ def test_a_long_scan_is_not_a_hang(tmp_path, hang, monkeypatch):
     def slow(self, folders, progress):
         for found in real(self, folders, lambda: None):
             now[0] += 1
-            hungs.append(tier._writer.overdue(disk_tier.HUNG_SECONDS))
+            hungs.append(tier._writer.overdue(1.5))
             progress()
             yield found
 
@@ -214,12 +212,11 @@ def test_a_folder_that_does_not_answer_at_the_start(tmp_path, hang):
 @pytest.mark.parametrize("call", ["readv", "replace"])
 def test_reset_and_stop_wait_for_no_disk(tmp_path, hang, monkeypatch, call):
     """Also before the call has taken so long that it counts as one that hangs."""
-    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 1000.0)
     monkeypatch.setattr(disk_tier, "FLUSH_SECONDS", 0.1)
     view = np.zeros((CHUNKS, BYTES), dtype=np.uint8)
     tier = DiskTier(view, tmp_path, 1 << 20, IDENTITY, max_waiting=8)
     fill(tier)
-    hang.at(call)
+    hang.at(call, seconds=1000)
     tier.submit_load(job(1, [0], [0], load=True))
     tier.submit_store(job(2, [8], [1]))
     tier.submit_store(job(3, [9], [1]))
@@ -292,9 +289,8 @@ def test_a_prompt_that_nobody_has_asks_the_disk_once(tier, monkeypatch):
 
 def test_a_request_waits_for_answers_only_so_long(tier, hang, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(disk_tier, "HUNG_SECONDS", 1000.0)
     monkeypatch.setattr(disk_finder.time, "monotonic", lambda: now[0])
-    hang.at("lstat")
+    hang.at("lstat", seconds=1000)
     assert tier.lookup(key(5), REQUEST) is LookupResult.RETRY
     tier.on_schedule_end(None)
     now[0] += disk_finder.ASK_SECONDS / 2

@@ -1,6 +1,7 @@
 """Loads that are reported before they end, on streams that only the test moves (fake_streams)."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,26 @@ pytest.importorskip("vllm")
 
 from test_transfer_pacing import PER_BATCH, POOL, ROW, device, submit  # noqa: F401
 
-from vllm_xlayer.connector import early_loads, transfers
+from vllm_xlayer.connector import directions, early_loads, offload, transfers
 from vllm_xlayer.connector.copy_choice import Way
 
 GPU = torch.device("cuda", 0)
 LEFT, IDLE_LEFT = 3, 6
 """Batches that may be left when a load is reported: the fake device needs a millisecond for each."""
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_none_where_the_disk_tier_writes_to_host_memory(monkeypatch, disk):
+    """Its threads would write to a chunk that is given away while the link still reads it."""
+    made = []
+    monkeypatch.setattr(offload, "worker_memory", lambda *_: (torch.zeros(4, ROW, dtype=torch.uint8), None))
+    monkeypatch.setattr(directions, "make_direction", lambda *_, early=False: made.append(early))
+    spec = object.__new__(offload.RowOffloadingSpec)
+    spec._disk, spec._shape, spec.blocks_per_chunk = object() if disk else None, None, 1
+    spec.config = SimpleNamespace(parallel=SimpleNamespace(rank=0))
+    pool = torch.zeros(4, ROW, dtype=torch.uint8)
+    spec._make_worker(SimpleNamespace(tensors=[SimpleNamespace(tensor=pool)]))
+    assert made == [False, not disk]  # stores, loads
 
 
 @pytest.fixture

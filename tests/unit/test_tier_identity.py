@@ -1,13 +1,17 @@
 """The weights digest sees updates; engines whose KV must not outlive them are refused."""
 
 import json
+import operator
 import os
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
+from vllm_xlayer.connector import identity
 from vllm_xlayer.connector.identity import NoIdentity, tier_identity, weights_digest
 
 
@@ -62,24 +66,133 @@ def test_no_weights(tmp_path):
 
 
 def engine(**changes):
-    settings = dict(lora=None, speculative=None, algorithm="sha256", world=2) | changes
-    return SimpleNamespace(
-        lora_config=settings["lora"],
-        speculative_config=settings["speculative"],
-        cache_config=SimpleNamespace(prefix_caching_hash_algo=settings["algorithm"]),
-        parallel_config=SimpleNamespace(world_size=settings["world"], tensor_parallel_size=2),
-    )
+    """A configuration of vLLM's, as far as it matters: names with dots change one thing."""
+    multimodal = SimpleNamespace(**dict.fromkeys(identity.MULTIMODAL))
+    model = SimpleNamespace(
+        model="model", hf_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 1e4}), model_impl="vllm",
+        runner_type="generate", convert_type="none", model_class_overrides={}, dtype=torch.bfloat16,
+        override_attention_dtype=None, quantization=None, quantization_config=None, seed=0,
+        max_model_len=4096, disable_sliding_window=False, multimodal_config=multimodal, revision=None,
+    )  # fmt: skip
+    config = SimpleNamespace(
+        model_config=model,
+        load_config=SimpleNamespace(load_format="auto", model_loader_extra_config={}),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", prefix_caching_hash_algo="sha256",
+            sliding_window=None, kv_cache_dtype_skip_layers=[],
+        ),
+        parallel_config=SimpleNamespace(
+            world_size=2, tensor_parallel_size=2, decode_context_parallel_size=1,
+            prefill_context_parallel_size=1, cp_kv_cache_interleave_size=1,
+        ),
+        attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
+        lora_config=None, speculative_config=None, additional_config={},
+    )  # fmt: skip
+    for name, value in changes.items():
+        part, _, field = name.rpartition(".")
+        setattr(operator.attrgetter(part)(config) if part else config, field, value)
+    return config
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(lora=object()), "LoRA"),
-        (dict(speculative=object()), "speculative"),
-        (dict(algorithm="xxhash"), "expected one of sha256, sha256_cbor, got xxhash"),
-        (dict(world=4), "tensor parallelism only"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"speculative_config": object()}, "speculative"),
+        (
+            {"cache_config.prefix_caching_hash_algo": "xxhash"},
+            "expected one of sha256, sha256_cbor, got xxhash",
+        ),
+        ({"parallel_config.world_size": 4}, "tensor parallelism only"),
+        ({"model_config.multimodal_config.mm_encoder_attn_dtype": "fp8"}, "scales from the first images"),
     ],
 )
 def test_kv_that_must_not_be_kept(changes, reason):
     with pytest.raises(NoIdentity, match=reason):
         tier_identity(engine(**changes), None, 1)
+
+
+def of(folder, **changes):
+    layout = SimpleNamespace(
+        fingerprint=changes.pop("fingerprint", "BLHNC"),
+        groups=[SimpleNamespace(dtype=changes.pop("page_dtype", "bfloat16"), block_size=16)],
+    )
+    return tier_identity(engine(**{"model_config.model": str(folder)} | changes), layout, 1)
+
+
+SHAPES_KV = {
+    "vllm": {},  # below
+    "config": {"model_config.hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": 1e6})},
+    "model_impl": {"model_config.model_impl": "transformers"},
+    "runner": {"model_config.runner_type": "pooling"},
+    "convert": {"model_config.convert_type": "embed"},
+    "class_overrides": {"model_config.model_class_overrides": {"A": "B"}},
+    "dtype": {"model_config.dtype": torch.float16},
+    "attention_dtype": {"model_config.override_attention_dtype": "float16"},
+    "quantization": {"model_config.quantization": "fp8"},
+    "quantization_config": {"model_config.quantization_config": {"bits": 4}},
+    "load_format": {"load_config.load_format": "bitsandbytes"},
+    "load_config": {"load_config.model_loader_extra_config": {"a": 1}},
+    "seed": {"load_config.load_format": "dummy", "model_config.seed": 1},
+    "max_model_len": {"model_config.max_model_len": 8192},
+    "sliding_window": {"model_config.disable_sliding_window": True},
+    "skipped_layers": {"cache_config.kv_cache_dtype_skip_layers": ["0"]},
+    "scale_choice": {},  # below
+    "backend": {"attention_config.backend": "TRITON_ATTN"},
+    "backend_per_kind": {"attention_config.backend_per_kind": {"full": "TRITON_ATTN"}},
+    "context_parallel": {"parallel_config.cp_kv_cache_interleave_size": 16},
+    "platform": {"additional_config": {"a": 1}},
+    "multimodal": {"model_config.multimodal_config.mm_processor_kwargs": {"num_crops": 4}},
+}
+
+
+def test_nothing_that_shapes_kv_is_left_out_here():
+    assert SHAPES_KV.keys() == identity.shaping_settings(engine()).keys()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *[pytest.param(changes, id=name) for name, changes in SHAPES_KV.items() if changes],
+        {"cache_config.sliding_window": 128},
+        {"parallel_config.decode_context_parallel_size": 2},
+        {"parallel_config.prefill_context_parallel_size": 2},
+        {"cache_config.cache_dtype": "fp8"},
+        {"parallel_config.world_size": 1, "parallel_config.tensor_parallel_size": 1},
+        {"fingerprint": "BLNHC"},
+        {"page_dtype": "nvfp4"},
+        *[{f"model_config.multimodal_config.{name}": "changed"} for name in identity.MULTIMODAL
+          if name != "mm_encoder_attn_dtype"],
+        {
+            "model_config.multimodal_config.mm_encoder_attn_dtype": "fp8",
+            "model_config.multimodal_config.mm_encoder_fp8_scale_path": "scales.json",
+        },
+    ],
+    ids=lambda changes: "".join(changes),
+)  # fmt: skip
+def test_each_thing_that_shapes_kv_is_in_the_digest(tmp_path, changes):
+    folder = save(tmp_path / "model", DATA)
+    assert of(folder).digest == of(folder).digest
+    assert of(folder, **changes).digest != of(folder).digest
+
+
+def test_versions_environment_and_files_are_in_the_digest(tmp_path, monkeypatch):
+    folder = save(tmp_path / "model", DATA)
+    digests = [of(folder).digest]
+    for name in ("preprocessor_config.json", "modeling.py"):
+        for text in ("one", "two"):
+            (folder / name).write_text(text)
+            digests.append(of(folder).digest)
+    monkeypatch.setenv("VLLM_XLAYER_SCALE_CHOICE", "amax_6")
+    digests.append(of(folder).digest)
+    monkeypatch.setattr(identity, "version", lambda name: "0.0.1")
+    digests.append(of(folder).digest)
+    (folder / "README.md").write_text("does not matter")
+    assert len(set(digests)) == len(digests) and of(folder).digest == digests[-1]
+
+
+def test_every_field_of_an_identity_is_in_its_digest(tmp_path):
+    found = of(save(tmp_path / "model", DATA))
+    for field in fields(found):
+        other = 99 if isinstance(getattr(found, field.name), int) else "other"
+        assert replace(found, **{field.name: other}).digest != found.digest, field.name

@@ -23,6 +23,8 @@ from .suite import TESTS
 FAULTS = (
     "copy error",
     "copy error on one rank",
+    "ranks on several hosts",
+    "images named by a counter",
     "read error",
     "short read",
     "flipped bits",

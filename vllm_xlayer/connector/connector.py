@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ParallelConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -180,9 +180,15 @@ def _offloading_spec(
     host_bytes = settings.cpu_bytes_to_use or default_host_bytes()
     # Each rank stores its own rows: with equal ones (MLA) vLLM would let the first one write for all.
     config = replace(config, extra_config={**extra, "cpu_bytes_to_use": host_bytes}, replicated_layout=False)
-    return RowOffloadingSpec(
-        config, _disk_settings(vllm_config, layout, settings, config.cache.blocks_per_chunk)
-    )
+    disk = _disk_settings(vllm_config, layout, settings, config.cache.blocks_per_chunk)
+    if disk is not None and (reason := off_one_host(vllm_config.parallel_config)):
+        if role == KVConnectorRole.SCHEDULER:
+            logger.warning(
+                "XLayerConnector: the engine runs without its disk tier, which needs all ranks on the "
+                "scheduler's host: %s. The host tier works as it does without a disk tier", reason,
+            )  # fmt: skip
+        disk = None
+    return RowOffloadingSpec(config, disk)
 
 
 def _disk_settings(
@@ -190,9 +196,25 @@ def _disk_settings(
 ) -> DiskSettings | None:
     if settings.disk_path is None or settings.disk_bytes_to_use is None:
         return None
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
     return DiskSettings(
         path=Path(settings.disk_path),
         limit=settings.disk_bytes_to_use,
+        # Users may give two engines one id.
+        engine=f"{transfer.engine_id} {vllm_config.instance_id}",
         identity=lambda: tier_identity(vllm_config, layout, blocks_per_chunk),
         in_process=vllm_config.parallel_config.distributed_executor_backend == "uni",
     )
+
+
+def off_one_host(parallel: ParallelConfig) -> str:
+    """Why the configuration alone says that ranks do not share the scheduler's memory; else empty.
+
+    Not the proof that they do: that is what the scheduler is told when it takes the memory (host_memory.py).
+    """
+    if parallel.nnodes_within_dp > 1:
+        return f"expected one node, got {parallel.nnodes_within_dp} (--nnodes)"
+    if parallel.distributed_executor_backend == "external_launcher":
+        return "with distributed_executor_backend external_launcher each rank has a scheduler of its own"
+    return ""

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -52,6 +52,11 @@ FLUSH_SECONDS = 5.0
 MIN_RESCAN_SECONDS = 10.0
 RESCAN_SHARE = 0.01
 """Of the writing thread's time, for looking at what other engines wrote."""
+
+
+@dataclass(frozen=True)
+class HostOnly:
+    """State of a request whose keys do not say what its items are: not for a tier that outlives the engine."""
 
 
 class DiskTier(SecondaryTierManager):
@@ -177,16 +182,22 @@ class DiskTier(SecondaryTierManager):
             self._reader.put(Task(self._load, job_metadata, len(job_metadata.keys)))
 
     def submit_store(self, job_metadata: TransferJob) -> None:
-        if self.hung or self.problem:
-            self._refuse(job_metadata, f"not stored: {'off' if self.problem else 'disk hangs'}")
-        elif self.chunks_to_write >= self._max_waiting:
-            self._refuse(job_metadata, "not stored: disk too slow")
+        if reason := self._refusal(job_metadata):
+            self._refuse(job_metadata, f"not stored: {reason}")
         else:
             self._writer.put(Task(self._write, job_metadata, len(job_metadata.keys)))
 
     def _refuse(self, job: TransferJob, why: str) -> None:
         self.counts[why] += len(job.keys)
         self._done.append(JobResult(job.job_id, False))
+
+    def _refusal(self, job: TransferJob) -> str:
+        """Why a store is not taken; empty if it is."""
+        if self.problem or self.hung:
+            return "off" if self.problem else "disk hangs"
+        if job.req_context.get_state(HostOnly):
+            return "items not named by content"
+        return "disk too slow" if self.chunks_to_write >= self._max_waiting else ""
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         self._watch()

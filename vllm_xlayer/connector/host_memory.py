@@ -1,15 +1,14 @@
 """The host tier's memory: rows of all ranks side by side, chunk after chunk.
 
 Without a disk tier each worker has memory of its own. With one, the scheduler's process reads and writes the
-same bytes: the worker's own tensor where both are one process, else a file in /dev/shm that all of them map.
+same bytes: the worker's own tensor where both are one process, else memory that all of them map
+(shared_memory.py). It is for the scheduler only if every rank has it.
 
 What has to be pinned gets its address space at once, and its pages beside the engine's start (pinning.py).
 """
 
-import errno
 import mmap
 import os
-import time
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -17,14 +16,10 @@ import psutil
 import torch
 from vllm.logger import init_logger
 
-from . import pinning
+from . import pinning, shared_memory
 from .pinning import GIB, Pinning
 
 logger = init_logger(__name__)
-
-SHARED_FOLDER = "/dev/shm"
-WAIT_SECONDS = 60.0
-"""For the worker that makes the shared file, by the others."""
 
 _in_process: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
 
@@ -33,7 +28,7 @@ _in_process: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
 class HostShape:
     """Args:
     row_bytes: of one block on one rank.
-    shared_as: a name unique to the engine; None where only the worker itself uses the memory.
+    shared_as: a name that no other engine has; None where only the worker itself uses the memory.
     in_process: scheduler and worker are in one process.
     """
 
@@ -73,7 +68,7 @@ def worker_memory(
         if shape.shared_as is not None:
             _in_process[shape.shared_as] = host
     else:
-        whole, file = _map_shared(shape, create=True, pages_later=pin_for is not None)
+        whole, file = _join(shape, rank, pages_later=pin_for is not None)
         if pin_for is not None:
             pins = Pinning(whole, shape.chunk_bytes, pin_for, file.populate)
         host = whole.view(rows, shape.ranks, shape.row_bytes)[:, rank]
@@ -89,17 +84,31 @@ def scheduler_memory(shape: HostShape) -> torch.Tensor:
     """uint8 [chunks, chunk_bytes]: what the workers, which were made before, have as their memory.
 
     Raises:
-        MemoryError: they have none.
+        MemoryError: they have none, or not all of them have this one.
     """
     assert shape.shared_as is not None
     if shape.in_process:
-        host = _in_process.get(shape.shared_as)
+        host = _in_process.pop(shape.shared_as, None)
         if host is None:
             raise MemoryError("the worker has no host memory")
         return host.view(shape.chunks, shape.chunk_bytes)
-    whole, _ = _map_shared(shape, create=False)
-    os.unlink(_path(shape))  # all who need it have it open; nothing is left behind by a kill
+    try:
+        descriptor, ranks = shared_memory.take(shape.shared_as)
+    except OSError as error:
+        raise MemoryError(f"no worker on the scheduler's host shares its host memory: {error}") from error
+    whole, _ = _map(descriptor, shape.chunks * shape.chunk_bytes)
+    if elsewhere := set(range(shape.ranks)) - ranks:
+        raise MemoryError(
+            f"expected the host memory of all {shape.ranks} ranks, got that of {len(ranks)}: the scheduler "
+            f"does not share memory with {_named(elsewhere)}, on another host or in a container of its own. "
+            "The host tier works as it does without a disk tier"
+        )
     return whole.view(shape.chunks, shape.chunk_bytes)
+
+
+def _named(ranks: set[int]) -> str:
+    listed = ", ".join(map(str, sorted(ranks)[:8]))
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}{', ...' if len(ranks) > 8 else ''}"
 
 
 def _allocate(rows: int, row_bytes: int) -> torch.Tensor:
@@ -129,10 +138,6 @@ def _no_memory(size: int, kind: str, reason: str) -> MemoryError:
     )
 
 
-def _path(shape: HostShape) -> str:
-    return f"{SHARED_FOLDER}/vllm_xlayer_{shape.shared_as}"
-
-
 class _File:
     """An open file of shared memory."""
 
@@ -147,45 +152,34 @@ class _File:
         os.close(self._descriptor)
 
 
-def _map_shared(shape: HostShape, create: bool, pages_later: bool = False) -> tuple[torch.Tensor, _File]:
+def _join(shape: HostShape, rank: int, pages_later: bool) -> tuple[torch.Tensor, _File]:
     """uint8 [bytes of all ranks], made by the first worker that comes, with all its pages or without."""
-    path, size = _path(shape), shape.chunks * shape.chunk_bytes
+    assert shape.shared_as is not None
+    size = shape.chunks * shape.chunk_bytes
     try:
-        descriptor = _create(path, size, pages_later) if create else None
-        file = _File(_open(path, size) if descriptor is None else descriptor)
-        return torch.frombuffer(mmap.mmap(file._descriptor, size), dtype=torch.uint8), file
-    except (OSError, ValueError) as error:
-        raise _no_memory(size, f"shared memory in {SHARED_FOLDER}", str(error)) from error
+        return _map(shared_memory.join(shape.shared_as, rank, lambda: _make(size, pages_later)), size)
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_memory(size, "shared memory", str(error)) from error
 
 
-def _create(path: str, size: int, pages_later: bool) -> int | None:
-    """None if another worker was first."""
+def _make(size: int, pages_later: bool) -> int:
+    # It has no limit of its own: Linux ends processes when pages are not to be had.
+    if size > (available := psutil.virtual_memory().available):
+        raise OSError(f"{available / GIB:.2f} GiB that are available")
+    descriptor = os.memfd_create("vllm-xlayer", os.MFD_CLOEXEC)
     try:
-        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-    except FileExistsError:
-        return None
-    try:
-        # A page that is not there when it is touched is a SIGBUS, and /dev/shm is often small in a container.
         if pages_later:
-            free = os.fstatvfs(file).f_bavail * os.fstatvfs(file).f_frsize
-            if size > free:
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({free / GIB:.2f} GiB are left)")
-            os.ftruncate(file, size)
+            os.ftruncate(descriptor, size)
         else:
-            os.posix_fallocate(file, 0, size)
-    except OSError:
-        os.close(file)
-        os.unlink(path)
+            os.posix_fallocate(descriptor, 0, size)
+    except BaseException:
+        os.close(descriptor)
         raise
-    return file
+    return descriptor
 
 
-def _open(path: str, size: int) -> int:
-    file, deadline = os.open(path, os.O_RDWR), time.monotonic() + WAIT_SECONDS
-    while os.fstat(file).st_size != size:
-        if time.monotonic() > deadline or os.fstat(file).st_nlink == 0:
-            got = os.fstat(file).st_size
-            os.close(file)
-            raise OSError(f"{path}: expected {size} bytes, got {got}")
-        time.sleep(0.01)
-    return file
+def _map(descriptor: int, size: int) -> tuple[torch.Tensor, _File]:
+    file = _File(descriptor)
+    if (got := os.fstat(descriptor).st_size) != size:
+        raise OSError(f"expected {size} bytes, got {got}")
+    return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8), file

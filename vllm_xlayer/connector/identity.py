@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
 
+from ..config import Config
 from ..layout import LayoutDescriptor
 from .disk_format import TierIdentity
 
@@ -29,12 +31,13 @@ def tier_identity(vllm_config: VllmConfig, layout: LayoutDescriptor, blocks_per_
     if problems := list(_problems(vllm_config)):
         raise NoIdentity("; ".join(problems))
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    folder = _model_folder(vllm_config)
     return TierIdentity(
         layout=layout.fingerprint,
         kv_dtype="+".join(sorted({str(cache.cache_dtype), *(spec.dtype for spec in layout.groups)})),
         model=str(model.model)[-200:],
-        settings=_settings_digest(vllm_config),
-        weights=weights_digest(_model_folder(vllm_config)),
+        settings=_settings_digest(vllm_config, code_digest(folder)),
+        weights=weights_digest(folder),
         tp_size=vllm_config.parallel_config.tensor_parallel_size,
         block_size=layout.groups[0].block_size,
         blocks_per_chunk=blocks_per_chunk,
@@ -43,10 +46,17 @@ def tier_identity(vllm_config: VllmConfig, layout: LayoutDescriptor, blocks_per_
 
 def _problems(vllm_config: VllmConfig):
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    multimodal = vllm_config.model_config.multimodal_config
     if vllm_config.lora_config is not None:
         yield "LoRA adapters are in vLLM's block hashes by name, not by weights"
     if vllm_config.speculative_config is not None:
         yield "with speculative decoding rows may hold a draft model's KV"
+    if (
+        multimodal is not None
+        and multimodal.mm_encoder_attn_dtype
+        and not multimodal.mm_encoder_fp8_scale_path
+    ):
+        yield "mm_encoder_attn_dtype without mm_encoder_fp8_scale_path takes scales from the first images"
     if cache.prefix_caching_hash_algo not in SAFE_HASHES:
         yield (
             f"prefix_caching_hash_algo: expected one of {', '.join(SAFE_HASHES)}, "
@@ -59,17 +69,63 @@ def _problems(vllm_config: VllmConfig):
         )
 
 
-def _settings_digest(vllm_config: VllmConfig) -> str:
-    model, load = vllm_config.model_config, vllm_config.load_config
+def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
+    """Everything but layout, weights and the fields of TierIdentity that shapes the values of a token's KV.
+
+    What is in a block's key already is not here: tokens, names of multimodal items, cache salts, prompt
+    embeddings (all of them by vLLM), the hash function and its seed (PYTHONHASHSEED). What neither this nor
+    the key covers turns the tier off: `_problems`. Not here either: what changes only how fast or in which
+    order the same sums are made, as the kind of GPU, CUDA graphs or the size of a batch do.
+    """
+    model, load, cache = vllm_config.model_config, vllm_config.load_config, vllm_config.cache_config
+    parallel, attention = vllm_config.parallel_config, vllm_config.attention_config
+    multimodal = model.multimodal_config
     load_format = str(getattr(load.load_format, "value", load.load_format))
-    settings: dict[str, Any] = {
+    return {
+        # Other versions may compute the same model in another way, and have.
+        "vllm": version("vllm"),
         "config": model.hf_config.to_dict(),
-        "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
+        "model_impl": model.model_impl,
+        "runner": model.runner_type,
+        "convert": model.convert_type,
+        "class_overrides": model.model_class_overrides,
+        "dtype": model.dtype,
+        "attention_dtype": model.override_attention_dtype,
+        "quantization": model.quantization,
+        "quantization_config": model.quantization_config,
         "load_format": load_format,
+        "load_config": load.model_loader_extra_config,
         "seed": model.seed if load_format == "dummy" else None,
+        "max_model_len": model.max_model_len,  # some ways of scaling positions depend on it
+        "sliding_window": [model.disable_sliding_window, cache.sliding_window],
+        "skipped_layers": cache.kv_cache_dtype_skip_layers,
+        "scale_choice": Config.load().scale_choice.name,
+        "backend": attention.backend,
+        "backend_per_kind": attention.backend_per_kind,
+        "context_parallel": [
+            parallel.decode_context_parallel_size,
+            parallel.prefill_context_parallel_size,
+            parallel.cp_kv_cache_interleave_size,
+        ],
+        "platform": vllm_config.additional_config,
+        "multimodal": {} if multimodal is None else {n: getattr(multimodal, n) for n in MULTIMODAL},
     }
-    text = json.dumps(settings, sort_keys=True, default=str)
+
+
+MULTIMODAL = (
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "mm_encoder_attn_backend",
+    "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path",
+    "mm_encoder_tp_mode",
+    "video_pruning_rate",
+)
+"""Settings of vLLM's that shape an item's embeddings and are not in its name."""
+
+
+def _settings_digest(vllm_config: VllmConfig, code: str) -> str:
+    text = json.dumps([code, shaping_settings(vllm_config)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -116,3 +172,12 @@ def weights_digest(folder: Path) -> str:
                 file.seek(max(0, stat.st_size - SAMPLE_BYTES) * i // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:32]
+
+
+def code_digest(folder: Path) -> str:
+    """16 hex digits over a model folder's code and settings of its processors (images, audio, video)."""
+    digest = hashlib.sha256()
+    for path in sorted({*folder.glob("*processor*.json"), *folder.glob("*.py")}):
+        content = path.read_bytes()
+        digest.update(json.dumps([path.name, len(content)]).encode() + content)
+    return digest.hexdigest()[:16]

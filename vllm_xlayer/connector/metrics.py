@@ -24,7 +24,8 @@
 | failures_total         | direction, tier, reason | chunks  | not moved. host: copy. disk: disk error, off, |
 |                        |                         |         | no room, disk too slow, disk hangs (off until |
 |                        |                         |         | a call to it returns), in the way (of an      |
-|                        |                         |         | entry is something else)                      |
+|                        |                         |         | entry is something else), items not named by  |
+|                        |                         |         | content                                       |
 | queue_depth            | direction, tier         | chunks  | in transfers that are under way or wait       |
 | disk_used_bytes        |                         | bytes   | entries in the disk tier's folder, of all     |
 |                        |                         |         | engines                                       |

@@ -52,12 +52,14 @@ class DiskSettings:
     Args:
         path: the folder; created if its parent is there.
         limit: bytes of all entries in it, also those of other engines and models.
+        engine: a name that no other engine has, known to its scheduler and all its workers.
         identity: says whose KV this engine's is; NoIdentity if it must not outlive the engine.
         in_process: scheduler and worker are in one process.
     """
 
     path: Path
     limit: int
+    engine: str
     identity: Callable[[], TierIdentity]
     in_process: bool
 
@@ -91,7 +93,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             row_bytes=config.worker_kv_bytes_per_block,
             ranks=config.parallel.world_size,
             # With a disk tier the scheduler reads and writes what the workers do.
-            shared_as=None if disk is None else config.engine_id,
+            shared_as=None if disk is None else disk.engine,
             in_process=disk is None or disk.in_process,
         )
 
@@ -112,16 +114,19 @@ class RowOffloadingSpec(CPUOffloadingSpec):
 
     def _with_disk(self, host: HostTierManager, settings: DiskSettings) -> OffloadingManager:
         try:
+            view = scheduler_memory(self._shape).numpy()  # first: the workers' side waits for it to be taken
+            host.kv_view = view.data
             if int(self.extra_config.get("store_threshold", 0)) >= 2:
                 raise NoIdentity("store_threshold does not work with several tiers")
             identity = settings.identity()
-            view = scheduler_memory(self._shape).numpy()
-            host.kv_view = view.data
             # The host tier must keep room for loads while the disk is behind.
             waiting = max(1, self.num_chunks // 4)
             disk = DiskTier(view, settings.path, settings.limit, identity, waiting)
         except (NoIdentity, OSError, MemoryError) as error:
             logger.warning("XLayerConnector: the engine runs without its disk tier: %s", error)
+            return host
+        except Exception:  # a vLLM that is not as expected must not end the engine
+            logger.exception("XLayerConnector: the engine runs without its disk tier")
             return host
         return TieredManager(host, disk)
 

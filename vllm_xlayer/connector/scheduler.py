@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     OffloadingConnectorScheduler,
     RequestOffloadState,
 )
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -22,12 +23,16 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from ..config import Config
+from ..patches.item_names import is_by_content
 from .accounting import check_accounts
 from .activity import TierActivity, queues
+from .disk_tier import HostOnly
 from .host_manager import HostTierManager
 from .step_news import without_idle
 from .tiering import TieredManager
 from .worker import RowWorkerMetadata
+
+logger = init_logger(__name__)
 
 
 class RowConnectorScheduler(OffloadingConnectorScheduler):
@@ -48,6 +53,24 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         self.activity = TierActivity(self.manager.host, disk, spec.config.worker_kv_bytes_per_block)
         self._describes_events = spec.kv_events_config.self_describing_kv_events
         self._debug = Config.load().debug
+        self._said_host_only = False
+
+    def on_new_request(self, request: Request) -> None:
+        super().on_new_request(request)
+        if isinstance(self.manager, TieredManager) and not is_by_content(
+            feature.identifier for feature in request.mm_features
+        ):
+            self._req_status[request.request_id].req_context.set_state(HostOnly())
+            self._say_host_only()
+
+    def _say_host_only(self) -> None:
+        if not self._said_host_only:
+            self._said_host_only = True
+            logger.warning(
+                "XLayerConnector: a request's images, audio or video do not use the disk tier (counted, said "
+                "once): expected names that are hashes of their content, got the user's or vLLM's own. Those "
+                "are content hashes without multi_modal_uuids, and with prefix caching or a processor cache"
+            )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
