@@ -71,7 +71,7 @@ def engine(**changes):
     model = SimpleNamespace(
         model="model", hf_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 1e4}), model_impl="vllm",
         runner_type="generate", convert_type="none", model_class_overrides={}, dtype=torch.bfloat16,
-        override_attention_dtype=None, quantization=None, quantization_config=None, seed=0,
+        quantization=None, quantization_config=None, seed=0,
         max_model_len=4096, disable_sliding_window=False, multimodal_config=multimodal, revision=None,
     )  # fmt: skip
     config = SimpleNamespace(
@@ -128,7 +128,6 @@ SHAPES_KV = {
     "convert": {"model_config.convert_type": "embed"},
     "class_overrides": {"model_config.model_class_overrides": {"A": "B"}},
     "dtype": {"model_config.dtype": torch.float16},
-    "attention_dtype": {"model_config.override_attention_dtype": "float16"},
     "quantization": {"model_config.quantization": "fp8"},
     "quantization_config": {"model_config.quantization_config": {"bits": 4}},
     "load_format": {"load_config.load_format": "bitsandbytes"},

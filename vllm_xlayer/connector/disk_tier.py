@@ -195,7 +195,7 @@ class DiskTier(SecondaryTierManager):
         """Why a store is not taken; empty if it is."""
         if self.problem or self.hung:
             return "off" if self.problem else "disk hangs"
-        if job.req_context.get_state(HostOnly):
+        if job.req_context.get_state(HostOnly) is not None:
             return "items not named by content"
         return "disk too slow" if self.chunks_to_write >= self._max_waiting else ""
 

@@ -90,7 +90,6 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
         "convert": model.convert_type,
         "class_overrides": model.model_class_overrides,
         "dtype": model.dtype,
-        "attention_dtype": model.override_attention_dtype,
         "quantization": model.quantization,
         "quantization_config": model.quantization_config,
         "load_format": load_format,

@@ -50,7 +50,7 @@ class TieredManager(TieringOffloadingManager):
     def lookup(self, key: OffloadKey, req_context: ReqContext, **exclude: int | None) -> LookupResult:
         if not self.host.serves or self.host.has_failed(key):
             return LookupResult.MISS
-        if self.is_late(req_context) or req_context.get_state(HostOnly):
+        if self.is_late(req_context) or req_context.get_state(HostOnly) is not None:
             # Also ends two requests' taking each other's chunks out of a host tier too small for both.
             self._maybe_process_finished_jobs()
             found = self.host.lookup(key, req_context)
