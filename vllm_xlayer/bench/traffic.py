@@ -19,9 +19,9 @@ from .lengths import ragged
 from .record import RESULTS, write
 
 REQUESTS = 256
-PROMPT = dict(median=3000, most=30000)
+PROMPT = dict(median=2500, most=30000)
 """Tokens of prompts: 1.1 million in 256 of them."""
-OUTPUT = dict(median=300, most=1500)
+OUTPUT = dict(median=250, most=1500)
 """Tokens of answers."""
 WARM_UP = 8
 """Requests before the timed ones: kernels are loaded and chosen at their first use."""
