@@ -56,7 +56,7 @@ RESCAN_SHARE = 0.01
 
 @dataclass(frozen=True)
 class HostOnly:
-    """State of a request whose keys do not say what its items are: not for a tier that outlives the engine."""
+    """State of a request whose keys do not say what its items are: no tier that outlives them is for it."""
 
 
 class DiskTier(SecondaryTierManager):
