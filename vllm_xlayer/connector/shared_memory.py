@@ -49,7 +49,7 @@ def join(engine: str, rank: int, make: Callable[[], int]) -> int:
         try:
             descriptor, _ = _ask(engine, rank)
             return descriptor
-        except ConnectionRefusedError:  # it does not listen yet, or has ended just now
+        except ConnectionError:  # it does not listen yet, or has just gone: then this worker may come first
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
@@ -122,7 +122,7 @@ def _ask(engine: str, asker: int) -> tuple[int, frozenset[int]]:
     if not descriptors:
         if answer == b"taken":
             raise OSError(f"rank {asker} has its memory already: another engine starts with this engine_id")
-        raise OSError("the worker that makes it ended")
+        raise ConnectionResetError("the worker that makes it ended")
     os.set_inheritable(descriptors[0], False)
     return descriptors[0], frozenset(struct.unpack(f"{len(answer) // 4}i", answer))
 
