@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def engine(job: dict[str, Any]) -> dict[str, Any]:
     """One engine, in its own process."""
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM, SamplingParams
 
     from ..compat.engine import cache_geometry, come_to_rest, empty_device_cache, rows_loaded
 
@@ -68,7 +68,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
             "kv_connector_extra_config": {"cpu_bytes_to_use": job["host_bytes"]},
         }  # fmt: skip
     started = time.perf_counter()
-    llm = LLM(
+    llm: Any = LLM(
         job["model"], load_format="dummy", skip_tokenizer_init=True, kv_cache_dtype=job["dtype"],
         max_model_len=2 * job["prompt"], gpu_memory_utilization=job["utilization"],
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, **settings,
@@ -84,7 +84,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         times = []
         for prompt in prompts:
             begin = time.perf_counter()
-            llm.generate([TokensPrompt(prompt_token_ids=prompt)], one, use_tqdm=False)
+            llm.generate([{"prompt_token_ids": prompt}], one, use_tqdm=False)
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
 

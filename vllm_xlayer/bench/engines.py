@@ -188,7 +188,7 @@ def _serve(pipe: Connection, job: dict[str, Any]) -> None:
 
 
 def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
-    from vllm import SamplingParams, TokensPrompt
+    from vllm import SamplingParams
 
     config = llm.llm_engine.vllm_config
     about = {
@@ -203,7 +203,7 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
             asked, tokens = pipe.recv()
         except EOFError:
             return
-        batch = [TokensPrompt(prompt_token_ids=prompt) for prompt in asked]
+        batch = [{"prompt_token_ids": prompt} for prompt in asked]
         counts = tokens if isinstance(tokens, list) else [tokens] * len(asked)
         sampling = [
             SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False)

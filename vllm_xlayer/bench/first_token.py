@@ -46,7 +46,7 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
     Raises:
         RuntimeError: the device's cache does not hold all of the prompts.
     """
-    from vllm import SamplingParams, TokensPrompt
+    from vllm import SamplingParams
 
     one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     prompts = make_prompts(llm, repeats, tokens, seed=0)
@@ -57,7 +57,7 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
         answers = []
         for prompt in prompts:
             begin = time.perf_counter()
-            llm.generate([TokensPrompt(prompt_token_ids=prompt)], one, use_tqdm=False)
+            llm.generate([{"prompt_token_ids": prompt}], one, use_tqdm=False)
             answers.append((begin, time.perf_counter()))
         (events,) = llm.collective_rpc("end_events")
         report.setdefault(kind, []).extend(end - begin for begin, end in answers)

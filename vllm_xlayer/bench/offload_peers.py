@@ -31,7 +31,7 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, list[float]]:
     Raises:
         RuntimeError: a prompt was not where it should have been.
     """
-    from vllm import SamplingParams, TokensPrompt
+    from vllm import SamplingParams
 
     one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     prompts = make_prompts(llm, repeats, tokens, seed=0)
@@ -41,7 +41,7 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, list[float]]:
 
     def first_token(prompt: list[int]) -> tuple[float, int]:
         begin = time.perf_counter()
-        (output,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], one, use_tqdm=False)
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], one, use_tqdm=False)
         return time.perf_counter() - begin, output.num_cached_tokens or 0
 
     def first_tokens(kind: str, least: int, most: int) -> None:
