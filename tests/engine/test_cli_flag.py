@@ -9,14 +9,15 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def parse(reference_platform):
+def parse(reference_platform, tmp_path_factory):
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    model = str(tmp_path_factory.mktemp("model"))  # a name would be looked for, where vLLM may not go online
 
     def parsed(*arguments: str):
-        return AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", "m", *arguments]))
+        return AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", model, *arguments]))
 
     return parsed
 

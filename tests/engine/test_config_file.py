@@ -9,6 +9,9 @@ import vllm.v1.kv_offload.cpu.spec
 import yaml
 from faults import check, forget_device_cache, live_connector, settle, without_connector
 from model_fixture import ON_GPU, random_prompts
+from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
+
+from vllm_xlayer.config import VLLMS_SETTINGS
 
 NUM_TOKENS = 8
 PROMPTS = random_prompts([5, 100, 16, 33, 200, 1])
@@ -22,6 +25,7 @@ ACCEPTED = [
     {"block_size": 32},
     {"blocks_per_chunk": 3},
     {"eviction_policy": "arc"},
+    {"eviction_policy": "RecencyBesideThis", "cache_policy_module_path": "test_config_file"},
     {"offload_prompt_only": False},
     {"store_threshold": 2, "max_tracker_size": 1000},
     {"self_describing_kv_events": True},
@@ -31,17 +35,23 @@ ACCEPTED = [
 ]
 REFUSED = [
     ({"cpu_bytes_to_use": 0}, "cpu_bytes_to_use"),
-    ({"block_size": 24}, r"block_size: expected a multiple of 16, got 24"),
+    ({"block_size": 24}, r"block_size'?=24 .*must be a multiple of .* \(16 tokens\)"),
     ({"block_size": 32, "blocks_per_chunk": 2}, "only one of"),
     ({"blocks_per_chunk": 0}, "blocks_per_chunk"),
     ({"eviction_policy": "random"}, "random"),
     ({"spec_name": "NoSuchSpec"}, "NoSuchSpec"),
 ]
 KEYS = {key for extra in ACCEPTED for key in extra}
+OF_TIERS = {"enable_telemetry"}
+"""What tiers of vLLM's own read, from settings that TieringOffloadingSpec gives them."""
 
 
 class RowsBesideThis(vllm.v1.kv_offload.cpu.spec.CPUOffloadingSpec):
     """A user's own spec."""
+
+
+class RecencyBesideThis(LRUCachePolicy):
+    """A user's own policy."""
 
 
 @pytest.fixture(scope="module")
@@ -124,4 +134,5 @@ def test_every_key_of_vllms_is_tried():
     found = set()
     for source in sources:
         found.update(re.findall(r'extra_config\s*\.get\(\s*"(\w+)"', source.read_text()))
-    assert found and found == KEYS | {"cpu_bytes_to_use"}
+    tried = KEYS | {"cpu_bytes_to_use", *(name for name, text in VLLMS_SETTINGS.items() if not text)}
+    assert found and found - OF_TIERS == tried

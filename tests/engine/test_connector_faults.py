@@ -229,9 +229,12 @@ def test_preemption_with_slow_transfers(make_llm, tiny_llama, copies, monkeypatc
         copies.fail_stores = lambda n: n % 5 == 0
     preempted, scheduler = [], core_of(llm).scheduler
     real = scheduler._preempt_request
-    monkeypatch.setattr(
-        scheduler, "_preempt_request", lambda *args: (preempted.append(args[0]), real(*args))[1]
-    )
+
+    def preempt(request, *args, **kwargs):
+        preempted.append(request)
+        real(request, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", preempt)
     shuffled = random.Random(0)
     for _ in range(4):
         order = shuffled.sample(range(8), 8)

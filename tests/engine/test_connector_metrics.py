@@ -147,7 +147,7 @@ def test_a_disk_that_is_filled_and_read(make_llm, tiny_llama, tmp_path):
     assert found["kv_offload_load_bytes_total"] == USABLE * ROW
     assert found["kv_offload_load_size_count"] == sum(n > 0 for n in WHOLE_BLOCKS)
     assert found["kv_offload_total_bytes_total{transfer_type=CPU_to_GPU}"] == USABLE * ROW
-    assert found["kv_offload_tiering_lookup_sync_delay_seconds_count"] > 0
+    assert found["kv_offload_tiering_lookup_sync_delay_seconds_count{tier=1:xlayer-disk}"] > 0
 
 
 def test_a_damaged_entry(make_llm, tiny_llama, tmp_path):

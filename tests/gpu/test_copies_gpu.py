@@ -65,7 +65,6 @@ def test_a_small_copy_gets_in_between(monkeypatch, way):
     where the host took longer than that.
     """
     monkeypatch.setattr(transfers, "LEAST_QUEUED", 1 << 40)  # all of it on the device at once
-    monkeypatch.setattr(transfers, "times_here", lambda device: None)
     pool = torch.zeros((1024, 589824), dtype=torch.uint8, device=GPU)
     host = torch.zeros(pool.shape, dtype=torch.uint8, pin_memory=True)
     small = [torch.zeros(256, dtype=torch.uint8, pin_memory=True), torch.zeros(256, dtype=torch.uint8).cuda()]
@@ -95,7 +94,6 @@ def test_a_small_copy_gets_in_between(monkeypatch, way):
 
 def test_a_load_that_is_reported_before_it_ends(monkeypatch):
     """What the current stream does after the report sees all rows, though the last ones arrive later."""
-    monkeypatch.setattr(transfers, "times_here", lambda device: None)
     host = torch.randint(0, 256, (1024, 589824), dtype=torch.uint8).pin_memory()
     pool = torch.zeros(host.shape, dtype=torch.uint8, device=GPU)
     load = directions.make_direction(host, pool, GPU, early=True)
