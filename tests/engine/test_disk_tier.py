@@ -247,7 +247,7 @@ def test_after_kill_9_another_process_finds_what_was_whole(make_llm, tiny_llama,
     llm = start(make_llm, tiny_llama, tmp_path)
     TALLY["tries"] += 1
     found = cached_right(llm, answers)
-    # A job's chunks are written in no particular order. What lies behind a hole is of no use, but may be read,
+    # A job's chunks are written in no particular order. What is behind a hole is of no use, but may be read,
     # as only the disk's thread knows that it is one.
     hits = manager_of(llm).disk.counts["hit"]
     assert 0 < sum(found) <= hits * 16 <= 12 * 16
