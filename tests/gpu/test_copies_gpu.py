@@ -101,6 +101,7 @@ def test_a_load_that_is_reported_before_it_ends(monkeypatch):
     early = 0
     for job in range(5):
         pool.zero_()
+        load.before_launch()
         load.submit(job, ids, ids)
         while not (results := load.take_finished()):
             pass
