@@ -1,5 +1,8 @@
 """The torch ops that stand in for vLLM's CPU kernels, against their definitions."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -91,3 +94,23 @@ def test_experts_token_by_token(ops, activation, with_bias, skip_weighted):
     out = torch.full_like(x, torch.nan)
     ops.cpu_fused_moe(out, x, *packed, b13, b2, weights, chosen, skip_weighted, activation, "vec")
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_object_that_asks_for_a_driver_when_it_is_looked_at(monkeypatch):
+    """As that of a library of vLLM 0.31's; what it is asked for by name still reaches the driver."""
+    from vllm_xlayer.platform.reference import _let_humming_be_looked_at
+
+    class DeviceInfo:
+        __slots__ = ()
+
+        def __getattr__(self, name):
+            raise ImportError("libcuda.so.1")
+
+    module = SimpleNamespace(DeviceInfo=DeviceInfo, current_device=DeviceInfo())
+    monkeypatch.setitem(sys.modules, "humming.device", module)
+    with pytest.raises(ImportError):
+        hasattr(module.current_device, "__dict__")
+    _let_humming_be_looked_at()
+    assert not hasattr(module.current_device, "__dict__")
+    with pytest.raises(ImportError, match="libcuda"):
+        module.current_device.sm_count  # noqa: B018

@@ -1,6 +1,7 @@
 """The platform class: vLLM's CPU platform, without the compiled kernels that one needs."""
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from vllm.platforms.cpu import CpuPlatform
@@ -38,6 +39,12 @@ class CpuReferencePlatform(CpuPlatform):
     @classmethod
     def import_kernels(cls) -> None:
         define_missing_ops()
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        """As the parent: replaces Triton's kernels, which it looks for in every object of every module."""
+        _let_humming_be_looked_at()
+        super().register_triton_kernel_overrides()
 
     @classmethod
     def get_attn_backend_cls(
@@ -112,6 +119,27 @@ def _machine_refusal(vllm_config: "VllmConfig") -> str | None:
     if vllm_config.use_v2_model_runner:
         return f"model runner V2 is not supported (it needs Triton): unset {RUNNER_VARIABLE}"
     return None
+
+
+def _let_humming_be_looked_at() -> None:
+    """Lets its object for the current GPU say that it lacks an attribute, in place of loading the driver.
+
+    Up to 0.1.16, which vLLM 0.31 brings along, whoever looks at the object on a machine without a GPU gets an
+    ImportError. To be removed with vLLM 0.31.
+    """
+    module = sys.modules.get("humming.device")
+    try:
+        hasattr(getattr(module, "current_device", None), "__dict__")
+    except ImportError:
+        info = module.DeviceInfo  # type: ignore[union-attr]
+        original = info.__getattr__
+
+        def get(self: object, name: str) -> object:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return original(self, name)
+
+        info.__getattr__ = get
 
 
 def _refusal(vllm_config: "VllmConfig") -> str | None:
