@@ -1,9 +1,6 @@
 """The package's settings: of a process, from the environment, and of the connector.
 
-variable                             default      meaning
-VLLM_XLAYER_DEBUG                    0            1: check slots, tables and tiers where that costs time
-VLLM_XLAYER_GATHER_WORKSPACE_BYTES   256 MiB      buffer that cached NVFP4 tokens are dequantised into
-VLLM_XLAYER_SCALE_CHOICE             best_of_9    how the writer picks block scales: amax_6, four_over_six
+Both are shown in docs/configuration.md, whose tables are made from what stands here.
 """
 
 import functools
@@ -21,6 +18,12 @@ from .nvfp4 import ScaleChoice
 logger = logging.getLogger(__name__)
 
 PREFIX = "VLLM_XLAYER_"
+VARIABLES = {
+    "debug": ("0", "1: check slots, tables and tiers where that costs time"),
+    "gather_workspace_bytes": ("256 MiB", "buffer that cached NVFP4 tokens are dequantised into, in bytes"),
+    "scale_choice": ("best_of_9", "how the writer picks block scales: best_of_9, amax_6 or four_over_six"),
+}
+"""Fields of Config -> default and meaning, for people. The variable is PREFIX and the name in capitals."""
 OTHER_VARIABLES = frozenset(
     {"VLLM_XLAYER_CUDA", "VLLM_XLAYER_ARCHS", "VLLM_XLAYER_FORCE_SM80", "VLLM_XLAYER_COMMIT"}
 )

@@ -1,10 +1,11 @@
 """Settings: where they come from, and what is refused."""
 
 import re
+from dataclasses import fields
 
 import pytest
 
-from vllm_xlayer.config import Config, ConfigError
+from vllm_xlayer.config import VARIABLES, Config, ConfigError
 from vllm_xlayer.nvfp4 import ScaleChoice
 
 
@@ -54,3 +55,11 @@ def test_the_process_environment_is_the_default(monkeypatch):
 def test_refused(env, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         Config.load(env=env)
+
+
+def test_every_variable_is_described():
+    """docs/configuration.md is made from these."""
+    assert list(VARIABLES) == [field.name for field in fields(Config)]
+    defaults = {"debug": "0", "gather_workspace_bytes": "256 MiB", "scale_choice": "best_of_9"}
+    assert {name: default for name, (default, _) in VARIABLES.items()} == defaults
+    assert Config() == Config.load({})

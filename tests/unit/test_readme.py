@@ -13,7 +13,7 @@ from vllm_xlayer.bench.record import provenance
 # The source tree's: the installed package has no README beside it.
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "vllm_xlayer/bench/RESULTS.md")
+DOCUMENTS = (README, ROOT / "vllm_xlayer/bench/RESULTS.md", ROOT / "docs/configuration.md")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)

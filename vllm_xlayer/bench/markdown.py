@@ -4,6 +4,7 @@ import statistics
 from collections import Counter
 from typing import Any
 
+from ..config import PREFIX, REFUSED, VARIABLES, VLLMS_SETTINGS, ConnectorSettings
 from ..eval import TASKS
 from . import engine, load, prefill, traffic
 from .bounds import Bound
@@ -222,6 +223,31 @@ def _told(suite: dict[str, Any]) -> str:
 def table(head: list[str], lines: list[tuple[str, list[str]]]) -> str:
     rows = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join(rows + ["| " + " | ".join([name, *cells]) + " |" for name, cells in lines])
+
+
+def settings() -> str:
+    """Markdown of every setting: the connector's, what of vLLM's it takes, and the environment's."""
+    ours = [(f"`{name}`", [str(field.description)]) for name, field in ConnectorSettings.model_fields.items()]
+    theirs = [(f"`{name}`", [text]) for name, text in VLLMS_SETTINGS.items() if text]
+    nothing = [f"`{name}`" for name, text in VLLMS_SETTINGS.items() if not text and name not in REFUSED]
+    variables = [(f"`{PREFIX}{name.upper()}`", list(about)) for name, about in VARIABLES.items()]
+    return "\n\n".join(
+        [
+            "Of this package:",
+            _text_table(["key", "what"], ours),
+            "Of vLLM's OffloadingConnector, and the same here:",
+            _text_table(["key", "what"], theirs),
+            f"Taken, and without an effect (the log says so): {', '.join(nothing)}.",
+            "Refused: " + "; ".join(f"`{name}` ({why})" for name, why in REFUSED.items()) + ".",
+            "## Environment",
+            _text_table(["variable", "default", "meaning"], variables),
+        ]
+    )
+
+
+def _text_table(head: list[str], lines: list[tuple[str, list[str]]]) -> str:
+    """A table whose columns are aligned to the left."""
+    return table(head, lines).replace("---:|", "---|")
 
 
 def listed(bounds: list[Bound]) -> str:

@@ -16,7 +16,7 @@ from .plot import copy_plot, decode_plot
 from .record import RESULTS
 
 README = Path(__file__).parents[2] / "README.md"
-DOCUMENTS = (README, Path(__file__).parent / "RESULTS.md")
+DOCUMENTS = (README, Path(__file__).parent / "RESULTS.md", README.parent / "docs/configuration.md")
 PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
 COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
@@ -41,6 +41,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "copy": (("h200-copy.json",), markdown_tier.copy_section),
     "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
     "offload": (("h200-offload.json",), markdown_tier.offload_section),
+    "settings": ((), markdown.settings),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
