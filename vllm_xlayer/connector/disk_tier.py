@@ -47,8 +47,8 @@ logger = init_logger(__name__)
 HUNG_SECONDS = 5.0
 """A call to the disk that takes longer hangs. A disk that was asleep or writes back much takes a few seconds,
 and no request waits longer than tiering.DEADLINE_SECONDS."""
-FLUSH_SECONDS = 5.0
-"""A clean stop waits so long for what is still to be written."""
+FLUSH_SECONDS = 3.0
+"""A clean stop waits so long for what is still to be written. vLLM kills its core 5 s after telling it to."""
 MIN_RESCAN_SECONDS = 10.0
 RESCAN_SHARE = 0.01
 """Of the writing thread's time, for looking at what other engines wrote."""
@@ -254,6 +254,7 @@ class DiskTier(SecondaryTierManager):
             self._store = self._store.for_identity(replace(self._store.identity, epoch=uuid4().hex))
 
     def shutdown(self) -> None:
+        give_up = time.monotonic() + FLUSH_SECONDS
         self._watch()
         with self._lock:
             self._lock.wait_for(lambda: self.hung or not self._writer.tasks(), FLUSH_SECONDS)
@@ -262,9 +263,8 @@ class DiskTier(SecondaryTierManager):
             self._take_back()
             for worker in self._workers:
                 worker.stop()
-        give_up = time.monotonic() + (0 if self.hung else FLUSH_SECONDS)
         for worker in self._workers:
-            worker.thread.join(max(0.0, give_up - time.monotonic()))
+            worker.thread.join(0 if self.hung else max(0.0, give_up - time.monotonic()))
 
     def _report(self, task: Task, good: bool) -> None:
         if task.chunks:
