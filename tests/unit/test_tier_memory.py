@@ -152,7 +152,8 @@ def test_killed_while_it_starts(shape):
             with pytest.raises(MemoryError, match="another engine starts"):
                 worker_memory(shape, 0)
             # Its only names end with the process: /proc/PID/fd and the socket.
-            (file,) = (f for f in psutil.Process(worker.pid).memory_maps() if "vllm-xlayer" in f.path)
+            maps = psutil.Process(worker.pid).memory_maps()
+            (file,) = (m for m in maps if "vllm-xlayer" in os.path.basename(m.path))
             assert file.path.startswith("/memfd:") and not named_files()
             worker.send_signal(signal.SIGKILL)
         assert not named_files()
