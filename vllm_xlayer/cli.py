@@ -17,7 +17,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from .eval import demo
 
         return demo.run
-    from .connector import tier_cli
+    from .connector.disk import commands as tier_cli
 
     return tier_cli.run
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--limit", type=int, default=None, help="documents a task (default: as many as fit)")
     demo.add_argument("--json", metavar="FILE", help="also write the results there")
 
-    from .connector import tier_cli
+    from .connector.disk import commands as tier_cli
 
     tier_cli.add_parsers(commands)
     commands.add_parser("bench", help="benchmarks; bench --help lists them", add_help=False)

@@ -65,7 +65,7 @@ def copies() -> str:
     """What moves rows between device and host."""
     import torch
 
-    from .connector.copy_choice import rule
+    from .connector.copy.choice import rule
 
     return rule() if torch.cuda.is_available() else "no GPU: nothing to choose"
 

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item, call):
-    from vllm_xlayer.connector.accounting import AccountingError
+    from vllm_xlayer.connector.host.accounts import AccountingError
 
     if call.excinfo is not None and isinstance(call.excinfo.value, AccountingError):
         TALLY["leaked"] += len(call.excinfo.value.problems)

@@ -8,7 +8,7 @@ from pathlib import Path
 from faults import TALLY, check, core_of, live_connector, settle
 from model_fixture import random_prompts, vllm_greedy, vllm_outputs
 
-from vllm_xlayer.connector import disk_tier
+from vllm_xlayer.connector.disk import tier as disk_tier
 
 NUM_TOKENS = 8
 PROMPTS = random_prompts([5, 100, 16, 33, 200, 1])

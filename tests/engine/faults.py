@@ -10,10 +10,10 @@ from collections import Counter, deque
 from model_fixture import ON_GPU, transformers_greedy, vllm_greedy
 from vllm import SamplingParams
 
-from vllm_xlayer.connector import directions, transfers
-from vllm_xlayer.connector.accounting import AccountingError, check_accounts
-from vllm_xlayer.connector.early_loads import EarlyLoads
-from vllm_xlayer.connector.transfers import HostDirection, StreamDirection
+from vllm_xlayer.connector.copy import directions, transfers
+from vllm_xlayer.connector.copy.early_loads import EarlyLoads
+from vllm_xlayer.connector.copy.transfers import HostDirection, StreamDirection
+from vllm_xlayer.connector.host.accounts import AccountingError, check_accounts
 
 COUNTS = ("tries", "requests", "wrong", "lost", "leaked")
 """How often the fault happened; answers compared with those without the connector, and how many of them were

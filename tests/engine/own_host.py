@@ -1,6 +1,6 @@
 """Imported by a worker process: its host memory is that of a host of its own, unless it is rank 0."""
 
-from vllm_xlayer.connector import shared_memory
+from vllm_xlayer.connector.host import shared_memory
 
 _join = shared_memory.join
 

@@ -16,8 +16,8 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm_xlayer.compat.private import CONNECTOR_FEATURE, require
 from vllm_xlayer.connector import connector as connector_module
 from vllm_xlayer.connector.connector import XLayerConnector
-from vllm_xlayer.connector.offload import RowOffloadingWorker
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
+from vllm_xlayer.connector.spec import RowOffloadingWorker
 from vllm_xlayer.connector.worker import RowConnectorWorker, RowWorkerMetadata
 
 NO_MODEL = SimpleNamespace(attn_metadata=None)

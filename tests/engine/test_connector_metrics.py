@@ -23,9 +23,10 @@ from faults import Copies, core_of, forget_device_cache, live_connector, settle,
 from metrics_fixture import record_every_step, scrape
 from model_fixture import vllm_greedy
 
-from vllm_xlayer.connector import activity, tiering
-from vllm_xlayer.connector.disk_format import HEADER_BYTES
-from vllm_xlayer.connector.disk_store import DiskStore
+from vllm_xlayer.connector.disk import manager as tiering
+from vllm_xlayer.connector.disk.format import HEADER_BYTES
+from vllm_xlayer.connector.disk.store import DiskStore
+from vllm_xlayer.connector.stats import activity
 
 ENTRY = ROW + HEADER_BYTES
 USABLE = sum(WHOLE_BLOCKS) // 16

@@ -4,10 +4,10 @@ import pytest
 from model_fixture import random_prompts, vllm_greedy
 
 from vllm_xlayer.compat.engine import come_to_rest, empty_device_cache
-from vllm_xlayer.connector import directions
 from vllm_xlayer.connector import scheduler as connector_scheduler
+from vllm_xlayer.connector.copy import directions
+from vllm_xlayer.connector.copy.transfers import HostDirection
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
-from vllm_xlayer.connector.transfers import HostDirection
 
 PROMPTS = random_prompts([60, 100, 16, 33, 200, 1, 47, 64])
 NUM_TOKENS = 70

@@ -40,9 +40,10 @@ from faults import (
 )
 from model_fixture import random_prompts, vllm_greedy
 
-from vllm_xlayer.connector import disk_tier, tiering
-from vllm_xlayer.connector.disk_format import HEADER_BYTES
-from vllm_xlayer.connector.tiering import TieredManager
+from vllm_xlayer.connector.disk import manager as tiering
+from vllm_xlayer.connector.disk import tier as disk_tier
+from vllm_xlayer.connector.disk.format import HEADER_BYTES
+from vllm_xlayer.connector.disk.manager import TieredManager
 
 fault = pytest.mark.fault
 

@@ -12,10 +12,21 @@ from disk_fixture import GIVE_UP, Hang, until
 from vllm.v1.kv_offload.base import LookupResult, ReqContext
 from vllm.v1.kv_offload.tiering.base import TransferJob
 
-from vllm_xlayer.connector import disk_finder, disk_store, disk_tier, tier_cli
-from vllm_xlayer.connector.disk_files import DiskFiles
-from vllm_xlayer.connector.disk_format import HEADER_BYTES, TierIdentity
-from vllm_xlayer.connector.disk_tier import DiskTier
+from vllm_xlayer.connector.disk import (
+    commands as tier_cli,
+)
+from vllm_xlayer.connector.disk import (
+    finder as disk_finder,
+)
+from vllm_xlayer.connector.disk import (
+    store as disk_store,
+)
+from vllm_xlayer.connector.disk import (
+    tier as disk_tier,
+)
+from vllm_xlayer.connector.disk.files import DiskFiles
+from vllm_xlayer.connector.disk.format import HEADER_BYTES, TierIdentity
+from vllm_xlayer.connector.disk.tier import DiskTier
 
 IDENTITY = TierIdentity(
     layout="l", kv_dtype="nvfp4", model="m", settings="s", weights="w", tp_size=1, block_size=16,

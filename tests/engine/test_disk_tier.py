@@ -33,8 +33,8 @@ from faults import (
 from model_fixture import transformers_greedy, vllm_greedy
 from transformers import AutoConfig
 
-from vllm_xlayer.connector import tiering
-from vllm_xlayer.connector.disk_format import HEADER_BYTES
+from vllm_xlayer.connector.disk import manager as tiering
+from vllm_xlayer.connector.disk.format import HEADER_BYTES
 
 fault = pytest.mark.fault
 

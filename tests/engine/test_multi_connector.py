@@ -10,9 +10,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, Sup
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from vllm_xlayer.compat.engine import come_to_rest, empty_device_cache
-from vllm_xlayer.connector import transfers
-from vllm_xlayer.connector.accounting import check_accounts
 from vllm_xlayer.connector.connector import XLayerConnector
+from vllm_xlayer.connector.copy import transfers
+from vllm_xlayer.connector.host.accounts import check_accounts
 
 NUM_TOKENS = 8
 PROMPTS = random_prompts([5, 100, 16, 33, 200, 1])

@@ -21,7 +21,7 @@ from faults import (
 )
 from model_fixture import ON_GPU, random_prompts, vllm_greedy
 
-from vllm_xlayer.connector import pinning
+from vllm_xlayer.connector.host import pinning
 from vllm_xlayer.connector.worker import RowWorkerMetadata
 
 NUM_TOKENS = 8

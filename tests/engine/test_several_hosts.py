@@ -10,7 +10,7 @@ from faults import TALLY, check, core_of, manager_of, settle, without_connector
 from model_fixture import ON_GPU, transformers_greedy
 from test_tensor_parallel import spoil_pool
 
-from vllm_xlayer.connector import tiering
+from vllm_xlayer.connector.disk import manager as tiering
 
 pytestmark = [
     pytest.mark.fault("ranks on several hosts"),

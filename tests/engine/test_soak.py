@@ -27,7 +27,7 @@ from faults import (
 from model_fixture import SHAPE, random_prompts, save_random_model
 from transformers import Gemma2Config
 
-from vllm_xlayer.connector.disk_format import HEADER_BYTES
+from vllm_xlayer.connector.disk.format import HEADER_BYTES
 
 NUM_TOKENS = 8
 SAMPLING = greedy(NUM_TOKENS)

@@ -18,7 +18,7 @@ from faults import (
 )
 from model_fixture import ON_GPU
 
-from vllm_xlayer.connector import tiering
+from vllm_xlayer.connector.disk import manager as tiering
 
 BLOCKS, USABLE = sum(len(p) // 16 for p in PROMPTS), sum(WHOLE_BLOCKS) // 16
 NONE = [0] * len(PROMPTS)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_xlayer.connector.disk_format import HEADER_BYTES, EntryError, TierIdentity
-from vllm_xlayer.connector.disk_store import DiskStore
+from vllm_xlayer.connector.disk.format import HEADER_BYTES, EntryError, TierIdentity
+from vllm_xlayer.connector.disk.store import DiskStore
 
 IDENTITY = TierIdentity(
     layout="l", kv_dtype="nvfp4", model="m", settings="s", weights="w", tp_size=1, block_size=16,

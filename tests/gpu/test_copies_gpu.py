@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vllm_xlayer.connector import directions, transfers
-from vllm_xlayer.connector.copy_choice import Way
+from vllm_xlayer.connector.copy import directions, transfers
+from vllm_xlayer.connector.copy.choice import Way
 from vllm_xlayer.ops import CopyMethod
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,7 @@ from vllm_xlayer.bench import (
 )
 from vllm_xlayer.bench.copy_peers import TITLES
 from vllm_xlayer.bench.record import provenance
-from vllm_xlayer.connector.copy_choice import Way
+from vllm_xlayer.connector.copy.choice import Way
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_copies_are_submitted_when_the_connectors_are(load, monkeypatch):
         submit=lambda job, src, dst: seen.append("submit"), before_launch=lambda: seen.append("announce"),
         take_finished=lambda: [seen.append("finished"), result][1:], drain=lambda: seen.append("drain"),
     )  # fmt: skip
-    monkeypatch.setattr("vllm_xlayer.connector.directions.make_direction", lambda *_: direction)
+    monkeypatch.setattr("vllm_xlayer.connector.copy.directions.make_direction", lambda *_: direction)
 
     class Connector:
         pool = torch.empty(0)

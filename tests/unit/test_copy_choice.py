@@ -7,7 +7,7 @@ import torch
 
 from vllm_xlayer import doctor
 from vllm_xlayer.bench.record import RESULTS
-from vllm_xlayer.connector.copy_choice import ENGINE_FROM, Way, choose, rule
+from vllm_xlayer.connector.copy.choice import ENGINE_FROM, Way, choose, rule
 from vllm_xlayer.ops import CopyMethod
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")

@@ -9,11 +9,12 @@ pytest.importorskip("vllm")
 
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, ScheduleEndContext
 
-from vllm_xlayer.connector import disk_tier, tiering
-from vllm_xlayer.connector.disk_format import TierIdentity
-from vllm_xlayer.connector.disk_tier import DiskTier
-from vllm_xlayer.connector.host_manager import HostTierManager
-from vllm_xlayer.connector.tiering import TieredManager
+from vllm_xlayer.connector.disk import manager as tiering
+from vllm_xlayer.connector.disk import tier as disk_tier
+from vllm_xlayer.connector.disk.format import TierIdentity
+from vllm_xlayer.connector.disk.manager import TieredManager
+from vllm_xlayer.connector.disk.tier import DiskTier
+from vllm_xlayer.connector.host.manager import HostTierManager
 
 REQUEST = ReqContext("request")
 KEYS = [OffloadKey(bytes([i]) * 8 + bytes(4)) for i in range(4)]

@@ -10,8 +10,9 @@ pytest.importorskip("vllm")
 
 from test_transfer_pacing import PER_BATCH, POOL, ROW, device, submit  # noqa: F401
 
-from vllm_xlayer.connector import directions, early_loads, offload, transfers
-from vllm_xlayer.connector.copy_choice import Way
+from vllm_xlayer.connector import spec as offload
+from vllm_xlayer.connector.copy import directions, early_loads, transfers
+from vllm_xlayer.connector.copy.choice import Way
 
 GPU = torch.device("cuda", 0)
 LEFT, IDLE_LEFT = 3, 6

@@ -6,8 +6,8 @@ import threading
 import pytest
 from test_tier_store import SIZE, key, leave_temporary, payload, read, store_in
 
-from vllm_xlayer.connector import disk_account
-from vllm_xlayer.connector.disk_account import Account
+from vllm_xlayer.connector.disk import account as disk_account
+from vllm_xlayer.connector.disk.account import Account
 
 GIVE_UP = 30
 """Seconds after which a thread that should not wait is taken for one that does."""

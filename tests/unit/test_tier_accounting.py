@@ -8,8 +8,8 @@ pytest.importorskip("vllm")
 
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
 
-from vllm_xlayer.connector.accounting import AccountingError, check_accounts
-from vllm_xlayer.connector.host_manager import HostTierManager
+from vllm_xlayer.connector.host.accounts import AccountingError, check_accounts
+from vllm_xlayer.connector.host.manager import HostTierManager
 
 REQUEST = ReqContext("request")
 KEYS = [OffloadKey(bytes([i]) * 8) for i in range(6)]

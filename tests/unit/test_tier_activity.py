@@ -9,9 +9,9 @@ pytest.importorskip("vllm")
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import TransferStats
 
-from vllm_xlayer.connector import activity
-from vllm_xlayer.connector.activity import TierActivity, queues
-from vllm_xlayer.connector.metrics import HITS, QUEUE, RowConnectorStats
+from vllm_xlayer.connector.stats import activity
+from vllm_xlayer.connector.stats.activity import TierActivity, queues
+from vllm_xlayer.connector.stats.metrics import HITS, QUEUE, RowConnectorStats
 from vllm_xlayer.connector.worker import RowWorkerMetadata
 
 ROW = 1000

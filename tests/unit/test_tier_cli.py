@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from test_tier_format import IDENTITY, entry_of_version
 
-from vllm_xlayer.connector import tier_cli
-from vllm_xlayer.connector.disk_format import HEADER_BYTES
-from vllm_xlayer.connector.disk_store import DiskStore
+from vllm_xlayer.connector.disk import commands as tier_cli
+from vllm_xlayer.connector.disk.format import HEADER_BYTES
+from vllm_xlayer.connector.disk.store import DiskStore
 
 BYTES = 500
 

@@ -11,9 +11,10 @@ from test_tier_cli import command
 from test_tier_format import IDENTITY
 from test_tier_store import SIZE, held, key, payload, read, store_in
 
-from vllm_xlayer.connector import disk_files, tier_cli
-from vllm_xlayer.connector.disk_format import EntryError
-from vllm_xlayer.connector.disk_store import DiskStore
+from vllm_xlayer.connector.disk import commands as tier_cli
+from vllm_xlayer.connector.disk import files as disk_files
+from vllm_xlayer.connector.disk.format import EntryError
+from vllm_xlayer.connector.disk.store import DiskStore
 
 
 def mode(path):
@@ -214,7 +215,7 @@ def test_a_directory_in_an_entrys_place_is_not_written_over(tmp_path):
 
 
 def test_what_can_never_be_an_entry_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("vllm_xlayer.connector.disk_store.MAX_BYTES", SIZE - 1)
+    monkeypatch.setattr("vllm_xlayer.connector.disk.store.MAX_BYTES", SIZE - 1)
     store = DiskStore(tmp_path, 10 * SIZE, IDENTITY, SIZE)
     assert not store.write(key(0), payload(0))
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 import xxhash
 
-from vllm_xlayer.connector.disk_format import (
+from vllm_xlayer.connector.disk.format import (
     FORMAT_VERSION,
     HEADER_BYTES,
     MAGIC,

@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm_xlayer.connector import identity
-from vllm_xlayer.connector.identity import NoIdentity, tier_identity, weights_digest
+from vllm_xlayer.connector.disk import identity
+from vllm_xlayer.connector.disk.identity import NoIdentity, tier_identity, weights_digest
 
 
 def save(folder, data, name="model.safetensors", header=None, time=1000):

@@ -10,9 +10,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import Of
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
-from vllm_xlayer.connector.host_manager import HostTierManager
+from vllm_xlayer.connector.disk.manager import TieredManager
+from vllm_xlayer.connector.host.manager import HostTierManager
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
-from vllm_xlayer.connector.tiering import TieredManager
 
 REQUEST = ReqContext("request")
 KEYS = [OffloadKey(bytes([i]) * 8) for i in range(8)]

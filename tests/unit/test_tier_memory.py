@@ -15,9 +15,9 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm_xlayer.connector import shared_memory
 from vllm_xlayer.connector.connector import off_one_host
-from vllm_xlayer.connector.host_memory import HostShape, scheduler_memory, worker_memory
+from vllm_xlayer.connector.host import shared_memory
+from vllm_xlayer.connector.host.memory import HostShape, scheduler_memory, worker_memory
 
 SHAPE = HostShape(chunks=3, rows_per_chunk=2, row_bytes=48, ranks=2, shared_as="", in_process=False)
 
@@ -133,7 +133,7 @@ def test_no_memory(shape, monkeypatch):
 WORKER = """
 import sys, time
 from dataclasses import replace
-from vllm_xlayer.connector.host_memory import worker_memory
+from vllm_xlayer.connector.host.memory import worker_memory
 from test_tier_memory import SHAPE
 host, _ = worker_memory(replace(SHAPE, shared_as=sys.argv[1]), 0)
 host.fill_(1)

@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm_xlayer.connector import numa, pinning
-from vllm_xlayer.connector.host_memory import HostShape, scheduler_memory, worker_memory
-from vllm_xlayer.connector.pinning import Pinning, piece_bytes
+from vllm_xlayer.connector.host import numa, pinning
+from vllm_xlayer.connector.host.memory import HostShape, scheduler_memory, worker_memory
+from vllm_xlayer.connector.host.pinning import Pinning, piece_bytes
 
 PAGE = mmap.PAGESIZE
 GPU = torch.device("cuda", 0)

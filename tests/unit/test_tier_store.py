@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_tier_format import IDENTITY, entry_of_version
 
-from vllm_xlayer.connector.disk_format import HEADER_BYTES, EntryError
-from vllm_xlayer.connector.disk_store import DiskStore
+from vllm_xlayer.connector.disk.format import HEADER_BYTES, EntryError
+from vllm_xlayer.connector.disk.store import DiskStore
 
 BYTES = 2000
 SIZE = HEADER_BYTES + BYTES

@@ -9,8 +9,8 @@ pytest.importorskip("vllm")
 
 from fake_streams import Device
 
-from vllm_xlayer.connector import pacing, transfers
-from vllm_xlayer.connector.copy_choice import Way
+from vllm_xlayer.connector.copy import pacing, transfers
+from vllm_xlayer.connector.copy.choice import Way
 from vllm_xlayer.ops import CopyMethod
 
 ROW, POOL = 64, 4000

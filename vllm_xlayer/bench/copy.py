@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..connector.copy_choice import Way
+from ..connector.copy.choice import Way
 from .bounds import Bound
 from .copy_peers import NOT_MEASURED, TITLES, VLLM, Call, Peer, peers
 from .record import RESULTS, write

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from .. import ops
-from ..connector.copy_choice import Way, choose
+from ..connector.copy.choice import Way, choose
 from ..ops import CopyMethod
 
 Call = Callable[[], object]

@@ -14,9 +14,9 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import ops
-from ..connector.copy_choice import Way
-from ..connector.pacing import Chain
-from ..connector.transfers import BATCH_BYTES
+from ..connector.copy.choice import Way
+from ..connector.copy.pacing import Chain
+from ..connector.copy.transfers import BATCH_BYTES
 from ..ops import CopyMethod
 from .record import RESULTS, write
 from .timing import link_rate

@@ -127,7 +127,7 @@ class RowCopies:
     """Jobs that are not finished: 2 GiB, which take a PCIe 5.0 link longer than two decode steps take."""
 
     def __init__(self, load: bool, row_bytes: int, device: torch.device):
-        from ..connector.directions import make_direction
+        from ..connector.copy.directions import make_direction
 
         self._load = load
         rows = max(1, self.JOB_BYTES // row_bytes)

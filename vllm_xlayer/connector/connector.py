@@ -41,10 +41,10 @@ from ..compat.private import CONNECTOR_FEATURE, require
 from ..compat.rows import allocations, negotiate_rows
 from ..config import ConnectorSettings
 from ..layout import LayoutDescriptor, check_allocation
-from .identity import tier_identity
-from .metrics import RowConnectorStats
-from .offload import DiskSettings, RowOffloadingSpec, default_host_bytes
+from .disk.identity import tier_identity
 from .scheduler import RowConnectorScheduler
+from .spec import DiskSettings, RowOffloadingSpec, default_host_bytes
+from .stats.metrics import RowConnectorStats
 from .worker import RowConnectorWorker
 
 logger = init_logger(__name__)
@@ -211,7 +211,7 @@ def _disk_settings(
 def off_one_host(parallel: ParallelConfig) -> str:
     """Why the configuration alone says that ranks do not share the scheduler's memory; else empty.
 
-    Not the proof that they do: that is what the scheduler is told when it takes the memory (host_memory.py).
+    Not the proof that they do: that is what the scheduler is told when it takes the memory (host/memory.py).
     """
     if parallel.nnodes_within_dp > 1:
         return f"expected one node, got {parallel.nnodes_within_dp} (--nnodes)"

@@ -24,12 +24,12 @@ from vllm.v1.request import Request
 
 from ..config import Config
 from ..patches.item_names import is_by_content
-from .accounting import check_accounts
-from .activity import TierActivity, queues
-from .disk_tier import HostOnly
-from .host_manager import HostTierManager
+from .disk.manager import TieredManager
+from .disk.tier import HostOnly
+from .host.accounts import check_accounts
+from .host.manager import HostTierManager
+from .stats.activity import TierActivity, queues
 from .step_news import without_idle
-from .tiering import TieredManager
 from .worker import RowWorkerMetadata
 
 logger = init_logger(__name__)

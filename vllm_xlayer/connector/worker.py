@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import Offlo
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec, TransferResult
 
-from .offload import NoTierWorker, RowOffloadingWorker
+from .spec import NoTierWorker, RowOffloadingWorker
 
 
 @dataclass

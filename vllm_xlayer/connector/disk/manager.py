@@ -12,8 +12,8 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
-from .disk_tier import DiskTier, HostOnly
-from .host_manager import HostTierManager
+from ..host.manager import HostTierManager
+from .tier import DiskTier, HostOnly
 
 DEADLINE_SECONDS = 2.0
 """A request that has waited so long for the disk is computed instead."""

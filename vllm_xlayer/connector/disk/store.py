@@ -16,9 +16,18 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .disk_account import Account
-from .disk_files import MAX_BYTES, NOT_A_FILE, SUFFIX, TEMPORARY, DiskFiles, Found, create_file, open_entry
-from .disk_format import (
+from .account import Account
+from .files import (
+    MAX_BYTES,
+    NOT_A_FILE,
+    SUFFIX,
+    TEMPORARY,
+    DiskFiles,
+    Found,
+    create_file,
+    open_entry,
+)
+from .format import (
     HEADER_BYTES,
     EntryError,
     TierIdentity,

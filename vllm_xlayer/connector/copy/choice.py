@@ -11,7 +11,7 @@ from enum import Enum
 
 import torch
 
-from ..ops import CopyMethod
+from ...ops import CopyMethod
 
 ENGINE_FROM = 1 << 16
 """Bytes of a piece from which on the copy engine moves it between device and host."""

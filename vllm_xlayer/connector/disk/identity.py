@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from ..config import Config
-from ..layout import LayoutDescriptor
-from .disk_format import TierIdentity
+from ...config import Config
+from ...layout import LayoutDescriptor
+from .format import TierIdentity
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 SAFE_HASHES = ("sha256", "sha256_cbor")

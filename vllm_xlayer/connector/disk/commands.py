@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .disk_files import SUFFIX, DiskFiles, open_entry
-from .disk_format import (
+from .files import SUFFIX, DiskFiles, open_entry
+from .format import (
     HEADER_BYTES,
     OLD_FORMAT,
     EntryError,
@@ -23,7 +23,7 @@ from .disk_format import (
     check_payload,
     decode_header,
 )
-from .disk_store import STALE_SECONDS
+from .store import STALE_SECONDS
 
 _NAMES = tuple(field.name for field in fields(TierIdentity))
 _PIECE = 1 << 20

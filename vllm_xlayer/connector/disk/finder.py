@@ -8,8 +8,8 @@ be there or to be absent, and a request that has to wait to be admitted does not
 import threading
 import time
 
-from .disk_store import DiskStore
-from .disk_worker import DiskWorker, Task
+from .store import DiskStore
+from .worker import DiskWorker, Task
 
 ASK_SECONDS = 0.2
 """A request waits so long for answers, in all. Then what is not known is not there for it."""

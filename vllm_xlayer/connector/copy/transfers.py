@@ -17,9 +17,9 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import TransferResult
 
-from .. import ops
-from ..ops import CopyMethod
-from .copy_choice import Way, choose
+from ... import ops
+from ...ops import CopyMethod
+from .choice import Way, choose
 from .pacing import Chain, Paced
 
 logger = init_logger(__name__)

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .disk_format import EntryError
+from .format import EntryError
 
 SUBFOLDER = "xlayer-rows"
 SUFFIX, TEMPORARY = ".row", ".tmp"

@@ -14,8 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import Trans
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import OffloadKey
 
-from .disk_tier import DiskTier
-from .host_manager import HostTierManager
+from ..disk.tier import DiskTier
+from ..host.manager import HostTierManager
 from .metrics import (
     BYTES,
     DISK_LIMIT,

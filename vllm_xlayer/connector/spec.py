@@ -26,15 +26,16 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from . import directions, pinning
-from .disk_format import TierIdentity
-from .disk_tier import DiskTier
-from .host_manager import HostTierManager
-from .host_memory import GIB, HostShape, scheduler_memory, worker_memory
-from .identity import NoIdentity
-from .metrics import DEFINITIONS
-from .pinning import Pinning
-from .tiering import TieredManager
+from .copy import directions
+from .disk.format import TierIdentity
+from .disk.identity import NoIdentity
+from .disk.manager import TieredManager
+from .disk.tier import DiskTier
+from .host import pinning
+from .host.manager import HostTierManager
+from .host.memory import GIB, HostShape, scheduler_memory, worker_memory
+from .host.pinning import Pinning
+from .stats.metrics import DEFINITIONS
 
 logger = init_logger(__name__)
 
@@ -174,7 +175,7 @@ class RowOffloadingWorker(OffloadingWorker):
         host: uint8 [num_chunks * blocks_per_chunk, row_bytes].
         blocks_per_chunk: Blocks that the manager treats as one.
         pins: pins the host memory, started and closed with this; None if it need not be.
-        early_loads: Whether nothing but transfers of this worker writes to the host memory (early_loads.py).
+        early_loads: Whether nothing but transfers of this worker writes to the host memory (copy/early_loads.py).
     """
 
     def __init__(

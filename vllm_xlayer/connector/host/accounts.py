@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from vllm.v1.kv_offload.base import OffloadKey
 
 if TYPE_CHECKING:
-    from .host_manager import HostTierManager
-    from .scheduler import RowConnectorScheduler
+    from ..scheduler import RowConnectorScheduler
+    from .manager import HostTierManager
 
 
 class AccountingError(AssertionError):

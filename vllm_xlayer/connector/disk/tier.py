@@ -37,10 +37,10 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
-from .disk_finder import EntryFinder
-from .disk_format import EntryError, TierIdentity
-from .disk_store import DiskStore
-from .disk_worker import DiskWorker, Task
+from .finder import EntryFinder
+from .format import EntryError, TierIdentity
+from .store import DiskStore
+from .worker import DiskWorker, Task
 
 logger = init_logger(__name__)
 

@@ -1,0 +1,1 @@
+"""The disk tier: files and their format, store, tier, identity, and its commands."""

@@ -1,0 +1,1 @@
+"""The host tier: its memory, pinning, NUMA placement, manager and accounts."""

@@ -1,0 +1,1 @@
+"""What the tiers count and how they show it."""
