@@ -14,7 +14,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
 
         return doctor.run
     if name == "demo":
-        from .eval import demo
+        from .demo import command as demo
 
         return demo.run
     from .connector.disk import commands as tier_cli

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_xlayer.eval import model_path, tasks_path
+from vllm_xlayer.demo import model_path, tasks_path
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {

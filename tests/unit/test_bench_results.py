@@ -9,7 +9,8 @@ from rich.console import Console
 
 from vllm_xlayer.bench import bounds, engine, engines, load, markdown, prefill, readme, traffic
 from vllm_xlayer.bench.lengths import ragged
-from vllm_xlayer.eval import TASKS, demo
+from vllm_xlayer.demo import TASKS
+from vllm_xlayer.demo import command as demo
 
 ABOUT = {
     "hardware": "some GPU", "date": "today", "commit": "abc", "runner": "V2",

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from ..config import PREFIX, REFUSED, VARIABLES, VLLMS_SETTINGS, ConnectorSettings
-from ..eval import TASKS
+from ..demo import TASKS
 from . import engine, load, prefill, traffic
 from .bounds import Bound
 from .peers import PEERS

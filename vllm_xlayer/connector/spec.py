@@ -175,7 +175,7 @@ class RowOffloadingWorker(OffloadingWorker):
         host: uint8 [num_chunks * blocks_per_chunk, row_bytes].
         blocks_per_chunk: Blocks that the manager treats as one.
         pins: pins the host memory, started and closed with this; None if it need not be.
-        early_loads: Whether nothing but transfers of this worker writes to the host memory (copy/early_loads.py).
+        early_loads: Whether only this worker's transfers write to the host memory (copy/early_loads.py).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Held-out documents for lm_eval: ``python -m vllm_xlayer.eval.documents`` writes tasks/data/*.jsonl.
+"""Held-out documents for lm_eval: ``python -m vllm_xlayer.demo.documents`` writes tasks/data/*.jsonl.
 
 Same text as batches.py, made of keys that training never draws. One JSON line is a shared prefix
 (a table and three answered examples) with the questions asked of it:
@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 from typing import TypedDict
 
-from vllm_xlayer.eval.batches import CUE, HEADERS, HELD_OUT, HOPS, KEYS, QUERIES
+from vllm_xlayer.demo.batches import CUE, HEADERS, HELD_OUT, HOPS, KEYS, QUERIES
 
 SIZES = (1980, 130, 700, 1600, 300, 1200, 1840, 160, 480, 950, 210, 1400)
 """Bytes of each prefix, about; mixed, so that the first few are a fair sample."""

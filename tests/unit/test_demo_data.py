@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_xlayer.eval import TASKS, tasks_path
-from vllm_xlayer.eval.batches import CUE, HELD_OUT, HOPS, batch
-from vllm_xlayer.eval.documents import EXAMPLES, QUESTIONS, SIZES, TEST_SEED, prefixes
-from vllm_xlayer.eval.llama import PAD_ID
+from vllm_xlayer.demo import TASKS, tasks_path
+from vllm_xlayer.demo.batches import CUE, HELD_OUT, HOPS, batch
+from vllm_xlayer.demo.documents import EXAMPLES, QUESTIONS, SIZES, TEST_SEED, prefixes
+from vllm_xlayer.demo.llama import PAD_ID
 
 
 def key_number(name: str) -> int:
@@ -129,6 +129,6 @@ def test_lm_eval_loads_the_tasks_offline(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_module_prints_the_include_path(tmp_path: Path) -> None:
     # -m imports from the current folder first: not from a source tree.
-    command = [sys.executable, "-m", "vllm_xlayer.eval.tasks"]
+    command = [sys.executable, "-m", "vllm_xlayer.demo.tasks"]
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert out.stdout.strip() == str(tasks_path())

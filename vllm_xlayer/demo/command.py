@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_engine(setup: Setup, limit: int, folder: Path) -> dict[str, Any] | None:
     out = folder / f"{setup.name}.json"
-    command = [sys.executable, "-m", "vllm_xlayer.eval.demo_engine", "--out", str(out), "--limit", str(limit)]
+    command = [sys.executable, "-m", "vllm_xlayer.demo.engine", "--out", str(out), "--limit", str(limit)]
     command += ["--kv-cache-dtype", setup.kv_cache_dtype] + (["--rows"] if setup.rows else [])
     quiet = {
         "VLLM_LOGGING_LEVEL": "WARNING",

@@ -8,9 +8,9 @@ decoding loop. (test_eval_model.py compares with transformers' generate.)
 import torch
 from torch import Tensor
 
-from vllm_xlayer.eval.batches import PAD_ID
-from vllm_xlayer.eval.documents import TASK_NAMES, Prefix, prefixes
-from vllm_xlayer.eval.llama import KVChange, Llama
+from vllm_xlayer.demo.batches import PAD_ID
+from vllm_xlayer.demo.documents import TASK_NAMES, Prefix, prefixes
+from vllm_xlayer.demo.llama import KVChange, Llama
 
 
 def gaussian_noise(relative: float, seed: int) -> KVChange:
