@@ -263,6 +263,40 @@ def test_a_reset_of_the_connector_forgets_the_disk(make_llm, tiny_llama, answers
     assert cached(llm) == (answers, WHOLE_BLOCKS)
 
 
+def change_weights(worker):
+    for parameter in worker.get_model().parameters():
+        parameter.data.neg_()
+
+
+def test_a_sleep_keeps_the_disk(make_llm, tiny_llama, answers, tmp_path):
+    """Unless the weights are others after it, as when an engine trains."""
+    fill(make_llm, tiny_llama, tmp_path)
+    llm = start(make_llm, tiny_llama, tmp_path)
+    llm.sleep(1)
+    llm.wake_up()
+    assert cached_right(llm, answers) == WHOLE_BLOCKS
+    llm.sleep(1)
+    llm.wake_up(["weights"])
+    llm.collective_rpc(change_weights)
+    llm.wake_up(["kv_cache"])
+    changed, found = cached(llm)
+    assert found == [0] * len(PROMPTS) and changed != answers
+    llm.sleep(1)
+    llm.wake_up()
+    assert cached(llm) == (changed, WHOLE_BLOCKS)  # what it has written since
+    core_of(llm).shutdown()
+    assert cached_right(start(make_llm, tiny_llama, tmp_path), answers) == WHOLE_BLOCKS
+
+
+def test_a_reset_while_it_sleeps_forgets_the_disk(make_llm, tiny_llama, answers, tmp_path):
+    fill(make_llm, tiny_llama, tmp_path)
+    llm = start(make_llm, tiny_llama, tmp_path)
+    llm.sleep(1)
+    assert llm.reset_prefix_cache(reset_connector=True)
+    llm.wake_up()
+    assert cached(llm) == (answers, [0] * len(PROMPTS))
+
+
 @pytest.mark.parametrize("extra", [dict(disk_path=3), dict(disk_bytes_to_use="1"), dict(disk_bytes_to_use=0)])
 def test_bad_settings_are_refused(make_llm, tiny_llama, tmp_path, extra):
     with pytest.raises(ValueError, match=next(iter(extra))):

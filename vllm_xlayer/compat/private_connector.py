@@ -8,6 +8,14 @@ _BOOKS = "the host tier's books could not be kept right where a transfer failed"
 
 DEPENDENCES = (
     Private(
+        "disk tier across a sleep",
+        "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector",
+        why="below MultiConnector nothing is found after a sleep that was written before it",
+        how="read: its connectors, which are told of a sleep",
+        remove_when="a connector is told why it is reset",
+        attributes=("_connectors",),
+    ),
+    Private(
         CONNECTOR_FEATURE,
         f"{_OFFLOADING}.scheduler:OffloadingConnectorScheduler",
         why="a request whose load failed would ask the tier for ever, and failed jobs would count as done",

@@ -5,7 +5,7 @@ cache must have (rows), the check that the engine really allocated it, and the c
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ from ..compat.rows import allocations, negotiate_rows
 from ..config import ConnectorSettings
 from ..layout import LayoutDescriptor, check_allocation
 from .disk.identity import tier_identity
+from .disk.manager import TieredManager
+from .disk.weights import loaded_weights
 from .scheduler import RowConnectorScheduler
 from .spec import DiskSettings, RowOffloadingSpec, default_host_bytes
 from .stats.metrics import RowConnectorStats
@@ -114,6 +116,14 @@ class XLayerConnector(OffloadingConnector):
         if isinstance(self.connector_worker, RowConnectorWorker):
             results.failed_recving |= self.connector_worker.take_failed_loads()
         return results
+
+    def before_sleep(self, collective_rpc: Callable[..., list[Any]]) -> None:
+        """Scheduler side: the next reset is because the engine sleeps. Runs functions on all its workers."""
+        if not isinstance(self.connector_scheduler, RowConnectorScheduler):
+            return
+        manager = self.connector_scheduler.manager
+        if isinstance(manager, TieredManager):
+            manager.disk.sleep.begins(lambda: collective_rpc(loaded_weights))
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:

@@ -40,6 +40,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from .finder import EntryFinder
 from .format import EntryError, TierIdentity
 from .store import DiskStore
+from .weights import AcrossSleep
 from .worker import DiskWorker, Task
 
 logger = init_logger(__name__)
@@ -76,6 +77,7 @@ class DiskTier(SecondaryTierManager):
             "not loaded: <reason>", in chunks.
         seconds: spent writing what was stored ("store"), and reading what was a hit ("load").
         limit: bytes, as given.
+        sleep: is told that the engine is about to sleep.
 
     Raises:
         OSError: the folder cannot be used, or does not answer.
@@ -97,6 +99,7 @@ class DiskTier(SecondaryTierManager):
         self._reader = DiskWorker("xlayer-disk-read", self._lock, self._report)
         self._writer = DiskWorker("xlayer-disk-write", self._lock, self._report)
         self._finder = EntryFinder(self._lock)
+        self.sleep = AcrossSleep()
         self._workers = (self._reader, self._writer, self._finder.worker)
         self._read_buffer, self._write_buffer = np.empty((2, view.shape[1]), dtype=np.uint8)
         self._scan_at = time.monotonic() + MIN_RESCAN_SECONDS
@@ -154,6 +157,7 @@ class DiskTier(SecondaryTierManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         # Not counted: a request asks again in every step until what it found has been read.
+        self._wake()
         if self.problem or self.hung:
             return LookupResult.MISS
         there = self._store.known(key)
@@ -182,6 +186,7 @@ class DiskTier(SecondaryTierManager):
             self._reader.put(Task(self._load, job_metadata, len(job_metadata.keys)))
 
     def submit_store(self, job_metadata: TransferJob) -> None:
+        self._wake()
         if reason := self._refusal(job_metadata):
             self._refuse(job_metadata, f"not stored: {reason}")
         else:
@@ -248,10 +253,17 @@ class DiskTier(SecondaryTierManager):
         """From now on nothing is found that was written before, and nothing written is found by others.
 
         For a reset of the connector's cache: that is what a user does who changed the weights of a running
-        engine, and the identity only knows the files that they came from.
+        engine, and the identity only knows the files that they came from. A sleep is a reset too: `_wake`
+        takes it back if the weights are still the same.
         """
+        self.sleep.reset(self._store.identity)
         with self._lock:
             self._store = self._store.for_identity(replace(self._store.identity, epoch=uuid4().hex))
+
+    def _wake(self) -> None:
+        if identity := self.sleep.ends():
+            with self._lock:
+                self._store = self._store.for_identity(identity)
 
     def shutdown(self) -> None:
         give_up = time.monotonic() + FLUSH_SECONDS
