@@ -3,6 +3,7 @@
 On a machine with a GPU only those tests run that are marked `anywhere` or `fault`, with engines on the GPU.
 """
 
+import gc
 import os
 
 # Before vLLM is imported. In one process a test can look into the engine and start many cheaply.
@@ -87,7 +88,27 @@ def platform(request):
 
 
 @pytest.fixture(scope="session")
-def make_llm(platform):
+def cheap_collections():
+    """Leaves the first engine, and all that was imported for it, out of every later garbage collection.
+
+    vLLM collects several times while an engine starts and stops, each time over a million objects of imported
+    modules: that was 85 % of a start. Engines made later are collected as ever.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+
+        def freeze_once():
+            real_freeze()
+            patch.setattr(gc, "freeze", lambda: None)
+
+        real_freeze = gc.freeze
+        patch.setattr(gc, "freeze", freeze_once)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def make_llm(platform, cheap_collections):
     """make_llm(model_folder, **settings) -> vllm.LLM.
 
     The settings override ENGINE_DEFAULTS. One engine lives at a time: making the next shuts

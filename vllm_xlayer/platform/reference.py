@@ -1,5 +1,6 @@
 """The platform class: vLLM's CPU platform, without the compiled kernels that one needs."""
 
+import functools
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -41,8 +42,12 @@ class CpuReferencePlatform(CpuPlatform):
         define_missing_ops()
 
     @classmethod
+    @functools.cache
     def register_triton_kernel_overrides(cls) -> None:
-        """As the parent: replaces Triton's kernels, which it looks for in every object of every module."""
+        """As the parent: replaces Triton's kernels, which it looks for in every object of every module.
+
+        Once a process, as a second engine would look for them again only to wrap what replaced them.
+        """
         _let_humming_be_looked_at()
         super().register_triton_kernel_overrides()
 
