@@ -40,10 +40,11 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 from ..compat.private import CONNECTOR_FEATURE, require
 from ..compat.rows import allocations, negotiate_rows
 from ..config import ConnectorSettings
-from ..layout import LayoutDescriptor, check_allocation
+from ..layout import RowDescriptor, check_allocation
 from .disk.identity import tier_identity
 from .disk.manager import TieredManager
 from .disk.weights import loaded_weights
+from .limits import check_served
 from .scheduler import RowConnectorScheduler
 from .spec import DiskSettings, RowOffloadingSpec, default_host_bytes
 from .stats.metrics import RowConnectorStats
@@ -69,12 +70,15 @@ class XLayerConnector(OffloadingConnector):
         # Not OffloadingConnector's: it would create the spec from the class name in the user's config.
         KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)
         require(CONNECTOR_FEATURE)
-        self.layout: LayoutDescriptor = negotiate_rows(vllm_config, kv_cache_config).descriptor
+        self.layout: RowDescriptor = negotiate_rows(vllm_config, kv_cache_config).descriptor
         self.pool: torch.Tensor | None = None
+        transfer = vllm_config.kv_transfer_config
+        assert transfer is not None
+        ours = _has_our_spec(transfer.kv_connector_extra_config)
+        check_served(vllm_config, kv_cache_config, self.layout, ours)
         spec = _offloading_spec(vllm_config, kv_cache_config, self.layout, role)
         self.connector_scheduler = None
         self.connector_worker = None
-        ours = isinstance(spec, RowOffloadingSpec)
         if role == KVConnectorRole.SCHEDULER:
             scheduler = RowConnectorScheduler if ours else OffloadingConnectorScheduler
             self.connector_scheduler = scheduler(spec, vllm_config, kv_cache_config)
@@ -89,14 +93,17 @@ class XLayerConnector(OffloadingConnector):
         return "BLHNC"
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """kv_caches: layer name -> (B, H, N, C) view of the pool."""
+        """kv_caches: layer name -> its view of the pool, of attention layers (B, H, N, C)."""
         assert self.connector_worker is not None
         own = [name for group in self.layout.groups for name in group.layers]
         check_allocation(self.layout, allocations({n: kv_caches[n] for n in own}))
         storage = kv_caches[own[0]].untyped_storage()
         self.pool = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.pool = self.pool.view(-1, self.layout.row_bytes)
-        self.connector_worker.register_kv_caches(dict(kv_caches))
+        if isinstance(self.connector_worker, RowConnectorWorker):
+            self.connector_worker.register_pool(self.pool, self.layout)
+        else:
+            self.connector_worker.register_kv_caches(dict(kv_caches))
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         # Both runners call this after all that a step does to blocks before its launch.
@@ -174,7 +181,7 @@ def _has_our_spec(extra: Mapping[str, Any]) -> bool:
 
 
 def _offloading_spec(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout: LayoutDescriptor, role: KVConnectorRole
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout: RowDescriptor, role: KVConnectorRole
 ) -> OffloadingSpec:
     assert vllm_config.kv_transfer_config is not None
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
@@ -202,7 +209,7 @@ def _offloading_spec(
 
 
 def _disk_settings(
-    vllm_config: VllmConfig, layout: LayoutDescriptor, settings: ConnectorSettings, blocks_per_chunk: int
+    vllm_config: VllmConfig, layout: RowDescriptor, settings: ConnectorSettings, blocks_per_chunk: int
 ) -> DiskSettings | None:
     if settings.disk_path is None or settings.disk_bytes_to_use is None:
         return None

@@ -4,7 +4,7 @@ The manager (which chunk is where, what is evicted) is host_manager's, on vLLM's
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from .copy import directions
+from .copy.pieces import Runs
 from .disk.format import TierIdentity
 from .disk.identity import NoIdentity
 from .disk.manager import TieredManager
@@ -144,7 +145,10 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             )
         except MemoryError as error:
             return NoTierWorker(str(error))
-        return RowOffloadingWorker(pool, host, self.blocks_per_chunk, pins, early_loads=self._disk is None)
+        used = [ref.page_size_bytes for (ref,) in kv_caches.group_data_refs]
+        return RowOffloadingWorker(
+            pool, host, self.blocks_per_chunk, pins, early_loads=self._disk is None, used_bytes=used
+        )
 
 
 def _info(spec: CPUOffloadingSpec) -> dict[str, Any]:
@@ -176,6 +180,7 @@ class RowOffloadingWorker(OffloadingWorker):
         blocks_per_chunk: Blocks that the manager treats as one.
         pins: pins the host memory, started and closed with this; None if it need not be.
         early_loads: Whether only this worker's transfers write to the host memory (copy/early_loads.py).
+        used_bytes: of a row, for each KV cache group; None is all of it for one group.
     """
 
     def __init__(
@@ -185,7 +190,9 @@ class RowOffloadingWorker(OffloadingWorker):
         blocks_per_chunk: int,
         pins: Pinning | None = None,
         early_loads: bool = False,
+        used_bytes: Sequence[int] | None = None,
     ):
+        self.used_bytes = [pool.shape[1]] if used_bytes is None else list(used_bytes)
         self.blocks_per_chunk = blocks_per_chunk
         self.host = host
         self._pins = pins
@@ -218,7 +225,7 @@ class RowOffloadingWorker(OffloadingWorker):
         except ValueError as error:
             self._store.fail(job_id, error)
         else:
-            self._store.submit(job_id, _ids(src_spec), host_rows)
+            self._store.submit(job_id, _ids(src_spec), host_rows, self._runs(src_spec))
         return True
 
     def submit_load(
@@ -229,7 +236,7 @@ class RowOffloadingWorker(OffloadingWorker):
         except ValueError as error:
             self._load.fail(job_id, error)
         else:
-            self._load.submit(job_id, host_rows, _ids(dst_spec))
+            self._load.submit(job_id, host_rows, _ids(dst_spec), self._runs(dst_spec))
         return True
 
     def _host_rows(self, device: GPULoadStoreSpec, host: LoadStoreSpec) -> torch.Tensor:
@@ -251,6 +258,11 @@ class RowOffloadingWorker(OffloadingWorker):
                 f"{len(host.block_ids)} chunks of {n} blocks ({len(found)} usable)"
             )
         return torch.from_numpy(found)
+
+    def _runs(self, device: GPULoadStoreSpec) -> Runs:
+        """Of every group that has blocks in a transfer: how many, and the bytes that can be its own."""
+        found = zip(device.group_sizes, self.used_bytes, strict=True)
+        return [(rows, used) for rows, used in found if rows]
 
     def before_launch(self) -> None:
         """Loads that are submitted until `get_finished` need not wait for what is launched from now on."""

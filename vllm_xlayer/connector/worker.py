@@ -6,6 +6,7 @@ nothing, and every failure to the scheduler's side of the connector, which then 
 
 from dataclasses import dataclass, field
 
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
@@ -14,8 +15,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.kv_offload.base import OffloadingSpec, TransferResult
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCacheRef,
+    CanonicalKVCaches,
+    CanonicalKVCacheTensor,
+    OffloadingSpec,
+    TransferResult,
+)
 
+from ..layout import RowDescriptor
 from .spec import NoTierWorker, RowOffloadingWorker
 
 
@@ -56,6 +64,18 @@ class RowConnectorWorker(OffloadingConnectorWorker):
         self._said_state = False
         self.model_ran = False
         """In the step that `get_finished` is asked after."""
+
+    def register_pool(self, pool: torch.Tensor, layout: RowDescriptor) -> None:
+        """Takes the place of register_kv_caches, which would derive what moves from views of layers.
+
+        Args:
+            pool: uint8 [num_blocks, row_bytes].
+        """
+        groups = [
+            [CanonicalKVCacheRef(0, layout.used_bytes(group.group_id))] for group in self.spec.config.groups
+        ]
+        tensors = [CanonicalKVCacheTensor(pool, layout.row_bytes)]
+        self.worker = self.spec.get_worker(CanonicalKVCaches(tensors, groups))  # type: ignore[assignment]
 
     def before_launch(self, metadata: OffloadingConnectorMetadata) -> None:
         """Called in every step before the model's launch: its loads need not wait for what is launched then.

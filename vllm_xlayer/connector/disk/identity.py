@@ -9,7 +9,7 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from ...config import Config
-from ...layout import LayoutDescriptor
+from ...layout import RowDescriptor
 from .format import TierIdentity
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -22,7 +22,7 @@ class NoIdentity(ValueError):
     """KV of this engine must not outlive it; says why."""
 
 
-def tier_identity(vllm_config: VllmConfig, layout: LayoutDescriptor, blocks_per_chunk: int) -> TierIdentity:
+def tier_identity(vllm_config: VllmConfig, layout: RowDescriptor, blocks_per_chunk: int) -> TierIdentity:
     """The identity of a running engine.
 
     Raises:
@@ -34,7 +34,7 @@ def tier_identity(vllm_config: VllmConfig, layout: LayoutDescriptor, blocks_per_
     folder = _model_folder(vllm_config)
     return TierIdentity(
         layout=layout.fingerprint,
-        kv_dtype="+".join(sorted({str(cache.cache_dtype), *(spec.dtype for spec in layout.groups)})),
+        kv_dtype="+".join(sorted({str(cache.cache_dtype), *(spec.dtype for spec in layout.attention)})),
         model=str(model.model)[-200:],
         settings=_settings_digest(vllm_config, code_digest(folder)),
         weights=weights_digest(folder),
