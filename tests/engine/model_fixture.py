@@ -101,6 +101,8 @@ def save_random_model(config: PretrainedConfig, folder: Path) -> Path:
             weight.data.fill_(1.0 if "gemma" in config.model_type else 2.0)  # Gemma adds 1
         elif name.endswith("sinks"):
             weight.data.normal_(1.0, 2.0, generator=generator)
+        elif "conv" in name and weight.dim() == 3:
+            weight.data.normal_(0.0, weight.shape[2] ** -0.5, generator=generator)
         elif weight.dim() == 2:
             gain = 2.0 if "q_proj" in name or "k_proj" in name else 0.1 if "embed" in name else 1.0
             weight.data.normal_(0.0, gain * weight.shape[1] ** -0.5, generator=generator)

@@ -34,6 +34,7 @@ from vllm.forward_context import ForwardContext
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
+from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
@@ -43,10 +44,11 @@ from ..config import ConnectorSettings
 from ..layout import RowDescriptor, check_allocation
 from .disk.identity import tier_identity
 from .disk.manager import TieredManager
+from .disk.tier import Unused
 from .disk.weights import loaded_weights
 from .limits import check_served
 from .scheduler import RowConnectorScheduler
-from .spec import DiskSettings, RowOffloadingSpec, default_host_bytes
+from .spec import DiskSettings, RowOffloadingSpec, default_host_bytes, least_rows
 from .stats.metrics import RowConnectorStats
 from .worker import RowConnectorWorker
 
@@ -194,7 +196,9 @@ def _offloading_spec(
         return OffloadingSpecFactory.create_spec(build_offloading_config(vllm_config, kv_cache_config))
     settings = ConnectorSettings.read(extra)
     config = build_offloading_config(vllm_config, kv_cache_config)
-    host_bytes = settings.cpu_bytes_to_use or default_host_bytes()
+    host_bytes = settings.cpu_bytes_to_use or default_host_bytes(_block_bytes(config), len(layout.groups))
+    if role == KVConnectorRole.SCHEDULER:
+        _say_if_small(config, host_bytes, len(layout.groups))
     # Each rank stores its own rows: with equal ones (MLA) vLLM would let the first one write for all.
     config = replace(config, extra_config={**extra, "cpu_bytes_to_use": host_bytes}, replicated_layout=False)
     disk = _disk_settings(vllm_config, layout, settings, config.cache.blocks_per_chunk)
@@ -206,6 +210,22 @@ def _offloading_spec(
             )  # fmt: skip
         disk = None
     return RowOffloadingSpec(config, disk)
+
+
+def _block_bytes(config: OffloadingConfig) -> int:
+    """Of one block, all ranks."""
+    return config.worker_kv_bytes_per_block * config.parallel.world_size
+
+
+def _say_if_small(config: OffloadingConfig, host_bytes: int, groups: int) -> None:
+    """Hybrid models have rows of tens of megabytes, and a prompt's blocks in every group."""
+    least = least_rows(groups) * _block_bytes(config)
+    if groups > 1 and host_bytes < least:
+        logger.warning(
+            "XLayerConnector: the host tier holds %d blocks of %d bytes, which %d KV cache groups share: few "
+            "prompts will be found again. Expected cpu_bytes_to_use of at least %d, got %d",
+            host_bytes // _block_bytes(config), _block_bytes(config), groups, least, host_bytes,
+        )  # fmt: skip
 
 
 def _disk_settings(
@@ -222,6 +242,7 @@ def _disk_settings(
         engine=f"{transfer.engine_id} {vllm_config.instance_id}",
         identity=lambda: tier_identity(vllm_config, layout, blocks_per_chunk),
         in_process=vllm_config.parallel_config.distributed_executor_backend == "uni",
+        unused=Unused(layout.row_bytes, {i: list(layout.gaps(i)) for i in range(len(layout.groups))}),
     )
 
 

@@ -31,7 +31,7 @@ from .copy.pieces import Runs
 from .disk.format import TierIdentity
 from .disk.identity import NoIdentity
 from .disk.manager import TieredManager
-from .disk.tier import DiskTier
+from .disk.tier import DiskTier, Unused
 from .host import pinning
 from .host.manager import HostTierManager
 from .host.memory import GIB, HostShape, scheduler_memory, worker_memory
@@ -41,10 +41,24 @@ from .stats.metrics import DEFINITIONS
 logger = init_logger(__name__)
 
 
-def default_host_bytes() -> int:
-    """4 GiB, or a quarter of the machine's memory where that is less."""
+LEAST_ROWS, LEAST_BOUNDARIES = 64, 4
+"""A useful host tier: so many blocks, and of so many places in a prompt the blocks of every group."""
+
+
+def default_host_bytes(row_bytes: int = 0, groups: int = 1) -> int:
+    """4 GiB, or what a useful tier needs if that is more, or a quarter of the machine's memory if less.
+
+    Args:
+        row_bytes: of one block of all ranks.
+        groups: KV cache groups of the model.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(4 * GIB, memory // 4)
+    return min(max(4 * GIB, least_rows(groups) * row_bytes), memory // 4)
+
+
+def least_rows(groups: int) -> int:
+    """Blocks below which a host tier is of little use."""
+    return max(LEAST_ROWS, LEAST_BOUNDARIES * groups)
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class DiskSettings:
         engine: a name that no other engine has, known to its scheduler and all its workers.
         identity: says whose KV this engine's is; NoIdentity if it must not outlive the engine.
         in_process: scheduler and worker are in one process.
+        unused: what of a row no layer has.
     """
 
     path: Path
@@ -64,6 +79,7 @@ class DiskSettings:
     engine: str
     identity: Callable[[], TierIdentity]
     in_process: bool
+    unused: Unused
 
 
 def _no_tiers(extra_config: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +139,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             identity = settings.identity()
             # The host tier must keep room for loads while the disk is behind.
             waiting = max(1, self.num_chunks // 4)
-            disk = DiskTier(view, settings.path, settings.limit, identity, waiting)
+            disk = DiskTier(view, settings.path, settings.limit, identity, waiting, settings.unused)
         except (NoIdentity, OSError, MemoryError) as error:
             logger.warning("XLayerConnector: the engine runs without its disk tier: %s", error)
             return host

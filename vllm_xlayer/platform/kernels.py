@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from . import packed
+from . import convolution, packed
 
 PAD_SLOT = -1
 
@@ -106,6 +106,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "init_cpu_memory_env(SymInt[] node_ids) -> ()": init_cpu_memory_env,
     "compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, Tensor block_table, "
     "Tensor(a!) slot_mapping, SymInt block_size) -> ()": compute_slot_mapping,
+    **convolution.OPS,
     **packed.OPS,
 }
 _OPS |= {f"{name}(Tensor(a!) out, Tensor x) -> ()": _activation(f) for name, f in ACTIVATIONS.items()}

@@ -86,8 +86,10 @@ class CpuReferencePlatform(CpuPlatform):
         executor, preload = parallel_config.distributed_executor_backend, os.environ.get("LD_PRELOAD")
         if parallel_config.worker_cls == "auto":
             parallel_config.worker_cls = WORKER
-        cache_config.mamba_ssm_cache_dtype = "float32"  # else the parent warns about it with AMX
+        # With AVX-512 the parent knows better than the user which type states have, for its own kernels' sake.
+        state_dtype, cache_config.mamba_ssm_cache_dtype = cache_config.mamba_ssm_cache_dtype, "float32"
         super().check_and_update_config(vllm_config)
+        cache_config.mamba_ssm_cache_dtype = state_dtype
 
         # The parent prepares thread binding: a process of its own for the worker, with libraries
         # preloaded. Nothing is bound here.
@@ -163,8 +165,8 @@ def _refusal(vllm_config: "VllmConfig") -> str | None:
         return None
     if model_config.use_mla:
         return "multi-head latent attention (MLA) is not supported"
-    if model_config.is_hybrid or model_config.is_attention_free:
-        return "Mamba and linear attention layers are not supported (their kernels need Triton)"
+    if model_config.is_attention_free:
+        return "models without attention are not supported"
     if model_config.is_encoder_decoder:
         return "encoder-decoder models are not supported"
     return None

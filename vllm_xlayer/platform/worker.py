@@ -5,12 +5,15 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
 DEFAULT_KV_CACHE_BYTES = 2 << 30
 """Most KV cache memory taken where the user asked for no size."""
+STATES = ("SHORT_CONV",)
+"""vLLM's names of the layers with a state in place of a KV cache whose ops this platform has."""
 
 
 class CpuReferenceWorker(CPUWorker):
@@ -48,6 +51,17 @@ class CpuReferenceWorker(CPUWorker):
         )
         set_random_seed(self.model_config.seed)
         self.model_runner = CPUModelRunner(self.vllm_config, self.device)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """As the parent. ValueError where a layer has a state that this platform has no ops for."""
+        specs = super().get_kv_cache_spec()
+        for layer, spec in specs.items():
+            if isinstance(spec, MambaSpec) and spec.mamba_type.name not in STATES:
+                raise ValueError(
+                    f"CPU reference platform: {layer}: expected layers of {', '.join(STATES)} beside attention, "
+                    f"got {spec.mamba_type.name}, whose kernels need a GPU"
+                )
+        return specs
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: what was asked for, else what full batches can use, capped.

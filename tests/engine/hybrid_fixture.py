@@ -1,0 +1,99 @@
+"""Tiny models with states beside attention, their pages in the cache, and transformers' logprobs."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from model_fixture import random_prompts, save_random_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+CONFIGS = json.loads((Path(__file__).parents[2] / "benchmarks" / "models.json").read_text())
+
+
+def save_hybrid(name: str, folder: Path) -> Path:
+    """A model of that name in benchmarks/models.json, with random weights."""
+    return save_random_model(AutoConfig.for_model(**CONFIGS[name]), folder)
+
+
+def answers(llm, prompts: list[list[int]], num_tokens: int) -> list[tuple[list[int], list[float]]]:
+    """vLLM's greedy tokens and their logprobs, in one batch."""
+    return [answer[:2] for answer in answers_and_hits(llm, prompts, num_tokens)]
+
+
+def answers_and_hits(llm, prompts: list[list[int]], num_tokens: int) -> list:
+    """As `answers`, and how many tokens of the prompt came from the cache."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, logprobs=0
+    )
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    found = []
+    for output in outputs:
+        tokens, steps = list(output.outputs[0].token_ids), output.outputs[0].logprobs
+        logprobs = [step[token].logprob for token, step in zip(tokens, steps, strict=True)]
+        found.append((tokens, logprobs, output.num_cached_tokens))
+    return found
+
+
+def check_against_transformers(folder: Path, prompts, found, atol: float) -> None:
+    """Every token must have the logprob that transformers gives it in float32, and be as likely as any."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for prompt, (tokens, logprobs) in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :]
+        expected = logits.log_softmax(-1)
+        chosen = expected[torch.arange(len(tokens)), torch.tensor(tokens)]
+        torch.testing.assert_close(torch.tensor(logprobs), chosen, rtol=0, atol=atol)
+        assert (chosen >= expected.max(-1).values - 2 * atol).all()
+        assert len(set(tokens)) > 3, "a model that repeats itself tests no state"
+
+
+def engine_core(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def groups(llm) -> list[list[str]]:
+    """The names of the layers of each KV cache group."""
+    return [group.layer_names for group in engine_core(llm).scheduler.kv_cache_config.kv_cache_groups]
+
+
+def layer_tensors(llm, layer: str) -> list[torch.Tensor]:
+    """A layer's cache: one tensor of pages, or one of each kind of state; the first dimension is the block."""
+    found = llm.llm_engine.vllm_config.compilation_config.static_forward_context[layer].kv_cache
+    return [found] if isinstance(found, torch.Tensor) else list(found)
+
+
+def fill_memory(llm, byte: int) -> None:
+    """Overwrite all of the cache's memory, padding and rows' ends included."""
+    for layers in groups(llm):
+        for layer in layers:
+            storage = layer_tensors(llm, layer)[0].untyped_storage()
+            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(byte)
+
+
+def cached_blocks(llm, group: int) -> Iterator[int]:
+    """Ids of the blocks of a group that the prefix cache knows."""
+    from vllm.v1.core.kv_cache_utils import get_group_id
+
+    for block in engine_core(llm).scheduler.kv_cache_manager.block_pool.blocks:
+        if block.block_hash is not None and get_group_id(block.block_hash) == group:
+            yield block.block_id
+
+
+def corrupt_group(llm, group: int) -> int:
+    """Change what every cached block of a group holds; returns how many."""
+    blocks = list(cached_blocks(llm, group))
+    for layer in groups(llm)[group]:
+        for tensor in layer_tensors(llm, layer):
+            for block in blocks:
+                page = tensor[block]
+                if page.dtype == torch.uint8:
+                    page.bitwise_xor_(8)  # of NVFP4: a sign of every other element, an exponent of each scale
+                else:
+                    page.neg_()
+    return len(blocks)
+
+
+PROMPTS = random_prompts([5, 100, 16, 33, 150, 1])

@@ -1,0 +1,83 @@
+"""Causal convolutions of the linear attention layers: short convolution, gated delta net, Mamba.
+
+Every channel is convolved by itself: out[t] = sum over i of weight[i] * x[t - width + 1 + i], plus bias. Of
+a request's tokens the last width - 1 inputs are its state, [channels, width - 1] in a slot of the cache.
+The cache may be strided in any way, and slots that no request of the step owns are neither read nor written.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+_ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
+    None: lambda x: x,
+    "silu": functional.silu,
+    "swish": functional.silu,
+}
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """vLLM packs bfloat16 weights [channels, 4] where the CPU has instructions for it; here they stay."""
+    return weight.clone()
+
+
+def _convolve(
+    x: torch.Tensor,
+    state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Convolve x [n, channels, tokens] behind state [n, channels, width - 1], in float32.
+
+    Returns the outputs, in x's type, and the new state, in the state's.
+    """
+    weight = weight.view(weight.shape[0], 1, -1)
+    inputs = torch.cat((state.to(x.dtype), x), dim=-1)
+    bias = None if bias is None else bias.float()
+    out = functional.conv1d(inputs.float(), weight.float(), bias, groups=weight.shape[0])
+    new_state = inputs[..., inputs.shape[-1] - state.shape[-1] :]
+    return _ACTIVATIONS[activation](out).to(x.dtype), new_state.to(state.dtype)
+
+
+def update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    conv_state_indices: torch.Tensor | None,
+    query_start_loc: torch.Tensor | None,
+    pad_slot_id: int,
+) -> torch.Tensor:
+    """One more token for each of n requests; their states move on.
+
+    Args:
+        x: [n, channels].
+        conv_state: [slots, channels, width - 1].
+        weight, bias: [channels, width], and [channels] or None.
+        conv_state_indices: int [n] or [n, 1], each request's slot; those equal to pad_slot_id are padding,
+            and their outputs are zero. None: request i has slot i.
+        query_start_loc: of batches with several tokens a request, as speculation makes them: must be None.
+
+    Returns:
+        The outputs, like x.
+    """
+    if query_start_loc is not None:
+        raise NotImplementedError("convolution: expected one token a request, got query_start_loc")
+    n = x.shape[0]
+    slots = torch.arange(n) if conv_state_indices is None else conv_state_indices.reshape(n).long()
+    rows = torch.nonzero(slots != pad_slot_id).squeeze(1)
+    slots = slots[rows]
+    out, state = _convolve(x[rows].unsqueeze(-1), conv_state[slots], weight, bias, activation)
+    conv_state[slots] = state
+    return torch.zeros_like(x).index_copy_(0, rows, out.squeeze(-1))
+
+
+OPS: dict[str, Callable[..., torch.Tensor]] = {
+    "causal_conv1d_update_cpu_vec(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
+    "str? activation, Tensor? conv_state_indices, Tensor? query_start_loc, SymInt pad_slot_id) "
+    "-> Tensor": update,
+}
+"""Schemas, with the arguments in vLLM's order."""
