@@ -42,6 +42,7 @@ from ..compat.rows import allocations, negotiate_rows
 from ..config import ConnectorSettings
 from ..layout import LayoutDescriptor, check_allocation
 from .disk.identity import tier_identity
+from .failure_policy import recompute_failed_loads
 from .scheduler import RowConnectorScheduler
 from .spec import DiskSettings, RowOffloadingSpec, default_host_bytes
 from .stats.metrics import RowConnectorStats
@@ -77,7 +78,7 @@ class XLayerConnector(OffloadingConnector):
             scheduler = RowConnectorScheduler if ours else OffloadingConnectorScheduler
             self.connector_scheduler = scheduler(spec, vllm_config, kv_cache_config)
             if ours:
-                _recompute_failed_loads(vllm_config)
+                recompute_failed_loads(vllm_config, type(self).__name__)
         else:
             worker = RowConnectorWorker if ours else OffloadingConnectorWorker
             self.connector_worker = worker(spec, vllm_config, kv_cache_config)
@@ -144,18 +145,6 @@ def _naming_our_spec(vllm_config: VllmConfig) -> VllmConfig:
         **transfer.kv_connector_extra_config, "spec_name": OUR_SPEC
     }  # fmt: skip
     return named
-
-
-def _recompute_failed_loads(vllm_config: VllmConfig) -> None:
-    """vLLM ends requests whose load failed, unless told otherwise. It reads the policy after this."""
-    transfer = vllm_config.kv_transfer_config
-    assert transfer is not None
-    if transfer.kv_load_failure_policy != "recompute":
-        logger.info(
-            "XLayerConnector: kv_load_failure_policy is recompute (was %s): no request ends because "
-            "its KV could not be loaded", transfer.kv_load_failure_policy,
-        )  # fmt: skip
-        transfer.kv_load_failure_policy = "recompute"
 
 
 def _has_our_spec(extra: Mapping[str, Any]) -> bool:
