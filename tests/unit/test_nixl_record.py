@@ -47,7 +47,12 @@ def test_equal_engines_agree_over_the_wire():
         (changed("global_scales", "layer 1", to=[1.0, 0.5]), "layer 1", "[1.0, 0.25]", "[1.0, 0.5]"),
         (changed("groups", to="others"), "groups", '[{"dtype": "nvfp4"', "others"),
         (changed("groups", 0, "layers", to=["layer 1", "layer 0"]), "groups", "[{", "[{"),
-        (changed("settings", "config", "rope_theta", to=5e5), "settings.config.rope_theta", "10000", "500000"),
+        (
+            changed("settings", "config", "rope_theta", to=5e5),
+            "settings.config.rope_theta",
+            "10000",
+            "500000",
+        ),
         (changed("settings", "config", "tie", to=0), "settings.config.tie", "false", "0"),
         (changed("settings", "new", to="x"), "settings.new", "not given", "x"),
         (replace(OURS, seals=0), "row_seals", "True", "False"),

@@ -1,4 +1,4 @@
-"""Reads of rows into a staging ring: chunks, deadlines, and what must not be touched after a read was given up.
+"""Reads of rows into a staging ring: chunks, deadlines, and what a read that was given up may still write.
 
 Nothing but a final state ends a read: NIXL lets go of a handle at once, and rows go on arriving. So rows are
 read into a ring, never into the KV cache. A read that is given up takes its buffer into quarantine until its

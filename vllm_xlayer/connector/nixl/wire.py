@@ -78,8 +78,9 @@ class NixlWire:
         """Prepares descriptors. Raises StagingTooSmall."""
         rows, buffer_bytes = self._capacity(remote), self.ring.shape[1]
         if rows < 1:
+            least = BUFFERS * (remote.row_bytes + remote.seal_bytes)
             raise StagingTooSmall(
-                f"staging_bytes: expected at least {BUFFERS * (remote.row_bytes + remote.seal_bytes)} for rows "
+                f"staging_bytes: expected at least {least} for rows "
                 f"of {remote.row_bytes} bytes and {remote.seal_bytes} bytes of seals, got {self.ring.numel()}"
             )
         device = max(self.ring.get_device(), 0)

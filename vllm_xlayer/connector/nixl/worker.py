@@ -186,10 +186,14 @@ class RowNixlWorker(NixlPullConnectorWorker):
                 read_spec, dst_engine_id, request_id, remote_request_id, local_xfer_side_handle,
                 local_dram_handle, remote_xfer_side_handle, expected_consumers, awaiting_kvs,
             )  # fmt: skip
-        local, remote = self._apply_prefix_caching(read_spec.local_block_ids, read_spec.remote_block_ids, 1, 1)
+        local, remote = self._apply_prefix_caching(
+            read_spec.local_block_ids, read_spec.remote_block_ids, 1, 1
+        )
         rows = [
             Row(theirs, ours, group, tag)
-            for group, (here, there, tags) in enumerate(zip(local, remote, self.tags[request_id], strict=True))
+            for group, (here, there, tags) in enumerate(
+                zip(local, remote, self.tags[request_id], strict=True)
+            )
             # A group's last blocks: what comes before is in the prefix cache, or outside its window.
             for ours, theirs, tag in zip(here, there, tags[len(tags) - len(here) :], strict=True)
         ]
@@ -208,6 +212,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
         failed = {request for request, failure in over.items() if failure}
         for request in failed:
             logger.warning("request %s is computed, its rows did not come: %s", request, over[request])
+            self.failures[over[request]] += 1
             self._handle_failed_transfer(request, None)
             self._send_pending_recv_notifs(request)
         done = {request for request in transfers if request not in self.reads.reads}
