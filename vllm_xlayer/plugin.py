@@ -21,5 +21,5 @@ def _register() -> None:
 
     check_vllm()
     extension_points.share_loggers()
-    extension_points.register_connector()
+    extension_points.register_connectors()
     REGISTRY.apply(PATCHES)

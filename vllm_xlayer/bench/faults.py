@@ -44,6 +44,12 @@ FAULTS = (
     "engine killed while writing",
     "host memory not available",
     "host memory not pinned yet",
+    "hand-over: torn row",
+    "hand-over: stale row",
+    "hand-over: prefill engine killed",
+    "hand-over: prefill engine hung",
+    "hand-over: link down",
+    "hand-over: abort while reading",
     "soak",
 )
 """Rows of the table: what tests are marked with."""

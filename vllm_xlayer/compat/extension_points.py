@@ -3,7 +3,11 @@
 import logging
 
 CONNECTOR = "XLayerConnector"
-_MODULE = "vllm_xlayer.connector.connector"
+NIXL_CONNECTOR = "XLayerNixlConnector"
+_MODULES = {
+    CONNECTOR: "vllm_xlayer.connector.connector",
+    NIXL_CONNECTOR: "vllm_xlayer.connector.nixl.connector",
+}
 
 
 def share_loggers() -> None:
@@ -16,12 +20,14 @@ def share_loggers() -> None:
         ours.setLevel(theirs.level)
 
 
-def register_connector() -> None:
-    """Makes XLayerConnector known by name; does nothing where it is."""
+def register_connectors() -> None:
+    """Makes our connectors known by name; does nothing where they are."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    if CONNECTOR not in known_connectors():
-        KVConnectorFactory.register_connector(CONNECTOR, _MODULE, CONNECTOR)
+    known = known_connectors()
+    for name, module in _MODULES.items():
+        if name not in known:
+            KVConnectorFactory.register_connector(name, module, name)
 
 
 def known_connectors() -> list[str]:
@@ -32,11 +38,9 @@ def known_connectors() -> list[str]:
 
 
 def report() -> dict[str, str]:
-    """The platform that vLLM chose and whether the connector is known, for `doctor`."""
+    """The platform that vLLM chose and whether the connectors are known, for `doctor`."""
     from vllm.platforms import current_platform
 
-    known = CONNECTOR in known_connectors()
-    return {
-        "platform": type(current_platform).__name__,
-        "connector": f"{CONNECTOR}: {'registered' if known else 'not registered'}",
-    }
+    known = known_connectors()
+    said = (f"{name}: {'registered' if name in known else 'not registered'}" for name in _MODULES)
+    return {"platform": type(current_platform).__name__, "connectors": ", ".join(said)}

@@ -92,9 +92,9 @@ def _source(owner: Any) -> str:
 
 def table() -> tuple[Private, ...]:
     """Every record but those of the patches."""
-    from .private_connector import DEPENDENCES
+    from . import private_connector, private_nixl
 
-    return (*_OWN, *DEPENDENCES)
+    return (*_OWN, *private_connector.DEPENDENCES, *private_nixl.DEPENDENCES)
 
 
 @functools.cache
@@ -161,6 +161,7 @@ _OWN = (
             "get_attn_backend_cls": "selected_backend attn_selector_config num_heads",
             "check_and_update_config": "vllm_config",
             "update_block_size_for_backend": "vllm_config",
+            "discover_numa_topology": "",
         },
     ),
     Private(

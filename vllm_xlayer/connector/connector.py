@@ -46,6 +46,7 @@ from .disk.identity import tier_identity
 from .disk.manager import TieredManager
 from .disk.tier import Unused
 from .disk.weights import loaded_weights
+from .failure_policy import recompute_failed_loads
 from .limits import check_served
 from .scheduler import RowConnectorScheduler
 from .spec import DiskSettings, RowOffloadingSpec, default_host_bytes, least_rows
@@ -85,7 +86,7 @@ class XLayerConnector(OffloadingConnector):
             scheduler = RowConnectorScheduler if ours else OffloadingConnectorScheduler
             self.connector_scheduler = scheduler(spec, vllm_config, kv_cache_config)
             if ours:
-                _recompute_failed_loads(vllm_config)
+                recompute_failed_loads(vllm_config, type(self).__name__)
         else:
             worker = RowConnectorWorker if ours else OffloadingConnectorWorker
             self.connector_worker = worker(spec, vllm_config, kv_cache_config)
@@ -163,18 +164,6 @@ def _naming_our_spec(vllm_config: VllmConfig) -> VllmConfig:
         **transfer.kv_connector_extra_config, "spec_name": OUR_SPEC
     }  # fmt: skip
     return named
-
-
-def _recompute_failed_loads(vllm_config: VllmConfig) -> None:
-    """vLLM ends requests whose load failed, unless told otherwise. It reads the policy after this."""
-    transfer = vllm_config.kv_transfer_config
-    assert transfer is not None
-    if transfer.kv_load_failure_policy != "recompute":
-        logger.info(
-            "XLayerConnector: kv_load_failure_policy is recompute (was %s): no request ends because "
-            "its KV could not be loaded", transfer.kv_load_failure_policy,
-        )  # fmt: skip
-        transfer.kv_load_failure_policy = "recompute"
 
 
 def _has_our_spec(extra: Mapping[str, Any]) -> bool:

@@ -109,6 +109,12 @@ class CpuReferencePlatform(CpuPlatform):
         vllm_config.compilation_config.custom_ops = ["none"]
 
     @classmethod
+    def discover_numa_topology(cls) -> list[list[int]]:
+        """None: vLLM's NixlConnector would pin the worker to the last core of each node, and two engines on
+        one machine to the same one."""
+        return []
+
+    @classmethod
     def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:
         """As on GPUs, where layers left out of an nvfp4 cache get a block size that fits both."""
         super(CpuPlatform, cls).update_block_size_for_backend(vllm_config)

@@ -31,7 +31,7 @@ def tier_identity(vllm_config: VllmConfig, layout: RowDescriptor, blocks_per_chu
     if problems := list(_problems(vllm_config)):
         raise NoIdentity("; ".join(problems))
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    folder = _model_folder(vllm_config)
+    folder = model_folder(vllm_config)
     return TierIdentity(
         layout=layout.fingerprint,
         kv_dtype="+".join(sorted({str(cache.cache_dtype), *(spec.dtype for spec in layout.attention)})),
@@ -128,7 +128,8 @@ def _settings_digest(vllm_config: VllmConfig, code: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _model_folder(vllm_config: VllmConfig) -> Path:
+def model_folder(vllm_config: VllmConfig) -> Path:
+    """Where the model's files are. Raises NoIdentity where they are not on this host."""
     model = vllm_config.model_config
     if Path(model.model).is_dir():
         return Path(model.model)
@@ -140,7 +141,7 @@ def _model_folder(vllm_config: VllmConfig) -> Path:
         raise NoIdentity(f"the files of model {model.model} are not found here: {error}") from error
 
 
-def weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path, of_this_copy: bool = True) -> str:
     """32 hex digits over the weight files of a model folder.
 
     Covers every file's name, size, time of last change, safetensors header (names, shapes, dtypes, offsets)
@@ -148,6 +149,10 @@ def weights_digest(folder: Path) -> str:
     is a hash of all of it. So an update, a fine-tune with equal shapes and a file written anew are seen. Not
     seen: a change that hits none of the samples and keeps the time of last change. A copy of a folder with
     new times counts as another model, which costs misses only.
+
+    Args:
+        of_this_copy: False leaves out times and blobs' names, which differ between hosts that hold the same
+            files; then a change that hits none of the samples is not seen.
 
     Raises:
         NoIdentity: there are no weight files.
@@ -161,7 +166,9 @@ def weights_digest(folder: Path) -> str:
     for path in files:
         real = path.resolve()
         stat = real.stat()
-        facts = [path.name, real.name, stat.st_size, stat.st_mtime_ns]
+        facts = [path.name, stat.st_size]
+        if of_this_copy:
+            facts = [path.name, real.name, stat.st_size, stat.st_mtime_ns]
         digest.update(json.dumps(facts).encode())
         with real.open("rb") as file:
             if path.suffix == ".safetensors":

@@ -1,0 +1,161 @@
+"""A prefill engine in a process of its own, told by hand what to do; the decode engine is this process's.
+
+Forked from a server that has imported vLLM once, so that tests can kill engines and start others quickly.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+import traceback
+from contextlib import contextmanager
+
+from vllm import SamplingParams
+
+CONNECTOR = "XLayerNixlConnector"
+PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
+ROW = 2 * 2 * 16 * 2 * 32 * 4
+"""Bytes of a row of the tiny Llama: layers, heads, tokens, K and V, elements, bytes."""
+PREFILL = dict(
+    do_remote_decode=True, do_remote_prefill=False, remote_engine_id=None, remote_block_ids=None,
+    remote_host=None, remote_port=None,
+)  # fmt: skip
+"""What vLLM's proxy sends to a prefill engine."""
+ANSWER_SECONDS = 120
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["nixl_preload"])
+
+
+def transfer(**extra):
+    return dict(kv_connector=CONNECTOR, kv_role="kv_both", kv_connector_extra_config=extra)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def side_channel(port):
+    """For the engine that is made in it."""
+    before = os.environ.get(PORT)
+    os.environ[PORT] = str(port)
+    try:
+        yield
+    finally:
+        os.environ.pop(PORT)
+        if before is not None:
+            os.environ[PORT] = before
+
+
+def sampling(num_tokens, params=None):
+    extra = {"kv_transfer_params": params} if params else None
+    return SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, extra_args=extra
+    )
+
+
+class PrefillEngine:
+    """The parent's side. Everything raises if the child does not answer in time."""
+
+    def __init__(self, model, port=None, **settings):
+        self.port = port or free_port()
+        self.pipe, theirs = _context.Pipe()
+        self.process = _context.Process(
+            target=_serve, args=(theirs, str(model), self.port, settings), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        self._answer()
+
+    def prefill(self, prompt) -> dict:
+        """Computes a prompt; what vLLM's proxy hands to the decode engine."""
+        return self.call(_prefill, prompt)
+
+    def call(self, function, *args):
+        """function(llm, *args), in the child."""
+        self.pipe.send((function, args))
+        return self._answer()
+
+    def stop(self, number=signal.SIGSTOP):
+        os.kill(self.process.pid, number)
+
+    def go_on(self):
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+    def _answer(self):
+        if not self.pipe.poll(ANSWER_SECONDS):
+            raise TimeoutError(f"the prefill engine did not answer in {ANSWER_SECONDS} s")
+        answer = self.pipe.recv()
+        if isinstance(answer, str) and answer.startswith("Traceback"):
+            raise RuntimeError(answer)
+        return answer
+
+
+# These run in the child.
+
+
+def _serve(pipe, model, port, settings):
+    os.environ[PORT] = str(port)
+    import torch
+    from vllm import LLM
+
+    torch.set_num_threads(1)
+    try:
+        llm = LLM(model, **settings)
+        pipe.send("ready")
+        while True:
+            if pipe.poll(0.002):
+                function, args = pipe.recv()
+                pipe.send(function(llm, *args))
+            elif _core(llm).scheduler.has_requests():
+                llm.llm_engine.step()  # notifications and leases are looked at in steps
+    except EOFError:
+        pass  # the tests are over
+    except BaseException:
+        pipe.send(traceback.format_exc())
+
+
+def _core(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def _prefill(llm, prompt):
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling(1, dict(PREFILL)), use_tqdm=False)
+    return output.kv_transfer_params
+
+
+def blocks_in_use(llm):
+    """Once nothing is under way, or after some time."""
+    scheduler = _core(llm).scheduler
+    deadline = time.monotonic() + 20
+    while scheduler.has_requests() and time.monotonic() < deadline:
+        llm.llm_engine.step()
+    pool = scheduler.kv_cache_manager.block_pool
+    return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+
+
+def flip_a_bit(llm, block, byte):
+    _worker().pool[block, byte] ^= 1
+
+
+def forget_prompts(llm):
+    """Waits for leases to end, then gives every block to other prompts."""
+    assert blocks_in_use(llm) == 0
+    assert llm.reset_prefix_cache()
+    blocks = _core(llm).scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+    prompts = [[i % 250 + 1] * 496 for i in range(-(-blocks // 31))]
+    llm.generate([{"prompt_token_ids": p} for p in prompts], sampling(1, dict(PREFILL)), use_tqdm=False)
+
+
+def _worker():
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group().connector_worker

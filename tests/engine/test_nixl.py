@@ -1,0 +1,253 @@
+"""Rows from a prefill engine to a decode engine over NIXL: equal tokens, one descriptor a row, and faults.
+
+Whatever happens to the other engine, its link or its memory: a request is answered, as one engine answers it,
+and neither engine keeps a block.
+"""
+
+import signal
+import time
+
+import pytest
+
+pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
+
+from faults import TALLY, add, compare, core_of, finish, live_connector
+from model_fixture import ON_GPU, llama_config, random_prompts, save_random_model, vllm_greedy
+from nixl_fixture import (
+    PrefillEngine,
+    blocks_in_use,
+    flip_a_bit,
+    forget_prompts,
+    free_port,
+    sampling,
+    side_channel,
+)
+from nixl_fixture import transfer as transfer_config
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="the prefill engine's settings are the CPU platform's")
+
+NUM_TOKENS = 8
+PROMPTS = random_prompts([100, 33, 200, 5, 16, 250])
+ALL = range(len(PROMPTS))
+BLOCKS = [-(-len(prompt) // 16) for prompt in PROMPTS]
+POOL_BLOCKS = 160
+"""Of the prefill engine: few, so that they are soon given to other prompts."""
+LEASE_SECONDS = 6
+KINDS = {"bf16": dict(dtype="bfloat16"), "nvfp4": dict(dtype="float32", kv_cache_dtype="nvfp4")}
+
+
+class Pair:
+    """A decode engine here, a prefill engine beside it, and what the decode engine alone answers."""
+
+    def __init__(self, make_llm, model, kind):
+        self.model = model
+        self.settings = dict(
+            skip_tokenizer_init=True, max_model_len=512, seed=0, **KINDS[kind],
+            kv_transfer_config=transfer_config(kv_lease_duration=LEASE_SECONDS),
+        )  # fmt: skip
+        with side_channel(free_port()):
+            self.decode = make_llm(model, **self.settings)
+        self.worker = live_connector().connector_worker
+        row = self.worker.layout.row_bytes
+        self.settings |= dict(kv_cache_memory_bytes=POOL_BLOCKS * row)
+        self.prefill = PrefillEngine(model, **self.settings)
+        self.answers = vllm_greedy(self.decode, PROMPTS, NUM_TOKENS)
+        self.forget()
+
+    def forget(self):
+        """So that what is not read shows as NaN."""
+        self.settle()
+        assert self.decode.reset_prefix_cache()
+        self.worker.pool.fill_(0xFF)
+
+    def other_prefill(self, model=None, port=None):
+        return PrefillEngine(model or self.model, port, **self.settings)
+
+    def ask(self, handed_over, which=ALL):
+        """Adds requests; `handed_over`: what the prefill engine said of each of PROMPTS."""
+        for i in which:
+            params = dict(handed_over[i])
+            add(self.decode, [f"r{i}"], [PROMPTS[i]], sampling(NUM_TOKENS, params))
+
+    def check(self, handed_over, which=ALL):
+        """All in one batch; asserts that the answers are one engine's."""
+        self.ask(handed_over, which)
+        outputs = {name.split("-")[0]: output for name, output in finish(self.decode).items()}
+        compare(outputs, {f"r{i}": self.answers[i] for i in which})
+
+    def settle(self):
+        """Steps until nothing is under way; counts what did not come back."""
+        core, deadline = core_of(self.decode), time.monotonic() + 30
+        while (
+            core.scheduler.has_requests() or self.worker.reads.quarantined
+        ) and time.monotonic() < deadline:
+            self.decode.llm_engine.step()
+            self.worker.reads.poll()
+        pool = core.scheduler.kv_cache_manager.block_pool
+        kept = {
+            "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            "buffers": 4 - len(self.worker.reads.free),
+            "reads": len(self.worker.reads.reads) + len(self.worker._recving_metadata),
+            "tags": len(self.worker.tags),
+        }
+        TALLY["leaked"] += sum(kept.values())
+        assert not any(kept.values()), kept
+
+    def check_prefill_keeps_nothing(self, prefill):
+        kept = prefill.call(blocks_in_use)
+        TALLY["leaked"] += kept
+        assert kept == 0
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, make_llm, tiny_llama):
+    return Pair(make_llm, tiny_llama, request.param)
+
+
+@pytest.fixture
+def reads(pair, monkeypatch):
+    """(rows, descriptors) of every transfer that NIXL is given."""
+    made, agent = [], pair.worker.nixl_wrapper
+    original = agent.make_prepped_xfer
+
+    def spy(operation, local_list, local_ids, remote_list, remote_ids, **kwargs):
+        assert operation == "READ" and len(local_ids) == len(remote_ids)
+        made.append(len(local_ids))
+        return original(operation, local_list, local_ids, remote_list, remote_ids, **kwargs)
+
+    monkeypatch.setattr(agent, "make_prepped_xfer", spy)
+    return made
+
+
+def hand_over(pair, prefill=None):
+    pair.forget()
+    return [(prefill or pair.prefill).prefill(prompt) for prompt in PROMPTS]
+
+
+def test_equal_tokens_with_one_descriptor_a_row(pair, reads):
+    pair.check(hand_over(pair))
+    # And one for the table of seals.
+    assert sorted(reads) == sorted(blocks + 1 for blocks in BLOCKS)
+    assert pair.worker.failures == {}
+    pair.settle()
+    pair.check_prefill_keeps_nothing(pair.prefill)
+
+
+def test_what_the_decode_engine_has_is_not_read(pair, reads):
+    pair.check(hand_over(pair))
+    del reads[:]
+    pair.settle()
+    pair.check([pair.prefill.prefill(prompt) for prompt in PROMPTS])
+    read = sum(max(0, count - 1) for count in reads)
+    assert read < len(PROMPTS) * 2, "at most the last blocks"
+    pair.settle()
+    pair.check_prefill_keeps_nothing(pair.prefill)
+
+
+@pytest.mark.fault("hand-over: torn row")
+def test_a_torn_row_is_found_and_the_prompt_computed(pair):
+    handed_over = hand_over(pair)
+    for params, blocks in zip(handed_over, BLOCKS, strict=True):
+        (ids,) = params["remote_block_ids"]
+        assert len(ids) == blocks
+        pair.prefill.call(flip_a_bit, ids[-1], 1001)
+        TALLY["tries"] += 1
+    pair.check(handed_over)
+    assert sum(pair.worker.failures.values()) == len(PROMPTS)
+    pair.worker.failures.clear()
+    pair.settle()
+    pair.check_prefill_keeps_nothing(pair.prefill)
+
+
+@pytest.mark.fault("hand-over: stale row")
+def test_rows_of_other_prompts_are_found_after_the_lease_has_ended(pair):
+    handed_over = hand_over(pair)
+    pair.prefill.call(forget_prompts)
+    TALLY["tries"] += len(PROMPTS)
+    pair.check(handed_over)
+    assert sum(pair.worker.failures.values()) == len(PROMPTS)
+    pair.worker.failures.clear()
+    pair.settle()
+
+
+class TestTheOtherEngine:
+    """What happens to it or to the link; of one kind of cache, as bytes play no part."""
+
+    @pytest.fixture(autouse=True)
+    def one_kind(self, request):
+        if request.node.callspec.params["pair"] != "nvfp4":
+            pytest.skip("is tried with nvfp4")
+
+    @pytest.fixture
+    def prefill(self, pair):
+        engine = pair.other_prefill()
+        yield engine
+        engine.go_on()
+        engine.kill()
+        pair.worker.failures.clear()
+
+    @pytest.mark.fault("hand-over: prefill engine killed")
+    def test_it_is_killed_and_started_with_other_weights(self, pair, prefill, tmp_path):
+        pair.check(hand_over(pair, prefill), which=[0])  # they know each other
+        handed_over = hand_over(pair, prefill)
+        prefill.kill()
+        TALLY["tries"] += 1
+        pair.check(handed_over)
+        assert pair.worker.failures
+        other = save_random_model(llama_config(rope_theta=5e5), tmp_path)
+        restarted = pair.other_prefill(other, prefill.port)
+        try:
+            pair.check(hand_over(pair, restarted))
+            TALLY["tries"] += 1
+            pair.check(handed_over)  # of the one that is gone, at the same address
+        finally:
+            restarted.kill()
+        pair.settle()
+
+    @pytest.mark.fault("hand-over: prefill engine hung")
+    def test_it_hangs(self, pair, prefill, monkeypatch):
+        monkeypatch.setattr(pair.worker.reads, "timeout", 1.0)
+        pair.check(hand_over(pair, prefill), which=[0])
+        handed_over = hand_over(pair, prefill)
+        prefill.stop(signal.SIGSTOP)
+        TALLY["tries"] += 1
+        pair.check(handed_over)
+        prefill.go_on()
+        pair.settle()
+        pair.check_prefill_keeps_nothing(prefill)
+
+    @pytest.mark.fault("hand-over: link down")
+    def test_the_link_breaks(self, pair, monkeypatch):
+        handed_over = hand_over(pair)
+
+        def broken(handle):
+            TALLY["tries"] += 1
+            raise RuntimeError("injected: link down")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pair.worker.nixl_wrapper, "check_xfer_state", broken)
+            pair.check(handed_over)
+        assert sum(pair.worker.failures.values()) == len(PROMPTS)
+        pair.worker.failures.clear()
+        pair.settle()
+        pair.check_prefill_keeps_nothing(pair.prefill)
+
+    @pytest.mark.fault("hand-over: abort while reading")
+    def test_the_client_goes_away(self, pair, monkeypatch):
+        handed_over = hand_over(pair)
+        original, engine = pair.worker.wire.state, pair.decode.llm_engine
+        with monkeypatch.context() as patch:
+            patch.setattr(pair.worker.wire, "state", lambda handle: "PROC")
+            pair.ask(handed_over)
+            for _ in range(5):
+                engine.step()
+            assert pair.worker.reads.chunks
+            TALLY["tries"] += 1
+            engine.abort_request([f"r{i}" for i in range(len(PROMPTS))])
+            for _ in range(5):
+                engine.step()
+        assert pair.worker.wire.state == original
+        pair.settle()
+        pair.check(hand_over(pair))
+        pair.settle()
+        pair.check_prefill_keeps_nothing(pair.prefill)

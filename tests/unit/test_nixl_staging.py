@@ -1,0 +1,172 @@
+"""Reads into the staging ring, over a wire that fails in every way: no buffer is used again too early."""
+
+import random
+
+import pytest
+
+from vllm_xlayer.connector.nixl.staging import Row, StagedReads
+
+PEER, OTHER = ("prefill", 0), ("prefill", 1)
+CAPACITY = 4
+
+
+class FakeLanding:
+    def __init__(self, problem):
+        self.steps, self._problem = 1, problem
+
+    def done(self):
+        self.steps -= 1
+        return self.steps < 0
+
+    def problem(self):
+        return self._problem
+
+
+class FakeWire:
+    """Transfers by hand. A buffer that is posted to while another transfer may write it is a failure."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.states, self.buffers, self.landed, self.released = {}, {}, [], []
+        self.bad_row = None
+        self.dead = False
+
+    def capacity(self, peer):
+        return CAPACITY
+
+    def post(self, peer, buffer, rows):
+        if self.dead:
+            raise RuntimeError("REMOTE_DISCONNECT")
+        writing = [h for h, b in self.buffers.items() if b == buffer and self.states[h] == "PROC"]
+        assert not writing, f"buffer {buffer} may still be written by {writing}"
+        assert 0 < len(rows) <= CAPACITY
+        handle = len(self.states)
+        self.states[handle], self.buffers[handle] = "PROC", buffer
+        return handle
+
+    def state(self, handle):
+        assert handle not in self.released
+        return self.states[handle]
+
+    def release(self, handle):
+        assert self.states[handle] != "PROC", "released, and rows go on arriving"
+        self.released.append(handle)
+        return True
+
+    def land(self, peer, buffer, rows):
+        self.landed += rows
+        bad = any(row.remote == self.bad_row for row in rows)
+        return FakeLanding("torn" if bad else None)
+
+
+@pytest.fixture
+def wire():
+    return FakeWire()
+
+
+@pytest.fixture
+def reads(wire):
+    return StagedReads(wire, buffers=2, timeout=10, clock=lambda: wire.now)
+
+
+def rows(n, start=0):
+    return [Row(start + i, 1000 + start + i, 0, 7) for i in range(n)]
+
+
+def end_all(wire, state="DONE"):
+    wire.states = {h: state if s == "PROC" else s for h, s in wire.states.items()}
+
+
+def poll_until_over(reads, wire, times=30):
+    over = {}
+    for _ in range(times):
+        end_all(wire)
+        over |= reads.poll()
+    return over
+
+
+def test_more_rows_than_the_ring_holds_all_land_once(reads, wire):
+    reads.add("a", PEER, rows(19))
+    reads.add("b", PEER, rows(3, start=100))
+    assert len(wire.states) == 2 and reads.free == []
+    assert poll_until_over(reads, wire) == {"a": "", "b": ""}
+    assert sorted(wire.landed) == sorted(rows(19) + rows(3, start=100))
+    assert sorted(reads.free) == [0, 1] and not reads.reads
+
+
+def test_a_row_that_is_not_what_was_sealed_fails_its_request_only(reads, wire):
+    wire.bad_row = 5
+    reads.add("a", PEER, rows(19))
+    reads.add("b", PEER, rows(3, start=100))
+    assert poll_until_over(reads, wire) == {"a": "torn", "b": ""}
+    assert sorted(reads.free) == [0, 1]
+
+
+def test_a_read_that_hangs_is_given_up_and_its_buffers_are_not_reused(reads, wire):
+    reads.add("a", PEER, rows(8))
+    wire.now = 9.9
+    assert reads.poll() == {}
+    wire.now = 10.1
+    assert reads.poll() == {"a": "expected 4 rows within 10 s"}
+    assert reads.free == [] and len(reads.quarantined) == 2 and not reads.chunks
+    reads.add("b", PEER, rows(1))
+    assert "has not ended" in reads.poll()["b"]
+    reads.add("c", OTHER, rows(1))  # waits: the whole ring is in quarantine
+    assert reads.poll() == {}
+    end_all(wire)
+    assert poll_until_over(reads, wire) == {"c": ""}
+    assert sorted(reads.free) == [0, 1] and not reads.quarantined
+    assert wire.landed == rows(1), "what came too late must not land"
+    reads.add("d", PEER, rows(1))
+    assert poll_until_over(reads, wire) == {"d": ""}
+
+
+def test_a_dead_peer_fails_its_reads_and_leaves_the_ring_whole(reads, wire):
+    reads.add("a", PEER, rows(8))
+    end_all(wire, "ERR")
+    assert reads.poll() == {"a": "the read failed: ERR"}
+    wire.dead = True
+    reads.add("b", PEER, rows(1))
+    assert "could not be started: RuntimeError: REMOTE_DISCONNECT" in reads.poll()["b"]
+    assert sorted(reads.free) == [0, 1]
+
+
+def test_one_peer_of_two_fails_the_request_once_and_as_a_whole(reads, wire):
+    reads.add("a", PEER, rows(2))
+    reads.add("a", OTHER, rows(2))
+    wire.states[0] = "ERR"
+    over = reads.poll()
+    assert over == {"a": "the read failed: ERR"} and reads.poll() == {}
+    assert len(reads.quarantined) == 1, "the other peer may still write"
+    end_all(wire)
+    reads.poll()
+    assert sorted(reads.free) == [0, 1]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_any_order_of_events(seed):
+    """Every request is over once, with exactly its rows unless it failed; no buffer is lost."""
+    draw, wire = random.Random(seed), FakeWire()
+    reads = StagedReads(wire, buffers=3, timeout=10, clock=lambda: wire.now)
+    wanted, over = {}, {}
+    for step in range(120):
+        wire.now += draw.choice([0, 0, 0, 1, 6])
+        wire.dead = draw.random() < 0.05
+        if step < 60 and draw.random() < 0.5:
+            name = f"request {step}"
+            wanted[name] = rows(draw.randint(1, 20), start=100 * step)
+            reads.add(name, draw.choice([PEER, OTHER]), wanted[name])
+        for handle, state in wire.states.items():
+            if state == "PROC" and draw.random() < 0.3:
+                wire.states[handle] = draw.choices(["DONE", "ERR"], [9, 1])[0]
+        for name, failure in reads.poll().items():
+            assert name not in over
+            over[name] = failure
+    over |= poll_until_over(reads, wire, times=200)
+    assert over.keys() == wanted.keys() and not reads.reads
+    assert sorted(reads.free) == [0, 1, 2] and not reads.chunks and not reads.quarantined
+    for name, failure in over.items():
+        landed = [row for row in wire.landed if row in wanted[name]]
+        assert len(landed) == len(set(landed))
+        assert failure or sorted(landed) == sorted(wanted[name])
+    assert not all(over.values())

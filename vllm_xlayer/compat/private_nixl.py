@@ -1,0 +1,62 @@
+"""XLayerNixlConnector's part of the table in `private`: names of vLLM's NIXL connector."""
+
+from .private import Private
+
+NIXL_FEATURE = "XLayerNixlConnector"
+_NIXL = "vllm.distributed.kv_transfer.kv_connector.v1.nixl"
+
+DEPENDENCES = (
+    Private(
+        NIXL_FEATURE,
+        f"{_NIXL}.pull_worker:NixlPullConnectorWorker",
+        why="vLLM would send a page where a row can go, and compare names where bytes must mean the same",
+        how="overridden: registration, given rows, and what is checked before a peer is added",
+        remove_when="vLLM makes one region of rows, and compares weights and scales",
+        methods={
+            "register_kv_caches": "self kv_caches",
+            "add_remote_agent": "self nixl_agent_meta remote_tp_rank remote_tp_size remote_dcp_size",
+        },
+        attributes=(
+            "kv_caches_base_addr", "block_len_per_layer", "block_stride_per_layer", "compat_hash",
+            "xfer_handshake_metadata", "region_members", "tp_rank", "num_blocks", "nixl_wrapper",
+            "nixl_memory_type", "nixl_backends", "_registered_descs",
+        ),
+    ),
+    Private(
+        NIXL_FEATURE,
+        f"{_NIXL}.pull_worker:NixlPullConnectorWorker",
+        why="a read would go into the KV cache, where it could be neither checked nor given up",
+        how="overridden: what posts a request's read, what asks which are over, and what forgets a peer; the "
+        "rest is called and read as vLLM's own methods do",
+        remove_when="vLLM's reads have a deadline and a checksum, and are staged",
+        methods={
+            "_read_blocks": "self read_spec dst_engine_id request_id remote_request_id local_xfer_side_handle "
+            "local_dram_handle remote_xfer_side_handle expected_consumers awaiting_kvs",
+            "_pop_done_transfers": "self transfers",
+            "_cleanup_remote_engine": "self engine_id log_eviction",
+            "_apply_prefix_caching": "self decode_block_ids prefill_block_ids decode_physical_per_logical "
+            "prefill_physical_per_logical",
+            "_handle_failed_transfer": "self req_id handle",
+            "_send_pending_recv_notifs": "self req_id",
+            "start_load_kv": "self metadata",
+        },
+        attributes=("_remote_agents", "_pending_recv_notifs", "xfer_stats"),
+    ),
+    Private(
+        NIXL_FEATURE,
+        f"{_NIXL}.pull_scheduler:NixlPullConnectorScheduler",
+        why="workers would not know which rows to seal, nor what seals to expect",
+        how="overridden: public methods; read: the requests that are about to be read",
+        remove_when="as above",
+        methods={"get_exchange_clipped_blocks": "self block_ids"},
+        attributes=("_reqs_need_recv",),
+    ),
+    Private(
+        NIXL_FEATURE,
+        f"{_NIXL}.metadata",
+        why="engines of other versions of vLLM's protocol could not be told apart",
+        how="read; in what two engines compare first",
+        remove_when="never",
+        attributes=("NIXL_CONNECTOR_VERSION",),
+    ),
+)  # fmt: skip

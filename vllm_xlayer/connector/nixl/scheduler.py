@@ -1,0 +1,85 @@
+"""The scheduler's side of the hand-over: vLLM's own, and which rows to seal and what seals to expect."""
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from .seals import prompt_tags
+
+
+class RowNixlMetadata(NixlConnectorMetadata):
+    """What workers are told in a step.
+
+    Attributes:
+        seals: (blocks, their tags) of requests whose prompt is computed once this step is done.
+        tags: request to be read -> the tags of its prompt's blocks, by KV cache group.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seals: list[tuple[list[int], list[int]]] = []
+        self.tags: dict[str, list[list[int]]] = {}
+
+
+class RowNixlScheduler(NixlPullConnectorScheduler):
+    """vLLM's pull scheduler.
+
+    Attributes:
+        kv_cache_manager: set by the connector when vLLM has made it.
+    """
+
+    kv_cache_manager: KVCacheManager
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.to_seal: dict[str, Request] = {}
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        if request.prompt_token_ids is None:
+            return 0, False  # embeddings have no tags: the prompt is computed here
+        return super().get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if (request.kv_transfer_params or {}).get("do_remote_decode") and request.prompt_token_ids:
+            self.to_seal[request.request_id] = request
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        to_read = [entry[0] for entry in self._reqs_need_recv.values() if any(entry[1])]
+        meta = RowNixlMetadata()
+        vars(meta).update(vars(super().build_connector_meta(scheduler_output)))
+        meta.tags = {request.request_id: self._tags(request) for request in to_read}
+        for name, scheduled in scheduler_output.num_scheduled_tokens.items():
+            request = self.to_seal.get(name)
+            if request is None or request.num_computed_tokens + scheduled < request.num_prompt_tokens:
+                continue
+            del self.to_seal[name]
+            blocks = self.get_exchange_clipped_blocks(self.kv_cache_manager.get_block_ids(name))
+            for ids, tags in zip(blocks, self._tags(request), strict=True):
+                ids = ids[-len(tags) :]  # a sliding window keeps its last blocks only
+                meta.seals.append((list(ids), tags[-len(ids) :]))
+        return meta
+
+    def request_finished(
+        self, request: Request, block_ids: tuple[list[int], ...] | list[list[int]]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self.to_seal.pop(request.request_id, None)
+        return super().request_finished(request, block_ids)
+
+    def _tags(self, request: Request) -> list[list[int]]:
+        """Of the prompt's blocks, by group that is handed over."""
+        assert request.prompt_token_ids is not None
+        items = [(item.mm_position.offset, str(item.identifier)) for item in request.mm_features]
+        return [
+            prompt_tags(
+                request.prompt_token_ids, group.kv_cache_spec.block_size, i, request.cache_salt or "", items
+            )
+            for i, group in enumerate(self.kv_cache_config.transfer_groups)
+        ]

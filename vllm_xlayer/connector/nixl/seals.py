@@ -1,0 +1,84 @@
+"""Seals: what a row must be for a request, and what its bytes are.
+
+The prefill engine seals each row that it offers: a tag of the tokens up to the row's end, which the decode
+engine can work out for itself, and a digest of the row's bytes. The decode engine reads rows and seals, in any
+order, and checks both. A row whose block was given to another prompt has another tag; one that is being
+written, or arrived in part, does not match its digest. This finds accidents; it keeps out no attacker.
+"""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xxhash
+
+BYTES = 16
+"""Of one seal: a tag and a digest, int64 each."""
+ROWS_AT_ONCE = 32
+"""Rows that are digested together: what is made on the way is as large as they are."""
+
+
+def prompt_tags(
+    tokens: Sequence[int], block_size: int, group: int, salt: str, items: Sequence[tuple[int, str]] = ()
+) -> list[int]:
+    """One tag for each block of a prompt, the last partly filled one included.
+
+    Args:
+        group: index of the KV cache group whose blocks these are.
+        salt: the request's cache salt.
+        items: (first token, identifier) of multimodal items.
+    """
+    raw = np.asarray(tokens, np.int64).tobytes()
+    digest = xxhash.xxh3_64_digest(json.dumps([group, block_size, salt]).encode())
+    tags = []
+    for start in range(0, len(tokens), block_size):
+        end = start + block_size
+        names = json.dumps([[at, name] for at, name in items if start <= at < end])
+        digest = xxhash.xxh3_64_digest(digest + raw[8 * start : 8 * end] + names.encode())
+        tags.append(int.from_bytes(digest, "little", signed=True))
+    return tags
+
+
+class RowDigest:
+    """A 64-bit digest of rows: the sum of their 8-byte words, each times its own odd number.
+
+    A change of one word always changes it, any other but once in 2**64. The same on every device.
+
+    Args:
+        row_bytes: a multiple of 8, which whole pages of 16 tokens are.
+    """
+
+    def __init__(self, row_bytes: int, device: torch.device):
+        if row_bytes % 8:
+            raise ValueError(f"row_bytes: expected a multiple of 8, got {row_bytes}")
+        self.factors = torch.from_numpy(_odd_numbers(row_bytes // 8)).to(device)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """int64 [n] of uint8 rows [n, row_bytes] that are dense."""
+        return (rows.view(torch.int64) * self.factors).sum(-1)
+
+
+def _odd_numbers(count: int) -> np.ndarray:
+    """splitmix64 of 1, 2, ..., made odd; as int64."""
+    with np.errstate(over="ignore"):
+        x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) | np.uint64(1)).view(np.int64)
+
+
+class SealTable:
+    """The seals of a pool's rows: int64 [blocks, 2], which other engines read."""
+
+    def __init__(self, pool: torch.Tensor):
+        self.pool = pool
+        self.table = torch.zeros(len(pool), 2, dtype=torch.int64, device=pool.device)
+        self.digest = RowDigest(pool.shape[1], pool.device)
+
+    def seal(self, blocks: Sequence[int], tags: Sequence[int]) -> None:
+        """Seals rows as they are once all work launched so far is done."""
+        for i in range(0, len(blocks), ROWS_AT_ONCE):
+            ids = torch.tensor(blocks[i : i + ROWS_AT_ONCE], device=self.pool.device)
+            tag = torch.tensor(tags[i : i + ROWS_AT_ONCE], device=self.pool.device)
+            self.table[ids] = torch.stack((tag, self.digest(self.pool[ids])), 1)

@@ -1,0 +1,60 @@
+"""What XLayerNixlConnector reads from kv_connector_extra_config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from ...config import ByteCount, ConfigError
+
+VLLMS = (
+    "backends",
+    "num_threads",
+    "kv_lease_duration",
+    "engine_ttl",
+    "enforce_handshake_compat",
+    "kv_recompute_threshold",
+)
+"""Keys of vLLM's NixlConnector that work here."""
+REFUSED = {
+    "bidirectional_kv_xfer": "rows go from the prefill engine to the decode engine only",
+    "decoder_kv_blocks_ttl": "rows go from the prefill engine to the decode engine only",
+}
+
+
+class NixlSettings(BaseModel, extra="forbid", strict=True, frozen=True):
+    """A field's description says what is expected."""
+
+    row_seals: bool = Field(
+        True,
+        description="true or false, the same on both sides: a tag and a checksum beside each row, without "
+        "which rows that were given to another request while they waited are not noticed",
+    )
+    staging_bytes: ByteCount = Field(
+        64 << 20, description="bytes of the ring that rows are read into, of each rank, above 0"
+    )
+    read_timeout_seconds: float = Field(
+        30.0, gt=0, strict=False, description="seconds that a read may take before the request is computed"
+    )
+
+    @classmethod
+    def read(cls, extra: Mapping[str, Any]) -> "NixlSettings":
+        """Takes ours, and checks that every other key is one of vLLM's.
+
+        Raises:
+            ConfigError: an unknown key, a bad value, or one that this package cannot serve.
+        """
+        where = "XLayerNixlConnector: kv_connector_extra_config"
+        for name, value in extra.items():
+            if name in REFUSED and value:
+                raise ConfigError(f"{where}: {name}: expected nothing, got {value!r}: {REFUSED[name]}")
+            if name not in cls.model_fields and name not in VLLMS and name not in REFUSED:
+                known = ", ".join((*cls.model_fields, *VLLMS))
+                raise ConfigError(f"{where}: expected one of {known}, got unknown key {name!r}")
+        try:
+            return cls.model_validate({name: extra[name] for name in cls.model_fields if name in extra})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            expected = cls.model_fields[name].description
+            raise ConfigError(f"{where}: {name}: expected {expected}, got {first['input']!r}") from error

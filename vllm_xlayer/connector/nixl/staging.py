@@ -1,0 +1,206 @@
+"""Reads of rows into a staging ring: chunks, deadlines, and what a read that was given up may still write.
+
+Nothing but a final state ends a read: NIXL lets go of a handle at once, and rows go on arriving. So rows are
+read into a ring, never into the KV cache. A read that is given up takes its buffer into quarantine until its
+handle is final, and the request can be computed at once.
+
+No vLLM and no NIXL here: `Wire` is what this needs of them.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+Peer = tuple[str, int]
+"""(engine id, rank)"""
+
+
+class Row(NamedTuple):
+    """One row to read."""
+
+    remote: int
+    local: int
+    group: int
+    tag: int
+
+
+class Landing(Protocol):
+    """A chunk's way from the ring into the KV cache."""
+
+    def done(self) -> bool:
+        """Whether the ring's buffer is free again."""
+
+    def problem(self) -> str | None:
+        """After `done`: why its rows are not what they must be, or None."""
+
+
+class Wire(Protocol):
+    """What moves bytes."""
+
+    def capacity(self, peer: Peer) -> int:
+        """Rows of that peer that one buffer holds."""
+
+    def post(self, peer: Peer, buffer: int, rows: Sequence[Row]) -> Any:
+        """Starts to read rows, and their seals, into a buffer; returns a handle. May raise."""
+
+    def state(self, handle: Any) -> str:
+        """DONE, PROC, or an error's name. May raise, where the peer is gone."""
+
+    def release(self, handle: Any) -> bool:
+        """Lets go of a handle that is final; False where it must be kept, and asked again."""
+
+    def land(self, peer: Peer, buffer: int, rows: Sequence[Row]) -> Landing:
+        """Checks what a buffer holds and copies it into the KV cache."""
+
+
+@dataclass
+class Chunk:
+    """Rows of one read in one buffer."""
+
+    read: "Read"
+    buffer: int
+    rows: Sequence[Row]
+    handle: Any
+    posted: float
+    landing: Landing | None = None
+
+
+@dataclass
+class Read:
+    """All rows of one request from one peer."""
+
+    request: str
+    peer: Peer
+    rows: Sequence[Row]
+    posted: int = 0
+    """Rows that are on their way or here."""
+    under_way: int = 0
+    """Chunks."""
+    failure: str = ""
+
+    @property
+    def over(self) -> bool:
+        return self.under_way == 0 and (bool(self.failure) or self.posted == len(self.rows))
+
+
+@dataclass
+class StagedReads:
+    """All reads of one rank.
+
+    Args:
+        wire: what moves bytes.
+        buffers: number of buffers of the ring.
+        timeout: seconds that a chunk may take.
+    """
+
+    wire: Wire
+    buffers: int
+    timeout: float
+    clock: Callable[[], float] = time.monotonic
+    reads: dict[str, list[Read]] = field(default_factory=dict)
+    chunks: list[Chunk] = field(default_factory=list)
+    quarantined: list[Chunk] = field(default_factory=list)
+    free: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.free = list(range(self.buffers))
+
+    def add(self, request: str, peer: Peer, rows: Sequence[Row]) -> None:
+        """Reads rows for a request; several peers may be asked for parts of one request."""
+        read = Read(request, peer, rows)
+        if any(chunk.read.peer == peer for chunk in self.quarantined):
+            read.failure = "an earlier read from this peer has not ended yet"
+        self.reads.setdefault(request, []).append(read)
+        self._post()
+
+    def poll(self) -> dict[str, str]:
+        """Moves everything on. Returns the requests that are over: their failure, or empty."""
+        self._look_at_quarantined()
+        for chunk in list(self.chunks):
+            self._advance(chunk)
+        self._post()
+        over = {}
+        for request, reads in list(self.reads.items()):
+            failure = next((read.failure for read in reads if read.failure), "")
+            if failure:
+                # The others' rows are of no use any more.
+                for read in reads:
+                    self._give_up(read, failure)
+            if all(read.over for read in reads):
+                over[request] = failure
+                del self.reads[request]
+        return over
+
+    def _advance(self, chunk: Chunk) -> None:
+        if chunk.landing is not None:
+            self._look_at_landing(chunk)
+            return
+        state = self._state(chunk)
+        if state == "DONE":
+            self.wire.release(chunk.handle)
+            if chunk.read.failure:
+                self._drop(chunk)
+                return
+            chunk.landing = self.wire.land(chunk.read.peer, chunk.buffer, chunk.rows)
+            self._look_at_landing(chunk)
+        elif state != "PROC":
+            self._give_up(chunk.read, f"the read failed: {state}")
+        elif self.clock() - chunk.posted > self.timeout:
+            self._give_up(chunk.read, f"expected {len(chunk.rows)} rows within {self.timeout:g} s")
+
+    def _look_at_landing(self, chunk: Chunk) -> None:
+        assert chunk.landing is not None
+        if not chunk.landing.done():
+            return
+        problem = chunk.landing.problem()
+        self._drop(chunk)
+        if problem:
+            self._give_up(chunk.read, problem)
+
+    def _give_up(self, read: Read, why: str) -> None:
+        """No more chunks; those under way go to quarantine, but for such as are landing already."""
+        read.failure = read.failure or why
+        for chunk in [c for c in self.chunks if c.read is read and c.landing is None]:
+            self.chunks.remove(chunk)
+            read.under_way -= 1
+            self.quarantined.append(chunk)
+        self._look_at_quarantined()
+
+    def _look_at_quarantined(self) -> None:
+        for chunk in list(self.quarantined):
+            if self._state(chunk) != "PROC" and self.wire.release(chunk.handle):
+                self.quarantined.remove(chunk)
+                self.free.append(chunk.buffer)
+
+    def _drop(self, chunk: Chunk) -> None:
+        """Its buffer is free again."""
+        self.chunks.remove(chunk)
+        chunk.read.under_way -= 1
+        self.free.append(chunk.buffer)
+
+    def _state(self, chunk: Chunk) -> str:
+        try:
+            return self.wire.state(chunk.handle)
+        except Exception as error:  # NIXL's own, of several kinds: the peer is gone
+            return f"{type(error).__name__}: {error}"
+
+    def _post(self) -> None:
+        """Fills free buffers, first come first served."""
+        for reads in self.reads.values():
+            for read in reads:
+                while self.free and not read.failure and read.posted < len(read.rows):
+                    self._post_chunk(read)
+
+    def _post_chunk(self, read: Read) -> None:
+        rows = read.rows[read.posted : read.posted + self.wire.capacity(read.peer)]
+        buffer = self.free.pop()
+        try:
+            handle = self.wire.post(read.peer, buffer, rows)
+        except Exception as error:  # as in _state: nothing was begun
+            self.free.append(buffer)
+            self._give_up(read, f"the read could not be started: {type(error).__name__}: {error}")
+            return
+        read.posted += len(rows)
+        read.under_way += 1
+        self.chunks.append(Chunk(read, buffer, rows, handle, self.clock()))

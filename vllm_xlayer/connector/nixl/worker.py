@@ -1,0 +1,225 @@
+"""The worker's side of the hand-over: one rank's rows, registered with NIXL and read from another engine."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import (
+    NIXL_CONNECTOR_VERSION,
+    NixlAgentMetadata,
+    NixlConnectorMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.tp_mapping import ReadSpec
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from ...compat.rows import allocations
+from ...layout import LayoutDescriptor, check_allocation
+from .engine import record_of
+from .record import PROTOCOL, Record, RecordsDiffer, check_records
+from .scheduler import RowNixlMetadata
+from .seals import SealTable
+from .settings import NixlSettings
+from .staging import Row, StagedReads
+from .wire import BUFFERS, NixlWire, RemotePool
+
+logger = init_logger(__name__)
+
+
+class RowNixlWorker(NixlPullConnectorWorker):
+    """vLLM's pull worker, whose one region is the pool of rows.
+
+    vLLM makes a region of what a layer's view covers: a page, where pages are contiguous. Given one view of
+    whole rows for every layer it makes one region whose descriptors are rows; `_check_region` sees that.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        engine_id: str,
+        kv_cache_config: KVCacheConfig,
+        layout: LayoutDescriptor,
+        settings: NixlSettings,
+    ):
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self.layout, self.settings = layout, settings
+        self.record: Record | None = None
+        self.seals: SealTable | None = None
+        self.tags: dict[str, list[list[int]]] = {}
+        """Request that is being received -> the tags of its prompt's blocks, by group."""
+        self.failures: Counter[str] = Counter()
+        """Requests whose rows did not come, by reason."""
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """kv_caches: layer name -> (B, H, N, C) view of the pool."""
+        own = [name for group in self.layout.groups for name in group.layers]
+        check_allocation(self.layout, allocations({name: kv_caches[name] for name in own}))
+        storage = kv_caches[own[0]].untyped_storage()
+        pool = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        self.pool = pool.view(-1, self.layout.row_bytes)
+        if self.settings.row_seals:
+            self.seals = SealTable(self.pool)
+            self._register(self.seals.table)
+        ring = torch.empty(BUFFERS, self.settings.staging_bytes // BUFFERS // 16 * 16, dtype=torch.uint8)
+        ring = ring.to(self.pool.device)
+        self._register(ring)
+        digest = None if self.seals is None else self.seals.digest
+        self.wire = NixlWire(
+            self.nixl_wrapper, self.nixl_memory_type, self.pool, ring, digest, self._record_transfer
+        )
+        self.reads = StagedReads(self.wire, BUFFERS, self.settings.read_timeout_seconds)
+        super().register_kv_caches(dict.fromkeys(own, self.pool))
+        self._check_region()
+        self._publish_record()
+
+    def _register(self, memory: torch.Tensor) -> None:
+        """Lets NIXL move bytes to and from a tensor."""
+        range_ = (memory.data_ptr(), memory.nbytes, max(memory.get_device(), 0), "")
+        descriptors = self.nixl_wrapper.get_reg_descs([range_], self.nixl_memory_type)
+        self.nixl_wrapper.register_memory(descriptors, backends=self.nixl_backends)
+        self._registered_descs.append(descriptors)
+
+    def _check_region(self) -> None:
+        """Raises RuntimeError unless vLLM made one region of the pool, with rows as its blocks."""
+        bases = self.kv_caches_base_addr[self.engine_id][self.tp_rank]
+        row = self.layout.row_bytes
+        got = (list(bases), list(self.block_len_per_layer), list(self.block_stride_per_layer))
+        if got != (expected := ([self.pool.data_ptr()], [row], [row])):
+            raise RuntimeError(
+                "XLayerNixlConnector: expected vLLM to register one region of rows (bases, block lengths, "
+                f"strides) {expected}, got {got}"
+            )
+
+    def _publish_record(self) -> None:
+        """Puts the record into the handshake, in a list of names that pull without pipeline leaves empty."""
+        assert self.compat_hash is not None and self.xfer_handshake_metadata is not None
+        seals = 0 if self.seals is None else self.seals.table.data_ptr()
+        self.record = record_of(
+            self.vllm_config, self.layout, self.compat_hash, self.tp_rank, self.num_blocks, seals
+        )
+        # vLLM compares this one, and an engine without our connector must not pass. What it stands for is
+        # compared here, with both values.
+        self.compat_hash = hashlib.sha256(f"{PROTOCOL} {NIXL_CONNECTOR_VERSION}".encode()).hexdigest()
+        payload = self.xfer_handshake_metadata
+        meta = msgspec.msgpack.decode(payload.agent_metadata_bytes, type=NixlAgentMetadata)
+        meta.region_members = [[PROTOCOL, self.record.encode()]]
+        payload.agent_metadata_bytes = msgspec.msgpack.encode(meta)
+        payload.compatibility_hash = self.compat_hash
+
+    def add_remote_agent(
+        self,
+        nixl_agent_meta: NixlAgentMetadata,
+        remote_tp_rank: int = 0,
+        remote_tp_size: int = 1,
+        remote_dcp_size: int = 1,
+    ) -> str:
+        """As vLLM's, once the peer's record agrees with ours.
+
+        Raises:
+            RecordsDiffer: the requests that wait for this peer are computed here instead.
+        """
+        theirs = self._agree(nixl_agent_meta)
+        agent = super().add_remote_agent(nixl_agent_meta, remote_tp_rank, remote_tp_size, remote_dcp_size)
+        remote = RemotePool(
+            agent,
+            nixl_agent_meta.kv_caches_base_addr[0],
+            nixl_agent_meta.device_id,
+            self.nixl_memory_type,
+            nixl_agent_meta.block_lens[0],
+            theirs.blocks,
+            theirs.seals,
+        )
+        self.wire.add_peer((nixl_agent_meta.engine_id, remote_tp_rank), remote)
+        return agent
+
+    def _agree(self, meta: NixlAgentMetadata) -> Record:
+        """The peer's record. Raises RecordsDiffer."""
+        assert self.record is not None
+        if len(meta.region_members) != 1 or meta.region_members[0][:1] != [PROTOCOL]:
+            raise RecordsDiffer(
+                f"engine {meta.engine_id}: expected an engine with XLayerNixlConnector ({PROTOCOL}), got one "
+                f"that names {meta.region_members or 'nothing'}"
+            )
+        theirs = Record.decode(meta.region_members[0][1])
+        try:
+            check_records(self.record, theirs)
+        except RecordsDiffer as error:
+            raise RecordsDiffer(f"engine {meta.engine_id}: {error}") from None
+        return theirs
+
+    def _cleanup_remote_engine(self, engine_id: str, log_eviction: bool = True) -> None:
+        super()._cleanup_remote_engine(engine_id, log_eviction=log_eviction)
+        in_use = {chunk.read.peer for chunk in (*self.reads.chunks, *self.reads.quarantined)}
+        for peer in [peer for peer in self.wire.peers if peer[0] == engine_id and peer not in in_use]:
+            self.wire.forget_peer(peer)
+
+    def seal(self, seals: Sequence[tuple[list[int], list[int]]]) -> None:
+        """Seals rows that this step has completed: (blocks, tags) each."""
+        if self.seals is not None:
+            for blocks, tags in seals:
+                self.seals.seal(blocks, tags)
+
+    def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
+        assert isinstance(metadata, RowNixlMetadata)
+        self.tags.update(metadata.tags)
+        super().start_load_kv(metadata)
+
+    def _read_blocks(
+        self,
+        read_spec: ReadSpec,
+        dst_engine_id: str,
+        request_id: str,
+        remote_request_id: str,
+        local_xfer_side_handle: int,
+        local_dram_handle: int | None,
+        remote_xfer_side_handle: int,
+        expected_consumers: int,
+        awaiting_kvs: bool,
+    ) -> bool:
+        """Reads rows into the ring, in place of the KV cache; the peer is told when all are here."""
+        if not any(read_spec.local_block_ids):
+            return super()._read_blocks(
+                read_spec, dst_engine_id, request_id, remote_request_id, local_xfer_side_handle,
+                local_dram_handle, remote_xfer_side_handle, expected_consumers, awaiting_kvs,
+            )  # fmt: skip
+        local, remote = self._apply_prefix_caching(
+            read_spec.local_block_ids, read_spec.remote_block_ids, 1, 1
+        )
+        rows = [
+            Row(theirs, ours, group, tag)
+            for group, (here, there, tags) in enumerate(
+                zip(local, remote, self.tags[request_id], strict=True)
+            )
+            # A group's last blocks: what comes before is in the prefix cache, or outside its window.
+            for ours, theirs, tag in zip(here, there, tags[len(tags) - len(here) :], strict=True)
+        ]
+        agent = self._remote_agents[dst_engine_id][0, read_spec.remote_rank]
+        note = (agent, f"{remote_request_id}:{expected_consumers}".encode())
+        self._pending_recv_notifs.setdefault(request_id, []).append(note)
+        self.reads.add(request_id, (dst_engine_id, read_spec.remote_rank), rows)
+        return True
+
+    def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
+        """The requests whose reads are over, and those of them that failed.
+
+        A peer is told that a failed read is over as well: it need not keep the rows.
+        """
+        over = self.reads.poll()
+        failed = {request for request, failure in over.items() if failure}
+        for request in failed:
+            logger.warning("request %s is computed, its rows did not come: %s", request, over[request])
+            self.failures[over[request]] += 1
+            self._handle_failed_transfer(request, None)
+            self._send_pending_recv_notifs(request)
+        done = {request for request in transfers if request not in self.reads.reads}
+        for request in done:
+            del transfers[request]
+            self.tags.pop(request, None)
+        return done, failed
+
+    def _record_transfer(self, handle: int) -> None:
+        self.xfer_stats.record_transfer(self.nixl_wrapper.get_xfer_telemetry(handle))
