@@ -187,7 +187,6 @@ class TestTheOtherEngine:
     def prefill(self, pair):
         engine = pair.other_prefill()
         yield engine
-        engine.go_on()
         engine.kill()
         pair.worker.failures.clear()
 
