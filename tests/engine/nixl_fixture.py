@@ -87,6 +87,7 @@ class PrefillEngine:
         os.kill(self.process.pid, signal.SIGCONT)
 
     def kill(self):
+        """Also where it is stopped, or gone."""
         self.process.kill()
         self.process.join()
 

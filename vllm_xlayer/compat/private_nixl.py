@@ -30,8 +30,9 @@ DEPENDENCES = (
         "rest is called and read as vLLM's own methods do",
         remove_when="vLLM's reads have a deadline and a checksum, and are staged",
         methods={
-            "_read_blocks": "self read_spec dst_engine_id request_id remote_request_id local_xfer_side_handle "
-            "local_dram_handle remote_xfer_side_handle expected_consumers awaiting_kvs",
+            "_read_blocks": "self read_spec dst_engine_id request_id remote_request_id "
+            "local_xfer_side_handle local_dram_handle remote_xfer_side_handle expected_consumers "
+            "awaiting_kvs",
             "_pop_done_transfers": "self transfers",
             "_cleanup_remote_engine": "self engine_id log_eviction",
             "_apply_prefix_caching": "self decode_block_ids prefill_block_ids decode_physical_per_logical "
@@ -39,6 +40,7 @@ DEPENDENCES = (
             "_handle_failed_transfer": "self req_id handle",
             "_send_pending_recv_notifs": "self req_id",
             "start_load_kv": "self metadata",
+            "get_transfer_results": "self",
         },
         attributes=("_remote_agents", "_pending_recv_notifs", "xfer_stats"),
     ),

@@ -1,8 +1,8 @@
 """Seals: what a row must be for a request, and what its bytes are.
 
 The prefill engine seals each row that it offers: a tag of the tokens up to the row's end, which the decode
-engine can work out for itself, and a digest of the row's bytes. The decode engine reads rows and seals, in any
-order, and checks both. A row whose block was given to another prompt has another tag; one that is being
+engine can work out for itself, and a digest of the row's bytes. The decode engine reads rows and seals, in
+any order, and checks both. A row whose block was given to another prompt has another tag; one that is being
 written, or arrived in part, does not match its digest. This finds accidents; it keeps out no attacker.
 """
 

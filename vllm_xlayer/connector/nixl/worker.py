@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import (
     NIXL_CONNECTOR_VERSION,
     NixlAgentMetadata,
@@ -218,8 +219,13 @@ class RowNixlWorker(NixlPullConnectorWorker):
         done = {request for request in transfers if request not in self.reads.reads}
         for request in done:
             del transfers[request]
-            self.tags.pop(request, None)
         return done, failed
+
+    def get_transfer_results(self) -> KVConnectorTransferResults:
+        results = super().get_transfer_results()
+        for request in (*(results.finished_recving or ()), *(results.failed_recving or ())):
+            self.tags.pop(request, None)
+        return results
 
     def _record_transfer(self, handle: int) -> None:
         self.xfer_stats.record_transfer(self.nixl_wrapper.get_xfer_telemetry(handle))
