@@ -6,12 +6,17 @@ Where no GPU is visible the marked ones are skipped, with what was looked for.
 
 import functools
 import os
+import sys
+from pathlib import Path
 
 # Before vLLM is imported: one of its libraries starts compilers in the background, of kernels for GPUs.
 os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
 
 import pytest
 import torch
+
+# For benchmarks/, which is not installed. Last, so that vllm_xlayer is the installed one, with its extension.
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 @functools.cache

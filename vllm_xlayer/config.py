@@ -27,7 +27,7 @@ VARIABLES = {
 OTHER_VARIABLES = frozenset(
     {"VLLM_XLAYER_CUDA", "VLLM_XLAYER_ARCHS", "VLLM_XLAYER_FORCE_SM80", "VLLM_XLAYER_COMMIT"}
 )
-"""Read by setup.py and by bench/record.py; they may be set when an engine starts."""
+"""Read by setup.py and by provenance.py; they may be set when an engine starts."""
 
 
 class ConfigError(ValueError):

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 import vllm_xlayer
 from vllm_xlayer.compat import private
-from vllm_xlayer.compat.private import FeatureUnavailable, Private
+from vllm_xlayer.compat.dependence import FeatureUnavailable, Private
 from vllm_xlayer.patches import PATCHES
 
 RECORDS = (*private.table(), *PATCHES)

@@ -50,7 +50,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(autouse=True)
 def fault_tally(request, record_property):
-    """What a test marked `fault` counted goes to the JUnit report, for `bench faults`."""
+    """What a test marked `fault` counted goes to the JUnit report, for `benchmarks.faults`."""
     TALLY.clear()
     yield
     mark = request.node.get_closest_marker("fault")

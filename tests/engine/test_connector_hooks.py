@@ -13,7 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, TransferResult
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
-from vllm_xlayer.compat.private import CONNECTOR_FEATURE, require
+from vllm_xlayer.compat.dependence import CONNECTOR_FEATURE
+from vllm_xlayer.compat.private import require
 from vllm_xlayer.connector import connector as connector_module
 from vllm_xlayer.connector.connector import XLayerConnector
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler

@@ -1,6 +1,6 @@
 """Random arrivals, aborts, resets, copy errors and damaged files, with caches too small for anything.
 
-SOAK_SECONDS says how long (8 each; `bench faults --soak` sets it), SOAK_SEED from where. Every answer not
+SOAK_SECONDS says how long (8 each; `benchmarks.faults` sets it), SOAK_SEED from where. Every answer not
 aborted is compared, and the accounts are checked after every step.
 """
 

@@ -1,4 +1,4 @@
-"""What is shown of `bench copy`, `bench pacing` and `bench offload`, from made-up results."""
+"""What is shown of `bench copy`, `benchmarks.pacing` and `bench offload`, from made-up results."""
 
 import json
 from types import SimpleNamespace
@@ -7,19 +7,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from vllm_xlayer.bench import (
-    copy,
-    first_token,
-    markdown_tier,
-    offload,
-    offload_peers,
-    pacing,
-    plot,
-    tier_worker,
-)
+from benchmarks import markdown_tier, pacing, plot
+from vllm_xlayer.bench import copy, first_token, offload, offload_peers, tier_worker
 from vllm_xlayer.bench.copy_peers import TITLES
-from vllm_xlayer.bench.record import provenance
 from vllm_xlayer.connector.copy.choice import Way
+from vllm_xlayer.provenance import provenance
 
 
 @pytest.fixture

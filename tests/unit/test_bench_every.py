@@ -1,4 +1,4 @@
-"""`bench all` asks in order of value, within its time, and goes on after what fails."""
+"""`benchmarks.every` asks in order of value, within its time, and goes on after what fails."""
 
 import argparse
 import json
@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from vllm_xlayer.bench import __main__, every
+from benchmarks import every
+from vllm_xlayer.bench import __main__
 
 
 @pytest.fixture

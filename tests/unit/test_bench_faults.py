@@ -1,10 +1,10 @@
-"""`bench faults` adds up what the tests counted, and says when it is not nothing."""
+"""`benchmarks.faults` adds up what the tests counted, and says when it is not nothing."""
 
 import sys
 
 import pytest
 
-from vllm_xlayer.bench import faults
+from benchmarks import faults
 
 CASE = """
 import pytest

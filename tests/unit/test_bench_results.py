@@ -7,7 +7,8 @@ import types
 import pytest
 from rich.console import Console
 
-from vllm_xlayer.bench import bounds, engine, engines, load, markdown, prefill, readme, traffic
+from benchmarks import markdown, readme
+from vllm_xlayer.bench import bounds, engine, engines, load, prefill, traffic
 from vllm_xlayer.bench.lengths import ragged
 from vllm_xlayer.demo import TASKS
 from vllm_xlayer.demo import command as demo

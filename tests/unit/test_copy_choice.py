@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from benchmarks import RESULTS
 from vllm_xlayer import doctor
-from vllm_xlayer.bench.record import RESULTS
 from vllm_xlayer.connector.copy.choice import ENGINE_FROM, Way, choose, rule
 from vllm_xlayer.ops import CopyMethod
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.training.llama import PAD_ID
 from vllm_xlayer.demo import TASKS, tasks_path
 from vllm_xlayer.demo.batches import CUE, HELD_OUT, HOPS, batch
 from vllm_xlayer.demo.documents import EXAMPLES, QUESTIONS, SIZES, TEST_SEED, prefixes
-from vllm_xlayer.demo.llama import PAD_ID
 
 
 def key_number(name: str) -> int:

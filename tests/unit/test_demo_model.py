@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_xlayer.demo import train as training
+from benchmarks.training import train as training
+from benchmarks.training.llama import END_ID, PAD_ID, Llama, Shape, export
+from benchmarks.training.score import _rows, exact_match, gaussian_noise, nvfp4_rounding, score
+from benchmarks.training.train import Curriculum, Settings, learning_rate, main
 from vllm_xlayer.demo.documents import Prefix, prefixes
-from vllm_xlayer.demo.llama import END_ID, PAD_ID, Llama, Shape, export
-from vllm_xlayer.demo.score import _rows, exact_match, gaussian_noise, nvfp4_rounding, score
-from vllm_xlayer.demo.train import Curriculum, Settings, learning_rate, main
 
 SMALL = Shape(layers=2, hidden=64, heads=4, kv_heads=2, head_size=32, mlp=96)
 
@@ -218,7 +218,7 @@ def test_scores_count_every_document() -> None:
 
 def test_training_starts_with_heads_that_look_back() -> None:
     """Head h of layer 0 attends h + 1 bytes back, also through an NVFP4 cache."""
-    from vllm_xlayer.demo.start import start_as_induction
+    from benchmarks.training.start import start_as_induction
 
     torch.manual_seed(0)
     model = Llama(Shape())

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from benchmarks.training.llama import Llama, Shape
+from benchmarks.training.score import exact_match
 from vllm_xlayer.demo import model_path
 from vllm_xlayer.demo.documents import TEST_SEED, prefixes
-from vllm_xlayer.demo.llama import Llama, Shape
-from vllm_xlayer.demo.score import exact_match
 
 TASKS = ["recall", "copy", "trace"]
 

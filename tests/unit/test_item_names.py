@@ -11,7 +11,8 @@ from PIL import Image
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from vllm_xlayer.patches.item_names import Names, is_by_content, mark_names, tell_names_apart
+from vllm_xlayer.connector.item_names import is_by_content
+from vllm_xlayer.patches.item_names import Names, mark_names, tell_names_apart
 
 HASH = 64 * "a"
 

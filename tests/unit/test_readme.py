@@ -5,21 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from vllm_xlayer.bench import readme
-from vllm_xlayer.bench.plot import SOURCE, digest
-from vllm_xlayer.bench.readme import COPY_PLOT, PLOT, TABLES, rendered
-from vllm_xlayer.bench.record import provenance
+from benchmarks import readme
+from benchmarks.plot import SOURCE, digest
+from benchmarks.readme import COPY_PLOT, PLOT, TABLES, rendered
+from vllm_xlayer.provenance import provenance
 
 # The source tree's: the installed package has no README beside it.
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "vllm_xlayer/bench/RESULTS.md", ROOT / "docs/configuration.md")
+DOCUMENTS = (README, ROOT / "benchmarks/RESULTS.md", ROOT / "docs/configuration.md")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_tables_agree_with_the_results(path):
     text = path.read_text()
-    assert "<!-- " in text and rendered(text) == text, "run `python -m vllm_xlayer.bench.readme`"
+    assert "<!-- " in text and rendered(text) == text, "run `python -m benchmarks.readme`"
 
 
 def test_every_table_is_shown_somewhere():
@@ -35,7 +35,7 @@ def test_the_picture_is_of_these_results(plot, path):
     results, png = plot
     if plot is COPY_PLOT and not results.exists():
         pytest.skip("no such results yet")
-    assert image.open(png).text[SOURCE] == digest(results), "run `python -m vllm_xlayer.bench.readme`"
+    assert image.open(png).text[SOURCE] == digest(results), "run `python -m benchmarks.readme`"
     assert f"results/{png.name}" in path.read_text()
 
 
@@ -53,7 +53,7 @@ def test_the_two_commands_are_the_ones_ci_knows():
     assert "vllm-xlayer demo" in commands[0]
     assert commands[1].strip() == "pytest"
     ci = (README.parent / ".ci/run").read_text()
-    assert ci.rstrip().endswith("\n" + commands[1].strip())
+    assert ci.splitlines()[-1].split()[0] == "pytest"
 
 
 def test_a_copy_without_git_is_told_its_commit(monkeypatch):

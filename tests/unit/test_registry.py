@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from vllm_xlayer.compat.private import Patch
+from vllm_xlayer.compat.dependence import Patch
 from vllm_xlayer.patches.registry import Registry, State
 from vllm_xlayer.patches.wrapping import undo_on_error, wrap
 

@@ -1,5 +1,4 @@
-"""Benchmarks: one module a question. Each prints a table and writes a JSON file to ``results/``.
+"""Questions that a user asks of a machine: one module each, which prints a table and writes a JSON file.
 
-``vllm-xlayer bench QUESTION``; ``python -m vllm_xlayer.bench.readme`` puts the results into
-the README.
+``vllm-xlayer bench QUESTION``; the file goes to the current folder unless ``--json`` says otherwise.
 """

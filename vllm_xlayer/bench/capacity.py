@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..provenance import write
 from .engines import SHAPES, run_engine, write_model
-from .record import RESULTS, write
 
 CACHES = (("bf16", "auto", False), ("nvfp4 + XLayerConnector", "nvfp4", True))
 """Name, --kv-cache-dtype, with the connector."""
@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
     parser.add_argument("--host-bytes", type=int, default=8 << 30, help="host tier")
-    parser.add_argument("--json", type=Path, default=RESULTS / "capacity.json", help="file to write")
+    parser.add_argument(
+        "--json", type=Path, default=Path("capacity.json"), help="file to write (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

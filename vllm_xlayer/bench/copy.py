@@ -20,9 +20,9 @@ from rich.progress import track
 from rich.table import Table
 
 from ..connector.copy.choice import Way
+from ..provenance import write
 from .bounds import Bound
 from .copy_peers import NOT_MEASURED, TITLES, VLLM, Call, Peer, peers
-from .record import RESULTS, write
 from .timing import called_seconds, copy_rate, link_rate, queued_seconds, streamed_seconds
 
 PIECES = (4608, 9216, 18432, 32768, 65536, 589824, 2097152)
@@ -51,7 +51,9 @@ CHECKED = 16 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pieces", type=int, nargs="+", default=PIECES, help="bytes of a piece")
-    parser.add_argument("--json", type=Path, default=RESULTS / "copy.json", help="file to write")
+    parser.add_argument(
+        "--json", type=Path, default=Path("copy.json"), help="file to write (default: %(default)s)"
+    )
     parser.add_argument("--plot", type=Path, help="PNG to draw from the results (needs matplotlib)")
 
 

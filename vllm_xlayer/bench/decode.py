@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ..provenance import write
 from .inputs import Inputs, Shape
 from .lengths import ragged
 from .peers import PEERS, Peer, check
-from .record import RESULTS, write
 from .timing import copy_rate, graph_seconds
 
 WIDTH = 150
@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="*", choices=GROUPS, default=[g for g in GROUPS if g != COMPILED],
                         help="measured in this order, beside ours")  # fmt: skip
     parser.add_argument("--only", help="shapes whose name contains this")
-    parser.add_argument("--json", type=Path, default=RESULTS / "decode.json", help="file to write")
+    parser.add_argument(
+        "--json", type=Path, default=Path("decode.json"), help="file to write (default: %(default)s)"
+    )
     parser.add_argument("--plot", type=Path, help="PNG to draw from the results (needs matplotlib)")
 
 

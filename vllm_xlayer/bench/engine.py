@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..provenance import write
 from .bounds import SHAPE, Bound
 from .engines import CACHES, GRAPHS_ONLY, SHAPES, Engine, goes_on, prompts, write_model
-from .record import RESULTS, write
 
 DECODES = ((64, 8192), (1, 16384))
 """Requests, tokens of each."""
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--starts", type=int, choices=(1, 2), default=2, help="of each engine (default: 2)")
     parser.add_argument("--scale", type=int, default=1, help="divides requests and tokens, to try it out")
-    parser.add_argument("--json", type=Path, default=RESULTS / "engine.json", help="file to write")
+    parser.add_argument(
+        "--json", type=Path, default=Path("engine.json"), help="file to write (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..nvfp4 import content_bytes
+from ..provenance import write
 from .bounds import SHAPE
 from .engines import CACHES, GRAPHS_ONLY, SHAPES, WARM_STEPS, Engine, goes_on, prompts, write_model
-from .record import RESULTS, write
 
 REQUESTS, TOKENS = 88, 32768
 """2.9 million tokens."""
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=["fp8", "nvfp4"])
     parser.add_argument("--scale", type=int, default=1, help="divides requests and tokens, to try it out")
-    parser.add_argument("--json", type=Path, default=RESULTS / "load.json", help="file to write")
+    parser.add_argument(
+        "--json", type=Path, default=Path("load.json"), help="file to write (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

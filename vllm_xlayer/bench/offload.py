@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..provenance import write
 from . import offload_peers
 from .bounds import SHAPE, Bound
 from .engines import GRAPHS_ONLY, SHAPES, run_engine, write_model
 from .first_token import added, link, make_prompts, restore_table, restores, span_table
-from .record import RESULTS, write
 from .tier_worker import come_to_rest, tier
 
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vLLM's own connector, layer by layer and in rows: first tokens only",
     )  # fmt: skip
     parser.add_argument("--host-bytes", type=int, default=24 << 30, help="host tier, for all prompts at once")
-    parser.add_argument("--json", type=Path, default=RESULTS / "offload.json", help="file to write")
+    parser.add_argument(
+        "--json", type=Path, default=Path("offload.json"), help="file to write (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

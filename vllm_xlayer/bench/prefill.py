@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..provenance import write
 from .bounds import SHAPE, Bound
 from .engines import CACHES, GRAPHS_ONLY, SHAPES, Engine, goes_on, prompts, write_model
-from .record import RESULTS, write
 
 BATCH = (64, 8192)
 """Requests, tokens of each: new ones every time."""
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=5, help="half cached prompts a round")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3, help="of each engine")
     parser.add_argument("--scale", type=int, default=1, help="divides requests and tokens, to try it out")
-    parser.add_argument("--json", type=Path, default=RESULTS / "prefill.json", help="file to write")
+    parser.add_argument(
+        "--json", type=Path, default=Path("prefill.json"), help="file to write (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

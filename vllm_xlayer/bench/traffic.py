@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..provenance import write
 from .bounds import SHAPE
 from .engines import CACHES, SHAPES, Engine, Prompt, goes_on, prompts_of, write_model
 from .lengths import ragged
-from .record import RESULTS, write
 
 REQUESTS = 256
 PROMPT = dict(median=2500, most=30000)
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--scale", type=int, default=1, help="divides their tokens, to try it out")
-    parser.add_argument("--json", type=Path, default=RESULTS / "traffic.json", help="file to write")
+    parser.add_argument(
+        "--json", type=Path, default=Path("traffic.json"), help="file to write (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

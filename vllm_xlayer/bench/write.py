@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .. import ops
 from ..nvfp4 import ScaleChoice, content_bytes
-from .record import RESULTS, write
+from ..provenance import write
 from .timing import copy_rate, graph_seconds
 
 TOKENS = (64, 512, 4096, 16384, 65536)
@@ -31,7 +31,9 @@ TITLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path, default=RESULTS / "write.json", help="file to write")
+    parser.add_argument(
+        "--json", type=Path, default=Path("write.json"), help="file to write (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

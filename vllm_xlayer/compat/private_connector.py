@@ -1,6 +1,6 @@
 """The connector's part of the table in `private`: names of vLLM's offloading connector and its tiers."""
 
-from .private import CONNECTOR_FEATURE, Private
+from .dependence import CONNECTOR_FEATURE, Private
 
 _OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading"
 _TIERS = "vllm.v1.kv_offload"

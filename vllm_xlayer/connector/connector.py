@@ -38,7 +38,8 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-from ..compat.private import CONNECTOR_FEATURE, require
+from ..compat.dependence import CONNECTOR_FEATURE
+from ..compat.private import require
 from ..compat.rows import allocations, negotiate_rows
 from ..config import ConnectorSettings
 from ..layout import RowDescriptor, check_allocation

@@ -23,11 +23,11 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from ..config import Config
-from ..patches.item_names import is_by_content
 from .disk.manager import TieredManager
 from .disk.tier import HostOnly
 from .host.accounts import check_accounts
 from .host.manager import HostTierManager
+from .item_names import is_by_content
 from .stats.activity import TierActivity, queues
 from .step_news import without_idle
 from .worker import RowWorkerMetadata

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..bench.record import provenance
 from ..compat.engine import (
     cache_geometry,
     come_to_rest,
     empty_device_cache,
     rows_loaded,
 )
+from ..provenance import provenance
 from . import TASKS, model_path, tasks_path
 
 KV_BYTES = 256 << 20

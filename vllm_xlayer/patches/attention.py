@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..compat.private import Patch
+from ..compat.dependence import Patch
 from ..nvfp4 import KV_DTYPES
 from .wrapping import wrap
 

@@ -2,8 +2,8 @@
 
 import argparse
 
+from ..compat.dependence import Patch
 from ..compat.extension_points import known_connectors
-from ..compat.private import Patch
 from .wrapping import wrap
 
 

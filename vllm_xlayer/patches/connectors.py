@@ -2,8 +2,8 @@
 
 import functools
 
+from ..compat.dependence import Patch
 from ..compat.extension_points import CONNECTOR
-from ..compat.private import Patch
 from .wrapping import wrap
 
 

@@ -6,22 +6,13 @@ scheduler cannot tell them apart, so here the names are told apart where they ar
 """
 
 import hashlib
-import re
-from collections.abc import Iterable
 from typing import Any
 
-from ..compat.private import Patch
+from ..compat.dependence import Patch
+from ..connector.item_names import BY_CONTENT, OTHER
 from .wrapping import wrap
 
 FEATURE = "disk tier for multimodal items"
-
-_BY_CONTENT, _OTHER = "content-", "named-"
-_CONTENT_NAME = re.compile(_BY_CONTENT + r"[0-9a-f]{64,}(\.[0-9a-f]{64})?")
-
-
-def is_by_content(names: Iterable[str]) -> bool:
-    """Whether every name says what its item is, for certain: only names made under this patch do."""
-    return all(_CONTENT_NAME.fullmatch(name) for name in names)
 
 
 class Names(dict):
@@ -45,7 +36,7 @@ def tell_names_apart(original, inputs, *args, **kwargs):
         items = inputs.mm_data_items[modality].get_all_items_for_hash()
         theirs = given.get(modality) or [None] * len(items)
         marked[modality] = [
-            _BY_CONTENT + name + _pixels(item) if own is None else _OTHER + name
+            BY_CONTENT + name + _pixels(item) if own is None else OTHER + name
             for name, own, item in zip(of_modality, theirs, items, strict=True)
         ]
     return marked

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from ..compat.private import Patch
+from ..compat.dependence import Patch
 from .wrapping import undo_on_error
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability
 
 from vllm_xlayer.compat import UnsupportedVllm, check_vllm
-from vllm_xlayer.compat.private import PLATFORM_FEATURE, FeatureUnavailable, require
+from vllm_xlayer.compat.dependence import PLATFORM_FEATURE, FeatureUnavailable
+from vllm_xlayer.compat.private import require
 from vllm_xlayer.nvfp4 import KV_DTYPES
 from vllm_xlayer.platform.kernels import define_missing_ops
 

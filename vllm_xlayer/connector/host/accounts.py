@@ -6,13 +6,18 @@ key being read as many readers as there are transfers under way that read it.
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from vllm.v1.kv_offload.base import OffloadKey
 
-if TYPE_CHECKING:
-    from ..scheduler import RowConnectorScheduler
-    from .manager import HostTierManager
+from .manager import HostTierManager
+
+
+class SchedulerSide(Protocol):
+    """Who knows of the transfers under way: the connector's scheduler side, and the manager of its tiers."""
+
+    _jobs: dict[int, Any]
+    manager: Any
 
 
 class AccountingError(AssertionError):
@@ -27,7 +32,7 @@ class AccountingError(AssertionError):
         self.problems = problems
 
 
-def check_accounts(scheduler: "RowConnectorScheduler", idle: bool = False) -> None:
+def check_accounts(scheduler: SchedulerSide, idle: bool = False) -> None:
     """Compares the manager's books with the transfers under way.
 
     Args:
@@ -50,7 +55,7 @@ def check_accounts(scheduler: "RowConnectorScheduler", idle: bool = False) -> No
         raise AccountingError(problems)
 
 
-def _chunk_problems(manager: "HostTierManager") -> Iterator[str]:
+def _chunk_problems(manager: HostTierManager) -> Iterator[str]:
     """Every chunk handed out so far is free or held by one key."""
     uses = Counter(block.chunk_id for block in manager.chunks().values())
     uses.update(manager._free_list)
@@ -62,7 +67,7 @@ def _chunk_problems(manager: "HostTierManager") -> Iterator[str]:
 
 
 def _key_problems(
-    manager: "HostTierManager", readers: Counter[OffloadKey], writers: Counter[OffloadKey]
+    manager: HostTierManager, readers: Counter[OffloadKey], writers: Counter[OffloadKey]
 ) -> Iterator[str]:
     chunks = manager.chunks()
     for key in {*chunks, *readers, *writers}:
@@ -83,7 +88,7 @@ def _key_problems(
             yield f"{name}: expected {expected}, got {got}"
 
 
-def _leftovers(scheduler: "RowConnectorScheduler") -> Iterator[str]:
+def _leftovers(scheduler: SchedulerSide) -> Iterator[str]:
     books = ("_jobs", "_req_status", "_block_id_to_pending_jobs", "_chunks_being_loaded", "_load_failed")
     for name in books:
         if left := getattr(scheduler, name):

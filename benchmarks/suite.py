@@ -13,9 +13,11 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from .record import RESULTS, write
+from vllm_xlayer.provenance import write
 
-TESTS = Path(__file__).parents[2] / "tests"
+from . import RESULTS, ROOT
+
+TESTS = ROOT / "tests"
 SANITIZER = "compute-sanitizer"
 FOUND = 86
 """Exit code of a run in which the sanitizer found something."""
@@ -65,3 +67,9 @@ def outcomes(report: Path) -> tuple[dict[str, dict[str, int]], float]:
         files[case.get("classname", "?")][found.pop() if found else "passed"] += 1
         seconds += float(case.get("time", 0))
     return {name: dict(counts) for name, counts in sorted(files.items())}, round(seconds, 1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

@@ -13,7 +13,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("vllm", "torch", "flashinfer-python", "lm-eval", "transformers")
 
 

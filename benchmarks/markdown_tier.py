@@ -3,15 +3,16 @@
 import statistics
 from typing import Any
 
-from . import offload_peers
-from .copy import WAYS, table_head, table_line
-from .copy import bounds as copy_bounds
-from .copy_peers import NOT_MEASURED
+from vllm_xlayer.bench import offload_peers
+from vllm_xlayer.bench.copy import WAYS, table_head, table_line
+from vllm_xlayer.bench.copy import bounds as copy_bounds
+from vllm_xlayer.bench.copy_peers import NOT_MEASURED
+from vllm_xlayer.bench.first_token import added, floor, span_lines
+from vllm_xlayer.bench.offload import bounds as offload_bounds
+from vllm_xlayer.bench.offload import step_lines
+
 from .faults import COUNTS
-from .first_token import added, floor, span_lines
 from .markdown import about, listed, milliseconds, table
-from .offload import bounds as offload_bounds
-from .offload import step_lines
 from .pacing import SMALL
 
 COPY_PNG = "h200-copy.png"
@@ -38,12 +39,12 @@ def copy_section(results: dict[str, Any]) -> str:
 
 
 def pacing_section(results: dict[str, Any]) -> str:
-    """Markdown of `bench pacing`, with its heading."""
+    """Markdown of `benchmarks.pacing`, with its heading."""
     moved = results["rows"] * results["row_bytes"]
     head = ["MiB a batch", "submitted in, ms", "GB/s", *(f"{kind}, ms" for kind in SMALL)]
     parts = [
         "## Others' copies beside a transfer",
-        f"`vllm-xlayer bench pacing`: {results['rows']:,} rows of {results['row_bytes']:,} bytes, as a "
+        f"`python -m benchmarks.pacing`: {results['rows']:,} rows of {results['row_bytes']:,} bytes, as a "
         "restored prompt of 16k tokens has, and how long a small copy of somebody else waits meanwhile "
         "(mean). Bold: what the connector does.",
     ]
@@ -110,7 +111,7 @@ def offload_section(results: dict[str, Any]) -> str:
 
 
 def fault_tables(*runs: dict[str, Any]) -> str:
-    """Markdown of `bench faults`, a table a device."""
+    """Markdown of `benchmarks.faults`, a table a device."""
     return "\n\n".join(_fault_table(results) for results in runs)
 
 

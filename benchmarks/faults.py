@@ -17,7 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .record import RESULTS, write
+from vllm_xlayer.provenance import write
+
+from . import RESULTS
 from .suite import TESTS
 
 FAULTS = (
@@ -129,3 +131,9 @@ def _table(found: dict[str, dict[str, Any]]) -> Table:
     for fault, row in found.items():
         grid.add_row(fault, *(str(row[name]) for name in ("tests", "failed", *COUNTS)))
     return grid
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""Trains the small model: ``python -m vllm_xlayer.demo.train --out DIR``. Minutes on one H200.
+"""Trains the small model: ``python -m benchmarks.training.train --out DIR``. Minutes on one H200.
 
 Writes the model as a Hugging Face folder and train.json, which says how it went. Steps, rows and
 initial weights follow from --seed; sums on a GPU are not ordered, so two runs agree in what they
@@ -28,9 +28,10 @@ from tqdm import tqdm
 from vllm_xlayer.demo import model_path
 from vllm_xlayer.demo.batches import batch
 from vllm_xlayer.demo.documents import SIZES, TEST_SEED
-from vllm_xlayer.demo.llama import Llama, Shape, export
-from vllm_xlayer.demo.score import gaussian_noise, nvfp4_rounding, score
-from vllm_xlayer.demo.start import start_as_induction
+
+from .llama import Llama, Shape, export
+from .score import gaussian_noise, nvfp4_rounding, score
+from .start import start_as_induction
 
 LENGTHS = (128, 256, 512, 1280, 2560)
 """The curriculum: the next length opens when answers at the longest open one are right."""
@@ -263,7 +264,7 @@ def report(model: Llama, settings: Settings, record: dict[str, Any]) -> dict[str
 
 def main(arguments: list[str] | None = None) -> None:
     defaults = Settings()
-    parser = argparse.ArgumentParser(prog="python -m vllm_xlayer.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=model_path(), help="default: the shipped model's folder")
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--minutes", type=float, default=defaults.minutes, help="end by then at the latest")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vllm_xlayer.demo.batches import PAD_ID
 from vllm_xlayer.demo.documents import TASK_NAMES, Prefix, prefixes
-from vllm_xlayer.demo.llama import KVChange, Llama
+
+from .llama import KVChange, Llama
 
 
 def gaussian_noise(relative: float, seed: int) -> KVChange:

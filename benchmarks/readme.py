@@ -1,4 +1,4 @@
-"""``python -m vllm_xlayer.bench.readme [--check]``: puts the committed results into README.md and RESULTS.md.
+"""``python -m benchmarks.readme [--check]``: puts the committed results into README.md and RESULTS.md.
 
 They have a pair of comments for each table; what is between them is written here, and the picture is
 drawn anew (needs the extra "bench").
@@ -9,14 +9,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from . import markdown, markdown_tier
+from . import RESULTS, ROOT, markdown, markdown_tier
 from .plot import copy_plot, decode_plot
-from .record import RESULTS
 
-README = Path(__file__).parents[2] / "README.md"
-DOCUMENTS = (README, Path(__file__).parent / "RESULTS.md", README.parent / "docs/configuration.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/RESULTS.md", ROOT / "docs/configuration.md")
 PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
 COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
@@ -71,7 +68,7 @@ def rendered(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m vllm_xlayer.bench.readme", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
     args = parser.parse_args()
     stale = [path for path in DOCUMENTS if rendered(path.read_text()) != path.read_text()]

@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,13 +14,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .. import ops
-from ..connector.copy.choice import Way
-from ..connector.copy.pacing import Chain
-from ..connector.copy.transfers import BATCH_BYTES
-from ..ops import CopyMethod
-from .record import RESULTS, write
-from .timing import link_rate
+from vllm_xlayer import ops
+from vllm_xlayer.bench.timing import link_rate
+from vllm_xlayer.connector.copy.choice import Way
+from vllm_xlayer.connector.copy.pacing import Chain
+from vllm_xlayer.connector.copy.transfers import BATCH_BYTES
+from vllm_xlayer.ops import CopyMethod
+from vllm_xlayer.provenance import write
+
+from . import RESULTS
 
 ROW, ROWS = 589824, 1023
 """A row of an 8B model's NVFP4 cache, and as many as a prompt of 16k tokens restores."""
@@ -150,3 +153,9 @@ def _table(way: Way, results: dict[str, Any]) -> Table:
         )  # fmt: skip
     grid.caption = "Small copies: mean wait, ms. *: what the connector does"
     return grid
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pacing", description=__doc__)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_xlayer.demo.llama import Llama
+from .llama import Llama
 
 SHARP = 0.9
 """Size of the constant parts of q and k in `start_as_induction`: the right distance scores about 50, its

@@ -4,12 +4,12 @@ import statistics
 from collections import Counter
 from typing import Any
 
-from ..config import PREFIX, REFUSED, VARIABLES, VLLMS_SETTINGS, ConnectorSettings
-from ..demo import TASKS
-from . import engine, load, prefill, traffic
-from .bounds import Bound
-from .peers import PEERS
-from .write import TITLES as WRITERS
+from vllm_xlayer.bench import engine, load, prefill, traffic
+from vllm_xlayer.bench.bounds import Bound
+from vllm_xlayer.bench.peers import PEERS
+from vllm_xlayer.bench.write import TITLES as WRITERS
+from vllm_xlayer.config import PREFIX, REFUSED, VARIABLES, VLLMS_SETTINGS, ConnectorSettings
+from vllm_xlayer.demo import TASKS
 
 SHORT = 5
 """Shapes in the README's table."""
@@ -28,7 +28,7 @@ GPU_SUITES = {
         "`bench offload` (faults are in the README's table)"
     ),
 }
-"""Results file of `bench suite` -> what it says."""
+"""Results file of `benchmarks.suite` -> what it says."""
 OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
 
 
@@ -144,7 +144,7 @@ def prefill_section(results: dict[str, Any]) -> str:
     return f"""\
 ### Prefill
 
-`python -m vllm_xlayer.bench prefill`: engines share the GPU and are timed in turn, a round in this order, the
+`vllm-xlayer bench prefill`: engines share the GPU and are timed in turn, a round in this order, the
 next in the other; medians. With all of a prompt cached, what is left is the time of everything else.
 
 {table}"""
@@ -155,7 +155,7 @@ def load_section(results: dict[str, Any]) -> str:
     return f"""\
 ### More context than fp8 can keep
 
-`python -m vllm_xlayer.bench load`: {load.title(results)} offered at once, each answered with
+`vllm-xlayer bench load`: {load.title(results)} offered at once, each answered with
 {results["output"]} tokens; then the same requests again. What does not fit waits, and is computed again.
 Memory for KV: {results["kv_bytes"] / 1e9:.1f} GB, what NVFP4 needs for all of them.
 
@@ -207,7 +207,7 @@ def capacity_table(results: dict[str, Any]) -> str:
 
 
 def gpu_tests(*runs: dict[str, Any]) -> str:
-    """Markdown of what `bench suite` saw, a line for each of GPU_SUITES."""
+    """Markdown of what `benchmarks.suite` saw, a line for each of GPU_SUITES."""
     return "\n".join(
         f"- {title}: {_told(run)}. {about(run)}" for title, run in zip(GPU_SUITES.values(), runs, strict=True)
     )

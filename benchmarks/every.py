@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import RESULTS
 from .faults import device
-from .record import RESULTS
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,9 @@ def ask(command: list[str], seconds: float) -> str:
 def _signal(group: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.every", description=__doc__)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

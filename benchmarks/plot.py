@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from .peers import PEERS
+from vllm_xlayer.bench.peers import PEERS
 
 SOURCE = "Source"
 """Text field of a PNG with the digest of the results file it was drawn from."""
@@ -22,7 +22,7 @@ def decode_plot(results: Path, png: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from .decode import PLOTTED
+    from vllm_xlayer.bench.decode import PLOTTED
 
     data = json.loads(results.read_text())
     shapes = {s["name"]: s for s in data["shapes"]}
@@ -58,8 +58,8 @@ def copy_plot(results: Path, png: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from .copy import WAYS
-    from .copy_peers import TITLES as COPIERS
+    from vllm_xlayer.bench.copy import WAYS
+    from vllm_xlayer.bench.copy_peers import TITLES as COPIERS
 
     data = json.loads(results.read_text())
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), constrained_layout=True)

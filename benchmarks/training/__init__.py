@@ -1,0 +1,1 @@
+"""How the small model of the demo was trained."""
