@@ -71,7 +71,7 @@ def test_decode_reads_every_key_from_the_cache(folder):
 
 def test_greedy_answers_are_the_prompts(folder, exact):
     """The reference's text after FIRST was drawn, its answers are the most probable tokens."""
-    windows, logprobs = exact
+    _, logprobs = exact
     answers = results.read(folder / "auto.npz")[0]["answers"]
     assert answers.shape == (WINDOWS, ANSWER)
     assert (answers[:, 0] == logprobs[:, FIRST - 1].argmax(-1).numpy()).all()
@@ -106,5 +106,5 @@ def test_a_cache_too_small_is_said(reference_platform, tmp_path):
 
     small = job(tmp_path, "nvfp4")
     small.options["kv_cache_memory_bytes"] = 1 << 16
-    with pytest.raises(ValueError, match="KV cache|memory"), Progress(disable=True) as progress:
+    with pytest.raises(ValueError, match=r"KV cache|memory"), Progress(disable=True) as progress:
         Engine(small, progress)

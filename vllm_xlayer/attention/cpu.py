@@ -142,6 +142,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         self.is_nvfp4 = kv_cache_dtype in KV_DTYPES
         if self.is_nvfp4:
             ops.load()  # a missing extension should stop the start, not the first request
+        self.uses_global_scales = self.is_nvfp4  # see patches.kv_scales
         self.kv_cache_dtype = kv_cache_dtype
         self.scale_choice = scale_choice_of(kv_cache_dtype, Config.load().scale_choice)
         self.num_heads = num_heads  # vLLM's layer prints it

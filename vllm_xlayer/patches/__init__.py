@@ -1,5 +1,5 @@
 """Changes to vLLM where it has no extension point: a registry, and one file a target."""
 
-from . import attention, cli, connectors, item_names
+from . import attention, cli, connectors, item_names, kv_scales
 
-PATCHES = (attention.PATCH, cli.PATCH, connectors.PATCH, *item_names.PATCHES)
+PATCHES = (attention.PATCH, cli.PATCH, connectors.PATCH, kv_scales.PATCH, *item_names.PATCHES)

@@ -83,6 +83,9 @@ def add_parser(commands: Any) -> None:
         metavar="JSON",
         help="arguments of vLLM's engine, for all caches",
     )
+    quality.add_argument(
+        "--calibrate", metavar="FILE", help="write global scales that suit K and V: for VLLM_XLAYER_KV_SCALES"
+    )
     quality.add_argument("--json", metavar="FILE", help="also write all numbers there")
     quality.add_argument("--plot", metavar="FILE", help="also draw them (needs matplotlib)")
 
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if wrong := problem(args):
         print(wrong, file=sys.stderr)
         return 2
-    from . import report
+    from . import report, results
 
     console = Console(width=report.WIDTH, highlight=False)
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-quality-") as folder:
@@ -130,6 +133,11 @@ def run(args: argparse.Namespace) -> int:
         console.print(part)
     console.print(report.footer(result), markup=False)
     console.print(f"\n[bold]{report.verdict(result)}")
+    if args.calibrate:
+        from .. import kv_scales
+
+        kv_scales.write(Path(args.calibrate), results.calibrated(result))
+        console.print(f"Scales written. To use them: VLLM_XLAYER_KV_SCALES={args.calibrate}", markup=False)
     if args.plot:
         from . import plot
 
@@ -170,11 +178,10 @@ def _measure(
             files[cache.title] = Path(job.out)
         elif number == 0:
             return None
-    return (
-        results.compare(files.pop(results.REFERENCE), files, args.first, args.length)
-        if len(files) > 1
-        else None
-    )
+    if len(files) < 2:
+        return None
+    what = {name: getattr(args, name) for name in ("model", "text", "length", "chunk", "batch", "extra")}
+    return what | results.compare(files.pop(results.REFERENCE), files, args.first, args.length)
 
 
 def _run_engine(job: Any, environment: dict[str, str], folder: Path) -> bool:

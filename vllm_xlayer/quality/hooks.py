@@ -7,6 +7,7 @@ import torch
 from vllm import SamplingParams, TokensPrompt
 
 from ..config import Config
+from ..kv_scales import NONE, scales_of
 from .statistics import Sums, combine
 
 WINDOWS = 8
@@ -28,9 +29,10 @@ def _layers(model: torch.nn.Module) -> dict[str, Any]:
 
 def install(model: torch.nn.Module) -> None:
     """From now on every K and V that a layer is given is added to the sums."""
-    choice = Config.load().scale_choice
+    settings = Config.load()
     for name, layer in _layers(model).items():
-        _SEEN[name] = {"K": Sums(1.0, choice), "V": Sums(1.0, choice)}
+        scales = scales_of(name, NONE, settings.kv_scales)
+        _SEEN[name] = {w: Sums(scale, settings.scale_choice) for w, scale in zip("KV", scales, strict=True)}
 
         def look(layer, args, name):
             for which, x in zip("KV", args[1:3], strict=True):

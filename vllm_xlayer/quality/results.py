@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..kv_scales import Scales
 from . import measures
 from .measures import Estimate, Run
 
@@ -62,6 +63,14 @@ def compare(reference: Path, others: dict[str, Path], first: int, length: int) -
         "spans": spans,
         "caches": rows,
         "layers": layers,
+    }
+
+
+def calibrated(result: dict[str, Any]) -> dict[str, Scales]:
+    """The global scales that suit each layer best."""
+    return {
+        name: Scales(*(2.0 ** kv[which]["best_exponent"] for which in "KV"))
+        for name, kv in result["layers"].items()
     }
 
 
