@@ -97,9 +97,10 @@ def test_numbers_of_a_known_loss(result):
 
 
 def test_the_verdict_tells_a_loss_from_none(result):
+    mean = result["caches"][2]["decode"]["perplexity_change"][0]
     assert report.verdict(result) == (
-        f"nvfp4,loss=0.05 costs {100 * result['caches'][2]['decode']['perplexity_change'][0]:.2f} % of perplexity "
-        "in decode; nvfp4,loss=0.0 costs nothing that this text can show (+0.00 % (0.00..0.00))."
+        f"nvfp4,loss=0.05 costs {100 * mean:.2f} % of perplexity in decode; "
+        "nvfp4,loss=0.0 costs nothing that this text can show (+0.00 % (0.00..0.00))."
     )
 
 

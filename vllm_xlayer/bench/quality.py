@@ -34,7 +34,7 @@ def table(result: dict[str, Any]) -> str:
     """The rows that README and docs/accuracy.md show."""
     titles = {spec: title for title, spec in CACHES.items()}
     lines = [
-        "| KV | perplexity, decode | perplexity, chunked prefill | KL | same first token | greedy tokens alike |",
+        "| KV | perplexity, decode | in chunked prefill | KL | same first token | greedy tokens alike |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in result["caches"][1:]:
@@ -52,8 +52,8 @@ def table(result: dict[str, Any]) -> str:
     first, end = result["spans"][0][0], result["spans"][-1][1]
     lines += [
         "",
-        f"Change against bf16, positions {first:,} to {end - 1:,} of {result['windows']} windows, in brackets 95 % "
-        f"over windows. {result['hardware']}; vLLM {versions['vllm']}, torch {versions['torch']}, "
+        f"Change against bf16, positions {first:,} to {end - 1:,} of {result['windows']} windows, in brackets "
+        f"95 % over windows. {result['hardware']}; vLLM {versions['vllm']}, torch {versions['torch']}, "
         f"{result['date']}, commit {result['commit']}.",
     ]
     return "\n".join(lines)
