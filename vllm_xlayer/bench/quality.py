@@ -52,8 +52,8 @@ def table(result: dict[str, Any]) -> str:
     first, end = result["spans"][0][0], result["spans"][-1][1]
     lines += [
         "",
-        f"Change against bf16, positions {first:,} to {end - 1:,} of {result['windows']} windows; in "
-        f"brackets 95 % over windows. {result['hardware']}; vLLM {versions['vllm']}, torch {versions['torch']}, "
+        f"Change against bf16, positions {first:,} to {end - 1:,} of {result['windows']} windows; in brackets "
+        f"95 % over windows. {result['hardware']}; vLLM {versions['vllm']}, torch {versions['torch']}, "
         f"{result['date']}, commit {result['commit']}.",
     ]
     return "\n".join(lines)
