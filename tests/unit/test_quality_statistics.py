@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from vllm_xlayer.nvfp4 import ScaleChoice, decode, encode
-from vllm_xlayer.quality.statistics import Sums, best_exponent, combine, count_groups, squared_error
+from vllm_xlayer.nvfp4 import ScaleChoice, count_groups, decode, encode
+from vllm_xlayer.quality.statistics import Sums, best_exponent, combine, squared_error
 
 HEADS, HEAD_SIZE = 2, 32
 BEST = ScaleChoice.BEST_OF_9

@@ -50,11 +50,11 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     versions = result["versions"]
     first, end = result["spans"][0][0], result["spans"][-1][1]
+    where = f"{result['hardware']}; vLLM {versions['vllm']}, torch {versions['torch']}"
     lines += [
         "",
-        f"Change against bf16, positions {first:,} to {end - 1:,} of {result['windows']} windows; in brackets "
-        f"95 % over windows. {result['hardware']}; vLLM {versions['vllm']}, torch {versions['torch']}, "
-        f"{result['date']}, commit {result['commit']}.",
+        f"Change against bf16, positions {first:,} to {end - 1:,} of {result['windows']} windows; "
+        f"in brackets 95 % over windows. {where}, {result['date']}, commit {result['commit']}.",
     ]
     return "\n".join(lines)
 

@@ -5,11 +5,11 @@ up what it sees; sums of ranks add up.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ..nvfp4 import E4M3_MAX, GROUP, ScaleChoice, decode, encode
+from ..nvfp4 import GROUP, ScaleChoice, count_groups, decode, encode
 
 SAMPLE_TOKENS = 1024
 """Of each layer, on which errors are computed; all tokens count for the rest."""
@@ -17,23 +17,6 @@ EXPONENTS = range(-12, 9)
 """Global scales that are tried: 2^-12 to 2^8."""
 HEADROOM = 1.01
 """A larger global scale is taken as long as the squared error stays below this many times the least one."""
-
-E4M3_MIN_NORMAL = 2.0**-6
-
-
-class Counts(NamedTuple):
-    """Groups of 16 values that a global scale does not suit."""
-
-    saturated: int
-    """The block scale would have to be above 448: the largest values are cut off."""
-    underflowed: int
-    """The block scale is below e4m3's smallest normal number, 2^-6: it is coarse, or zero and all is lost."""
-
-
-def count_groups(x: torch.Tensor, global_scale: float) -> Counts:
-    """Of x [..., D]. Groups of zeros are neither."""
-    scale = x.float().unflatten(-1, (-1, GROUP)).abs().amax(-1) / (6 * global_scale)
-    return Counts(int((scale > E4M3_MAX).sum()), int(((scale > 0) & (scale < E4M3_MIN_NORMAL)).sum()))
 
 
 def squared_error(x: torch.Tensor, global_scale: float, choice: ScaleChoice) -> float:
