@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -128,3 +132,28 @@ def test_plot_is_written(result, tmp_path):
     pytest.importorskip("matplotlib")
     plot.draw(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_ctrl_c_ends_an_engine_without_a_traceback(tmp_path):
+    """The process waits for its job in a pipe when it is interrupted."""
+    pipe = tmp_path / "job.json"
+    os.mkfifo(pipe)
+    engine = [sys.executable, "-m", "vllm_xlayer.quality", str(pipe)]
+    with subprocess.Popen(engine, stderr=subprocess.PIPE, text=True) as process:
+        with pipe.open("w"):  # returns when the process has opened it, too
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        assert process.stderr.read() == ""
+
+
+def test_an_interrupted_engine_interrupts_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: subprocess.CompletedProcess(args, 130))
+    with pytest.raises(KeyboardInterrupt):
+        command._run_engine(argparse.Namespace(write=lambda file: None, out="", title=""), {}, tmp_path)
+
+
+def test_an_engine_that_fails_is_left_out_aloud(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: subprocess.CompletedProcess(args, 3))
+    job = argparse.Namespace(write=lambda file: None, out=str(tmp_path / "none"), title="fp8")
+    assert not command._run_engine(job, {}, tmp_path)
+    assert "left out: the engine with fp8 ended with exit code 3" in capsys.readouterr().err

@@ -196,7 +196,7 @@ def _run_engine(job: Any, environment: dict[str, str], folder: Path) -> bool:
         # The engine core in the same process: its memory is seen from there.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    command = [sys.executable, "-m", "vllm_xlayer.quality.engine", str(file)]
+    command = [sys.executable, "-m", "vllm_xlayer.quality", str(file)]
     # Not in the current folder: `-m` would import a source tree there instead of the installed package.
     code = subprocess.run(
         command, env={**quiet, **os.environ, **environment}, cwd=folder, check=False

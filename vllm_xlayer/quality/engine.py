@@ -1,10 +1,6 @@
-"""One engine of the quality command: reads or writes the text with one KV cache, and saves what it thought.
-
-Run as a module with a JSON file that says what to do (`Job`), in a process of its own.
-"""
+"""One engine of the quality command: reads or writes the text with one KV cache, and saves what it thought."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +178,3 @@ def _results(job: Job, engine: Engine) -> dict[str, Any]:
         saved["again.answers"] = engine.answers(windows[::-1], batch=(engine.batch + 1) // 2)[::-1]
         facts["layers"] = hooks.look_at_layers(engine.llm, windows)
     return saved | {"facts": json.dumps(facts)}
-
-
-def main() -> int:
-    job = Job.read(Path(sys.argv[1]))
-    try:
-        run(job)
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
