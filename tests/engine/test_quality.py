@@ -97,7 +97,7 @@ def test_report_fits_and_says_it(folder):
         console.print(part)
     shown = console.export_text()
     assert max(map(len, shown.splitlines())) <= 100
-    assert "nvfp4" in shown and "bf16, other" in shown and "model.layers.0" in shown
+    assert "nvfp4" in shown and "16 bits, other" in shown and "model.layers.0" in shown
     assert report.verdict(result).startswith("nvfp4 costs")
 
 

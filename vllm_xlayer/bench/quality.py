@@ -53,7 +53,7 @@ def table(result: dict[str, Any]) -> str:
     where = f"{result['hardware']}; vLLM {versions['vllm']}, torch {versions['torch']}"
     lines += [
         "",
-        f"Change against bf16, positions {first:,} to {end - 1:,} of {result['windows']} windows; "
+        f"Change against 16-bit KV, positions {first:,} to {end - 1:,} of {result['windows']} windows; "
         f"in brackets 95 % over windows. {where}, {result['date']}, commit {result['commit']}.",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One engine of the quality command: reads or writes the text with one KV cache, and saves what it thought."""
+"""An engine of the quality command: reads or writes the text with one KV cache, saves what it thought."""
 
 import json
 from pathlib import Path

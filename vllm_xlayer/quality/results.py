@@ -10,8 +10,8 @@ from ..kv_scales import Scales
 from . import measures
 from .measures import Estimate, Run
 
-REFERENCE = "bf16"
-AGAIN = "bf16, other batches"
+REFERENCE = "16 bits"
+AGAIN = "16 bits, other batches"
 """Rows of the table; the second one is the noise."""
 
 
