@@ -13,7 +13,9 @@ from typing import Any
 
 CACHES = {
     "fp8": "fp8",
-    "NVFP4, ours": "nvfp4",
+    "NVFP4": "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=0",
+    "NVFP4, newest 16 in 16 bits": "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=16",
+    "NVFP4, newest 64 in 16 bits": "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=64",
     "NVFP4, vLLM's": "nvfp4,VLLM_PLUGINS=",
     "int4, a scale a token and head": "int4_per_token_head",
     "TurboQuant, 4 bits": "turboquant_4bit_nc",
