@@ -17,6 +17,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from .demo import command as demo
 
         return demo.run
+    if name == "quality":
+        from .quality import command as quality
+
+        return quality.run
     from .connector.disk import commands as tier_cli
 
     return tier_cli.run
@@ -43,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--json", metavar="FILE", help="also write the results there")
 
     from .connector.disk import commands as tier_cli
+    from .quality import command as quality
 
+    quality.add_parser(commands)
     tier_cli.add_parsers(commands)
     commands.add_parser("bench", help="benchmarks; bench --help lists them", add_help=False)
     argv = sys.argv[1:] if argv is None else argv

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -22,6 +23,7 @@ VARIABLES = {
     "debug": ("0", "1: check slots, tables and tiers where that costs time"),
     "gather_workspace_bytes": ("256 MiB", "buffer that cached NVFP4 tokens are dequantised into, in bytes"),
     "scale_choice": ("best_of_9", "how the writer picks block scales: best_of_9, amax_6 or four_over_six"),
+    "kv_scales": ("none", "a file of global scales, which `vllm-xlayer quality --calibrate` writes"),
 }
 """Fields of Config -> default and meaning, for people. The variable is PREFIX and the name in capitals."""
 OTHER_VARIABLES = frozenset(
@@ -41,6 +43,7 @@ class Config:
     debug: bool = False
     gather_workspace_bytes: int = 256 << 20
     scale_choice: ScaleChoice = ScaleChoice.BEST_OF_9
+    kv_scales: Path | None = None
 
     @classmethod
     def load(cls, env: Mapping[str, str] | None = None) -> "Config":
@@ -54,6 +57,7 @@ class Config:
             "debug": _parse_bool,
             "gather_workspace_bytes": _parse_bytes,
             "scale_choice": _parse_scale_choice,
+            "kv_scales": _parse_file,
         }
         names = {PREFIX + name.upper(): name for name in parsers}
         ours = sorted(name for name in env if name.startswith(PREFIX) and name not in OTHER_VARIABLES)
@@ -73,6 +77,12 @@ def _parse_bytes(source: str, value: str) -> int:
     if not (value.isascii() and value.isdecimal()) or int(value) < 1:
         raise ConfigError(f"{source}: expected a positive number of bytes, got {value!r}")
     return int(value)
+
+
+def _parse_file(source: str, value: str) -> Path:
+    if not Path(value).is_file():
+        raise ConfigError(f"{source}: expected a file, found none: {value!r}")
+    return Path(value)
 
 
 def _parse_scale_choice(source: str, value: str) -> ScaleChoice:

@@ -15,6 +15,7 @@ the bytes inside are ordered as above.
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,8 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 E4M3_MAX = 448.0
 E4M3_NAN = 0x7F
+
+E4M3_MIN_NORMAL = 2.0**-6
 
 MAX_MAGNITUDE = 6.0 * E4M3_MAX
 """The largest value of the format under a global scale of 1; larger ones saturate."""
@@ -199,6 +202,21 @@ def decode(
     values = table[nibbles.long()].unflatten(-1, (-1, GROUP)) * e4m3_decode(scale).unsqueeze(-1)
     factor = torch.as_tensor(global_scale, dtype=torch.float32, device=data.device)
     return (values.flatten(-2) * factor).to(dtype)
+
+
+class Counts(NamedTuple):
+    """Groups of 16 values that a global scale does not suit."""
+
+    saturated: int
+    """The block scale would have to be above 448: the largest values are cut off."""
+    underflowed: int
+    """The block scale is below e4m3's smallest normal number, 2^-6: it is coarse, or zero and all is lost."""
+
+
+def count_groups(x: torch.Tensor, global_scale: float) -> Counts:
+    """Of x [..., D]. Groups of zeros are neither."""
+    scale = x.float().unflatten(-1, (-1, GROUP)).abs().amax(-1) / (6 * global_scale)
+    return Counts(int((scale > E4M3_MAX).sum()), int(((scale > 0) & (scale < E4M3_MIN_NORMAL)).sum()))
 
 
 def e4m3_encode(x: torch.Tensor) -> torch.Tensor:

@@ -308,3 +308,25 @@ def test_nvfp4_mixed_batch(settings):
             sinks=settings.get("sinks"),
         )
         torch.testing.assert_close(outputs[r].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_debug_says_what_the_global_scales_do_not_suit(monkeypatch, caplog_vllm):
+    """Once, of tokens that are written only, and only where it is asked for."""
+    key, value = torch.ones(5, KV_HEADS, HEAD_SIZE), torch.full((5, KV_HEADS, HEAD_SIZE), 1e-3)
+    key[1, 0, 0] = 3000.0
+    key[4] = torch.inf  # padding
+    slots = torch.tensor([0, 1, 2, 3, -1])
+    layer = types.SimpleNamespace(layer_name="a", _k_scale=torch.tensor(1.0), _v_scale=torch.tensor(1.0))
+    said = []
+    for debug in ("0", "1"):
+        monkeypatch.setenv("VLLM_XLAYER_DEBUG", debug)
+        impl = make_impl(kv_cache_dtype="nvfp4")
+        cache = torch.zeros(1, KV_HEADS, BLOCK, HEAD_SIZE * 9 // 8, dtype=torch.uint8)
+        caplog_vllm.clear()
+        for _ in range(2):
+            impl.do_kv_cache_update(layer, key, value, cache, slots)
+        said.append([record.getMessage() for record in caplog_vllm.records])
+    assert said[0] == []
+    assert len(said[1]) == 2
+    assert "layer a: K: 1 of 16 groups of 16 are saturated under a global scale of 1;" in said[1][0]
+    assert "layer a: V: 16 of 16 groups of 16 are underflowed" in said[1][1]

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -20,12 +21,13 @@ def test_all_settings_from_the_environment():
         "VLLM_XLAYER_DEBUG": "1",
         "VLLM_XLAYER_GATHER_WORKSPACE_BYTES": "200",
         "VLLM_XLAYER_SCALE_CHOICE": "amax_6",
+        "VLLM_XLAYER_KV_SCALES": __file__,
         "VLLM_XLAYER_CUDA": "0",
         "VLLM_XLAYER_ARCHS": "90",
         "VLLM_XLAYER_COMMIT": "0123abc",
         "VLLM_PLUGINS": "other",
     }
-    assert Config.load(env=env) == Config(True, 200, ScaleChoice.AMAX_6)
+    assert Config.load(env=env) == Config(True, 200, ScaleChoice.AMAX_6, Path(__file__))
 
 
 def test_the_process_environment_is_the_default(monkeypatch):
@@ -50,6 +52,10 @@ def test_the_process_environment_is_the_default(monkeypatch):
             {"VLLM_XLAYER_SCALE_CHOICE": "best"},
             "VLLM_XLAYER_SCALE_CHOICE: expected one of amax_6, four_over_six, best_of_9, got 'best'",
         ),
+        (
+            {"VLLM_XLAYER_KV_SCALES": "no/such.json"},
+            "VLLM_XLAYER_KV_SCALES: expected a file, found none: 'no/such.json'",
+        ),
     ],
 )
 def test_refused(env, message):
@@ -60,6 +66,11 @@ def test_refused(env, message):
 def test_every_variable_is_described():
     """docs/configuration.md is made from these."""
     assert list(VARIABLES) == [field.name for field in fields(Config)]
-    defaults = {"debug": "0", "gather_workspace_bytes": "256 MiB", "scale_choice": "best_of_9"}
+    defaults = {
+        "debug": "0",
+        "gather_workspace_bytes": "256 MiB",
+        "scale_choice": "best_of_9",
+        "kv_scales": "none",
+    }
     assert {name: default for name, (default, _) in VARIABLES.items()} == defaults
     assert Config() == Config.load({})

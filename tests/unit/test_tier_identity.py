@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm_xlayer import kv_scales
 from vllm_xlayer.connector.disk import identity
 from vllm_xlayer.connector.disk.identity import NoIdentity, tier_identity, weights_digest
 
@@ -137,6 +138,7 @@ SHAPES_KV = {
     "sliding_window": {"model_config.disable_sliding_window": True},
     "skipped_layers": {"cache_config.kv_cache_dtype_skip_layers": ["0"]},
     "scale_choice": {},  # below
+    "kv_scales": {},  # below
     "backend": {"attention_config.backend": "TRITON_ATTN"},
     "backend_per_kind": {"attention_config.backend_per_kind": {"full": "TRITON_ATTN"}},
     "context_parallel": {"parallel_config.cp_kv_cache_interleave_size": 16},
@@ -184,6 +186,11 @@ def test_versions_environment_and_files_are_in_the_digest(tmp_path, monkeypatch)
             digests.append(of(folder).digest)
     monkeypatch.setenv("VLLM_XLAYER_SCALE_CHOICE", "amax_6")
     digests.append(of(folder).digest)
+    for v in (1.0, 0.5):
+        path = tmp_path / f"scales {v}.json"
+        kv_scales.write(path, {"layer": kv_scales.Scales(1.0, v)})
+        monkeypatch.setenv("VLLM_XLAYER_KV_SCALES", str(path))
+        digests.append(of(folder).digest)
     monkeypatch.setattr(identity, "version", lambda name: "0.0.1")
     digests.append(of(folder).digest)
     (folder / "README.md").write_text("does not matter")

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -32,7 +33,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_xlayer import ops
 from vllm_xlayer.attention.backend import DensePages
 from vllm_xlayer.config import Config
-from vllm_xlayer.nvfp4 import GROUP, KV_DTYPES, ScaleOrder, scale_choice_of
+from vllm_xlayer.nvfp4 import GROUP, KV_DTYPES, ScaleOrder, count_groups, scale_choice_of
+
+logger = init_logger(__name__)
 
 QUERY_TILE = 128
 """Queries attended at once: bounds the scores to heads * QUERY_TILE * context floats."""
@@ -142,8 +145,12 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         self.is_nvfp4 = kv_cache_dtype in KV_DTYPES
         if self.is_nvfp4:
             ops.load()  # a missing extension should stop the start, not the first request
+        self.uses_global_scales = self.is_nvfp4  # see patches.kv_scales
         self.kv_cache_dtype = kv_cache_dtype
-        self.scale_choice = scale_choice_of(kv_cache_dtype, Config.load().scale_choice)
+        settings = Config.load()
+        self.scale_choice = scale_choice_of(kv_cache_dtype, settings.scale_choice)
+        self.debug = settings.debug
+        self._said: set[tuple[str, str]] = set()
         self.num_heads = num_heads  # vLLM's layer prints it
         self.head_size = head_size
         self.scale = float(scale)
@@ -162,6 +169,9 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
     ) -> None:
         """Write key and value [>= T, H, D] to the slots of slot_mapping int64 [T]; -1 is skipped."""
         if self.is_nvfp4:
+            if self.debug:
+                written = torch.nonzero(slot_mapping >= 0).squeeze(1)
+                self._say_what_does_not_fit(layer, key[written], value[written])
             ops.reshape_and_cache_nvfp4(
                 key,
                 value,
@@ -178,6 +188,18 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         block_size = kv_cache.shape[2]
         content = torch.cat((key[tokens], value[tokens]), dim=-1).to(kv_cache.dtype)
         kv_cache[slots // block_size, :, slots % block_size] = content
+
+    def _say_what_does_not_fit(self, layer: AttentionLayer, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Warns, once for K and once for V, of groups that the global scale does not suit."""
+        for name, x, scale in (("K", key, float(layer._k_scale)), ("V", value, float(layer._v_scale))):
+            for problem, count in count_groups(x, scale)._asdict().items():
+                if count and (name, problem) not in self._said:
+                    self._said.add((name, problem))
+                    logger.warning(
+                        "NVFP4 KV cache: layer %s: %s: %d of %d groups of 16 are %s under a global scale of "
+                        "%g; vllm-xlayer quality --calibrate finds a better one",
+                        layer.layer_name, name, count, x.numel() // GROUP, problem, scale,
+                    )  # fmt: skip
 
     def forward(
         self,

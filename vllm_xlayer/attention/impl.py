@@ -18,6 +18,9 @@ from .metadata import DevicePiece, NVFP4Metadata
 
 
 class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
+    uses_global_scales = True
+    """See `patches.kv_scales`."""
+
     def __init__(
         self,
         num_heads: int,

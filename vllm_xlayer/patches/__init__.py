@@ -1,5 +1,12 @@
 """Changes to vLLM where it has no extension point: a registry, and one file a target."""
 
-from . import attention, cli, connectors, item_names, sleep
+from . import attention, cli, connectors, item_names, kv_scales, sleep
 
-PATCHES = (attention.PATCH, cli.PATCH, connectors.PATCH, *item_names.PATCHES, *sleep.PATCHES)
+PATCHES = (
+    attention.PATCH,
+    cli.PATCH,
+    connectors.PATCH,
+    kv_scales.PATCH,
+    *item_names.PATCHES,
+    *sleep.PATCHES,
+)

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
+from ... import kv_scales
 from ...config import Config
 from ...layout import RowDescriptor
 from .format import TierIdentity
@@ -99,6 +100,7 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
         "sliding_window": [model.disable_sliding_window, cache.sliding_window],
         "skipped_layers": cache.kv_cache_dtype_skip_layers,
         "scale_choice": Config.load().scale_choice.name,
+        "kv_scales": kv_scales.digest(Config.load().kv_scales),
         "backend": attention.backend,
         "backend_per_kind": attention.backend_per_kind,
         "context_parallel": [

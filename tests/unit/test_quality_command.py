@@ -1,0 +1,159 @@
+"""The quality command without engines: its arguments, and what it makes of the engines' files."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vllm_xlayer.bench.quality import table as markdown
+from vllm_xlayer.quality import command, plot, report, results
+from vllm_xlayer.quality.command import Cache
+
+FIRST, LENGTH, WINDOWS, TOP = 8, 16, 5, 4
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["quality", "demo", *argv])
+    args.first = args.length // 2 if args.first is None else args.first
+    return args
+
+
+def test_caches_with_arguments_and_variables():
+    assert Cache.parse("fp8") == Cache("fp8", "fp8")
+    spec = "nvfp4,block_size=32,attention_backend=CUSTOM,VLLM_PLUGINS=,A_B=1"
+    found = Cache.parse(spec)
+    assert found.title == spec and found.kv_cache_dtype == "nvfp4"
+    assert found.options == {"block_size": 32, "attention_backend": "CUSTOM"}
+    assert found.environment == {"VLLM_PLUGINS": "", "A_B": "1"}
+
+
+@pytest.mark.parametrize("spec", ["nvfp4,block_size", "nvfp4,4=5", ",a=1", "nvfp4,=1"])
+def test_bad_caches_are_refused(spec):
+    with pytest.raises(ValueError, match=r"expected DTYPE\[,NAME=VALUE...\], got"):
+        Cache.parse(spec)
+
+
+def test_defaults_are_fine():
+    assert command.problem(arguments()) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--windows", "0"], "--windows: expected at least 1, got 0"),
+        (["--first", "1"], "--first: expected 2 to 2047 (--length less one), got 1"),
+        (["--answer", "1025"], "--answer: expected at most 1024 (--length less --first), got 1025"),
+        (["--extra", "[1]"], "--extra: expected a JSON object, got [1]"),
+        (["--text", "no/such.txt"], "--text: expected a file, found none: no/such.txt"),
+    ],
+)
+def test_bad_arguments_are_said(argv, message):
+    assert command.problem(arguments(*argv)) == message
+
+
+def engine_file(path, loss, layers=None, again=False):
+    """As an engine writes it: every token has probability exp(-1 - loss), and is the most probable one."""
+    rng = np.random.default_rng(0)
+    shape = (WINDOWS, LENGTH - FIRST)
+    arrays = {"answers": np.arange(WINDOWS * 4).reshape(WINDOWS, 4) + round(loss)}
+    for way in ("decode", "prefill", *(["again"] if again else [])):
+        noise = 0.01 * rng.standard_normal((WINDOWS, 1)) if loss else 0
+        text = np.full(shape, -1.0) - loss + noise
+        arrays[f"{way}.text"] = text.astype(np.float32)
+        arrays[f"{way}.top_ids"] = np.tile(np.arange(TOP, dtype=np.int32), (*shape, 1))
+        arrays[f"{way}.top"] = np.stack([text, text - 2, text - 3, text - 4], -1).astype(np.float32)
+    if again:
+        arrays["again.answers"] = arrays["answers"]
+    facts = {"hardware": "a GPU", "versions": {"vllm": "1", "torch": "2"}, "date": "today", "runner": "V2",
+             "commit": "abc"}  # fmt: skip
+    np.savez(path, **arrays, facts=json.dumps(facts | ({"layers": layers} if layers else {})))
+    return path
+
+
+@pytest.fixture
+def result(tmp_path):
+    part = dict(largest=9.0, std=1.0, mean_share=0.5, groups=100, saturated=1, underflowed=0, rmse=0.09,
+                best_exponent=-3, best_rmse=0.08)  # fmt: skip
+    layers = {
+        f"model.layers.{i}.self_attn.attn": {"K": part, "V": part | {"rmse": 0.01 * i}} for i in range(6)
+    }
+    base = engine_file(tmp_path / "base.npz", 0, layers, again=True)
+    others = {f"nvfp4,loss={x}": engine_file(tmp_path / f"{x}.npz", x) for x in (0.05, 0.0)}
+    return results.compare(base, others, FIRST, LENGTH)
+
+
+def test_numbers_of_a_known_loss(result):
+    row = result["caches"][2]
+    mean, low, high = row["decode"]["perplexity_change"]
+    assert mean == pytest.approx(np.exp(0.05) - 1, abs=0.01) and low < mean < high
+    assert row["decode"]["same_first"][0] == 1 and row["answers"][0] == 4
+    assert len(row["decode"]["by_position"]) == len(result["spans"]) == 4
+    assert result["caches"][1]["decode"]["perplexity_change"] == [0, 0, 0]
+    assert json.loads(json.dumps(result)) is not None
+
+
+def test_the_verdict_tells_a_loss_from_none(result):
+    mean = result["caches"][2]["decode"]["perplexity_change"][0]
+    assert report.verdict(result) == (
+        f"nvfp4,loss=0.05 costs {100 * mean:.2f} % of perplexity in decode; "
+        "nvfp4,loss=0.0 costs nothing that this text can show (+0.00 % (0.00..0.00))."
+    )
+
+
+def test_tables_fit_and_show_the_worst_layers(result):
+    console = Console(width=report.WIDTH, record=True, highlight=False)
+    for part in (report.table(result), report.by_position(result), report.layers(result)):
+        console.print(part)
+    shown = console.export_text()
+    assert max(len(line) for line in shown.splitlines()) <= 100
+    assert shown.count("model.layers.") == report.WORST and "1 %" in shown and "2^-3" in shown
+
+
+def test_markdown_has_a_row_a_cache(result):
+    lines = markdown(result).splitlines()
+    assert len([line for line in lines if line.startswith("| ")]) == 1 + 3
+    assert "a GPU; vLLM 1, torch 2, today, commit abc." in lines[-1]
+
+
+def test_calibrated_scales_are_the_best(result):
+    scales = results.calibrated(result)
+    assert len(scales) == 6 and set(scales.values()) == {(0.125, 0.125)}
+
+
+def test_plot_is_written(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot.draw(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_ctrl_c_ends_an_engine_without_a_traceback(tmp_path):
+    """The process waits for its job in a pipe when it is interrupted."""
+    pipe = tmp_path / "job.json"
+    os.mkfifo(pipe)
+    engine = [sys.executable, "-m", "vllm_xlayer.quality", str(pipe)]
+    with subprocess.Popen(engine, stderr=subprocess.PIPE, text=True) as process:
+        with pipe.open("w"):  # returns when the process has opened it, too
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        assert process.stderr.read() == ""
+
+
+def test_an_interrupted_engine_interrupts_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: subprocess.CompletedProcess(args, 130))
+    with pytest.raises(KeyboardInterrupt):
+        command._run_engine(argparse.Namespace(write=lambda file: None, out="", title=""), {}, tmp_path)
+
+
+def test_an_engine_that_fails_is_left_out_aloud(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: subprocess.CompletedProcess(args, 3))
+    job = argparse.Namespace(write=lambda file: None, out=str(tmp_path / "none"), title="fp8")
+    assert not command._run_engine(job, {}, tmp_path)
+    assert "left out: the engine with fp8 ended with exit code 3" in capsys.readouterr().err

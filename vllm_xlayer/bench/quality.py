@@ -1,0 +1,76 @@
+"""Evidence of what KV caches cost a model: one call for a machine with a GPU, and its table in Markdown.
+
+    python -m vllm_xlayer.bench.quality run MODEL OUT.json [arguments of vllm-xlayer quality]
+    python -m vllm_xlayer.bench.quality table OUT.json
+
+Caches that this vLLM does not have are left out by the command, which says so.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+CACHES = {
+    "fp8": "fp8",
+    "NVFP4": "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=0",
+    "NVFP4, newest 16 in 16 bits": "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=16",
+    "NVFP4, newest 64 in 16 bits": "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=64",
+    "NVFP4, vLLM's": "nvfp4,VLLM_PLUGINS=",
+    "int4, a scale a token and head": "int4_per_token_head",
+    "TurboQuant, 4 bits": "turboquant_4bit_nc",
+}
+"""Title -> what --cache takes. VLLM_PLUGINS= leaves this package out of that engine."""
+
+
+def run(model: str, out: str, more: list[str]) -> int:
+    """Runs the quality command with every cache; its figures go to ``out`` and its picture beside it."""
+    from ..cli import main
+
+    caches = [part for spec in CACHES.values() for part in ("--cache", spec)]
+    picture = str(Path(out).with_suffix(".png"))
+    return main(["quality", model, *caches, "--json", out, "--plot", picture, *more])
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows that README and docs/accuracy.md show."""
+    titles = {spec: title for title, spec in CACHES.items()}
+    lines = [
+        "| KV | perplexity, decode | in chunked prefill | KL | same first token | greedy tokens alike |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["caches"][1:]:
+        decode = row["decode"]
+        cells = [
+            titles.get(row["title"], row["title"]),
+            _percent(decode["perplexity_change"]),
+            _percent(row["prefill"]["perplexity_change"]) if "prefill" in row else "",
+            f"{decode['divergence'][0]:.4f}",
+            f"{100 * decode['same_first'][0]:.1f} %",
+            f"{row['answers'][0]:.0f} of {result['answer']}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = result["versions"]
+    first, end = result["spans"][0][0], result["spans"][-1][1]
+    where = f"{result['hardware']}; vLLM {versions['vllm']}, torch {versions['torch']}"
+    lines += [
+        "",
+        f"Change against 16-bit KV, positions {first:,} to {end - 1:,} of {result['windows']} windows; "
+        f"in brackets 95 % over windows. {where}, {result['date']}, commit {result['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(interval: list[float | None]) -> str:
+    mean, low, high = interval
+    assert mean is not None
+    if low is None or high is None:
+        return f"{100 * mean:+.2f} %"
+    return f"{100 * mean:+.2f} % ({100 * low:.2f} .. {100 * high:.2f})"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["table"]:
+        print(table(json.loads(Path(sys.argv[2]).read_text())))
+    else:
+        sys.exit(run(sys.argv[2], sys.argv[3], sys.argv[4:]))

@@ -1,0 +1,42 @@
+"""A picture of `results.compare`: what each cache costs in decode, in all and by position."""
+
+from pathlib import Path
+from typing import Any
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Writes an image file; the suffix says which kind.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["caches"][1:]
+    figure, (whole, along) = pyplot.subplots(
+        1, 2, figsize=(10, 3.6), width_ratios=(2, 3), layout="constrained"
+    )
+    for at, row in enumerate(rows):
+        mean, low, high = (100 * x if x is not None else None for x in row["decode"]["perplexity_change"])
+        error = None if low is None else [[mean - low], [high - mean]]
+        whole.barh(at, mean, xerr=error, color=f"C{at}", capsize=3)
+        middles = [(first + end) / 2 for first, end in result["spans"]]
+        along.plot(
+            middles,
+            [100 * x[0] for x in row["decode"]["by_position"]],
+            "o-",
+            color=f"C{at}",
+            label=row["title"],
+        )
+    whole.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    whole.invert_yaxis()
+    whole.set_xlabel("change of perplexity in decode, %")
+    along.set_xlabel("position")
+    along.legend()
+    for axes in (whole, along):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
