@@ -1,6 +1,6 @@
 """newest_step and the writer's copy of the newest tokens, against a model of what each place holds."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,28 +11,17 @@ from vllm_xlayer import ops
 from vllm_xlayer.ops.newest import JUST_STARTED
 
 ROWS, HEADS, HEAD_SIZE = 3, 2, 64
-NOBODY = (-1, -1)
-
-
-@dataclass
-class Request:
-    """A request in a row: how often it was started, and its position."""
-
-    name: int
-    tokens: int = 0
 
 
 @dataclass
 class Machine:
-    """Rows whose places hold (start, position, draft) of whoever wrote them last: nothing of `first` and `end`."""
+    """Rows whose places hold (start, position, version) of whoever wrote them last."""
 
     places: int
-    state: torch.Tensor = field(
-        default_factory=lambda: torch.full((ROWS, 2), JUST_STARTED, dtype=torch.int32)
-    )
     starts: int = 0
 
     def __post_init__(self):
+        self.state = torch.full((ROWS, 2), JUST_STARTED, dtype=torch.int32)
         self.held = {(row, place): None for row in range(ROWS) for place in range(self.places)}
         self.running: dict[int, int] = {}  # row -> its start's number
         self.truth: dict[int, list[int]] = {}  # row -> version of each position, as the pages have it
@@ -89,7 +78,7 @@ class Machine:
 @pytest.mark.parametrize("places", [16, 64])
 @pytest.mark.parametrize("seed", range(40))
 def test_what_may_be_read_is_what_this_request_wrote(places, seed):
-    """Rows reused, prompts found in the cache, chunks, drafts rejected and written over, going back, padding."""
+    """Rows reused, prompts found in the cache, chunks, drafts rejected and written over, padding."""
     rng = np.random.default_rng(seed)
     machine = Machine(places)
     for _ in range(120):
@@ -113,14 +102,8 @@ def test_as_much_as_possible_is_read():
     """Not less than a row holds: whatever is refused costs accuracy."""
     machine = Machine(32)
     machine.start(1, 16)
-    for first, tokens, expected in [
-        (16, 1, 16),
-        (17, 4, 16),
-        (19, 1, 16),
-        (20, 100, 88),
-        (120, 8, 96),
-        (121, 1, 96),
-    ]:
+    steps = [(16, 1, 16), (17, 4, 16), (19, 1, 16), (20, 100, 88), (120, 8, 96), (121, 1, 96)]
+    for first, tokens, expected in steps:
         machine.step([(1, first, tokens)])
         assert machine.begin == expected
 

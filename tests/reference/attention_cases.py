@@ -44,8 +44,9 @@ class Case:
     small_v: bool = False
     """V of about 0.005: its block scales are subnormal numbers."""
     newest: int = 0
-    """Places of a row of unquantised newest tokens; 0: there is no such memory. Which of a request's tokens are
-    read from there is drawn; their pages are poisoned, and so is every place that no token is read from."""
+    """Places of a row of unquantised newest tokens; 0: there is no such memory. Which of a request's tokens
+    are read from there is drawn; their pages are poisoned, and so is every place that no token is read from.
+    """
     split_units: int = 0
     seed: int = 0
 

@@ -158,8 +158,8 @@ def nvfp4_paged_attention(
             exp(score), the sink's term included.
         scale_order: the ``ScaleOrder`` the pages were written with.
         newest: (rows, 2, H, n, D) of q's dtype, dense, or None: memory of each running request's newest
-            tokens, as in ``reshape_and_cache_nvfp4``. Token p of request r is read from place p % n of its row
-            there, and not from its page, where p // 16 * 16 >= newest_from[r].
+            tokens, as in ``reshape_and_cache_nvfp4``. Token p of request r is read from place p % n of its
+            row there, and not from its page, where p // 16 * 16 >= newest_from[r].
         newest_rows: int32 [R] with ``newest``; anything where the request reads none.
         newest_from: int32 [R] with ``newest``, at least seq_len - n, as ``newest_step`` makes them.
 

@@ -34,7 +34,8 @@ def newest_step(
         state: int32 [rows, 2]: the first token that this request wrote into its row, and one past the
             furthest. Updated.
         newest_slots: int64 [T]. Written: row * newest_tokens + place of each token, or -1.
-        newest_from: int32 [R]. Written: the first token that may be read from its place; past seq_len if none.
+        newest_from: int32 [R]. Written: the first token that may be read from its place; if there is none,
+            one past seq_len.
         newest_tokens: places of a row, a multiple of 16.
     """
     require_cuda_build("newest_step", state)

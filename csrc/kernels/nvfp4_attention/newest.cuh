@@ -3,18 +3,17 @@
 //
 // Fragments are those of tile.cuh: a lane has of K rows g and g + 8, of V tokens t, t + 4, t + 8 and t + 12, and
 // the same dimensions of them. So Q's fragments, the softmax and the output's order are the same. What differs is
-// the unit: dequantised values are 2^-14 of what they stand for without the global scale, these become halves
-// times 2^-NEWEST_SHIFT. Scores are brought to the pages' unit; the output goes into the other unit before the
-// loop, and back after it (to_newest_unit, to_page_unit).
+// the unit. Both leave the global scale to others; but dequantised values are 2^-14 of what they stand for, which
+// would be too small for halves that have all their bits. These are NEWEST_UNIT times it. Scores are brought to
+// the pages' unit; the output goes into the other unit before the loop, and back after it: powers of two.
 #pragma once
 
 #include "query.cuh"
 
 namespace xlayer::attention {
 
-// A half ends at 65504, and bf16 does not: up to 2^22 nothing is lost but what is below 2^-19.
-constexpr int NEWEST_SHIFT = 6;
-constexpr float NEWEST_UNIT = 1.0f / (1 << NEWEST_SHIFT);
+// Pages end at 2688 times the global scale: that is still a half, and so is what is 2^-29 of it.
+constexpr float NEWEST_UNIT = 16.0f;
 
 template <class C>
 class NewestTile {
@@ -24,13 +23,15 @@ class NewestTile {
       : p_(p),
         k_(static_cast<const uint16_t*>(p.newest) +
            newest_offset(p.page, p.newest_tokens, row, false, kv_head, 0)),
-        v_(k_ + int64_t(p.page.heads) * p.newest_tokens * C::D) {}
+        v_(k_ + int64_t(p.page.heads) * p.newest_tokens * C::D),
+        k_unit_(NEWEST_UNIT / *p.k_scale),
+        v_unit_(NEWEST_UNIT / *p.v_scale) {}
 
   __device__ __forceinline__ void to_newest_unit(WarpState<C>& state) const {
-    scale_out(state, UNSCALE * *p_.v_scale * NEWEST_UNIT);
+    scale_out(state, UNSCALE * NEWEST_UNIT);
   }
   __device__ __forceinline__ void to_page_unit(WarpState<C>& state) const {
-    scale_out(state, 1.0f / (UNSCALE * *p_.v_scale * NEWEST_UNIT));
+    scale_out(state, 1.0f / (UNSCALE * NEWEST_UNIT));
   }
 
   __device__ __forceinline__ void attend(WarpState<C>& state, const TileMask& mask) const {
@@ -56,12 +57,12 @@ class NewestTile {
     }
   }
 
-  // Two elements as halves times NEWEST_UNIT; beyond a half's range, its largest.
-  __device__ __forceinline__ uint32_t halves(uint32_t pair) const {
+  // Two elements times `unit` as halves; beyond a half's range, its largest.
+  __device__ __forceinline__ uint32_t halves(uint32_t pair, float unit) const {
     constexpr float MOST = 65504.0f;
     float2 x = to_float2(pair, p_.dtype);
     // fminf would make a number of a NaN.
-    x.x = x.x * NEWEST_UNIT, x.y = x.y * NEWEST_UNIT;
+    x.x *= unit, x.y *= unit;
     x.x = x.x > MOST ? MOST : x.x < -MOST ? -MOST : x.x;
     x.y = x.y > MOST ? MOST : x.y < -MOST ? -MOST : x.y;
     return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(x.x, x.y)));
@@ -89,7 +90,8 @@ class NewestTile {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint4 x = words[half][w];
-        const uint32_t a = halves(x.x), b = halves(x.y), c = halves(x.z), d = halves(x.w);
+        const uint32_t a = halves(x.x, k_unit_), b = halves(x.y, k_unit_);
+        const uint32_t c = halves(x.z, k_unit_), d = halves(x.w, k_unit_);
         even[half] = __byte_perm(a, b, 0x5410u), even[2 + half] = __byte_perm(c, d, 0x5410u);
         odd[half] = __byte_perm(a, b, 0x7632u), odd[2 + half] = __byte_perm(c, d, 0x7632u);
       }
@@ -100,11 +102,11 @@ class NewestTile {
                        state.q[n][2 * w + 1][1]);
       }
     }
-    const float to_pages = 1.0f / (UNSCALE * *p_.k_scale * NEWEST_UNIT);
+    constexpr float TO_PAGES = 1.0f / (UNSCALE * NEWEST_UNIT);
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] *= to_pages;
+      for (int i = 0; i < 4; ++i) s[n][i] *= TO_PAGES;
     }
   }
 
@@ -131,7 +133,7 @@ class NewestTile {
         uint32_t x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          x[i] = halves(j == 0 ? words[i].x : j == 1 ? words[i].y : j == 2 ? words[i].z : words[i].w);
+          x[i] = halves(j == 0 ? words[i].x : j == 1 ? words[i].y : j == 2 ? words[i].z : words[i].w, v_unit_);
         }
         const uint32_t a[4] = {__byte_perm(x[0], x[1], 0x5410u), __byte_perm(x[0], x[1], 0x7632u),
                                __byte_perm(x[2], x[3], 0x5410u), __byte_perm(x[2], x[3], 0x7632u)};
@@ -151,6 +153,7 @@ class NewestTile {
 
   const Nvfp4AttentionParams& p_;
   const uint16_t *k_, *v_;
+  const float k_unit_, v_unit_;
 };
 
 }  // namespace xlayer::attention
