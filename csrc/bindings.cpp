@@ -8,7 +8,8 @@
 STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
   m.def(
       "reshape_and_cache_nvfp4(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
-      "Tensor k_scale, Tensor v_scale, int scale_order, int scale_choice) -> ()");
+      "Tensor k_scale, Tensor v_scale, int scale_order, int scale_choice, Tensor(b!)? newest=None, "
+      "Tensor? newest_slots=None) -> ()");
   m.def(
       "gather_nvfp4(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seqlens, "
       "Tensor k_scale, Tensor v_scale, Tensor(a!) k_out, Tensor(b!) v_out, int scale_order) -> ()");
@@ -19,7 +20,11 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
       "nvfp4_paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor(d!) schedule, Tensor k_scale, Tensor v_scale, Tensor(a!) out, Tensor(b!)? lse, Tensor? sinks, "
       "Tensor(c!) workspace, float scale, int q_len, int window, float soft_cap, int scale_order, "
-      "int parts, int split_units) -> ()");
+      "int parts, int split_units, Tensor? newest=None, Tensor? newest_rows=None, "
+      "Tensor? newest_from=None) -> ()");
+  m.def(
+      "newest_step(Tensor query_starts, Tensor seq_lens, Tensor rows, Tensor slot_mapping, Tensor(a!) state, "
+      "Tensor(b!) newest_slots, Tensor(c!) newest_from, int newest_tokens) -> ()");
   m.def("nvfp4_attention_parts(Tensor like, int head_size, int rows) -> int");
   m.def(
       "nvfp4_attention_workspace_size(Tensor like, int requests, int max_tokens, int q_len, "
@@ -34,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CPU, m) {
   m.impl("nvfp4_paged_attention", TORCH_BOX(&xlayer::api::nvfp4_paged_attention_cpu));
   m.impl("nvfp4_attention_parts", TORCH_BOX(&xlayer::api::nvfp4_attention_parts_cpu));
   m.impl("nvfp4_attention_workspace_size", TORCH_BOX(&xlayer::api::nvfp4_attention_workspace_size_cpu));
+  m.impl("newest_step", TORCH_BOX(&xlayer::api::newest_step_cpu));
   m.impl("copy_blocks", TORCH_BOX(&xlayer::api::copy_blocks_cpu));
 }
 
@@ -45,6 +51,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CUDA, m) {
   m.impl("nvfp4_paged_attention", TORCH_BOX(&xlayer::api::nvfp4_paged_attention_cuda));
   m.impl("nvfp4_attention_parts", TORCH_BOX(&xlayer::api::nvfp4_attention_parts_cuda));
   m.impl("nvfp4_attention_workspace_size", TORCH_BOX(&xlayer::api::nvfp4_attention_workspace_size_cuda));
+  m.impl("newest_step", TORCH_BOX(&xlayer::api::newest_step_cuda));
   m.impl("copy_blocks", TORCH_BOX(&xlayer::api::copy_blocks_cuda));
 }
 #endif

@@ -100,6 +100,25 @@ void check_global_scale(const char* name, const Tensor& tensor, const Tensor& kv
   STD_TORCH_CHECK(tensor.numel() == 1, name, ": expected one element, got shape ", shape_name(tensor));
 }
 
+void check_newest_pair(const char* name, const std::optional<Tensor>& tensor, const std::optional<Tensor>& newest) {
+  STD_TORCH_CHECK(tensor.has_value() == newest.has_value(), name, ": expected ", newest ? "a tensor" : "none",
+                  " with", newest ? "" : "out", " newest, got ", tensor ? "one" : "none");
+}
+
+void check_newest(const char* like_name, const Tensor& like, const Tensor& newest, const Page& page) {
+  check_device("newest", newest, like_name, like);
+  check_dtype("newest", newest, {like.scalar_type()});
+  check_rank("newest", newest, 5, "(rows, 2, heads, tokens, head_size)");
+  check_dense("newest", newest);
+  check_rows("newest", newest, true);
+  check_size("newest", newest, 1, 2, "K and V");
+  check_size("newest", newest, 2, page.heads, "the heads of kv_cache");
+  check_size("newest", newest, 4, page.head_size, "the head size of kv_cache");
+  const int64_t tokens = newest.size(3);
+  STD_TORCH_CHECK(tokens > 0 && tokens % GROUP == 0 && tokens <= INT32_MAX, "newest: expected a multiple of ",
+                  GROUP, " tokens a row, got ", tokens);
+}
+
 Dtype float_dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::BFloat16: return Dtype::BF16;

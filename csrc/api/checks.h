@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "../kernels/nvfp4/codec.cuh"
@@ -29,6 +30,11 @@ void check_dense(const char* name, const Tensor& tensor);
 void check_rows(const char* name, const Tensor& tensor, bool aligned);
 void check_size(const char* name, const Tensor& tensor, int64_t dim, int64_t expected, const char* why);
 void check_global_scale(const char* name, const Tensor& tensor, const Tensor& kv_cache);
+
+// `newest` and what says where in it: both or neither.
+void check_newest_pair(const char* name, const std::optional<Tensor>& tensor, const std::optional<Tensor>& newest);
+// newest: (rows, 2, H, tokens, D) of the dtype of `like`, dense.
+void check_newest(const char* like_name, const Tensor& like, const Tensor& newest, const Page& page);
 
 Dtype float_dtype(const Tensor& tensor);
 ScaleOrder scale_order_of(int64_t value, int head_size);

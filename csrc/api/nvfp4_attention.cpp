@@ -90,12 +90,22 @@ void check_sizes_of_q(const Tensor& q, const Tensor& out, const std::optional<Te
   if (sinks) check_size("sinks", *sinks, 0, q.size(1), "the heads of q");
 }
 
+// int32, one a request.
+void check_requests(const char* name, const Tensor& tensor, int64_t requests, const Tensor& kv_cache) {
+  check_device(name, tensor, "kv_cache", kv_cache);
+  check_dtype(name, tensor, {ScalarType::Int});
+  check_rank(name, tensor, 1, "(requests)");
+  check_dense(name, tensor);
+  check_size(name, tensor, 0, requests, "the requests of seq_lens");
+}
+
 Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
                            const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
                            const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
                            const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
                            int64_t q_len, int64_t window, double soft_cap, int64_t scale_order, int64_t parts,
-                           int64_t split_units) {
+                           int64_t split_units, const std::optional<Tensor>& newest,
+                           const std::optional<Tensor>& newest_rows, const std::optional<Tensor>& newest_from) {
   check_device("q", q, "kv_cache", kv_cache);
   check_device("block_table", block_table, "kv_cache", kv_cache);
   check_device("seq_lens", seq_lens, "kv_cache", kv_cache);
@@ -138,6 +148,17 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   check_size("block_table", block_table, 0, R, "the requests of seq_lens");
   check_sizes_of_q(q, out, lse, sinks);
   check_schedule(schedule, R, p);
+  check_newest_pair("newest_rows", newest_rows, newest);
+  check_newest_pair("newest_from", newest_from, newest);
+  if (newest) {
+    check_newest("q", q, *newest, page);
+    check_requests("newest_rows", *newest_rows, R, kv_cache);
+    check_requests("newest_from", *newest_from, R, kv_cache);
+    p.newest = newest->data_ptr();
+    p.newest_rows = static_cast<const int32_t*>(newest_rows->data_ptr());
+    p.newest_from = static_cast<const int32_t*>(newest_from->data_ptr());
+    p.newest_tokens = int(newest->size(3));
+  }
   STD_TORCH_CHECK(std::isfinite(scale) && scale > 0, "scale: expected a positive number, got ", scale);
   STD_TORCH_CHECK(std::isfinite(soft_cap) && soft_cap >= 0,
                   "soft_cap: expected 0 (none) or a positive number, got ", soft_cap);
@@ -186,6 +207,19 @@ void check_indices(const Nvfp4AttentionParams& p, int64_t num_blocks) {
   }
 }
 
+// Whoever has newest tokens has a row, and no more of them than that holds.
+void check_newest_indices(const Nvfp4AttentionParams& p, int64_t rows) {
+  for (int r = 0; r < p.num_requests; ++r) {
+    if (p.newest_from[r] >= p.seq_lens[r]) continue;
+    STD_TORCH_CHECK(p.newest_rows[r] >= 0 && p.newest_rows[r] < rows, "newest_rows: expected rows from 0 to ",
+                    rows - 1, ", got ", p.newest_rows[r], " for request ", r);
+    const int64_t first = std::max<int64_t>(0, int64_t(p.seq_lens[r]) - p.newest_tokens);
+    STD_TORCH_CHECK(p.newest_from[r] >= first, "newest_from: expected at least ", first, " (", p.seq_lens[r],
+                    " tokens, of which a row holds ", p.newest_tokens, "), got ", p.newest_from[r],
+                    " for request ", r);
+  }
+}
+
 }  // namespace
 
 // The CPU op has no parts: it checks what the CUDA op would, and leaves the schedule alone.
@@ -201,11 +235,14 @@ void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Te
                                const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
                                const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
                                int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
-                               int64_t parts, int64_t split_units) {
+                               int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
+                               const std::optional<Tensor>& newest_rows,
+                               const std::optional<Tensor>& newest_from) {
   const Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
-            q_len, window, soft_cap, scale_order, parts, split_units);
+            q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from);
   check_indices(p, kv_cache.size(0));
+  if (newest) check_newest_indices(p, newest->size(0));
   torch::stable::parallel_for(0, int64_t(p.num_requests) * p.page.heads, 1,
                               [&p](int64_t begin, int64_t end) { cpu::nvfp4_attention(p, begin, end); });
 }
@@ -264,10 +301,12 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
                                 const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
                                 int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
-                                int64_t parts, int64_t split_units) {
+                                int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
+                                const std::optional<Tensor>& newest_rows,
+                                const std::optional<Tensor>& newest_from) {
   Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
-            q_len, window, soft_cap, scale_order, parts, split_units);
+            q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from);
   check_head_size(p.page.head_size);
   const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
   const Workspace needed = workspace_of(p, p.num_requests, p.max_blocks * p.page.block_size);

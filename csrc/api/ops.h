@@ -11,7 +11,8 @@ using torch::stable::Tensor;
 
 void reshape_and_cache_nvfp4_cpu(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                                  const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
-                                 int64_t scale_order, int64_t scale_choice);
+                                 int64_t scale_order, int64_t scale_choice, const std::optional<Tensor>& newest,
+                                 const std::optional<Tensor>& newest_slots);
 void gather_nvfp4_cpu(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                       const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
                       const Tensor& k_out, const Tensor& v_out, int64_t scale_order);
@@ -23,18 +24,24 @@ void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Te
                                const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
                                const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
                                int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
-                               int64_t parts, int64_t split_units);
+                               int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
+                               const std::optional<Tensor>& newest_rows,
+                               const std::optional<Tensor>& newest_from);
 int64_t nvfp4_attention_parts_cpu(const Tensor& like, int64_t head_size, int64_t rows);
 int64_t nvfp4_attention_workspace_size_cpu(const Tensor& like, int64_t requests, int64_t max_tokens,
                                            int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
                                            int64_t head_size, int64_t parts, int64_t split_units);
+void newest_step_cpu(const Tensor& query_starts, const Tensor& seq_lens, const Tensor& rows,
+                     const Tensor& slot_mapping, const Tensor& state, const Tensor& newest_slots,
+                     const Tensor& newest_from, int64_t newest_tokens);
 void copy_blocks_cpu(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids,
                      int64_t method);
 
 #if defined(XLAYER_WITH_CUDA)
 void reshape_and_cache_nvfp4_cuda(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                                   const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
-                                  int64_t scale_order, int64_t scale_choice);
+                                  int64_t scale_order, int64_t scale_choice, const std::optional<Tensor>& newest,
+                                  const std::optional<Tensor>& newest_slots);
 void gather_nvfp4_cuda(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                        const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
                        const Tensor& k_out, const Tensor& v_out, int64_t scale_order);
@@ -46,11 +53,16 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
                                 const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
                                 int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
-                                int64_t parts, int64_t split_units);
+                                int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
+                                const std::optional<Tensor>& newest_rows,
+                                const std::optional<Tensor>& newest_from);
 int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_t rows);
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
                                             int64_t head_size, int64_t parts, int64_t split_units);
+void newest_step_cuda(const Tensor& query_starts, const Tensor& seq_lens, const Tensor& rows,
+                      const Tensor& slot_mapping, const Tensor& state, const Tensor& newest_slots,
+                      const Tensor& newest_from, int64_t newest_tokens);
 void copy_blocks_cuda(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids,
                       int64_t method);
 #endif

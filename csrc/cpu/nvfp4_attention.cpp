@@ -13,6 +13,7 @@ namespace {
 constexpr int SCALES = 256;
 constexpr int NIBBLES = 16;
 constexpr int KEYS = 64;  // decoded at a time
+constexpr int TILE = 16;  // tokens that are read from one place
 constexpr double INF = std::numeric_limits<double>::infinity();
 
 // What every (block scale, nibble) stands for without a global scale: exact.
@@ -41,6 +42,12 @@ void decode_token(const Page& page, const uint8_t* page_bytes, bool is_v, int h,
       out[s * GROUP + 2 * i + 1] = values[byte >> 4];
     }
   }
+}
+
+// A token as it was before it was quantised, in units of the global scale, as decode_token has it.
+template <typename T>
+void widen_token(const T* in, int head_size, double global_scale, double* out) {
+  for (int d = 0; d < head_size; ++d) out[d] = double(to_float(in[d])) / global_scale;
 }
 
 // Independent sums, so that the loop becomes vector code.
@@ -119,17 +126,28 @@ void attend(const Nvfp4AttentionParams& p, int r, int h) {
   const Page& page = p.page;
   const double scale = double(p.scale) * double(*p.k_scale);
   const double cap = p.soft_cap;
+  const int64_t newest_from = p.newest != nullptr ? p.newest_from[r] : p.seq_lens[r];
   std::vector<Row> rows = make_rows<T>(p, r, h);
   std::vector<double> k(size_t(KEYS * page.head_size)), v(k.size());
   for (int64_t base = rows.front().first; base < p.seq_lens[r]; base += KEYS) {
     const int64_t end = std::min<int64_t>(base + KEYS, p.seq_lens[r]);
     for (int64_t key = base; key < end; ++key) {
+      double* k_out = &k[size_t((key - base) * page.head_size)];
+      double* v_out = &v[size_t((key - base) * page.head_size)];
+      if (key / TILE * TILE >= newest_from) {
+        const T* newest = static_cast<const T*>(p.newest);
+        const int64_t row = p.newest_rows[r], place = key % p.newest_tokens;
+        widen_token(newest + newest_offset(page, p.newest_tokens, row, false, h, place), page.head_size, *p.k_scale,
+                    k_out);
+        widen_token(newest + newest_offset(page, p.newest_tokens, row, true, h, place), page.head_size, *p.v_scale,
+                    v_out);
+        continue;
+      }
       const int64_t block = p.block_table[r * p.block_table_stride + key / page.block_size];
       const uint8_t* bytes = p.cache + block * p.block_stride;
       const int n = int(key % page.block_size);
-      const int64_t at = (key - base) * page.head_size;
-      decode_token(page, bytes, false, h, n, ScaleOrder::LINEAR, &k[size_t(at)]);
-      decode_token(page, bytes, true, h, n, p.v_order, &v[size_t(at)]);
+      decode_token(page, bytes, false, h, n, ScaleOrder::LINEAR, k_out);
+      decode_token(page, bytes, true, h, n, p.v_order, v_out);
     }
     for (Row& row : rows) {
       for (int64_t key = std::max(base, row.first); key < std::min(end, row.last); ++key) {

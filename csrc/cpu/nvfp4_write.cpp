@@ -22,6 +22,19 @@ void write_token(const Page& page, uint8_t* page_bytes, bool is_v, int n, const 
   }
 }
 
+// One token's K and V, as they are, into its place among the newest.
+template <typename T>
+void write_newest(const Nvfp4WriteParams& p, int64_t slot, const T* key, const T* value) {
+  const size_t D = size_t(p.page.head_size);
+  const int64_t row = slot / p.newest_tokens, place = slot % p.newest_tokens;
+  for (int h = 0; h < p.page.heads; ++h) {
+    T* k = static_cast<T*>(p.newest) + newest_offset(p.page, p.newest_tokens, row, false, h, place);
+    T* v = static_cast<T*>(p.newest) + newest_offset(p.page, p.newest_tokens, row, true, h, place);
+    std::memcpy(k, key + h * p.key_stride_h, D * sizeof(T));
+    std::memcpy(v, value + h * p.value_stride_h, D * sizeof(T));
+  }
+}
+
 template <typename T, ScaleChoice CHOICE>
 void write(const Nvfp4WriteParams& p, int64_t begin, int64_t end) {
   const float k_inv = 1.0f / *p.k_scale;
@@ -38,6 +51,9 @@ void write(const Nvfp4WriteParams& p, int64_t begin, int64_t end) {
                            ScaleOrder::LINEAR);
     write_token<T, CHOICE>(p.page, page, true, n, value + t * p.value_stride_t, p.value_stride_h, v_inv,
                            p.v_order);
+    if (p.newest != nullptr && p.newest_slots[t] >= 0) {
+      write_newest(p, p.newest_slots[t], key + t * p.key_stride_t, value + t * p.value_stride_t);
+    }
   }
 }
 

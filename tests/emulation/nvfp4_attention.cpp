@@ -26,7 +26,9 @@ void run(Nvfp4AttentionParams p) {
     schedule_kernel(p.seq_lens, p.schedule, p.num_requests, p.q_len, p.window, C::UNIT_TOKENS, tiles, p.parts,
                     p.split_units);
   });
-  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] { decode_kernel<C>(p); });
+  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
+    p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p);
+  });
   for (int64_t i = Schedule::counters(p.num_requests); i < int64_t(schedule.size()); ++i) {
     if (schedule[i] > 0) simt::fail("a counter is not 0 after the launch");  // -1: never used
   }
@@ -61,6 +63,9 @@ struct Args {
   const float *k_scale, *v_scale, *sinks;
   double scale, soft_cap;
   int64_t window, swizzled, parts, split_units, late_copies, warps;
+  const void* newest;
+  const int32_t *newest_rows, *newest_from;
+  int64_t newest_tokens;
 };
 
 // Tile rows are chosen as launch.cu does; warps: 4, or 16 where there is such a kernel. Returns 1 for a head
@@ -96,6 +101,10 @@ extern "C" int run_nvfp4_attention(const Args* a) {
   p.v_order = a->swizzled ? xlayer::ScaleOrder::SWIZZLED : xlayer::ScaleOrder::LINEAR;
   p.parts = int(a->parts);
   p.split_units = int(a->split_units);
+  p.newest = a->newest;
+  p.newest_rows = a->newest_rows;
+  p.newest_from = a->newest_from;
+  p.newest_tokens = int(a->newest_tokens);
   simt::machine().late_copies = a->late_copies != 0;
 
   const int rows = p.q_len * (p.num_q_heads / p.page.heads);

@@ -38,6 +38,7 @@ def cases(draw) -> Case:
         k_scale=draw(st.sampled_from([1.0, 0.37])),
         v_scale=draw(st.sampled_from([1.0, 2.9])),
         all_scales=draw(st.booleans()),
+        newest=draw(st.sampled_from([0, 16, 32, 48, 128])),
         split_units=draw(st.just(0) | st.integers(1, 5)),
         seed=draw(st.integers(0, 2**31)),
     )

@@ -67,6 +67,32 @@ def test_what_models_look_like(case):
     check(case)
 
 
+@pytest.mark.parametrize("places", [16, 64, 128])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 112, 128, 192, 256])
+def test_newest_tokens(head_size, places):
+    """Tiles of unquantised tokens, of none to all of a request's; everything that is not read is NaN."""
+    check(Case((*AROUND, 300), head_size=head_size, newest=places, seed=places), parts=5)
+    check(Case((*AROUND, 300), 2, head_size=head_size, newest=places, window=40, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(("q_len", "group"), [(1, 16), (4, 4), (8, 16)], ids=str)
+def test_newest_tokens_of_many_rows(q_len, group):
+    for head_size in (64, 128, 256):
+        check(Case((1, 64, 130), q_len, group=group, head_size=head_size, kv_heads=1, newest=32))
+
+
+def test_newest_tokens_beside_all_else():
+    check(Case((1, 40, 0, 300), 3, soft_cap=5.0, sinks=True, k_scale=0.013, v_scale=20.0, newest=64))
+    check(Case((17, 700), newest=48, block_size=48, split_units=2, order=ScaleOrder.SWIZZLED))
+    check(Case((40, 700, 1300), newest=64, sinks=True), warps=16)
+    check(Case((40, 200), q_size=1e4, all_scales=True, newest=64))
+
+
+@pytest.mark.parametrize("case", SHARP, ids=str)
+def test_newest_tokens_of_what_models_look_like(case):
+    check(replace(case, newest=64))
+
+
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_sixteen_warps(head_size):
     """Thread blocks that small batches get: units of 256 tokens."""

@@ -10,6 +10,7 @@ from reference.pools import Pool, make_pool, scalar
 from vllm_xlayer import ops
 from vllm_xlayer.nvfp4 import ScaleOrder
 
+TILE = 16  # tokens that come from one place
 NEVER_WRITTEN = 2  # blocks of each pool that stay poisoned
 LSE_ERROR = 1e-3
 FLOAT32_ERROR = 1e-6  # relative: an LSE in the tens of thousands is a float32, too
@@ -42,6 +43,10 @@ class Case:
     """Sixteen channels of K are sixteen times as large as the others, so logits are about 6."""
     small_v: bool = False
     """V of about 0.005: its block scales are subnormal numbers."""
+    newest: int = 0
+    """Places of a row of unquantised newest tokens; 0: there is no such memory. Which of a request's tokens
+    are read from there is drawn; their pages are poisoned, and so is every place that no token is read from.
+    """
     split_units: int = 0
     seed: int = 0
 
@@ -92,6 +97,10 @@ class Batch:
     k_scale: torch.Tensor
     v_scale: torch.Tensor
     sinks: torch.Tensor | None
+    newest: torch.Tensor | None = None
+    """[rows, 2, H, n, D] of q's dtype"""
+    newest_rows: torch.Tensor | None = None
+    newest_from: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -101,9 +110,12 @@ class Batch:
         """The batch of some of the requests."""
         q = self.q.unflatten(0, (-1, self.case.q_len))[requests].flatten(0, 1)
         case = replace(self.case, lengths=tuple(self.case.lengths[r] for r in requests))
+        rows = None if self.newest_rows is None else self.newest_rows[requests]
+        first = None if self.newest_from is None else self.newest_from[requests]
         return replace(
-            self, case=case, q=q, block_table=self.block_table[requests], seq_lens=self.seq_lens[requests]
-        )
+            self, case=case, q=q, block_table=self.block_table[requests], seq_lens=self.seq_lens[requests],
+            newest_rows=rows, newest_from=first,
+        )  # fmt: skip
 
     def workspace(self, max_requests: int | None = None) -> ops.AttentionWorkspace:
         """Poisoned, as memory may be."""
@@ -141,6 +153,9 @@ class Batch:
             sinks=self.sinks,
             lse=lse,
             scale_order=c.order,
+            newest=self.newest,
+            newest_rows=self.newest_rows,
+            newest_from=self.newest_from,
         )
 
     def run(self, workspace: ops.AttentionWorkspace | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,6 +194,7 @@ def make_batch(case: Case, device: torch.device) -> Batch:
     n = case.block_size
     full = [length // n for length in case.lengths]
     partial = [int(length % n > 0) for length in case.lengths]
+    newest_from = _draw_newest_from(case, rng)
     shared = max(1, sum(full) * 2 // 3)
     firsts = len(case.lengths) if case.first_logit else 0
     ids = rng.permutation(shared + sum(partial) + NEVER_WRITTEN + firsts)
@@ -197,6 +213,7 @@ def make_batch(case: Case, device: torch.device) -> Batch:
             blocks = np.append(blocks, own_ids[sum(partial[:r])])
         table[r, first // n : len(blocks)] = blocks[first // n :]
         tokens = np.arange(first, length)
+        tokens = tokens[tokens // TILE * TILE < newest_from[r]]
         seen[blocks[tokens // n], tokens % n] = True
 
     pool = make_pool(device, len(ids), case.kv_heads, n, case.head_size)
@@ -233,6 +250,8 @@ def make_batch(case: Case, device: torch.device) -> Batch:
         fused[:, :width] += _towards_first_tokens(case, pages, table).flatten(1)
     q = fused.to(case.dtype).to(device)[:, :width].unflatten(1, (case.heads, case.head_size))
     sinks = torch.randn(case.heads, generator=generator) * 2 if case.sinks else None
+    newest, newest_rows = _make_newest(case, newest_from, rng, generator)
+    with_newest = () if newest is None else (newest, newest_rows, torch.from_numpy(newest_from))
     return Batch(
         case,
         pool,
@@ -242,7 +261,41 @@ def make_batch(case: Case, device: torch.device) -> Batch:
         scalar(case.k_scale, device),
         scalar(case.v_scale, device),
         None if sinks is None else sinks.to(device),
+        *(t.to(device) for t in with_newest),
     )
+
+
+def _draw_newest_from(case: Case, rng: np.random.Generator) -> np.ndarray:
+    """int32 [R]: from which token on each request's are read unquantised; past its tokens for some."""
+    lengths = np.array(case.lengths, dtype=np.int64)
+    low = np.maximum(lengths - case.newest, 0)
+    drawn = rng.integers(low, lengths + 1)
+    # Half of them all that a row holds; a fifth none.
+    how = rng.random(len(lengths))
+    drawn = np.where(how < 0.5, low, np.where(how < 0.7, 2**31 - 1, drawn))
+    return (drawn if case.newest else np.full_like(drawn, 2**31 - 1)).astype(np.int32)
+
+
+def _make_newest(
+    case: Case, newest_from: np.ndarray, rng: np.random.Generator, generator: torch.Generator
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(memory, int32 rows [R]): Gaussian tokens at the places that are read, NaN elsewhere."""
+    requests = len(case.lengths)
+    rows = torch.from_numpy(rng.permutation(requests + 2)[:requests].astype(np.int32))
+    if not case.newest:
+        return None, rows
+    shape = (requests + 2, 2, case.kv_heads, case.newest, case.head_size)
+    memory = torch.full(shape, torch.nan, dtype=case.dtype)
+    size = torch.tensor([case.k_scale * (400 if case.all_scales else 1), case.v_scale])
+    size *= torch.tensor([1.0, 0.005 if case.small_v else 1.0])
+    for r, length in enumerate(case.lengths):
+        tokens = np.arange(case.first_seen(length), length)
+        places = tokens[tokens // TILE * TILE >= newest_from[r]] % case.newest
+        values = torch.randn(2, case.kv_heads, len(places), case.head_size, generator=generator)
+        memory[int(rows[r])][:, :, places] = (values * size[:, None, None, None]).to(case.dtype)
+        if newest_from[r] >= length:
+            rows[r] = -1 if rng.random() < 0.5 else 2**30  # not read
+    return memory, rows
 
 
 def _towards_first_tokens(case: Case, pages: np.ndarray, table: np.ndarray) -> torch.Tensor:
@@ -298,6 +351,11 @@ def check_batch(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> None:
         tokens = torch.arange(c.first_seen(length), length)
         blocks = table[r, tokens // c.block_size]
         k, v = k_pool[blocks, tokens % c.block_size], v_pool[blocks, tokens % c.block_size]
+        if batch.newest is not None:
+            newest = tokens // TILE * TILE >= batch.newest_from[r].item()
+            if newest.any():
+                memory = batch.newest.cpu()[int(batch.newest_rows[r])].double()
+                k[newest], v[newest] = memory[:, :, tokens[newest] % c.newest].transpose(1, 2)
         exact, exact_lse = ref.attention(q[rows], k, v, softmax)
         plain = ref.attention_in(dtype, q[rows], k, v, softmax)
         what = f"request {r} of {length} tokens in {c}"

@@ -30,6 +30,7 @@ FIELDS = [
     ("scale", DOUBLE), ("soft_cap", DOUBLE),
     ("window", INT), ("swizzled", INT), ("parts", INT), ("split_units", INT), ("late_copies", INT),
     ("warps", INT),
+    ("newest", POINTER), ("newest_rows", POINTER), ("newest_from", POINTER), ("newest_tokens", INT),
 ]  # fmt: skip
 
 
@@ -100,6 +101,8 @@ class EmulatedBatch(Batch):
             c.softmax_scale, c.soft_cap,
             c.window, int(c.order), self.parts, c.split_units, self.late_copies,
             self.warps,
+            *(None if t is None else t.data_ptr() for t in (self.newest, self.newest_rows, self.newest_from)),
+            c.newest,
         )  # fmt: skip
         assert library("nvfp4_attention").run_nvfp4_attention(ctypes.byref(args)) == 0
 

@@ -12,6 +12,7 @@ CPU they are always checked.
 from .attention import AttentionWorkspace, nvfp4_attention_schedule, nvfp4_paged_attention
 from .cache import CopyMethod, copy_blocks, gather_nvfp4, reshape_and_cache_nvfp4
 from .extension import DEBUG_ENV, ExtensionMissingError, build_info, load
+from .newest import newest_step
 
 __all__ = [
     "DEBUG_ENV",
@@ -22,6 +23,7 @@ __all__ = [
     "copy_blocks",
     "gather_nvfp4",
     "load",
+    "newest_step",
     "nvfp4_attention_schedule",
     "nvfp4_paged_attention",
     "reshape_and_cache_nvfp4",

@@ -127,6 +127,9 @@ def nvfp4_paged_attention(
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     scale_order: int = ScaleOrder.LINEAR,
+    newest: torch.Tensor | None = None,
+    newest_rows: torch.Tensor | None = None,
+    newest_from: torch.Tensor | None = None,
 ) -> None:
     """Attend from the last ``q_len`` tokens of each request to the request's tokens in an NVFP4 cache.
 
@@ -154,6 +157,11 @@ def nvfp4_paged_attention(
         lse: float32 [Hq, R * q_len] or None; last dimension dense. Written: natural logarithm of the sum of
             exp(score), the sink's term included.
         scale_order: the ``ScaleOrder`` the pages were written with.
+        newest: (rows, 2, H, n, D) of q's dtype, dense, or None: memory of each running request's newest
+            tokens, as in ``reshape_and_cache_nvfp4``. Token p of request r is read from place p % n of its
+            row there, and not from its page, where p // 16 * 16 >= newest_from[r].
+        newest_rows: int32 [R] with ``newest``; anything where the request reads none.
+        newest_from: int32 [R] with ``newest``, at least seq_len - n, as ``newest_step`` makes them.
 
     A NaN in a cached token makes the heads NaN that it belongs to; a NaN in a query makes its head and token
     NaN. With several query tokens, on CUDA, a NaN in V of a new token also reaches the earlier new ones.
@@ -162,6 +170,8 @@ def nvfp4_paged_attention(
     load()
     if debug() and seq_lens.is_cuda:
         _check_indices(kv_cache, block_table, seq_lens, q_len, window)
+        if newest is not None and newest_rows is not None and newest_from is not None:
+            _check_newest_indices(seq_lens, newest, newest_rows, newest_from)
     torch.ops.vllm_xlayer.nvfp4_paged_attention(
         q,
         kv_cache,
@@ -181,7 +191,24 @@ def nvfp4_paged_attention(
         int(scale_order),
         workspace.parts_for(q_len),
         workspace.split_units,
+        newest,
+        newest_rows,
+        newest_from,
     )
+
+
+def _check_newest_indices(
+    seq_lens: torch.Tensor, newest: torch.Tensor, newest_rows: torch.Tensor, newest_from: torch.Tensor
+) -> None:
+    """Debug mode's check of what lies in device memory; the CPU op does the same."""
+    rows, tokens = newest.shape[0], newest.shape[3]
+    table = zip(seq_lens.tolist(), newest_rows.tolist(), newest_from.tolist(), strict=True)
+    for r, (length, row, first) in enumerate(table):
+        if first < length and not (0 <= row < rows and first >= max(0, length - tokens)):
+            raise RuntimeError(
+                f"newest: expected a row below {rows} and tokens from {max(0, length - tokens)} on, got row "
+                f"{row} and tokens from {first} on for request {r}"
+            )
 
 
 def _check_indices(

@@ -27,6 +27,8 @@ def reshape_and_cache_nvfp4(
     v_scale: torch.Tensor,
     scale_order: int = ScaleOrder.LINEAR,
     scale_choice: int = ScaleChoice.BEST_OF_9,
+    newest: torch.Tensor | None = None,
+    newest_slots: torch.Tensor | None = None,
 ) -> None:
     """Quantise new tokens and write them into their slots of one layer's NVFP4 cache.
 
@@ -41,6 +43,10 @@ def reshape_and_cache_nvfp4(
         v_scale: the same for V.
         scale_order: a ``ScaleOrder``, of V's block scales. SWIZZLED needs D to be a multiple of 64.
         scale_choice: a ``ScaleChoice``.
+        newest: (rows, 2, H, n, D) of key's dtype, dense, n a multiple of 16, or None: memory of each running
+            request's newest n tokens as they are, K and then V. Written in place.
+        newest_slots: int64 [t] with ``newest``: row * n + place of each token, or -1 to leave it out, as
+            ``newest_step`` makes them.
 
     A NaN makes its group of 16 elements NaN; Inf and values beyond 2688 * global scale become +-2688 *
     global scale. Neither changes another group.
@@ -55,8 +61,9 @@ def reshape_and_cache_nvfp4(
                 f"slot_mapping: expected -1 or slots below {slots}, got values from {low} to {high}"
             )
     torch.ops.vllm_xlayer.reshape_and_cache_nvfp4(
-        key, value, kv_cache, slot_mapping, k_scale, v_scale, int(scale_order), int(scale_choice)
-    )
+        key, value, kv_cache, slot_mapping, k_scale, v_scale, int(scale_order), int(scale_choice), newest,
+        newest_slots,
+    )  # fmt: skip
 
 
 def gather_nvfp4(

@@ -7,6 +7,7 @@
 
 #include "combine.cuh"
 #include "load.cuh"
+#include "newest.cuh"
 #include "query.cuh"
 
 namespace xlayer::attention {
@@ -69,15 +70,40 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
   if (!run.whole() && comes_last<C>(p, run)) combine<C>(p, run, rows);
 }
 
-// A run from its first copy to its result. All threads of the block take part.
+// The first token of a request's newest, at the begin of a tile: from there on nothing is read from pages.
+template <bool NEWEST>
+__device__ __forceinline__ int newest_token(const Nvfp4AttentionParams& p, int request, int seq_len) {
+  if (!NEWEST) return seq_len;
+  const int from = p.newest_from[request];
+  return from < seq_len ? (from + TILE - 1) / TILE * TILE : seq_len;
+}
+
+// This warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, WARPS apart.
 template <class C>
+__device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
+                                              TileMask& mask, int tile, int last_tile) {
+  if (tile >= last_tile) return;
+  const NewestTile<C> newest(p, p.newest_rows[run.request], run.kv_head);
+  newest.to_newest_unit(state);
+#pragma unroll 1
+  for (; tile < last_tile; tile += C::WARPS) {
+    mask.first_token = tile * TILE;
+    newest.attend(state, mask);
+  }
+  newest.to_page_unit(state);
+}
+
+// A run from its first copy to its result. All threads of the block take part.
+template <class C, bool NEWEST>
 __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
                                            TileLoader<C>& loader, const LaneOffsets<C>& at, float* shared) {
   const int warp = ptx::uniform(threadIdx.x / 32);
   const int seq_len = p.seq_lens[run.request];
   const Range keys = key_range(seq_len, p.q_len, p.window, C::UNIT_TOKENS);
   const int first_tile = (keys.begin_unit + run.begin) * C::WARPS + warp;
-  const int last_tile = min((keys.begin_unit + run.end) * C::WARPS, (keys.last + TILE - 1) / TILE);
+  const int run_end = min((keys.begin_unit + run.end) * C::WARPS, (keys.last + TILE - 1) / TILE);
+  const int last_tile =
+      NEWEST ? min(run_end, (newest_token<NEWEST>(p, run.request, seq_len) + TILE - 1) / TILE) : run_end;
   const int count =
       ptx::uniform(last_tile > first_tile ? (last_tile - first_tile + C::WARPS - 1) / C::WARPS : 0);
   loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
@@ -121,10 +147,12 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   }
   ptx::cp_async_wait<0>();
   __syncwarp();
+  if constexpr (NEWEST) attend_newest(p, run, state, mask, ptx::uniform(first_tile + count * C::WARPS), run_end);
   merge_and_store(p, state, run, shared);
 }
 
-template <class C>
+// NEWEST: there may be tiles of newest tokens. A variant of its own, so that the other stays what it is.
+template <class C, bool NEWEST>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     decode_kernel(const __grid_constant__ Nvfp4AttentionParams p) {
   XLAYER_DYNAMIC_SHARED(shared);
@@ -169,7 +197,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       run.last_part = ptx::uniform((begin + units - 1) / chunk);
       run.starts_inside = begin != run.first_part * chunk;
       run.slot = slot_of(p, part, position != part_begin);
-      attend_run(p, run, state, loader, at, merge);
+      attend_run<C, NEWEST>(p, run, state, loader, at, merge);
       position += advance;
       while (position < part_end && begins[request + 1] <= position) ++request;
     }

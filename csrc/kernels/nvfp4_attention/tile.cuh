@@ -102,6 +102,60 @@ class Tile {
     multiply_v(state, stage, at, p, mask);
   }
 
+  // S^T becomes what gives the capped logits when it is multiplied by the factor.
+  __device__ __forceinline__ static void cap(float (&s)[C::NT][4], float soft_cap,
+                                             const WarpState<C>& state) {
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // tanh(x) = 1 - 2 / (1 + e^2x): more exact than tanh.approx.
+        const float factor = state.factor[n][i % 2];
+        const float x = __fdividef(s[n][i] * factor, soft_cap * LOG2E);
+        const float tanh_x = 1.0f - __fdividef(2.0f, 1.0f + ptx::exp2_approx(2.0f * LOG2E * x));
+        s[n][i] = __fdividef(soft_cap * LOG2E * tanh_x, factor);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void mask_logits(float (&s)[C::NT][4], const TileMask& mask) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int token = mask.first_token + token_of_row(g);
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = mask.first_row + n * ROWS + 2 * t + i % 2;
+        const int query = mask.last - mask.q_len + row / mask.group;
+        const int key = token + (i / 2) * 8;
+        const bool seen = key <= query && (mask.window == 0 || key > query - mask.window);
+        if (!seen) s[n][i] = -INFINITY;
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4],
+                                                 uint32_t (&p)[C::NT][2]) {
+    bool grows = false;
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) grows = grows || fmaxf(s[n][j], s[n][2 + j]) > state.limit[n][j];
+    }
+    if (__any_sync(0xFFFFFFFFu, grows)) rescale(state, s);
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+      float e[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        e[i] = ptx::exp2_approx(fmaf(s[n][i], state.factor[n][i % 2], -state.max[n][i % 2]));
+        state.sum[n][i % 2] += e[i];
+      }
+      p[n][0] = ptx::transpose_8x8(pack(e[0], e[1]));
+      p[n][1] = ptx::transpose_8x8(pack(e[2], e[3]));
+    }
+  }
+
  private:
   __device__ __forceinline__ static void multiply_k(const WarpState<C>& state, uint32_t stage,
                                                     const LaneOffsets<C>& at, float (&s)[C::NT][4]) {
@@ -166,60 +220,6 @@ class Tile {
   __device__ __forceinline__ static __half2 scale_of_word(const __half2* scales, int w) {
     if constexpr (C::DP == 64) return scales[0];
     return w % 4 < 2 ? __low2half2(scales[w / 4]) : __high2half2(scales[w / 4]);
-  }
-
-  // S^T becomes what gives the capped logits when it is multiplied by the factor.
-  __device__ __forceinline__ static void cap(float (&s)[C::NT][4], float soft_cap,
-                                             const WarpState<C>& state) {
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        // tanh(x) = 1 - 2 / (1 + e^2x): more exact than tanh.approx.
-        const float factor = state.factor[n][i % 2];
-        const float x = __fdividef(s[n][i] * factor, soft_cap * LOG2E);
-        const float tanh_x = 1.0f - __fdividef(2.0f, 1.0f + ptx::exp2_approx(2.0f * LOG2E * x));
-        s[n][i] = __fdividef(soft_cap * LOG2E * tanh_x, factor);
-      }
-    }
-  }
-
-  __device__ __forceinline__ static void mask_logits(float (&s)[C::NT][4], const TileMask& mask) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int token = mask.first_token + token_of_row(g);
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = mask.first_row + n * ROWS + 2 * t + i % 2;
-        const int query = mask.last - mask.q_len + row / mask.group;
-        const int key = token + (i / 2) * 8;
-        const bool seen = key <= query && (mask.window == 0 || key > query - mask.window);
-        if (!seen) s[n][i] = -INFINITY;
-      }
-    }
-  }
-
-  __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4],
-                                                 uint32_t (&p)[C::NT][2]) {
-    bool grows = false;
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) grows = grows || fmaxf(s[n][j], s[n][2 + j]) > state.limit[n][j];
-    }
-    if (__any_sync(0xFFFFFFFFu, grows)) rescale(state, s);
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-      float e[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        e[i] = ptx::exp2_approx(fmaf(s[n][i], state.factor[n][i % 2], -state.max[n][i % 2]));
-        state.sum[n][i % 2] += e[i];
-      }
-      p[n][0] = ptx::transpose_8x8(pack(e[0], e[1]));
-      p[n][1] = ptx::transpose_8x8(pack(e[2], e[3]));
-    }
   }
 
   __device__ __forceinline__ static void rescale(WarpState<C>& state, const float (&s)[C::NT][4]) {

@@ -60,6 +60,31 @@ __device__ __forceinline__ void load_group(const T* p, int lane, bool wide, floa
   for (int i = 0; i < GROUP / LANES; ++i) x[i] = to_float(raw[i]);
 }
 
+// This thread's part of a group, as it is, to the token's place among the newest.
+template <int LANES, typename T>
+__device__ __forceinline__ void store_newest(const Nvfp4WriteParams& p, int64_t token, bool is_v, int h, int s,
+                                             int lane) {
+  const int64_t slot = p.newest_slots[token];
+  if (slot < 0) return;
+  const T* in = static_cast<const T*>(is_v ? p.value : p.key) +
+                token * (is_v ? p.value_stride_t : p.key_stride_t) +
+                h * (is_v ? p.value_stride_h : p.key_stride_h) + s * GROUP + lane * (GROUP / LANES);
+  const int64_t row = slot / p.newest_tokens;
+  T* out = static_cast<T*>(p.newest) +
+           newest_offset(p.page, p.newest_tokens, row, is_v, h, slot - row * p.newest_tokens) + s * GROUP +
+           lane * (GROUP / LANES);
+  constexpr int WORDS = GROUP / LANES * int(sizeof(T)) / 8;
+  T raw[GROUP / LANES];
+#pragma unroll
+  for (int i = 0; i < GROUP / LANES; ++i) raw[i] = in[i];  // in the cache: load_group was there
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    uint2 word;
+    memcpy(&word, reinterpret_cast<const char*>(raw) + 8 * i, 8);
+    reinterpret_cast<uint2*>(out)[i] = word;
+  }
+}
+
 template <typename T, ScaleChoice CHOICE, int LANES>
 __global__ void __launch_bounds__(WRITE_THREADS)
     nvfp4_write_kernel(const Nvfp4WriteParams p, const WriteLaunch launch, bool wide) {
@@ -92,6 +117,9 @@ __global__ void __launch_bounds__(WRITE_THREADS)
   uint32_t inv_bits = float_bits(div_rn(1.0f, global_scale));
   ptx::pin(inv_bits);  // nvcc would divide again after the search
   const Group group = encode_group<CHOICE, LANES>(x, bits_float(inv_bits), lane);
+
+  // A branch that all threads take or none: the writer waits for memory, and one variant is enough.
+  if (p.newest != nullptr && active) store_newest<LANES, T>(p, token, is_v, h, s, lane);
 
   const auto block = int64_t(__umul64hi(uint64_t(slot), launch.inv_block_size));  // for slot * N < 2^64
   const int n = int(slot - block * p.page.block_size);
