@@ -1,7 +1,7 @@
 """Held-out documents for lm_eval: ``python -m vllm_xlayer.demo.documents`` writes tasks/data/*.jsonl.
 
-Same text as benchmarks/training/batches.py, made of keys that training never draws. One JSON line is a shared prefix
-(a table and three answered examples) with the questions asked of it:
+Same text as in training (benchmarks/training/batches.py), made of keys that it never draws. A JSON line is a
+shared prefix (a table and three answered examples) with the questions asked of it:
 
     {"prefix": "R\\nkqz=4821\\n...?\\nabd=9931\\n...", "questions": [["kqz=", "4821"], ...]}
 
