@@ -49,7 +49,7 @@ def write(path: Path, numbers: dict[str, Any]) -> None:
 
 
 def _commit() -> str:
-    """VLLM_XLAYER_COMMIT where it is set; else the commit of the source tree that this file belongs to, marked
+    """VLLM_XLAYER_COMMIT where it is set; else the commit of the source tree that has this file, marked
     if the tree was changed; else "unknown", as where it is installed in somebody else's repository."""
     if told := os.environ.get("VLLM_XLAYER_COMMIT"):
         return told
