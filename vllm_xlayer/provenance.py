@@ -49,12 +49,15 @@ def write(path: Path, numbers: dict[str, Any]) -> None:
 
 
 def _commit() -> str:
-    """VLLM_XLAYER_COMMIT where it is set; else the commit of the source tree this file lies in, marked if the
-    tree was changed; else "unknown"."""
+    """VLLM_XLAYER_COMMIT where it is set; else the commit of the source tree that has this file, marked
+    if the tree was changed; else "unknown", as where it is installed in somebody else's repository."""
     if told := os.environ.get("VLLM_XLAYER_COMMIT"):
         return told
     here = Path(__file__).parent
     try:
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=True
+        )
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
         ).stdout.strip()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_xlayer.demo.batches import PAD_ID
+from .batches import PAD_ID
 
 END_ID = 256
 TOKENS = 258

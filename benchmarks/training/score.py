@@ -8,9 +8,9 @@ decoding loop. (test_eval_model.py compares with transformers' generate.)
 import torch
 from torch import Tensor
 
-from vllm_xlayer.demo.batches import PAD_ID
 from vllm_xlayer.demo.documents import TASK_NAMES, Prefix, prefixes
 
+from .batches import PAD_ID
 from .llama import KVChange, Llama
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_xlayer.demo import model_path
-from vllm_xlayer.demo.batches import batch
 from vllm_xlayer.demo.documents import SIZES, TEST_SEED
 
+from .batches import batch
 from .llama import Llama, Shape, export
 from .score import gaussian_noise, nvfp4_rounding, score
 from .start import start_as_induction

@@ -262,3 +262,11 @@ def test_a_layout_left_over_in_the_environment_is_named(make_llm, tiny_llama, mo
 def test_bad_settings_are_refused(make_llm, tiny_llama, extra, message):
     with pytest.raises(ValueError, match=message):
         make_llm(tiny_llama, kv_transfer_config=connector(**extra))
+
+
+def test_our_spec_in_vllms_connector_is_refused(make_llm, tiny_llama):
+    """Named as vLLM lets any spec be named. It would work until a copy fails, and then end the engine."""
+    extra = dict(spec_name="RowOffloadingSpec", spec_module_path="vllm_xlayer.connector.spec")
+    transfer = connector(**extra) | dict(kv_connector="OffloadingConnector")
+    with pytest.raises(ValueError, match=r"expected kv_connector XLayerConnector.*ends the engine.*LBHNC"):
+        make_llm(tiny_llama, kv_transfer_config=transfer)

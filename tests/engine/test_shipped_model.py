@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 from vllm_xlayer.demo import model_path, tasks_path
 
 BIN = Path(sys.executable).parent
+EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 ENVIRONMENT = os.environ | {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -58,8 +61,7 @@ def server(reference_platform, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [
-        str(BIN / "vllm"), "serve", str(model_path()), "--kv-cache-dtype", "nvfp4",
-        "--kv-connector", "XLayerConnector", "--kv-transfer-config",
+        "sh", str(EXAMPLES / "serve.sh"), str(model_path()), "--kv-transfer-config",
         json.dumps({"kv_connector_extra_config": CONNECTOR["kv_connector_extra_config"]}),
         "--max-model-len", "2560", "--kv-cache-memory-bytes", str(64 << 20), "--port", str(port),
         "--host", "127.0.0.1", "--served-model-name", "small",
@@ -91,11 +93,9 @@ def test_vllm_serve_with_two_flags(server):
         f"{a}{b}{c}={n:04d}" for n, (a, b, c) in enumerate(zip("kqzmab", "xywpls", "trvnhj", strict=True))
     ]
     prompt = "R\n" + "\n".join(table) + "\n?\n" + table[1] + "\n" + table[4][:4]
-    body = {"model": "small", "prompt": prompt, "max_tokens": 4, "temperature": 0}
-    request = urllib.request.Request(
-        server + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    answer = json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["text"]
-    assert answer == table[4][4:]
+    ask = runpy.run_path(str(EXAMPLES / "client.py"))["ask"]
+    (first, cached_first), (second, cached_second) = (ask(server, "small", prompt) for _ in range(2))
+    assert first == second and first.startswith(table[4][4:])
+    assert (cached_first, cached_second) == (0, (len(prompt) - 1) // 16 * 16)
     metrics = urllib.request.urlopen(server + "/metrics", timeout=60).read().decode()
     assert 'cache_dtype="nvfp4"' in metrics

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.training.batches import batch
 from benchmarks.training.llama import PAD_ID
 from vllm_xlayer.demo import TASKS, tasks_path
-from vllm_xlayer.demo.batches import CUE, HELD_OUT, HOPS, batch
-from vllm_xlayer.demo.documents import EXAMPLES, QUESTIONS, SIZES, TEST_SEED, prefixes
+from vllm_xlayer.demo.documents import CUE, EXAMPLES, HELD_OUT, HOPS, QUESTIONS, SIZES, TEST_SEED, prefixes
 
 
 def key_number(name: str) -> int:

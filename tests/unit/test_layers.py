@@ -44,7 +44,7 @@ SPEAK_VLLM = {"attention", "bench", "compat", "connector", "demo", "patches", "p
 SPEAK_NO_VLLM = {
     "connector/copy": {"choice", "pacing"},
     "connector/disk": {"account", "commands", "files", "finder", "format", "store", "worker"},
-    "connector/host": {"shared_memory"},
+    "connector/host": {"memory", "numa", "shared_memory"},
 }
 """Of the connector's folders, the modules that are ours alone: they are tested without vLLM."""
 

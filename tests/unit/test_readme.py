@@ -1,6 +1,7 @@
 """The README's and RESULTS' numbers are those of the committed results files."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from benchmarks import readme
 from benchmarks.plot import SOURCE, digest
 from benchmarks.readme import COPY_PLOT, PLOT, TABLES, rendered
+from vllm_xlayer import provenance as module
 from vllm_xlayer.provenance import provenance
 
 # The source tree's: the installed package has no README beside it.
@@ -59,3 +61,16 @@ def test_the_two_commands_are_the_ones_ci_knows():
 def test_a_copy_without_git_is_told_its_commit(monkeypatch):
     monkeypatch.setenv("VLLM_XLAYER_COMMIT", "0123abc")
     assert provenance()["commit"] == "0123abc"
+
+
+def test_the_commit_is_not_that_of_a_repository_it_is_installed_in(monkeypatch, tmp_path):
+    monkeypatch.delenv("VLLM_XLAYER_COMMIT", raising=False)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    user = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *user, "commit", "-q", "--allow-empty", "-m", "a"], cwd=tmp_path, check=True)
+    installed = tmp_path / "provenance.py"
+    installed.write_text("")
+    monkeypatch.setattr(module, "__file__", str(installed))
+    assert provenance()["commit"] == "unknown"
+    subprocess.run(["git", "add", installed], cwd=tmp_path, check=True)
+    assert re.fullmatch(r"[0-9a-f]{7,}\+changes", provenance()["commit"])

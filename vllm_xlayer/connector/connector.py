@@ -199,7 +199,7 @@ def _offloading_spec(
                 "scheduler's host: %s. The host tier works as it does without a disk tier", reason,
             )  # fmt: skip
         disk = None
-    return RowOffloadingSpec(config, disk)
+    return RowOffloadingSpec(config, disk, takes_failures=True)
 
 
 def _block_bytes(config: OffloadingConfig) -> int:

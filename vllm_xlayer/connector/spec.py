@@ -41,6 +41,12 @@ from .stats.metrics import DEFINITIONS
 logger = init_logger(__name__)
 
 
+NOT_FROM_ELSEWHERE = (
+    "RowOffloadingSpec: expected kv_connector XLayerConnector, got another one with spec_name and "
+    "spec_module_path. vLLM's OffloadingConnector ends the engine where a copy fails, does not wait until "
+    "host memory is pinned, and asks for a layout (LBHNC) that is not rows. Name XLayerConnector, without "
+    "spec_name"
+)
 LEAST_ROWS, LEAST_BOUNDARIES = 64, 4
 """A useful host tier: so many blocks, and of so many places in a prompt the blocks of every group."""
 
@@ -102,7 +108,19 @@ class RowOffloadingSpec(CPUOffloadingSpec):
         spec = TieringOffloadingSpec if extra_config.get("disk_path") else CPUOffloadingSpec
         return spec.config_info_keys(_no_tiers(extra_config))
 
-    def __init__(self, config: OffloadingConfig, disk: DiskSettings | None = None):
+    def __init__(
+        self, config: OffloadingConfig, disk: DiskSettings | None = None, *, takes_failures: bool = False
+    ):
+        """vLLM's factory, which passes the configuration alone, is refused.
+
+        Args:
+            takes_failures: the connector computes what could not be loaded, and asks for rows.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if not takes_failures:
+            raise ValueError(NOT_FROM_ELSEWHERE)
         super().__init__(config)
         self._disk = disk
         self._shape = HostShape(

@@ -1,7 +1,7 @@
 """Held-out documents for lm_eval: ``python -m vllm_xlayer.demo.documents`` writes tasks/data/*.jsonl.
 
-Same text as batches.py, made of keys that training never draws. One JSON line is a shared prefix
-(a table and three answered examples) with the questions asked of it:
+Same text as in training (benchmarks/training/batches.py), made of keys that it never draws. A JSON line is a
+shared prefix (a table and three answered examples) with the questions asked of it:
 
     {"prefix": "R\\nkqz=4821\\n...?\\nabd=9931\\n...", "questions": [["kqz=", "4821"], ...]}
 
@@ -13,8 +13,16 @@ import random
 from pathlib import Path
 from typing import TypedDict
 
-from vllm_xlayer.demo.batches import CUE, HEADERS, HELD_OUT, HOPS, KEYS, QUERIES
-
+KEYS = 26**3
+"""Names of three letters: 676 a + 26 b + c."""
+HELD_OUT = 16
+"""Documents are made of the keys that are a multiple of this; training never draws those."""
+CUE = 8
+"""Letters of a line that the copy task's question shows."""
+HOPS = 4
+"""Links that the trace task's answer follows."""
+HEADERS = {"recall": "R\n", "copy": "C\n", "trace": "T\n"}
+QUERIES = "?\n"
 SIZES = (1980, 130, 700, 1600, 300, 1200, 1840, 160, 480, 950, 210, 1400)
 """Bytes of each prefix, about; mixed, so that the first few are a fair sample."""
 EXAMPLES = 3

@@ -5,9 +5,9 @@ Here the connector names the keys of a failed job before it completes it: a chun
 never becomes loadable, and one that could not be loaded is forgotten as soon as nobody reads it.
 """
 
+import logging
 from collections.abc import Collection, Iterable, Mapping
 
-from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import (
     LoadStoreSpec,
     LookupResult,
@@ -21,7 +21,7 @@ from vllm.v1.kv_offload.cpu.policies.arc import ARCCachePolicy
 from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
 
-logger = init_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class HostTierManager(CPUOffloadingManager):

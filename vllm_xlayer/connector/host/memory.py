@@ -7,6 +7,7 @@ same bytes: the worker's own tensor where both are one process, else memory that
 What has to be pinned gets its address space at once, and its pages beside the engine's start (pinning.py).
 """
 
+import logging
 import mmap
 import os
 from dataclasses import dataclass
@@ -14,12 +15,11 @@ from weakref import WeakValueDictionary
 
 import psutil
 import torch
-from vllm.logger import init_logger
 
 from . import pinning, shared_memory
 from .pinning import GIB, Pinning
 
-logger = init_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _in_process: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
 

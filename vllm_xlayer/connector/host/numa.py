@@ -4,14 +4,14 @@ Linux takes a page of memory from the node whose CPU touches it first, so a thre
 makes memory of that node, as long as it has some.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 
-logger = init_logger(__name__)
+logger = logging.getLogger(__name__)
 
 SYSTEM = Path("/sys")
 

@@ -6,6 +6,7 @@ to one piece, so it is whole pages as well.
 """
 
 import ctypes
+import logging
 import math
 import mmap
 import threading
@@ -13,11 +14,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from vllm.logger import init_logger
 
 from . import numa
 
-logger = init_logger(__name__)
+logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 PIECE_BYTES = 256 << 20

@@ -5,13 +5,13 @@ process, on its thread: an engine that has come to rest says the rest with its n
 down.
 """
 
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import TransferStats
-from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import OffloadKey
 
 from ..disk.tier import DiskTier
@@ -29,7 +29,7 @@ from .metrics import (
     RowConnectorStats,
 )
 
-logger = init_logger(__name__)
+logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 60.0
 

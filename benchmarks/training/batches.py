@@ -8,8 +8,8 @@
 row trains on tens of answers. Loss counts on the answers' bytes and the newline that ends them.
 
 A *key* is three letters: 676 a + 26 b + c. Keys that are a multiple of HELD_OUT are never drawn here;
-held-out documents (documents.py) are made of those alone, as keys, as links and as the first three
-letters of every line to copy.
+held-out documents (vllm_xlayer/demo/documents.py) are made of those alone, as keys, as links and as the first
+three letters of every line to copy.
 """
 
 import random
@@ -18,13 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-KEYS = 26**3
-HELD_OUT = 16
-CUE = 8
-"""Letters of a line that the copy task's question shows."""
-HOPS = 4
-HEADERS = {"recall": "R\n", "copy": "C\n", "trace": "T\n"}
-QUERIES = "?\n"
+from vllm_xlayer.demo.documents import CUE, HEADERS, HELD_OUT, HOPS, KEYS, QUERIES
+
 PAD_ID = 257
 
 
