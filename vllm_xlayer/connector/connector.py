@@ -42,7 +42,7 @@ from ..compat.dependence import CONNECTOR_FEATURE
 from ..compat.private import require
 from ..compat.rows import allocations, negotiate_rows
 from ..config import ConnectorSettings
-from ..layout import RowDescriptor, check_allocation
+from ..layout import RowDescriptor, check_allocation, row_line
 from .disk.identity import tier_identity
 from .disk.manager import TieredManager
 from .disk.tier import Unused
@@ -74,12 +74,15 @@ class XLayerConnector(OffloadingConnector):
         # Not OffloadingConnector's: it would create the spec from the class name in the user's config.
         KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)
         require(CONNECTOR_FEATURE)
-        self.layout: RowDescriptor = negotiate_rows(vllm_config, kv_cache_config).descriptor
+        decision = negotiate_rows(vllm_config, kv_cache_config)
+        self.layout: RowDescriptor = decision.descriptor
         self.pool: torch.Tensor | None = None
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None
         ours = _has_our_spec(transfer.kv_connector_extra_config)
         check_served(vllm_config, kv_cache_config, self.layout, ours)
+        if role == KVConnectorRole.WORKER:
+            logger.info("XLayerConnector: %s", row_line(decision))
         spec = _offloading_spec(vllm_config, kv_cache_config, self.layout, role)
         self.connector_scheduler = None
         self.connector_worker = None

@@ -75,7 +75,7 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, RowWorkerMetadata):
-            self.activity.moved(meta.transfer_stats)
+            self.activity.moved(meta.transfer_stats, meta.rows_stored, meta.rows_loaded)
             if meta.problem:
                 self.manager.turn_off(meta.problem)
             self.manager.host.ready(meta.ready)

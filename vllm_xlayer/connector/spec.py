@@ -230,6 +230,7 @@ class RowOffloadingWorker(OffloadingWorker):
         self.blocks_per_chunk = blocks_per_chunk
         self.host = host
         self._pins = pins
+        self._rows_of: dict[int, int] = {}
         self._store = directions.make_direction(pool, host, pool.device)
         self._load = directions.make_direction(host, pool, pool.device, early=early_loads)
         if pins is not None:
@@ -259,6 +260,7 @@ class RowOffloadingWorker(OffloadingWorker):
         except ValueError as error:
             self._store.fail(job_id, error)
         else:
+            self._rows_of[job_id] = len(host_rows)
             self._store.submit(job_id, _ids(src_spec), host_rows, self._runs(src_spec))
         return True
 
@@ -270,6 +272,7 @@ class RowOffloadingWorker(OffloadingWorker):
         except ValueError as error:
             self._load.fail(job_id, error)
         else:
+            self._rows_of[job_id] = len(host_rows)
             self._load.submit(job_id, host_rows, _ids(dst_spec), self._runs(dst_spec))
         return True
 
@@ -298,6 +301,10 @@ class RowOffloadingWorker(OffloadingWorker):
         found = zip(device.group_sizes, self.used_bytes, strict=True)
         return [(rows, used) for rows, used in found if rows]
 
+    def take_rows(self, job_id: int) -> int:
+        """How many rows a transfer had that ended; asked once."""
+        return self._rows_of.pop(job_id, 0)
+
     def before_launch(self) -> None:
         """Loads that are submitted until `get_finished` need not wait for what is launched from now on."""
         self._load.before_launch()
@@ -316,6 +323,7 @@ class RowOffloadingWorker(OffloadingWorker):
     def shutdown(self) -> None:
         self._store.drain()
         self._load.drain()
+        self._rows_of.clear()
         if self._pins is not None:
             self._pins.close()
 
@@ -344,6 +352,9 @@ class NoTierWorker(OffloadingWorker):
     ) -> bool:
         self._done.append(TransferResult(job_id, False))
         return True
+
+    def take_rows(self, job_id: int) -> int:
+        return 0
 
     def get_finished(self, model_ran: bool = True) -> list[TransferResult]:
         done, self._done = self._done, []

@@ -35,6 +35,9 @@ class RowWorkerMetadata(OffloadingWorkerMetadata):
     """Jobs that some worker could not do; they are in completed_jobs as well."""
     problem: str = ""
     """Why some worker has no tier; said once."""
+    rows_stored: int = 0
+    rows_loaded: int = 0
+    """Rows of transfers that ended well, added up over ranks: their bytes differ between KV cache groups."""
     ready: int = 0
     """Workers whose host memory may be used from now on; each says so once."""
 
@@ -47,6 +50,8 @@ class RowWorkerMetadata(OffloadingWorkerMetadata):
             merged.transfer_stats,
             self.failed_jobs | other.failed_jobs,
             self.problem or other.problem,
+            self.rows_stored + other.rows_stored,
+            self.rows_loaded + other.rows_loaded,
             self.ready + other.ready,
         )
 
@@ -98,6 +103,7 @@ class RowConnectorWorker(OffloadingConnectorWorker):
         is_load = job_id in self._load_jobs
         request = self._load_jobs.pop(job_id, None)
         meta.mark_completed(job_id)
+        rows = 0 if self.worker is None else self.worker.take_rows(job_id)
         if not result.success:
             meta.failed_jobs.add(job_id)
             if request is not None:
@@ -105,6 +111,10 @@ class RowConnectorWorker(OffloadingConnectorWorker):
         elif result.transfer_size is not None and result.transfer_time is not None:
             stats = meta.transfer_stats.load if is_load else meta.transfer_stats.store
             stats.record(result.transfer_size, result.transfer_time)
+            if is_load:
+                meta.rows_loaded += rows
+            else:
+                meta.rows_stored += rows
         return request
 
     def take_failed_loads(self) -> set[str]:

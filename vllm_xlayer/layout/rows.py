@@ -114,6 +114,11 @@ class RowDescriptor:
         contents = (page.content for group in self.groups for page in group.pages)
         return tuple(dict.fromkeys(content for content in contents if isinstance(content, CacheSpec)))
 
+    @property
+    def has_opaque(self) -> bool:
+        """Whether a group has pages of which only the engine knows what they mean."""
+        return any(isinstance(page.content, Opaque) for group in self.groups for page in group.pages)
+
     def used_bytes(self, group: int) -> int:
         """Bytes from the start of a row that can be a group's: to its last page's end, in whole ALIGNs."""
         end = max(page.end for page in self.groups[group].pages)
