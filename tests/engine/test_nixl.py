@@ -106,7 +106,9 @@ class Pair:
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, make_llm, tiny_llama):
-    return Pair(make_llm, tiny_llama, request.param)
+    pair = Pair(make_llm, tiny_llama, request.param)
+    yield pair
+    pair.prefill.kill()
 
 
 @pytest.fixture
