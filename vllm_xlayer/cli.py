@@ -38,6 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     doctor.add_argument("--layer", type=int, default=0, help="layer of the drawing (default: 0)")
     doctor.add_argument("--head", type=int, default=0, help="KV head of the drawing (default: 0)")
     doctor.add_argument("--token", type=int, default=0, help="token in the block of the drawing (default: 0)")
+    doctor.add_argument(
+        "--engines",
+        nargs=2,
+        metavar="HOST:PORT",
+        help="side channels of two engines with XLayerNixlConnector: would they exchange rows",
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     demo = commands.add_parser(

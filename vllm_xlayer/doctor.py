@@ -25,11 +25,13 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.model:
         report["model"] = _model(args)
+    if args.engines:
+        report["hand-over"] = _hand_over(*args.engines)
     if args.json:
         print(json.dumps(report, indent=2))
     else:
         _print(report)
-    asked = (report["extension"], report["vllm"], report.get("model", {}))
+    asked = (report["extension"], report["vllm"], report.get("model", {}), report.get("hand-over", {}))
     return 1 if any("error" in part for part in asked) else 0
 
 
@@ -123,6 +125,19 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _hand_over(first: str, second: str) -> dict[str, Any]:
+    """Whether two running engines would exchange rows."""
+    from .connector.nixl.ask import NoAnswer, compare
+
+    try:
+        found: dict[str, Any] = dict(compare(first, second))
+    except NoAnswer as error:
+        return {"error": str(error)}
+    if found["differ"]:
+        found["error"] = f"these engines would not exchange rows: {'; '.join(found['differ'])}"
+    return found
+
+
 def _print(report: dict[str, Any]) -> None:
     console = Console(width=100, highlight=False)
     pairs = Table(show_header=False, box=None, pad_edge=False)
@@ -144,6 +159,12 @@ def _print(report: dict[str, Any]) -> None:
         console.print(f"\n{record['feature']}: {record['state']}{reason}", style="bold", markup=False)
         for line in (record["target"], record["how"], f"without it: {record['why']}"):
             console.print(f"  {line}", markup=False, soft_wrap=True)
+    if hand_over := report.get("hand-over"):
+        console.print()
+        for line in hand_over.get("engines", ()):
+            console.print(line, markup=False)
+        verdict = hand_over.get("error", "these engines exchange rows")
+        console.print(verdict, markup=False, style="red" if "error" in hand_over else None)
     model = report.get("model")
     if model is None:
         return

@@ -22,7 +22,7 @@ PREFILL = dict(
     remote_host=None, remote_port=None,
 )  # fmt: skip
 """What vLLM's proxy sends to a prefill engine."""
-ANSWER_SECONDS = 120
+ANSWER_SECONDS = 300
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["nixl_preload"])
@@ -58,6 +58,13 @@ def sampling(num_tokens, params=None):
     )
 
 
+def add_all(llm, prompts, params, num_tokens):
+    """Adds requests r0, r1, ... to a decode engine, each with what a prefill engine said of it, or None."""
+    for i, (prompt, said) in enumerate(zip(prompts, params, strict=True)):
+        settings = sampling(num_tokens, said and dict(said))
+        llm.llm_engine.add_request(f"r{i}", {"prompt_token_ids": prompt}, settings)
+
+
 class PrefillEngine:
     """The parent's side. Everything raises if the child does not answer in time."""
 
@@ -65,7 +72,10 @@ class PrefillEngine:
         self.port = port or free_port()
         self.pipe, theirs = _context.Pipe()
         self.process = _context.Process(
-            target=_serve, args=(theirs, str(model), self.port, settings), daemon=True
+            # Ranks are children of its own, which daemons may not have. It ends with our end of the pipe.
+            target=_serve,
+            args=(theirs, str(model), self.port, settings),
+            daemon=False,
         )
         self.process.start()
         theirs.close()

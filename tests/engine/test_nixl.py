@@ -64,9 +64,6 @@ class Pair:
         assert self.decode.reset_prefix_cache()
         self.worker.pool.fill_(0xFF)
 
-    def other_prefill(self, model=None, port=None):
-        return PrefillEngine(model or self.model, port, **self.settings)
-
     def ask(self, handed_over, which=ALL):
         """Adds requests; `handed_over`: what the prefill engine said of each of PROMPTS."""
         for i in which:
@@ -106,7 +103,9 @@ class Pair:
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, make_llm, tiny_llama):
-    return Pair(make_llm, tiny_llama, request.param)
+    pair = Pair(make_llm, tiny_llama, request.param)
+    yield pair
+    pair.prefill.kill()
 
 
 @pytest.fixture
@@ -176,49 +175,27 @@ def test_rows_of_other_prompts_are_found_after_the_lease_has_ended(pair):
 
 
 class TestTheOtherEngine:
-    """What happens to it or to the link; with bf16, where read and computed answers are the same."""
+    """What happens to it or to the link."""
 
     @pytest.fixture(autouse=True)
     def one_kind(self, request):
-        if request.node.callspec.params["pair"] != "bf16":
-            pytest.skip("is tried with bf16")
-
-    @pytest.fixture
-    def prefill(self, pair):
-        engine = pair.other_prefill()
-        yield engine
-        engine.kill()
-        pair.worker.failures.clear()
-
-    @pytest.mark.fault("hand-over: prefill engine killed")
-    def test_it_is_killed_and_started_with_other_weights(self, pair, prefill, tmp_path):
-        pair.check(hand_over(pair, prefill), which=[0])  # they know each other
-        handed_over = hand_over(pair, prefill)
-        prefill.kill()
-        TALLY["tries"] += 1
-        pair.check(handed_over)
-        assert pair.worker.failures
-        other = save_random_model(llama_config(rope_theta=5e5), tmp_path)
-        restarted = pair.other_prefill(other, prefill.port)
-        try:
-            pair.check(hand_over(pair, restarted))
-            TALLY["tries"] += 1
-            pair.check(handed_over)  # of the one that is gone, at the same address
-        finally:
-            restarted.kill()
-        pair.settle()
+        if request.node.callspec.params["pair"] != "nvfp4":
+            pytest.skip("is tried with nvfp4, whose computed answers are not those from its cache")
 
     @pytest.mark.fault("hand-over: prefill engine hung")
-    def test_it_hangs(self, pair, prefill, monkeypatch):
+    def test_it_hangs(self, pair, monkeypatch):
         monkeypatch.setattr(pair.worker.reads, "timeout", 1.0)
-        pair.check(hand_over(pair, prefill), which=[0])
-        handed_over = hand_over(pair, prefill)
-        prefill.stop(signal.SIGSTOP)
+        handed_over = hand_over(pair)
+        pair.prefill.stop(signal.SIGSTOP)
         TALLY["tries"] += 1
-        pair.check(handed_over)
-        prefill.go_on()
+        pair.check(handed_over, computed=True)
+        assert sum(pair.worker.failures.values()) == len(PROMPTS)
+        pair.worker.failures.clear()
+        pair.prefill.go_on()
         pair.settle()
-        pair.check_prefill_keeps_nothing(prefill)
+        pair.check_prefill_keeps_nothing(pair.prefill)
+        pair.check(hand_over(pair))
+        assert not pair.worker.failures, "it is trusted again"
 
     @pytest.mark.fault("hand-over: link down")
     def test_the_link_breaks(self, pair, monkeypatch):
@@ -230,7 +207,7 @@ class TestTheOtherEngine:
 
         with monkeypatch.context() as patch:
             patch.setattr(pair.worker.nixl_wrapper, "check_xfer_state", broken)
-            pair.check(handed_over)
+            pair.check(handed_over, computed=True)
         assert sum(pair.worker.failures.values()) == len(PROMPTS)
         pair.worker.failures.clear()
         pair.settle()
@@ -255,3 +232,22 @@ class TestTheOtherEngine:
         pair.check(hand_over(pair))
         pair.settle()
         pair.check_prefill_keeps_nothing(pair.prefill)
+
+    @pytest.mark.fault("hand-over: prefill engine killed")
+    def test_it_is_killed_and_started_with_other_weights(self, pair, tmp_path):
+        """The last: the pair has no prefill engine after it."""
+        handed_over = hand_over(pair)
+        pair.prefill.kill()
+        TALLY["tries"] += 1
+        pair.check(handed_over, computed=True)
+        assert pair.worker.failures
+        pair.worker.failures.clear()
+        other = save_random_model(llama_config(rope_theta=5e5), tmp_path)
+        restarted = PrefillEngine(other, pair.prefill.port, **pair.settings)
+        try:
+            pair.check(hand_over(pair, restarted), computed=True)
+            TALLY["tries"] += 1
+            pair.check(handed_over, computed=True)  # of the one that is gone, at the same address
+        finally:
+            restarted.kill()
+        pair.settle()

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from vllm_xlayer.connector.nixl.staging import Row, StagedReads
+from vllm_xlayer.connector.nixl.staging import REASONS, Failure, Row, StagedReads
 
 PEER, OTHER = ("prefill", 0), ("prefill", 1)
 CAPACITY = 4
@@ -89,7 +89,7 @@ def test_more_rows_than_the_ring_holds_all_land_once(reads, wire):
     reads.add("a", PEER, rows(19))
     reads.add("b", PEER, rows(3, start=100))
     assert len(wire.states) == 2 and reads.free == []
-    assert poll_until_over(reads, wire) == {"a": "", "b": ""}
+    assert poll_until_over(reads, wire) == {"a": None, "b": None}
     assert sorted(wire.landed) == sorted(rows(19) + rows(3, start=100))
     assert sorted(reads.free) == [0, 1] and not reads.reads
 
@@ -98,7 +98,7 @@ def test_a_row_that_is_not_what_was_sealed_fails_its_request_only(reads, wire):
     wire.bad_row = 5
     reads.add("a", PEER, rows(19))
     reads.add("b", PEER, rows(3, start=100))
-    assert poll_until_over(reads, wire) == {"a": "torn", "b": ""}
+    assert poll_until_over(reads, wire) == {"a": Failure("seal", "torn"), "b": None}
     assert sorted(reads.free) == [0, 1]
 
 
@@ -107,27 +107,45 @@ def test_a_read_that_hangs_is_given_up_and_its_buffers_are_not_reused(reads, wir
     wire.now = 9.9
     assert reads.poll() == {}
     wire.now = 10.1
-    assert reads.poll() == {"a": "expected 4 rows within 10 s"}
+    assert reads.poll() == {"a": Failure("late", "expected 4 rows within 10 s")}
     assert reads.free == [] and len(reads.quarantined) == 2 and not reads.chunks
     reads.add("b", PEER, rows(1))
-    assert "has not ended" in reads.poll()["b"]
+    assert reads.poll()["b"].reason == "busy"
     reads.add("c", OTHER, rows(1))  # waits: the whole ring is in quarantine
+    reads.add("e", OTHER, rows(1))
     assert reads.poll() == {}
+    wire.now = 20.3
+    over = reads.poll()
+    assert over.keys() == {"c", "e"} and over["c"].reason == "late" and "room in the ring" in over["c"].text
+    reads.add("c", OTHER, rows(1))
     end_all(wire)
-    assert poll_until_over(reads, wire) == {"c": ""}
+    assert poll_until_over(reads, wire) == {"c": None}
     assert sorted(reads.free) == [0, 1] and not reads.quarantined
     assert wire.landed == rows(1), "what came too late must not land"
     reads.add("d", PEER, rows(1))
-    assert poll_until_over(reads, wire) == {"d": ""}
+    assert poll_until_over(reads, wire) == {"d": None}
+
+
+def test_requests_that_wait_for_a_peer_that_hangs_are_over_with_it(reads, wire):
+    for i in range(5):
+        reads.add(f"r{i}", PEER, rows(1))
+    assert len(wire.states) == 2, "there is no room for more"
+    wire.now = 10.1
+    over = reads.poll() | reads.poll()
+    assert {name: failure.reason for name, failure in over.items()} == dict(
+        r0="late", r1="late", r2="busy", r3="busy", r4="busy"
+    )
+    assert not reads.reads
 
 
 def test_a_dead_peer_fails_its_reads_and_leaves_the_ring_whole(reads, wire):
     reads.add("a", PEER, rows(8))
     end_all(wire, "ERR")
-    assert reads.poll() == {"a": "the read failed: ERR"}
+    assert reads.poll() == {"a": Failure("lost", "the read failed: ERR")}
     wire.dead = True
     reads.add("b", PEER, rows(1))
-    assert "could not be started: RuntimeError: REMOTE_DISCONNECT" in reads.poll()["b"]
+    text = "the read could not be started: RuntimeError: REMOTE_DISCONNECT"
+    assert reads.poll()["b"] == Failure("lost", text)
     assert sorted(reads.free) == [0, 1]
 
 
@@ -136,7 +154,7 @@ def test_one_peer_of_two_fails_the_request_once_and_as_a_whole(reads, wire):
     reads.add("a", OTHER, rows(2))
     wire.states[0] = "ERR"
     over = reads.poll()
-    assert over == {"a": "the read failed: ERR"} and reads.poll() == {}
+    assert over == {"a": Failure("lost", "the read failed: ERR")} and reads.poll() == {}
     assert len(reads.quarantined) == 1, "the other peer may still write"
     end_all(wire)
     reads.poll()
@@ -169,4 +187,5 @@ def test_any_order_of_events(seed):
         landed = [row for row in wire.landed if row in wanted[name]]
         assert len(landed) == len(set(landed))
         assert failure or sorted(landed) == sorted(wanted[name])
-    assert not all(over.values())
+    reasons = {failure.reason for failure in over.values() if failure}
+    assert None in over.values() and reasons <= {*REASONS}

@@ -4,8 +4,16 @@ Handshakes, leases, heartbeats, scheduling and failure reports are vLLM's. What 
 engines must agree on, and how rows are read.
 """
 
+from typing import Any
+
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+    PromMetric,
+    PromMetricT,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
 from vllm.distributed.nixl_utils import NixlWrapper
 from vllm.logger import init_logger
@@ -20,6 +28,7 @@ from ..failure_policy import recompute_failed_loads
 from .engine import problems
 from .scheduler import RowNixlMetadata, RowNixlScheduler
 from .settings import NixlSettings
+from .stats import RowNixlPromMetrics, RowNixlStats
 from .worker import RowNixlWorker
 
 logger = init_logger(__name__)
@@ -61,6 +70,20 @@ class XLayerNixlConnector(NixlPullConnector):
         super().bind_kv_cache_manager(kv_cache_manager)
         assert isinstance(self.connector_scheduler, RowNixlScheduler)
         self.connector_scheduler.kv_cache_manager = kv_cache_manager
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return RowNixlStats() if data is None else RowNixlStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        return RowNixlPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def wait_for_save(self) -> None:
         """Both runners call this once a step's work has been launched."""

@@ -53,10 +53,7 @@ def record_of(
     must_equal = {
         "weights": _weights(vllm_config, settings),
         "global_scales": global_scales(vllm_config, layout),
-        "groups": [_group(spec, tp_size, vllm_config) for spec in layout.groups],
-        "layout": layout.layout.value,
-        "scale_order": None if layout.scale_order is None else layout.scale_order.name,
-        "tp_size": tp_size,
+        "groups": [_group(spec, vllm_config) for spec in layout.groups],
         "settings": settings,
         # Last in the alphabet, so that whatever else differs is named first.
         "vllm's hash (its version, NIXL's protocol, the model's name, attention backend)": vllms_hash,
@@ -72,7 +69,7 @@ def _weights(vllm_config: VllmConfig, settings: dict[str, Any]) -> str:
     return weights_digest(model_folder(vllm_config), of_this_copy=False)
 
 
-def _group(spec: CacheSpec, tp_size: int, vllm_config: VllmConfig) -> dict[str, Any]:
+def _group(spec: CacheSpec, vllm_config: VllmConfig) -> dict[str, Any]:
     """A group without what depends on the number of ranks."""
     return {
         "layers": list(spec.layers),

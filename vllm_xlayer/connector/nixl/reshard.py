@@ -1,12 +1,13 @@
 """Rows of one tensor-parallel size from those of another: which bytes of a peer's row are whose.
 
-A rank's page holds its own KV heads. Cutting a peer's row in two would cut it by layers; so every layer's part
-is moved by itself, head by head where they lie apart. All layers of a group lie at equal distances: one `Move`
-is a part of the page, of all layers. Pure functions: tests hold them against the layout's own byte map.
+A rank's page holds its own KV heads. Cutting a peer's row in two would cut it by layers; so every layer's
+part is moved by itself, head by head where they lie apart. All layers of a group lie at equal distances: one
+`Move` is a part of the page, of all layers. Pure functions: tests hold them against the layout's byte map.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -67,24 +68,19 @@ def moves_between(
     shared = range(max(their_heads.start, our_heads.start), min(their_heads.stop, our_heads.stop))
     if not shared:
         raise CannotReshard(f"heads: expected some of {our_heads}, got {their_heads}")
-    return tuple(
-        tuple(
-            _group_moves(
-                theirs, ours, i, shared, shared.start - their_heads.start, shared.start - our_heads.start
-            )
-        )
-        for i in range(len(ours.groups))
-    )
+    heads = (len(shared), shared.start - their_heads.start, shared.start - our_heads.start)
+    return tuple(tuple(_group_moves(theirs, ours, i, *heads)) for i in range(len(ours.groups)))
 
 
 def _group_moves(
     theirs: LayoutDescriptor,
     ours: LayoutDescriptor,
     group: int,
-    shared: range,
+    heads: int,
     source_head: int,
     target_head: int,
 ) -> Iterator[Move]:
+    """Of ``heads`` heads, from ``source_head`` on in their pages and ``target_head`` on in ours."""
     source_spec, target_spec = theirs.groups[group], ours.groups[group]
     if source_spec.layers != target_spec.layers or source_spec.dtype != target_spec.dtype:
         raise CannotReshard(
@@ -96,7 +92,7 @@ def _group_moves(
         yield Move(
             source=source_part + source_head * width,
             target=target_part + target_head * width,
-            size=len(shared) * width,
+            size=heads * width,
             layers=len(target_spec.layers),
             source_step=theirs.page_step,
             target_step=ours.page_step,
@@ -114,7 +110,7 @@ def _parts(spec: CacheSpec) -> Sequence[tuple[int, bool]]:
     return [(data, False), (scale, False), (data, False), (scale, True)]
 
 
-def _conversion(theirs: LayoutDescriptor, ours: LayoutDescriptor, spec: CacheSpec) -> dict:
+def _conversion(theirs: LayoutDescriptor, ours: LayoutDescriptor, spec: CacheSpec) -> dict[str, Any]:
     if theirs.scale_order == ours.scale_order:
         return {}
     return {"order": ours.scale_order, "tokens": spec.block_size, "scales": spec.head_size_v // GROUP}

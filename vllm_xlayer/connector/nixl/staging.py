@@ -16,6 +16,18 @@ Peer = tuple[str, int]
 """(engine id, rank)"""
 
 
+REASONS = ("late", "seal", "lost", "busy")
+"""Why a read fails: no answer in time; rows that are not what they must be; the peer or the link is gone; an
+earlier read from that peer has not ended."""
+
+
+class Failure(NamedTuple):
+    """A reason, and a text for people."""
+
+    reason: str
+    text: str
+
+
 class Row(NamedTuple):
     """One row to read."""
 
@@ -73,15 +85,17 @@ class Read:
     request: str
     peer: Peer
     rows: Sequence[Row]
+    waits_since: float
+    """When it was added, or had its last chunk."""
     posted: int = 0
     """Rows that are on their way or here."""
     under_way: int = 0
     """Chunks."""
-    failure: str = ""
+    failure: Failure | None = None
 
     @property
     def over(self) -> bool:
-        return self.under_way == 0 and (bool(self.failure) or self.posted == len(self.rows))
+        return self.under_way == 0 and (self.failure is not None or self.posted == len(self.rows))
 
 
 @dataclass
@@ -91,7 +105,7 @@ class StagedReads:
     Args:
         wire: what moves bytes.
         buffers: number of buffers of the ring.
-        timeout: seconds that a chunk may take.
+        timeout: seconds that a chunk may take, and that a read may wait for a buffer.
     """
 
     wire: Wire
@@ -108,21 +122,18 @@ class StagedReads:
 
     def add(self, request: str, peer: Peer, rows: Sequence[Row]) -> None:
         """Reads rows for a request; several peers may be asked for parts of one request."""
-        read = Read(request, peer, rows)
-        if any(chunk.read.peer == peer for chunk in self.quarantined):
-            read.failure = "an earlier read from this peer has not ended yet"
-        self.reads.setdefault(request, []).append(read)
+        self.reads.setdefault(request, []).append(Read(request, peer, rows, self.clock()))
         self._post()
 
-    def poll(self) -> dict[str, str]:
-        """Moves everything on. Returns the requests that are over: their failure, or empty."""
+    def poll(self) -> dict[str, Failure | None]:
+        """Moves everything on. Returns the requests that are over: with their failure, or None."""
         self._look_at_quarantined()
         for chunk in list(self.chunks):
             self._advance(chunk)
         self._post()
-        over = {}
+        over: dict[str, Failure | None] = {}
         for request, reads in list(self.reads.items()):
-            failure = next((read.failure for read in reads if read.failure), "")
+            failure = next((read.failure for read in reads if read.failure), None)
             if failure:
                 # The others' rows are of no use any more.
                 for read in reads:
@@ -145,9 +156,10 @@ class StagedReads:
             chunk.landing = self.wire.land(chunk.read.peer, chunk.buffer, chunk.rows)
             self._look_at_landing(chunk)
         elif state != "PROC":
-            self._give_up(chunk.read, f"the read failed: {state}")
+            self._give_up(chunk.read, Failure("lost", f"the read failed: {state}"))
         elif self.clock() - chunk.posted > self.timeout:
-            self._give_up(chunk.read, f"expected {len(chunk.rows)} rows within {self.timeout:g} s")
+            text = f"expected {len(chunk.rows)} rows within {self.timeout:g} s"
+            self._give_up(chunk.read, Failure("late", text))
 
     def _look_at_landing(self, chunk: Chunk) -> None:
         assert chunk.landing is not None
@@ -156,9 +168,9 @@ class StagedReads:
         problem = chunk.landing.problem()
         self._drop(chunk)
         if problem:
-            self._give_up(chunk.read, problem)
+            self._give_up(chunk.read, Failure("seal", problem))
 
-    def _give_up(self, read: Read, why: str) -> None:
+    def _give_up(self, read: Read, why: Failure) -> None:
         """No more chunks; those under way go to quarantine, but for such as are landing already."""
         read.failure = read.failure or why
         for chunk in [c for c in self.chunks if c.read is read and c.landing is None]:
@@ -187,10 +199,17 @@ class StagedReads:
 
     def _post(self) -> None:
         """Fills free buffers, first come first served."""
-        for reads in self.reads.values():
-            for read in reads:
-                while self.free and not read.failure and read.posted < len(read.rows):
-                    self._post_chunk(read)
+        hung = {chunk.read.peer for chunk in self.quarantined}
+        for read in [read for reads in self.reads.values() for read in reads if not read.over]:
+            if read.peer in hung:
+                self._give_up(read, Failure("busy", "an earlier read from this peer has not ended yet"))
+            while self.free and not read.failure and read.posted < len(read.rows):
+                self._post_chunk(read)
+            if read.under_way:
+                read.waits_since = self.clock()
+            elif not read.over and self.clock() - read.waits_since > self.timeout:
+                text = f"expected room in the ring within {self.timeout:g} s: reads that hang have it"
+                self._give_up(read, Failure("late", text))
 
     def _post_chunk(self, read: Read) -> None:
         rows = read.rows[read.posted : read.posted + self.wire.capacity(read.peer)]
@@ -199,7 +218,8 @@ class StagedReads:
             handle = self.wire.post(read.peer, buffer, rows)
         except Exception as error:  # as in _state: nothing was begun
             self.free.append(buffer)
-            self._give_up(read, f"the read could not be started: {type(error).__name__}: {error}")
+            text = f"the read could not be started: {type(error).__name__}: {error}"
+            self._give_up(read, Failure("lost", text))
             return
         read.posted += len(rows)
         read.under_way += 1

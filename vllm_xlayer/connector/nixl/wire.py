@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .reshard import Move, scatter
 from .seals import BYTES, RowDigest
 from .staging import Peer, Row
 
@@ -24,6 +25,7 @@ class RemotePool:
         address, device, memory: of its pool; memory is DRAM or VRAM.
         row_bytes, blocks: of its pool.
         seals: address of its table of seals, 0 for none.
+        moves: by KV cache group, what of its rows goes where in ours; empty where the rows are the same.
     """
 
     agent: str
@@ -33,6 +35,7 @@ class RemotePool:
     row_bytes: int
     blocks: int
     seals: int
+    moves: tuple[tuple[Move, ...], ...] = ()
 
     @property
     def seal_bytes(self) -> int:
@@ -54,7 +57,6 @@ class NixlWire:
         memory: NIXL's name for the kind of memory they are in.
         pool: uint8 [blocks, row_bytes], this rank's KV cache.
         ring: uint8 [BUFFERS, n].
-        digest: of this rank's rows; None where seals are off.
         on_done: called with a finished transfer's handle.
     """
 
@@ -64,11 +66,12 @@ class NixlWire:
         memory: str,
         pool: torch.Tensor,
         ring: torch.Tensor,
-        digest: RowDigest | None,
         on_done: Any,
     ):
         self.agent, self.memory, self.pool, self.ring = agent, memory, pool, ring
-        self.digest, self.on_done = digest, on_done
+        self.on_done = on_done
+        self.digests: dict[int, RowDigest] = {}
+        """By bytes of a row."""
         self.peers: dict[Peer, tuple[RemotePool, int, int]] = {}
         """Peer -> its memory, and the handles of the descriptors of the ring, and of its rows and seals."""
         on_gpu = pool.device.type == "cuda"
@@ -89,6 +92,7 @@ class NixlWire:
         local = [(start, remote.row_bytes, device, remote.row_bytes, rows) for start in starts]
         theirs = [(remote.address, remote.row_bytes, remote.device, remote.row_bytes, remote.blocks)]
         if size := remote.seal_bytes:
+            self.digests.setdefault(remote.row_bytes, RowDigest(remote.row_bytes, self.pool.device))
             local += [(start + rows * remote.row_bytes, size, device, size, 1) for start in starts]
             theirs += [(remote.seals, size, remote.device, size, 1)]
         self.peers[peer] = (
@@ -156,21 +160,29 @@ class NixlWire:
         staged, size = self.ring[buffer], len(rows) * remote.row_bytes
         arrived = staged[:size].view(len(rows), remote.row_bytes)
         wrong = None
-        if self.digest is not None:
+        if remote.seals:
             start = self._capacity(remote) * remote.row_bytes
             table = staged[start : start + remote.seal_bytes].view(torch.int64).view(-1, 2)
             wrong = self._check(arrived, table, rows)
-        local = torch.tensor([row.local for row in rows], device=self.pool.device)
-        self.pool.index_copy_(0, local, arrived)
+        self._into_pool(remote, arrived, rows)
         return PoolLanding(len(rows), wrong)
+
+    def _into_pool(self, remote: RemotePool, arrived: torch.Tensor, rows: Sequence[Row]) -> None:
+        local = torch.tensor([row.local for row in rows], device=self.pool.device)
+        if not remote.moves:
+            self.pool.index_copy_(0, local, arrived)
+            return
+        groups = torch.tensor([row.group for row in rows], device=self.pool.device)
+        for group, moves in enumerate(remote.moves):
+            mine = groups == group
+            scatter(arrived[mine], self.pool, local[mine], moves)
 
     def _check(self, arrived: torch.Tensor, table: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """int64 [2]: rows that are sealed for other tokens, and such whose bytes are not those sealed."""
-        assert self.digest is not None
         seals = table[torch.tensor([row.remote for row in rows], device=table.device)]
         tags = torch.tensor([row.tag for row in rows], device=table.device)
         stale = seals[:, 0] != tags
-        torn = (seals[:, 1] != self.digest(arrived)) & ~stale
+        torn = (seals[:, 1] != self.digests[arrived.shape[1]](arrived)) & ~stale
         return torch.stack((stale.sum(), torn.sum()))
 
 

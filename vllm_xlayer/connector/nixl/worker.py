@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -14,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import (
     NixlConnectorMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.tp_mapping import ReadSpec
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.tp_mapping import ReadSpec, TPMapping
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -22,10 +23,12 @@ from ...compat.rows import allocations
 from ...layout import LayoutDescriptor, check_allocation
 from .engine import record_of
 from .record import PROTOCOL, Record, RecordsDiffer, check_records
+from .reshard import CannotReshard, Move, heads_of, moves_between
 from .scheduler import RowNixlMetadata
 from .seals import SealTable
 from .settings import NixlSettings
 from .staging import Row, StagedReads
+from .stats import RowNixlStats
 from .wire import BUFFERS, NixlWire, RemotePool
 
 logger = init_logger(__name__)
@@ -52,6 +55,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
         self.seals: SealTable | None = None
         self.tags: dict[str, list[list[int]]] = {}
         """Request that is being received -> the tags of its prompt's blocks, by group."""
+        self.xfer_stats = RowNixlStats()
         self.failures: Counter[str] = Counter()
         """Requests whose rows did not come, by reason."""
 
@@ -68,10 +72,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
         ring = torch.empty(BUFFERS, self.settings.staging_bytes // BUFFERS // 16 * 16, dtype=torch.uint8)
         ring = ring.to(self.pool.device)
         self._register(ring)
-        digest = None if self.seals is None else self.seals.digest
-        self.wire = NixlWire(
-            self.nixl_wrapper, self.nixl_memory_type, self.pool, ring, digest, self._record_transfer
-        )
+        self.wire = NixlWire(self.nixl_wrapper, self.nixl_memory_type, self.pool, ring, self._record_transfer)
         self.reads = StagedReads(self.wire, BUFFERS, self.settings.read_timeout_seconds)
         super().register_kv_caches(dict.fromkeys(own, self.pool))
         self._check_region()
@@ -133,6 +134,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
             nixl_agent_meta.block_lens[0],
             theirs.blocks,
             theirs.seals,
+            self._moves_from(theirs),
         )
         self.wire.add_peer((nixl_agent_meta.engine_id, remote_tp_rank), remote)
         return agent
@@ -151,6 +153,53 @@ class RowNixlWorker(NixlPullConnectorWorker):
         except RecordsDiffer as error:
             raise RecordsDiffer(f"engine {meta.engine_id}: {error}") from None
         return theirs
+
+    def _moves_from(self, theirs: Record) -> tuple[tuple[Move, ...], ...]:
+        """Raises CannotReshard."""
+        assert self.record is not None
+        heads = self.model_config.get_total_num_kv_heads()
+        if max(theirs.tp_size, self.record.tp_size) > heads and theirs.tp_size != self.record.tp_size:
+            raise CannotReshard(
+                f"tensor_parallel_size: expected the same on both sides, or at most {heads} (the KV heads), "
+                f"got {self.record.tp_size} here and {theirs.tp_size} there"
+            )
+        their_heads, our_heads = (heads_of(r.tp_rank, r.tp_size, heads) for r in (theirs, self.record))
+        return moves_between(LayoutDescriptor.from_dict(theirs.layout), self.layout, their_heads, our_heads)
+
+    def _validate_remote_agent_handshake(
+        self, nixl_agent_meta: NixlAgentMetadata, remote_tp_size: int, remote_dcp_size: int = 1
+    ) -> None:
+        """In place of vLLM's, which would refuse NVFP4 rows of another tensor-parallel size, and let others
+        be cut by bytes, that is by layers. What rows mean, the records have been compared for."""
+        theirs = Record.decode(nixl_agent_meta.region_members[0][1])
+        row = theirs.layout["row_bytes"]
+        expected = (remote_tp_size, theirs.blocks, [row], [row], 1)
+        got = (
+            theirs.tp_size,
+            nixl_agent_meta.num_blocks,
+            nixl_agent_meta.block_lens,
+            nixl_agent_meta.block_strides,
+            len(nixl_agent_meta.kv_caches_base_addr),
+        )
+        if got != expected:
+            raise RecordsDiffer(
+                f"engine {nixl_agent_meta.engine_id}: expected (ranks, blocks, block lengths, strides, "
+                f"regions) {expected}, got {got}"
+            )
+
+    def _build_fa_remote(
+        self, plan: TPMapping, nixl_agent_meta: NixlAgentMetadata, block_size_ratio: int
+    ) -> np.ndarray:
+        """Whole rows of the peer, whatever its size: vLLM's would be cut by bytes. Reads do not use them."""
+        base, row = nixl_agent_meta.kv_caches_base_addr[0], nixl_agent_meta.block_lens[0]
+        whole = (base, row, nixl_agent_meta.device_id, row, nixl_agent_meta.num_blocks)
+        return np.array([whole], np.uint64)
+
+    def _build_local_splits_from_plan(
+        self, plan: TPMapping, src_blocks_data: np.ndarray, num_fa_descs: int, block_size_ratio: int = 1
+    ) -> Iterator[np.ndarray]:
+        """Whole rows of ours, once a source: as above. NIXL refuses a read between rows of two sizes."""
+        return (src_blocks_data for _ in plan.all_source_ranks)
 
     def _cleanup_remote_engine(self, engine_id: str, log_eviction: bool = True) -> None:
         super()._cleanup_remote_engine(engine_id, log_eviction=log_eviction)
@@ -201,6 +250,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
         agent = self._remote_agents[dst_engine_id][0, read_spec.remote_rank]
         note = (agent, f"{remote_request_id}:{expected_consumers}".encode())
         self._pending_recv_notifs.setdefault(request_id, []).append(note)
+        self.xfer_stats.record_rows(len(rows))
         self.reads.add(request_id, (dst_engine_id, read_spec.remote_rank), rows)
         return True
 
@@ -210,16 +260,17 @@ class RowNixlWorker(NixlPullConnectorWorker):
         A peer is told that a failed read is over as well: it need not keep the rows.
         """
         over = self.reads.poll()
-        failed = {request for request, failure in over.items() if failure}
-        for request in failed:
-            logger.warning("request %s is computed, its rows did not come: %s", request, over[request])
-            self.failures[over[request]] += 1
+        failed = {request: failure for request, failure in over.items() if failure is not None}
+        for request, (reason, text) in failed.items():
+            logger.warning("request %s is computed, its rows did not come: %s", request, text)
+            self.xfer_stats.record_failure(reason)
+            self.failures[reason] += 1
             self._handle_failed_transfer(request, None)
             self._send_pending_recv_notifs(request)
         done = {request for request in transfers if request not in self.reads.reads}
         for request in done:
             del transfers[request]
-        return done, failed
+        return done, set(failed)
 
     def get_transfer_results(self) -> KVConnectorTransferResults:
         results = super().get_transfer_results()
