@@ -19,6 +19,8 @@ from model_fixture import (
 )
 from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from vllm_xlayer.kv_scales import DEFAULT
+
 NUM_TOKENS = 24
 PROMPTS = random_prompts([5, 100, 16, 33, 300, 1])
 
@@ -219,12 +221,19 @@ def test_engine_in_a_process_of_its_own(reference_platform, tiny_llama, tmp_path
     assert f"TOKENS {expected}" in done.stdout
 
 
+def global_scales(model):
+    """Of each layer, in the worker."""
+    layers = [module for module in model.modules() if hasattr(module, "_k_scale")]
+    return [(float(layer._k_scale), float(layer._v_scale)) for layer in layers]
+
+
 def test_nvfp4_cache(make_llm, tiny_llama, llama_answers):
     llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", enable_prefix_caching=False)
     for cache in kv_caches(llm):
         assert (cache.dtype, cache.shape[1:]) == (torch.uint8, (2, 16, 36))
         assert cache.shape[0] == (32 << 20) // (2 * 2 * 16 * 36)  # 3.56 times float16's blocks
         cache.fill_(0xFF)  # unused memory: block scales that are NaN
+    assert llm.apply_model(global_scales) == [[DEFAULT, DEFAULT]]
     answers = vllm_greedy(llm, PROMPTS, NUM_TOKENS)
     # A whole prompt in one chunk attends to nothing that was quantised.
     assert [answer[0] for answer in answers] == [answer[0] for answer in llama_answers]

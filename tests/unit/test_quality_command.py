@@ -53,6 +53,7 @@ def test_defaults_are_fine():
         (["--answer", "1025"], "--answer: expected at most 1024 (--length less --first), got 1025"),
         (["--extra", "[1]"], "--extra: expected a JSON object, got [1]"),
         (["--text", "no/such.txt"], "--text: expected a file, found none: no/such.txt"),
+        (["--json", "no/a.json"], "--json: expected a file in a folder that exists, got no/a.json"),
     ],
 )
 def test_bad_arguments_are_said(argv, message):

@@ -22,7 +22,8 @@ def set_scales(original: Any, layer: Any, act_dtype: Any) -> None:
         ScalesError: VLLM_XLAYER_KV_SCALES names a file that does not fit.
     """
     original(layer, act_dtype)
-    if getattr(layer.impl, "uses_global_scales", False):
+    ours = getattr(layer.impl, "uses_global_scales", False)
+    if ours and layer._k_scale.numel() == 1:  # those that a checkpoint has a head are refused by the ops
         checkpoint = Scales(float(layer._k_scale), float(layer._v_scale))
         scales = scales_of(layer.layer_name, checkpoint, Config.load().kv_scales)
         layer._k_scale.fill_(scales.k)

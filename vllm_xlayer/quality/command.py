@@ -4,6 +4,7 @@ Each cache is served by an engine in a process of its own, one after the other; 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -104,6 +105,12 @@ def problem(args: argparse.Namespace) -> str | None:
         return f"--extra: expected a JSON object, got {args.extra!r}"
     if missing := [file for file in args.text if not Path(file).is_file()]:
         return f"--text: expected a file, found none: {missing[0]}"
+    for name in ("json", "plot", "calibrate"):
+        file = getattr(args, name)
+        if file and not Path(file).absolute().parent.is_dir():
+            return f"--{name}: expected a file in a folder that exists, got {file}"
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        return "--plot: expected matplotlib, found none: pip install matplotlib"
     return None
 
 
