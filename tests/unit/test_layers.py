@@ -14,7 +14,8 @@ PACKAGE = "vllm_xlayer"
 
 LAYERS = (
     {"cli"},
-    {"bench", "demo", "doctor", "quality"},  # commands
+    {"bench", "doctor", "quality"},  # commands
+    {"demo"},  # its documents are also what quality asks of the small model
     {"plugin"},
     # Above what they install: a patch knows the part of ours that it hands to vLLM; no part knows patches.
     {"patches"},
