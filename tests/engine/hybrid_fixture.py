@@ -75,7 +75,7 @@ def groups(llm) -> list[list[str]]:
 
 
 def layer_tensors(llm, layer: str) -> list[torch.Tensor]:
-    """A layer's cache: one tensor of pages, or one of each kind of state; the first dimension is the block."""
+    """A layer's cache: a tensor of pages, or one of each kind of state; block ids come first."""
     found = llm.llm_engine.vllm_config.compilation_config.static_forward_context[layer].kv_cache
     return [found] if isinstance(found, torch.Tensor) else list(found)
 

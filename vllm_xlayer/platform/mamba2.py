@@ -104,7 +104,7 @@ def update(
 
     Args:
         state: [slots, heads, P, N], written.
-        x, dt, z, out: [n, heads, P]; dt is the same for all channels of a head, z may be None; out is written.
+        x, dt, z, out: [n, heads, P]; dt is the same in all of a head, z may be None; out is written.
         A: [heads, P, N], the same for all of a head; D, dt_bias: [heads, P], likewise, or None.
         B, C: [n, groups, N].
         state_batch_indices, dst_state_batch_indices: int [n] or [n, 1], the slots read and written; requests
