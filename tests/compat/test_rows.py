@@ -100,7 +100,7 @@ def test_allocation_is_the_decision(make_groups, dtype, layout, in_a_worker):
     pool = torch.empty(0, dtype=torch.uint8).set_(pool.untyped_storage())
     assert pool.numel() == NUM_BLOCKS * descriptor.row_bytes
     for name, cache in caches.items():
-        view = page_view(pool, descriptor, name)
+        view = page_view(pool, descriptor.uniform, name)
         assert (view.data_ptr(), view.shape) == (cache.data_ptr(), cache.shape)
         assert view.stride() == cache.stride()
 
@@ -148,7 +148,7 @@ def test_another_connectors_wish_is_suspected(monkeypatch):
 def test_pages_that_cannot_be_described_are_refused():
     latent = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
     groups = [KVCacheGroupSpec(["a"], latent)]
-    with pytest.raises(NegotiationError, match=r"model: rows hold pages of .* got MLAAttentionSpec \(a\)"):
+    with pytest.raises(NegotiationError, match=r"model: pages of MLAAttentionSpec \(a\) are not known"):
         rows.negotiate_rows(config_with(), planned(groups, "BLHNC"))
 
 
@@ -165,8 +165,8 @@ def test_nvfp4_pages_of_another_backend_are_refused():
 def test_layers_that_share_pages_are_left_out():
     plan = planned(one_group("bfloat16"), "BLHNC")
     plan.kv_cache_groups[0].layer_names.append("shares.0")
-    (group,) = rows.groups_with_own_pages(plan)
-    assert group.layer_names == ["layers.0", "layers.1", "layers.2"]
+    (group,) = rows.negotiate_rows(config_with(), plan).descriptor.groups
+    assert list(group.layers) == ["layers.0", "layers.1", "layers.2"]
 
 
 def test_swizzled_pages_are_not_laid_in_rows(monkeypatch):

@@ -36,8 +36,8 @@ class Slow:
         super().__init__(*args)
         self.running = deque()
 
-    def submit(self, job_id, src_ids, dst_ids):
-        self.running.append([self.delay, job_id, src_ids, dst_ids])
+    def submit(self, job_id, *rows):
+        self.running.append([self.delay, job_id, *rows])
 
     def take_finished(self, model_ran=True):
         for job in self.running:

@@ -160,10 +160,13 @@ def test_another_spec_is_told_what_is_lost(monkeypatch, caplog_vllm):
     assert "TieringOffloadingSpec" in said and "Without spec_name they are on" in said
 
 
-def scheduler(monkeypatch, *groups):
-    """With the scheduler's side of vLLM found to be asked for `asked[-1]` tokens at most."""
+def scheduler(monkeypatch, *groups, states=None):
+    """With the scheduler's side of vLLM found to be asked for `asked[-1]` tokens at most.
+
+    states: tokens to which vLLM rounds hits of hybrid models.
+    """
     made, asked = object.__new__(RowConnectorScheduler), []
-    made._load_failed = set()
+    made._load_failed, made._mamba_align_size = set(), states
     made.config = SimpleNamespace(
         kv_group_configs=[
             SimpleNamespace(tokens_per_chunk=size, sliding_window_size_in_chunks=window)
@@ -201,3 +204,13 @@ def test_how_much_may_be_loaded(monkeypatch, groups, tokens, computed, limit, ex
     made._load_failed.add("r")
     made.get_num_new_matched_tokens(request, computed)
     assert asked == [expected, 0]
+
+
+@pytest.mark.parametrize("tokens", [20, 32, 33])
+def test_where_groups_hold_states_vllm_cuts_hits_by_itself(monkeypatch, tokens):
+    """It leaves out the last token, rounds down to whole blocks, and looks for parts of a block after that: a
+    bound of ours would hide those."""
+    made, asked = scheduler(monkeypatch, (16, None), (16, 1), states=16)
+    request = SimpleNamespace(num_tokens=tokens, request_id="r", skip_reading_prefix_cache=False)
+    made.get_num_new_matched_tokens(request, 16)
+    assert asked == [tokens - 16]

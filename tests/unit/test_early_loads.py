@@ -59,7 +59,7 @@ def test_reported_when_little_is_left(device, load, model_ran, left):  # noqa: F
         assert device.runnable()
         device.run_a_copy()
         assert load.take_finished() == []
-    assert not load._running and not load._told and not load._rows_running
+    assert not load._running and not load._told and not load._bytes_running
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -65,7 +65,7 @@ def test_everything_once_and_then_what_changed(tier, tiers):
     assert first["transfer_bytes", "load", "disk"] == 0 and first["queue_depth", "store", "host"] == 0
     assert {value for key, value in first.items() if key[0] != "disk_limit_bytes"} == {0}
     assert not values(tier.report(NO_QUEUES))
-    tier.moved(moved(loads=[(5 * ROW, 0.5), (ROW, 0.5)]))
+    tier.moved(moved(loads=[(5 * ROW, 0.5), (ROW, 0.5)]), 0, 6)
     tiers.disk.counts["miss: short"] += 2
     tiers.host.loads_failed += 3
     assert values(tier.report(NO_QUEUES)) == {
@@ -98,8 +98,12 @@ def test_the_disks_counts_become_rows_and_bytes(tier, tiers):
 
 def test_ranks_add_up(tier):
     """As vLLM does it: the ranks' metadata of a step are merged before the scheduler sees them."""
-    ranks = [RowWorkerMetadata({7: 1}, moved(stores=[(2 * ROW, seconds)])) for seconds in (0.25, 0.5)]
-    tier.moved(ranks[0].aggregate(ranks[1]).transfer_stats)
+    ranks = [
+        RowWorkerMetadata({7: 1}, moved(stores=[(2 * ROW, seconds)]), rows_stored=2)
+        for seconds in (0.25, 0.5)
+    ]
+    merged = ranks[0].aggregate(ranks[1])
+    tier.moved(merged.transfer_stats, merged.rows_stored, merged.rows_loaded)
     found = values(tier.report(NO_QUEUES))
     assert found["transfer_rows", "store", "host"] == 4 and found["transfer_seconds", "store", "host"] == 0.75
 
@@ -126,7 +130,7 @@ def test_a_line_a_minute_while_there_is_something_to_say(tier, tiers, clock):
     clock.now += 1000
     tier.report(NO_QUEUES)
     assert not clock.lines  # idle since the start
-    tier.moved(moved(stores=[(10**9, 0.5)]))
+    tier.moved(moved(stores=[(10**9, 0.5)]), 10**6, 0)
     for _ in range(60):
         tier.report(NO_QUEUES)
         clock.now += 1
@@ -148,7 +152,7 @@ def test_a_line_a_minute_while_there_is_something_to_say(tier, tiers, clock):
 
 def test_the_line(tier, tiers, clock):
     tier.report(NO_QUEUES)
-    tier.moved(moved([(2 * 10**9, 0.5)], [(10**9, 0.02)]))
+    tier.moved(moved([(2 * 10**9, 0.5)], [(10**9, 0.02)]), 2 * 10**6, 10**6)
     tier.lookups.answered("a", 3, 1, "absent")
     tier.lookups.admitted("a")
     tiers.disk.counts.update({"hit": 250_000, "miss: damaged payload": 2, "not stored: disk too slow": 4})

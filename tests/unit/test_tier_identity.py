@@ -79,13 +79,16 @@ def engine(**changes):
         load_config=SimpleNamespace(load_format="auto", model_loader_extra_config={}),
         cache_config=SimpleNamespace(
             cache_dtype="auto", prefix_caching_hash_algo="sha256",
-            sliding_window=None, kv_cache_dtype_skip_layers=[],
+            sliding_window=None, kv_cache_dtype_skip_layers=[], use_replayssm=False, prefix_match_unit=None,
         ),
         parallel_config=SimpleNamespace(
             world_size=2, tensor_parallel_size=2, decode_context_parallel_size=1,
             prefill_context_parallel_size=1, cp_kv_cache_interleave_size=1,
         ),
         attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
+        mamba_config=SimpleNamespace(
+            backend="TRITON", enable_stochastic_rounding=False, stochastic_rounding_philox_rounds=0
+        ),
         lora_config=None, speculative_config=None, additional_config={},
     )  # fmt: skip
     for name, value in changes.items():
@@ -115,7 +118,9 @@ def test_kv_that_must_not_be_kept(changes, reason):
 def of(folder, **changes):
     layout = SimpleNamespace(
         fingerprint=changes.pop("fingerprint", "BLHNC"),
-        groups=[SimpleNamespace(dtype=changes.pop("page_dtype", "bfloat16"), block_size=16)],
+        attention=[SimpleNamespace(dtype=changes.pop("page_dtype", "bfloat16"))],
+        groups=[SimpleNamespace(block_size=16)],
+        has_opaque=changes.pop("states", False),
     )
     return tier_identity(engine(**{"model_config.model": str(folder)} | changes), layout, 1)
 
@@ -173,6 +178,35 @@ def test_each_thing_that_shapes_kv_is_in_the_digest(tmp_path, changes):
     folder = save(tmp_path / "model", DATA)
     assert of(folder).digest == of(folder).digest
     assert of(folder, **changes).digest != of(folder).digest
+
+
+STATES = {
+    "backend": {"mamba_config.backend": "FLASHINFER"},
+    "stochastic_rounding": {"mamba_config.enable_stochastic_rounding": True},
+    "replayssm": {"cache_config.use_replayssm": True},
+    "match_unit": {"cache_config.prefix_match_unit": 16},
+}
+
+
+def test_nothing_that_shapes_states_is_left_out_here():
+    assert STATES.keys() == identity.state_settings(engine()).keys()
+
+
+@pytest.mark.parametrize("changes", STATES.values(), ids=STATES)
+def test_what_shapes_states_is_in_the_digest_of_hybrids_only(tmp_path, changes):
+    folder = save(tmp_path / "model", DATA)
+    assert of(folder, states=True, **changes).digest != of(folder, states=True).digest
+    assert of(folder, **changes).digest == of(folder).digest
+
+
+RECORDED = "ccf6860111de1c08e304892f4b0f6d1e"
+
+
+def test_engines_without_states_keep_their_digest(monkeypatch):
+    """Recorded before hybrids had a disk tier: what is in a folder stays valid."""
+    monkeypatch.setattr(identity, "version", lambda name: "0.33.0")
+    monkeypatch.delenv("VLLM_XLAYER_SCALE_CHOICE", raising=False)
+    assert identity._settings_digest(engine(), "code", False) == RECORDED
 
 
 def test_versions_environment_and_files_are_in_the_digest(tmp_path, monkeypatch):

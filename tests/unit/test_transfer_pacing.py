@@ -244,7 +244,7 @@ def test_stores_may_queue_a_share_of_a_step(device, monkeypatch):
         device.clock += milliseconds
         before = sum(device.batches)
         store.take_finished()
-        return store._rows_running, sum(device.batches) - before
+        return store._bytes_running // ROW, sum(device.batches) - before
 
     # Seven rows a millisecond: a quarter of a second's step is more than the least.
     queued, sent = queued_after(1000)
@@ -299,7 +299,7 @@ def test_a_refused_batch(device, direction, refused):
     assert torch.equal(direction.dst[parts[failed]], then[parts[failed]])
     for job, part in enumerate(parts):
         assert torch.equal(direction.dst[part], direction.src[part]) == (job != failed)
-    assert not direction._unsent and not direction._rows_running
+    assert not direction._unsent and not direction._bytes_running
 
 
 def test_jobs_that_share_a_refused_batch_fail(device, monkeypatch):
@@ -316,6 +316,26 @@ def test_a_broken_device(device, direction):
     device.broken = True
     direction.wait([0, 1])
     assert [(r.job_id, r.success) for r in direction.take_finished()] == [(0, False), (1, False)]
-    assert not direction._rows_running
+    assert not direction._bytes_running
     assert direction.take_finished() == []
     direction.drain()
+
+
+def test_rows_larger_than_a_piece_are_cut_and_only_their_used_bytes_move(device, direction, monkeypatch):
+    """Jobs of rows of several lengths share batches; none is larger than a batch and a piece."""
+    monkeypatch.setattr(transfers, "PIECE_BYTES", 16)
+    monkeypatch.setattr(transfers, "BATCH_BYTES", dict.fromkeys(Way, 40))
+    lengths = [ROW, 16 * 3, 16]
+    ids = torch.arange(9)
+    for job in range(3):
+        mine = ids[3 * job : 3 * job + 3]
+        direction.submit(job, mine, mine.flip(0), [(1, length) for length in lengths])
+    results = finish(device, direction)
+    assert [r.transfer_size for r in results] == [sum(lengths)] * 3 and all(r.success for r in results)
+    wanted = torch.zeros_like(direction.dst)
+    for job in range(3):
+        for row, length in enumerate(lengths):
+            wanted[3 * job + 2 - row, :length] = direction.src[3 * job + row, :length]
+    assert torch.equal(direction.dst, wanted)
+    assert direction.rows == 9 and not direction._bytes_running
+    assert len(device.batches) > 2 * 9

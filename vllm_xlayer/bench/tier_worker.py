@@ -156,7 +156,8 @@ class RowCopies:
     def _submit(self) -> None:
         """So many jobs that JOBS of them are not finished."""
         while self._running < self._ahead:
-            self._direction.submit(self._running, *next(self._ids))
+            src_ids, dst_ids = next(self._ids)
+            self._direction.submit(self._running, src_ids, dst_ids)
             self._running += 1
 
     def book(self) -> None:

@@ -6,7 +6,8 @@ import torch
 
 from ..layout import ConnectorWish, Decision, negotiate
 from .extension_points import CONNECTOR
-from .rows import ROWS, cache_spec, offer_of
+from .plan import cache_spec
+from .rows import ROWS, offer_of
 
 
 def negotiate_for_model(

@@ -7,22 +7,12 @@ and says who stood in the way.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.kv_cache_interface import (
-    AttentionSpec,
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    KVCacheSpec,
-    MLAAttentionSpec,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from ..layout import (
     MODEL,
@@ -30,15 +20,18 @@ from ..layout import (
     BackendOffer,
     CacheSpec,
     ConnectorWish,
-    Decision,
     Layout,
     NegotiationError,
     Refusal,
+    RowDecision,
+    RowDescriptor,
+    RowGroup,
     allocation_of,
     negotiate,
 )
 from ..nvfp4 import ScaleOrder
 from .extension_points import CONNECTOR
+from .plan import PLAN, refusals_of, row_bytes_of, row_groups
 
 ROWS = (Layout.BLHNC, Layout.BLNHC)
 """What the connector takes. It asks for the first; the second comes from VLLM_KV_CACHE_LAYOUT only."""
@@ -46,33 +39,55 @@ LAYOUT_VARIABLE = "VLLM_KV_CACHE_LAYOUT"
 _OLD_NAMES = {"NHD": "LBNHC", "HND": "LBHNC"}
 
 
-def negotiate_rows(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Decision:
-    """The layout in rows that vLLM resolved for a model served with XLayerConnector.
+def negotiate_rows(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> RowDecision:
+    """The row that vLLM resolved and planned for a model served with XLayerConnector.
 
     Raises:
-        NegotiationError: it is not in rows, or this package cannot move them; names who refused, and why.
+        NegotiationError: it is not a row, or this package cannot move it; names who refused, and why.
     """
     backends = backends_of(vllm_config)
     resolved = kv_cache_config.kv_cache_layout
     if resolved not in [layout.value for layout in ROWS]:
         raise NegotiationError(_who_refused(resolved, backends))
-    groups = groups_with_own_pages(kv_cache_config)
-    if refusals := list(_strange_pages(Layout[resolved], groups)):
+    layout = Layout[resolved]
+    if refusals := list(refusals_of(layout, kv_cache_config)):
         raise NegotiationError(refusals)
-    specs = [group_spec(group) for group in groups]
+    groups = row_groups(kv_cache_config)
+    specs = _attention_specs(groups)
+    nvfp4 = any(spec.dtype == "nvfp4" for spec in specs)
+    accepted_by, refused = _negotiate_attention(layout, specs, backends)
+    try:
+        row = RowDescriptor(layout, row_bytes_of(kv_cache_config), groups, scale_order() if nvfp4 else None)
+    except ValueError as error:
+        raise NegotiationError([Refusal(layout, PLAN, str(error))]) from error
+    return RowDecision(row, accepted_by, refused)
+
+
+def _attention_specs(groups: Iterable[RowGroup]) -> list[CacheSpec]:
+    contents = (page.content for group in groups for page in group.pages)
+    return list(dict.fromkeys(content for content in contents if isinstance(content, CacheSpec)))
+
+
+def _negotiate_attention(
+    layout: Layout, specs: Sequence[CacheSpec], backends: Sequence[type[AttentionBackend]]
+) -> tuple[tuple[str, ...], tuple[Refusal, ...]]:
+    """(who accepted, what was refused), of the attention pages: only their backends care for the order.
+
+    Pages of one size are agreed on together; how those of several sizes share a row is vLLM's plan.
+
+    Raises:
+        NegotiationError: somebody does not take the layout.
+    """
+    wish = ConnectorWish(CONNECTOR, (layout,), required=True)
+    accepted_by, refused = dict.fromkeys((MODEL, wish.party)), dict[Refusal, None]()
     dtypes = {spec.dtype for spec in specs}
-    offers = [offer_of(backend, dtypes) for backend in backends]
-    wish = ConnectorWish(CONNECTOR, (Layout[resolved],), required=True)
-    return negotiate(specs, offers or [_resolved_offer(Layout[resolved], dtypes)], wish)
-
-
-def groups_with_own_pages(kv_cache_config: KVCacheConfig) -> list[KVCacheGroupSpec]:
-    """The groups without layers that reuse another layer's pages (the runners add those to the groups)."""
-    own = {name for tensor in kv_cache_config.kv_cache_tensors for name in tensor.layers}
-    return [
-        replace(group, layer_names=[name for name in group.layer_names if name in own])
-        for group in kv_cache_config.kv_cache_groups
-    ]
+    offers = [offer_of(backend, dtypes) for backend in backends] or [_resolved_offer(layout, dtypes)]
+    for size in dict.fromkeys(spec.page_step for spec in specs):
+        alike = [spec for spec in specs if spec.page_step == size]
+        decision = negotiate(alike, offers, wish)
+        accepted_by = dict.fromkeys(decision.accepted_by)
+        refused |= dict.fromkeys(decision.refusals)
+    return tuple(accepted_by), tuple(refused)
 
 
 def allocations(kv_caches: Mapping[str, torch.Tensor]) -> dict[str, Allocation]:
@@ -131,50 +146,6 @@ def _who_refused(resolved: str | None, backends: Sequence[type[AttentionBackend]
         f"connector may have asked for it. {LAYOUT_VARIABLE}={ROWS[0].value} goes before every connector"
     )
     return [Refusal(ROWS[0], "vLLM", reason)]
-
-
-def _strange_pages(layout: Layout, groups: Iterable[KVCacheGroupSpec]) -> Iterator[Refusal]:
-    """Groups whose pages this package cannot describe."""
-    for group in groups:
-        spec, layer = group.kv_cache_spec, group.layer_names[0]
-        if not _is_plain(spec):
-            kind = type(spec).__name__
-            yield Refusal(
-                layout, MODEL, f"rows hold pages of full or sliding-window attention, got {kind} ({layer})"
-            )
-        elif cast(AttentionSpec, spec).num_head_slots not in (None, cast(AttentionSpec, spec).num_kv_heads):
-            yield Refusal(
-                layout, f"the attention backend of {layer}",
-                "K and V have head slots of their own in its pages, which XLayerConnector does not know; "
-                "--attention-backend CUSTOM is this package's, for --kv-cache-dtype nvfp4",
-            )  # fmt: skip
-
-
-def _is_plain(spec: KVCacheSpec) -> bool:
-    return isinstance(spec, FullAttentionSpec | SlidingWindowSpec) and not isinstance(spec, MLAAttentionSpec)
-
-
-def group_spec(group: KVCacheGroupSpec) -> CacheSpec:
-    """vLLM's spec of one group of attention layers, in this package's terms."""
-    assert isinstance(group.kv_cache_spec, AttentionSpec)
-    return cache_spec(group.layer_names, group.kv_cache_spec)
-
-
-def cache_spec(layers: Iterable[str], spec: AttentionSpec) -> CacheSpec:
-    """vLLM's spec of one group, in this package's terms."""
-    dtype = "nvfp4" if spec.kv_quant_mode.is_nvfp4 else str(spec.dtype).removeprefix("torch.")
-    if spec.dtype == torch.uint8 and dtype != "nvfp4":
-        dtype = "fp8"
-    return CacheSpec(
-        layers=tuple(layers),
-        num_kv_heads=spec.num_kv_heads,
-        head_size_k=spec.head_size,
-        head_size_v=spec.head_size_v,
-        block_size=spec.block_size,
-        dtype=dtype,
-        page_bytes=spec.unpadded_page_size_bytes,
-        page_bytes_padded=spec.page_size_padded,
-    )
 
 
 def scale_order() -> ScaleOrder:

@@ -34,16 +34,19 @@ from vllm.forward_context import ForwardContext
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
+from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from ..compat.private import CONNECTOR_FEATURE, require
 from ..compat.rows import allocations, negotiate_rows
 from ..config import ConnectorSettings
-from ..layout import LayoutDescriptor, check_allocation
+from ..layout import RowDescriptor, check_allocation, row_line
 from .disk.identity import tier_identity
+from .disk.tier import Unused
+from .limits import check_served
 from .scheduler import RowConnectorScheduler
-from .spec import DiskSettings, RowOffloadingSpec, default_host_bytes
+from .spec import DiskSettings, RowOffloadingSpec, default_host_bytes, least_rows
 from .stats.metrics import RowConnectorStats
 from .worker import RowConnectorWorker
 
@@ -67,12 +70,18 @@ class XLayerConnector(OffloadingConnector):
         # Not OffloadingConnector's: it would create the spec from the class name in the user's config.
         KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)
         require(CONNECTOR_FEATURE)
-        self.layout: LayoutDescriptor = negotiate_rows(vllm_config, kv_cache_config).descriptor
+        decision = negotiate_rows(vllm_config, kv_cache_config)
+        self.layout: RowDescriptor = decision.descriptor
         self.pool: torch.Tensor | None = None
+        transfer = vllm_config.kv_transfer_config
+        assert transfer is not None
+        ours = _has_our_spec(transfer.kv_connector_extra_config)
+        check_served(vllm_config, kv_cache_config, self.layout, ours)
+        if role == KVConnectorRole.WORKER:
+            logger.info("XLayerConnector: %s", row_line(decision))
         spec = _offloading_spec(vllm_config, kv_cache_config, self.layout, role)
         self.connector_scheduler = None
         self.connector_worker = None
-        ours = isinstance(spec, RowOffloadingSpec)
         if role == KVConnectorRole.SCHEDULER:
             scheduler = RowConnectorScheduler if ours else OffloadingConnectorScheduler
             self.connector_scheduler = scheduler(spec, vllm_config, kv_cache_config)
@@ -87,14 +96,17 @@ class XLayerConnector(OffloadingConnector):
         return "BLHNC"
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """kv_caches: layer name -> (B, H, N, C) view of the pool."""
+        """kv_caches: layer name -> its view of the pool, of attention layers (B, H, N, C)."""
         assert self.connector_worker is not None
         own = [name for group in self.layout.groups for name in group.layers]
         check_allocation(self.layout, allocations({n: kv_caches[n] for n in own}))
         storage = kv_caches[own[0]].untyped_storage()
         self.pool = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.pool = self.pool.view(-1, self.layout.row_bytes)
-        self.connector_worker.register_kv_caches(dict(kv_caches))
+        if isinstance(self.connector_worker, RowConnectorWorker):
+            self.connector_worker.register_pool(self.pool, self.layout)
+        else:
+            self.connector_worker.register_kv_caches(dict(kv_caches))
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         # Both runners call this after all that a step does to blocks before its launch.
@@ -164,7 +176,7 @@ def _has_our_spec(extra: Mapping[str, Any]) -> bool:
 
 
 def _offloading_spec(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout: LayoutDescriptor, role: KVConnectorRole
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout: RowDescriptor, role: KVConnectorRole
 ) -> OffloadingSpec:
     assert vllm_config.kv_transfer_config is not None
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
@@ -177,7 +189,9 @@ def _offloading_spec(
         return OffloadingSpecFactory.create_spec(build_offloading_config(vllm_config, kv_cache_config))
     settings = ConnectorSettings.read(extra)
     config = build_offloading_config(vllm_config, kv_cache_config)
-    host_bytes = settings.cpu_bytes_to_use or default_host_bytes()
+    host_bytes = settings.cpu_bytes_to_use or default_host_bytes(_block_bytes(config), len(layout.groups))
+    if role == KVConnectorRole.SCHEDULER:
+        _say_if_small(config, host_bytes, len(layout.groups))
     # Each rank stores its own rows: with equal ones (MLA) vLLM would let the first one write for all.
     config = replace(config, extra_config={**extra, "cpu_bytes_to_use": host_bytes}, replicated_layout=False)
     disk = _disk_settings(vllm_config, layout, settings, config.cache.blocks_per_chunk)
@@ -191,8 +205,24 @@ def _offloading_spec(
     return RowOffloadingSpec(config, disk)
 
 
+def _block_bytes(config: OffloadingConfig) -> int:
+    """Of one block, all ranks."""
+    return config.worker_kv_bytes_per_block * config.parallel.world_size
+
+
+def _say_if_small(config: OffloadingConfig, host_bytes: int, groups: int) -> None:
+    """Hybrid models have rows of tens of megabytes, and a prompt's blocks in every group."""
+    least = least_rows(groups) * _block_bytes(config)
+    if groups > 1 and host_bytes < least:
+        logger.warning(
+            "XLayerConnector: the host tier holds %d blocks of %d bytes, which %d KV cache groups share: few "
+            "prompts will be found again. Expected cpu_bytes_to_use of at least %d, got %d",
+            host_bytes // _block_bytes(config), _block_bytes(config), groups, least, host_bytes,
+        )  # fmt: skip
+
+
 def _disk_settings(
-    vllm_config: VllmConfig, layout: LayoutDescriptor, settings: ConnectorSettings, blocks_per_chunk: int
+    vllm_config: VllmConfig, layout: RowDescriptor, settings: ConnectorSettings, blocks_per_chunk: int
 ) -> DiskSettings | None:
     if settings.disk_path is None or settings.disk_bytes_to_use is None:
         return None
@@ -205,6 +235,7 @@ def _disk_settings(
         engine=f"{transfer.engine_id} {vllm_config.instance_id}",
         identity=lambda: tier_identity(vllm_config, layout, blocks_per_chunk),
         in_process=vllm_config.parallel_config.distributed_executor_backend == "uni",
+        unused=Unused(layout.row_bytes, {i: list(layout.gaps(i)) for i in range(len(layout.groups))}),
     )
 
 

@@ -75,7 +75,7 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, RowWorkerMetadata):
-            self.activity.moved(meta.transfer_stats)
+            self.activity.moved(meta.transfer_stats, meta.rows_stored, meta.rows_loaded)
             if meta.problem:
                 self.manager.turn_off(meta.problem)
             self.manager.host.ready(meta.ready)
@@ -121,6 +121,9 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         """
         if request.request_id in self._load_failed:
             return 0
+        if self._mamba_align_size is not None:
+            # Where states are looked for, vLLM leaves out the last token by itself, also within a block.
+            return request.num_tokens - num_computed_tokens
         groups = self.config.kv_group_configs
         span = max(group.tokens_per_chunk for group in groups)
         last = (request.num_tokens - 1) // span * span
@@ -186,6 +189,8 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         status = self._req_status[request_id]
         tokens = status.req.num_computed_tokens + scheduled_tokens
         for config, group in zip(self.config.kv_group_configs, status.group_states, strict=True):
+            if config.requires_cow_source:  # its states are handed over with the step: see without_idle
+                continue
             span, stored = config.tokens_per_chunk, group.next_stored_chunk_idx
             if tokens // span > stored and self._calc_num_offloadable_tokens(status, tokens) // span > stored:
                 return True

@@ -4,7 +4,7 @@ The manager (which chunk is where, what is evicted) is host_manager's, on vLLM's
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from .copy import directions
+from .copy.pieces import Runs
 from .disk.format import TierIdentity
 from .disk.identity import NoIdentity
 from .disk.manager import TieredManager
-from .disk.tier import DiskTier
+from .disk.tier import DiskTier, Unused
 from .host import pinning
 from .host.manager import HostTierManager
 from .host.memory import GIB, HostShape, scheduler_memory, worker_memory
@@ -40,10 +41,24 @@ from .stats.metrics import DEFINITIONS
 logger = init_logger(__name__)
 
 
-def default_host_bytes() -> int:
-    """4 GiB, or a quarter of the machine's memory where that is less."""
+LEAST_ROWS, LEAST_BOUNDARIES = 64, 4
+"""A useful host tier: so many blocks, and of so many places in a prompt the blocks of every group."""
+
+
+def default_host_bytes(row_bytes: int = 0, groups: int = 1) -> int:
+    """4 GiB, or what a useful tier needs if that is more, or a quarter of the machine's memory if less.
+
+    Args:
+        row_bytes: of one block of all ranks.
+        groups: KV cache groups of the model.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(4 * GIB, memory // 4)
+    return min(max(4 * GIB, least_rows(groups) * row_bytes), memory // 4)
+
+
+def least_rows(groups: int) -> int:
+    """Blocks below which a host tier is of little use."""
+    return max(LEAST_ROWS, LEAST_BOUNDARIES * groups)
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,7 @@ class DiskSettings:
         engine: a name that no other engine has, known to its scheduler and all its workers.
         identity: says whose KV this engine's is; NoIdentity if it must not outlive the engine.
         in_process: scheduler and worker are in one process.
+        unused: what of a row no layer has.
     """
 
     path: Path
@@ -63,6 +79,7 @@ class DiskSettings:
     engine: str
     identity: Callable[[], TierIdentity]
     in_process: bool
+    unused: Unused
 
 
 def _no_tiers(extra_config: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +139,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             identity = settings.identity()
             # The host tier must keep room for loads while the disk is behind.
             waiting = max(1, self.num_chunks // 4)
-            disk = DiskTier(view, settings.path, settings.limit, identity, waiting)
+            disk = DiskTier(view, settings.path, settings.limit, identity, waiting, settings.unused)
         except (NoIdentity, OSError, MemoryError) as error:
             logger.warning("XLayerConnector: the engine runs without its disk tier: %s", error)
             return host
@@ -144,7 +161,10 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             )
         except MemoryError as error:
             return NoTierWorker(str(error))
-        return RowOffloadingWorker(pool, host, self.blocks_per_chunk, pins, early_loads=self._disk is None)
+        used = [ref.page_size_bytes for (ref,) in kv_caches.group_data_refs]
+        return RowOffloadingWorker(
+            pool, host, self.blocks_per_chunk, pins, early_loads=self._disk is None, used_bytes=used
+        )
 
 
 def _info(spec: CPUOffloadingSpec) -> dict[str, Any]:
@@ -176,6 +196,7 @@ class RowOffloadingWorker(OffloadingWorker):
         blocks_per_chunk: Blocks that the manager treats as one.
         pins: pins the host memory, started and closed with this; None if it need not be.
         early_loads: Whether only this worker's transfers write to the host memory (copy/early_loads.py).
+        used_bytes: of a row, for each KV cache group; None is all of it for one group.
     """
 
     def __init__(
@@ -185,10 +206,13 @@ class RowOffloadingWorker(OffloadingWorker):
         blocks_per_chunk: int,
         pins: Pinning | None = None,
         early_loads: bool = False,
+        used_bytes: Sequence[int] | None = None,
     ):
+        self.used_bytes = [pool.shape[1]] if used_bytes is None else list(used_bytes)
         self.blocks_per_chunk = blocks_per_chunk
         self.host = host
         self._pins = pins
+        self._rows_of: dict[int, int] = {}
         self._store = directions.make_direction(pool, host, pool.device)
         self._load = directions.make_direction(host, pool, pool.device, early=early_loads)
         if pins is not None:
@@ -218,7 +242,8 @@ class RowOffloadingWorker(OffloadingWorker):
         except ValueError as error:
             self._store.fail(job_id, error)
         else:
-            self._store.submit(job_id, _ids(src_spec), host_rows)
+            self._rows_of[job_id] = len(host_rows)
+            self._store.submit(job_id, _ids(src_spec), host_rows, self._runs(src_spec))
         return True
 
     def submit_load(
@@ -229,7 +254,8 @@ class RowOffloadingWorker(OffloadingWorker):
         except ValueError as error:
             self._load.fail(job_id, error)
         else:
-            self._load.submit(job_id, host_rows, _ids(dst_spec))
+            self._rows_of[job_id] = len(host_rows)
+            self._load.submit(job_id, host_rows, _ids(dst_spec), self._runs(dst_spec))
         return True
 
     def _host_rows(self, device: GPULoadStoreSpec, host: LoadStoreSpec) -> torch.Tensor:
@@ -252,6 +278,15 @@ class RowOffloadingWorker(OffloadingWorker):
             )
         return torch.from_numpy(found)
 
+    def _runs(self, device: GPULoadStoreSpec) -> Runs:
+        """Of every group that has blocks in a transfer: how many, and the bytes that can be its own."""
+        found = zip(device.group_sizes, self.used_bytes, strict=True)
+        return [(rows, used) for rows, used in found if rows]
+
+    def take_rows(self, job_id: int) -> int:
+        """How many rows a transfer had that ended; asked once."""
+        return self._rows_of.pop(job_id, 0)
+
     def before_launch(self) -> None:
         """Loads that are submitted until `get_finished` need not wait for what is launched from now on."""
         self._load.before_launch()
@@ -270,6 +305,7 @@ class RowOffloadingWorker(OffloadingWorker):
     def shutdown(self) -> None:
         self._store.drain()
         self._load.drain()
+        self._rows_of.clear()
         if self._pins is not None:
             self._pins.close()
 
@@ -298,6 +334,9 @@ class NoTierWorker(OffloadingWorker):
     ) -> bool:
         self._done.append(TransferResult(job_id, False))
         return True
+
+    def take_rows(self, job_id: int) -> int:
+        return 0
 
     def get_finished(self, model_ran: bool = True) -> list[TransferResult]:
         done, self._done = self._done, []

@@ -6,6 +6,7 @@ nothing, and every failure to the scheduler's side of the connector, which then 
 
 from dataclasses import dataclass, field
 
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
@@ -14,8 +15,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.kv_offload.base import OffloadingSpec, TransferResult
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCacheRef,
+    CanonicalKVCaches,
+    CanonicalKVCacheTensor,
+    OffloadingSpec,
+    TransferResult,
+)
 
+from ..layout import RowDescriptor
 from .spec import NoTierWorker, RowOffloadingWorker
 
 
@@ -27,6 +35,9 @@ class RowWorkerMetadata(OffloadingWorkerMetadata):
     """Jobs that some worker could not do; they are in completed_jobs as well."""
     problem: str = ""
     """Why some worker has no tier; said once."""
+    rows_stored: int = 0
+    rows_loaded: int = 0
+    """Rows of transfers that ended well, added up over ranks: their bytes differ between KV cache groups."""
     ready: int = 0
     """Workers whose host memory may be used from now on; each says so once."""
 
@@ -39,6 +50,8 @@ class RowWorkerMetadata(OffloadingWorkerMetadata):
             merged.transfer_stats,
             self.failed_jobs | other.failed_jobs,
             self.problem or other.problem,
+            self.rows_stored + other.rows_stored,
+            self.rows_loaded + other.rows_loaded,
             self.ready + other.ready,
         )
 
@@ -56,6 +69,18 @@ class RowConnectorWorker(OffloadingConnectorWorker):
         self._said_state = False
         self.model_ran = False
         """In the step that `get_finished` is asked after."""
+
+    def register_pool(self, pool: torch.Tensor, layout: RowDescriptor) -> None:
+        """Takes the place of register_kv_caches, which would derive what moves from views of layers.
+
+        Args:
+            pool: uint8 [num_blocks, row_bytes].
+        """
+        groups = [
+            [CanonicalKVCacheRef(0, layout.used_bytes(group.group_id))] for group in self.spec.config.groups
+        ]
+        tensors = [CanonicalKVCacheTensor(pool, layout.row_bytes)]
+        self.worker = self.spec.get_worker(CanonicalKVCaches(tensors, groups))  # type: ignore[assignment]
 
     def before_launch(self, metadata: OffloadingConnectorMetadata) -> None:
         """Called in every step before the model's launch: its loads need not wait for what is launched then.
@@ -78,6 +103,7 @@ class RowConnectorWorker(OffloadingConnectorWorker):
         is_load = job_id in self._load_jobs
         request = self._load_jobs.pop(job_id, None)
         meta.mark_completed(job_id)
+        rows = 0 if self.worker is None else self.worker.take_rows(job_id)
         if not result.success:
             meta.failed_jobs.add(job_id)
             if request is not None:
@@ -85,6 +111,10 @@ class RowConnectorWorker(OffloadingConnectorWorker):
         elif result.transfer_size is not None and result.transfer_time is not None:
             stats = meta.transfer_stats.load if is_load else meta.transfer_stats.store
             stats.record(result.transfer_size, result.transfer_time)
+            if is_load:
+                meta.rows_loaded += rows
+            else:
+                meta.rows_stored += rows
         return request
 
     def take_failed_loads(self) -> set[str]:

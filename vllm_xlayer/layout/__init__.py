@@ -4,6 +4,7 @@ Pure Python: imports neither vLLM nor the compiled extension (torch only when a 
 
     spec         the axes, and what a KV cache group of the model asks for
     descriptor   one agreed layout in bytes, its dict form and fingerprint
+    rows         one row of any model, as the engine allocated it: several groups, opaque pages
     bytemap      which byte holds which element, and the torch views that say the same
     allocation   compares what an engine allocated with the descriptor
     negotiation  model, attention backends and connector agree on a layout, or say who refused it
@@ -13,7 +14,7 @@ Pure Python: imports neither vLLM nor the compiled extension (torch only when a 
 from vllm_xlayer.layout.allocation import Allocation, AllocationError, allocation_of, check_allocation
 from vllm_xlayer.layout.bytemap import Place, byte_offset, page_view, scale_offset
 from vllm_xlayer.layout.descriptor import LayoutDescriptor, Slot
-from vllm_xlayer.layout.drawing import draw, one_line
+from vllm_xlayer.layout.drawing import draw, one_line, row_line
 from vllm_xlayer.layout.negotiation import (
     MODEL,
     BackendOffer,
@@ -23,6 +24,7 @@ from vllm_xlayer.layout.negotiation import (
     Refusal,
     negotiate,
 )
+from vllm_xlayer.layout.rows import Opaque, Page, RowDecision, RowDescriptor, RowGroup
 from vllm_xlayer.layout.spec import CacheSpec, Layout
 
 __all__ = [
@@ -36,8 +38,13 @@ __all__ = [
     "Layout",
     "LayoutDescriptor",
     "NegotiationError",
+    "Opaque",
+    "Page",
     "Place",
     "Refusal",
+    "RowDecision",
+    "RowDescriptor",
+    "RowGroup",
     "Slot",
     "allocation_of",
     "byte_offset",
@@ -46,5 +53,6 @@ __all__ = [
     "negotiate",
     "one_line",
     "page_view",
+    "row_line",
     "scale_offset",
 ]

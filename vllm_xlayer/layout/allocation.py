@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_xlayer.layout.descriptor import LayoutDescriptor
+from vllm_xlayer.layout.rows import Opaque, RowDescriptor
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +34,15 @@ def allocation_of(tensor: "torch.Tensor") -> Allocation:
 
 
 def check_allocation(
-    layout: LayoutDescriptor, tensors: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], int]]
+    layout: LayoutDescriptor | RowDescriptor,
+    tensors: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], int]],
 ) -> None:
     """Compares what the engine allocated with what was negotiated.
 
     Args:
         tensors: for each layer its (shape, strides in bytes, offset in bytes), see ``Allocation``.
-            Strides of axes of size 1 are free: no byte depends on them.
+            Strides of axes of size 1 are free: no byte depends on them. Of an opaque page only the offset
+            and the distance between blocks are compared.
 
     Raises:
         AllocationError: with the expected and the actual value of every layer that differs.
@@ -53,9 +56,9 @@ def check_allocation(
     known = {name: Allocation(*tensors[name]) for name in tensors if name in expected_names}
     blocks = next((got.shape[0] for got in known.values() if got.shape), 0)
     for name, got in known.items():
-        want = Allocation(
-            (blocks, *layout.spec_of(name).shape), layout.strides(name), layout.slot_of(name).offset
-        )
+        want = _expected(layout, name, blocks)
+        if len(want.shape) == 1:
+            got = Allocation(tuple(got.shape[:1]), tuple(got.strides[:1]), got.offset)
         if not _same_bytes(want, got):
             wrong.append(f"{name}: expected {_say(want)}, got {_say(got)}")
     if wrong:
@@ -63,6 +66,18 @@ def check_allocation(
         raise AllocationError(
             f"the KV cache is not allocated as negotiated ({layout.layout.value}): " + "; ".join(shown)
         )
+
+
+def _expected(layout: LayoutDescriptor | RowDescriptor, layer: str, blocks: int) -> Allocation:
+    """What a layer's tensor must be; of an opaque page's axes only B."""
+    if isinstance(layout, LayoutDescriptor):
+        spec, offset = layout.spec_of(layer), layout.slot_of(layer).offset
+    else:
+        page = layout.page_of(layer)
+        if isinstance(page.content, Opaque):
+            return Allocation((blocks,), (layout.row_bytes,), page.offset)
+        spec, offset = page.content, page.offset
+    return Allocation((blocks, *spec.shape), layout.strides(layer), offset)
 
 
 def _same_bytes(want: Allocation, got: Allocation) -> bool:

@@ -3,6 +3,7 @@
 from vllm_xlayer.layout.bytemap import byte_offset, scale_offset
 from vllm_xlayer.layout.descriptor import LayoutDescriptor
 from vllm_xlayer.layout.negotiation import Decision
+from vllm_xlayer.layout.rows import RowDecision
 from vllm_xlayer.nvfp4 import GROUP, ScaleOrder
 
 WIDTH = 100
@@ -23,6 +24,21 @@ def one_line(decision: Decision) -> str:
         f"page {layout.page_step:,} bytes, block {layout.row_bytes:,} bytes in {pieces}, "
         f"fingerprint {layout.fingerprint[:8]}; accepted by {', '.join(decision.accepted_by)}; "
         f"refused: {', '.join(refused) or 'none'}"
+    )
+
+
+def row_line(decision: RowDecision) -> str:
+    """The decision about a row in one line, for the log."""
+    row = decision.descriptor
+    layers = sum(len(group.pages) for group in row.groups)
+    kinds = dict.fromkeys(kind for group in row.groups for kind in group.kinds)
+    groups = ", ".join(
+        f"{len(group.pages)} x {'+'.join(group.kinds)} ({group.block_size} tokens)" for group in row.groups
+    )
+    return (
+        f"KV layout {row.layout.value} {'+'.join(kinds)}: {layers} layers in "
+        f"{_count(len(row.groups), 'group')} ({groups}), row {row.row_bytes:,} bytes, "
+        f"fingerprint {row.fingerprint[:8]}; accepted by {', '.join(decision.accepted_by)}"
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from vllm.v1.kv_offload.base import TransferResult
 
 from .early_loads import EarlyLoads
+from .pieces import Runs
 from .transfers import HostDirection, StreamDirection
 
 
@@ -19,8 +20,13 @@ class Direction(Protocol):
     def before_launch(self) -> None:
         """What is submitted until `take_finished` need not wait for what is launched from now on."""
 
-    def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
-        """Takes a job: rows src_ids -> dst_ids (int64 [P] on the CPU, not to be changed before it ends)."""
+    def submit(
+        self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor, runs: Runs | None = None
+    ) -> None:
+        """Takes a job: rows src_ids -> dst_ids (int64 [P] on the CPU, not to be changed before it ends).
+
+        runs: how many bytes of which rows are used; None is all of all of them.
+        """
 
     def fail(self, job_id: int, error: Exception) -> None:
         """Lets a job that could not be submitted finish without success."""

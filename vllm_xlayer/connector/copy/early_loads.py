@@ -83,13 +83,12 @@ class EarlyLoads(StreamDirection):
         rate = self._bytes_copied / self._seconds_copying
         left = rate * seconds_left
         for batch in self._running:
-            left -= batch.rows * self._row_bytes
+            left -= batch.nbytes
             if left < 0:
                 break
-            for job, rows in batch.parts:
-                ahead[job] += rows
-                total = len(job.src_ids)
-                if job.done + ahead[job] < total or job.job_id in self._told:
+            for job, nbytes in batch.parts:
+                ahead[job] += nbytes
+                if job.done + ahead[job] < job.nbytes or job.job_id in self._told:
                     continue
                 try:
                     batch.paced.let_current_stream_follow()
@@ -97,6 +96,6 @@ class EarlyLoads(StreamDirection):
                     logger.error("XLayerConnector: the device does not answer: %s", error)
                     return results
                 self._told.add(job.job_id)
-                seconds = job.seconds + (total - job.done) * self._row_bytes / rate
-                results.append(TransferResult(job.job_id, True, total * self._row_bytes, seconds))
+                seconds = job.seconds + (job.nbytes - job.done) / rate
+                results.append(TransferResult(job.job_id, True, job.nbytes, seconds))
         return results

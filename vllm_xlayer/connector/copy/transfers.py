@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from vllm.logger import init_logger
@@ -21,6 +22,7 @@ from ... import ops
 from ...ops import CopyMethod
 from .choice import Way, choose
 from .pacing import Chain, Paced
+from .pieces import Piece, Runs, pieces_of
 
 logger = init_logger(__name__)
 
@@ -28,6 +30,8 @@ BATCH_BYTES = {Way.H2D: 32 << 20, Way.D2H: 8 << 20}
 """Of one submission. A copy of vLLM's own waits for up to three of these (pacing.py). To the host there is
 one in every step, the sampled tokens; to the device hardly any: CUDA sends a few KB along with the command.
 And a request waits for a load, and the step loop for its submission: large batches are fewer calls."""
+PIECE_BYTES = 8 << 20
+"""Of one row, and so the most that a batch of one piece has; larger rows are cut. A multiple of 16."""
 IDLE_BATCH_BYTES = 128 << 20
 """Of a load after a step in which no model ran: vLLM has nothing to copy then, and the next step waits for
 the submission."""
@@ -50,16 +54,27 @@ class HostDirection:
     def before_launch(self) -> None:
         """What is submitted until `take_finished` need not wait for what is launched from now on."""
 
-    def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
+    def submit(
+        self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor, runs: Runs | None = None
+    ) -> None:
         started = time.perf_counter()
         try:
-            ops.copy_blocks(self.src, self.dst, src_ids, dst_ids)
+            pieces = list(pieces_of(src_ids, dst_ids, self._whole(src_ids) if runs is None else runs))
+            for piece in pieces:
+                self._copy_piece(piece)
         except Exception as error:  # whatever it is, the request can be computed without this copy
             self.fail(job_id, error)
             return
         self.rows += len(src_ids)
         seconds = time.perf_counter() - started
-        self._done.append(TransferResult(job_id, True, len(src_ids) * self.src.shape[1], seconds))
+        self._done.append(TransferResult(job_id, True, sum(p.nbytes for p in pieces), seconds))
+
+    def _whole(self, ids: torch.Tensor) -> Runs:
+        return [(len(ids), self.src.shape[1])]
+
+    def _copy_piece(self, piece: Piece, *method: CopyMethod) -> None:
+        part = slice(piece.begin, piece.end)
+        ops.copy_blocks(self.src[:, part], self.dst[:, part], piece.src_ids, piece.dst_ids, *method)
 
     def fail(self, job_id: int, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"
@@ -93,11 +108,12 @@ class Job:
     """A transfer on streams."""
 
     job_id: int
-    src_ids: torch.Tensor
-    dst_ids: torch.Tensor
-    sent: int = 0
-    """Rows that are part of a batch."""
+    unsent: deque[Piece]
+    """What is not yet part of a batch."""
+    nbytes: int
+    """All of it."""
     done: int = 0
+    """Bytes of batches that ended."""
     seconds: float = 0.0
     failed: bool = False
 
@@ -105,8 +121,8 @@ class Job:
 @dataclass
 class _Batch:
     parts: list[tuple[Job, int]]
-    """Jobs, and how many of their rows."""
-    rows: int
+    """Jobs, and how many of their bytes."""
+    nbytes: int
     paced: Paced
 
 
@@ -125,7 +141,7 @@ class StreamDirection(HostDirection):
         self._chain = Chain(device)
         self._unsent: deque[Job] = deque()
         self._running: deque[_Batch] = deque()
-        self._rows_running = 0
+        self._bytes_running = 0
         self._bytes_copied, self._seconds_copying = 0, 0.0
         self._asked = time.perf_counter()
         self._follows = False
@@ -138,16 +154,21 @@ class StreamDirection(HostDirection):
             return
         self._follows = True
 
-    def submit(self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
+    def submit(
+        self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor, runs: Runs | None = None
+    ) -> None:
+        runs = self._whole(src_ids) if runs is None else runs
         try:
+            pieces = deque(pieces_of(src_ids, dst_ids, runs, PIECE_BYTES))
             # A store reads what the model has written so far. A load waits as well: with asynchronous
             # scheduling the step in flight may still write to a block that has just been freed and reused.
             if not self._follows:
                 self._chain.follow()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             self.fail(job_id, error)
             return
-        self._unsent.append(Job(job_id, src_ids, dst_ids))
+        self.rows += len(src_ids)
+        self._unsent.append(Job(job_id, pieces, sum(piece.nbytes for piece in pieces)))
 
     def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
         self._follows = False
@@ -160,7 +181,7 @@ class StreamDirection(HostDirection):
 
     def _send_until_queued(self, size: float, batch_bytes: int | None = None) -> None:
         """Submits until so many bytes are, or all."""
-        while self._unsent and self._rows_running * self._row_bytes < size:
+        while self._unsent and self._bytes_running < size:
             self._send_batch(batch_bytes)
 
     def _room(self) -> float:
@@ -178,31 +199,49 @@ class StreamDirection(HostDirection):
             self._send_batch()
 
     def _send_batch(self, batch_bytes: int | None = None) -> None:
-        """batch_bytes: at most, or one row; None is BATCH_BYTES."""
-        parts, src, dst = [], [], []
-        room = max(1, (batch_bytes or BATCH_BYTES[self._way]) // self._row_bytes)
-        while self._unsent and room:
+        """batch_bytes: at most, or one row's piece; None is BATCH_BYTES."""
+        parts: list[tuple[Job, int]] = []
+        pieces: list[Piece] = []
+        room = batch_bytes or BATCH_BYTES[self._way]
+        while self._unsent and (room > 0 or not parts):
             job = self._unsent[0]
-            these = slice(job.sent, job.sent + room)
-            src.append(job.src_ids[these])
-            dst.append(job.dst_ids[these])
-            rows = len(src[-1])
-            parts.append((job, rows))
-            job.sent += rows
-            room -= rows
-            if job.sent == len(job.src_ids):
+            if job.unsent and room < job.unsent[0].end - job.unsent[0].begin and parts:
+                break
+            taken = self._take(job, room)
+            if not job.unsent:
                 self._unsent.popleft()
+            pieces += taken
+            parts.append((job, sum(piece.nbytes for piece in taken)))
+            room -= parts[-1][1]
         try:
-            src_ids, dst_ids = (ids[0] if len(ids) == 1 else torch.cat(ids) for ids in (src, dst))
-            paced = self._chain.run(
-                lambda: ops.copy_blocks(self.src, self.dst, src_ids, dst_ids, self._method)
-            )
+            paced = self._chain.run(lambda: self._copy_all(pieces))
         except Exception as error:  # as above
             self._give_up(parts, error)
             return
-        self.rows += len(src_ids)
-        self._rows_running += len(src_ids)
-        self._running.append(_Batch(parts, len(src_ids), paced))
+        nbytes = sum(part for _, part in parts)
+        self._bytes_running += nbytes
+        self._running.append(_Batch(parts, nbytes, paced))
+
+    @staticmethod
+    def _take(job: Job, room: int) -> list[Piece]:
+        """A job's next pieces, as many rows as fit and at least one."""
+        taken: list[Piece] = []
+        while job.unsent and (not taken or room >= job.unsent[0].end - job.unsent[0].begin):
+            first, rest = job.unsent.popleft().split(room)
+            if rest is not None:
+                job.unsent.appendleft(rest)
+            taken.append(first)
+            room -= first.nbytes
+        return taken
+
+    def _copy_all(self, pieces: list[Piece]) -> None:
+        """Like pieces in one call: each is a call into the driver, and more."""
+        for (begin, end), alike in groupby(pieces, key=lambda piece: (piece.begin, piece.end)):
+            src_ids, dst_ids = zip(*((piece.src_ids, piece.dst_ids) for piece in alike), strict=True)
+            if len(src_ids) > 1:
+                self._copy_piece(Piece(torch.cat(src_ids), torch.cat(dst_ids), begin, end), self._method)
+            else:
+                self._copy_piece(Piece(src_ids[0], dst_ids[0], begin, end), self._method)
 
     @cached_property
     def _method(self) -> CopyMethod:
@@ -223,20 +262,19 @@ class StreamDirection(HostDirection):
                 self._give_up(batch.parts, error)
                 continue
             self._forget_first()
-            self._bytes_copied += batch.rows * self._row_bytes
+            self._bytes_copied += batch.nbytes
             self._seconds_copying += seconds
-            for job, rows in batch.parts:
-                self._book(job, rows, seconds * rows / max(1, batch.rows))
+            for job, nbytes in batch.parts:
+                self._book(job, nbytes, seconds * nbytes / max(1, batch.nbytes))
 
     def _forget_first(self) -> None:
-        self._rows_running -= self._running.popleft().rows
+        self._bytes_running -= self._running.popleft().nbytes
 
-    def _book(self, job: Job, rows: int, seconds: float) -> None:
-        job.done += rows
+    def _book(self, job: Job, nbytes: int, seconds: float) -> None:
+        job.done += nbytes
         job.seconds += seconds
-        total = len(job.src_ids)
-        if job.done == total:  # never, if one of its batches failed
-            self._done.append(TransferResult(job.job_id, True, total * self._row_bytes, job.seconds))
+        if job.done == job.nbytes:  # never, if one of its batches failed
+            self._done.append(TransferResult(job.job_id, True, job.nbytes, job.seconds))
 
     def _give_up(self, parts: list[tuple[Job, int]], error: Exception) -> None:
         # Their other batches, and a part of this one, may be running, and their blocks are given away once we
@@ -262,7 +300,7 @@ class StreamDirection(HostDirection):
         self._unsent.clear()
         self._synchronize(self._running)
         self._running.clear()
-        self._rows_running = 0
+        self._bytes_running = 0
         super().drain()
 
     def _synchronize(self, batches: Iterable[_Batch]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from ...config import Config
-from ...layout import LayoutDescriptor
+from ...layout import RowDescriptor
 from .format import TierIdentity
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -22,7 +22,7 @@ class NoIdentity(ValueError):
     """KV of this engine must not outlive it; says why."""
 
 
-def tier_identity(vllm_config: VllmConfig, layout: LayoutDescriptor, blocks_per_chunk: int) -> TierIdentity:
+def tier_identity(vllm_config: VllmConfig, layout: RowDescriptor, blocks_per_chunk: int) -> TierIdentity:
     """The identity of a running engine.
 
     Raises:
@@ -34,9 +34,9 @@ def tier_identity(vllm_config: VllmConfig, layout: LayoutDescriptor, blocks_per_
     folder = _model_folder(vllm_config)
     return TierIdentity(
         layout=layout.fingerprint,
-        kv_dtype="+".join(sorted({str(cache.cache_dtype), *(spec.dtype for spec in layout.groups)})),
+        kv_dtype="+".join(sorted({str(cache.cache_dtype), *(spec.dtype for spec in layout.attention)})),
         model=str(model.model)[-200:],
-        settings=_settings_digest(vllm_config, code_digest(folder)),
+        settings=_settings_digest(vllm_config, code_digest(folder), layout.has_opaque),
         weights=weights_digest(folder),
         tp_size=vllm_config.parallel_config.tensor_parallel_size,
         block_size=layout.groups[0].block_size,
@@ -123,8 +123,26 @@ MULTIMODAL = (
 """Settings of vLLM's that shape an item's embeddings and are not in its name."""
 
 
-def _settings_digest(vllm_config: VllmConfig, code: str) -> str:
-    text = json.dumps([code, shaping_settings(vllm_config)], sort_keys=True, default=str)
+def state_settings(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What shapes the states of a hybrid model beside `shaping_settings` and the layout.
+
+    The layout says their shapes, dtypes and kind. Not a part of the former, so that what engines without
+    states have on disk stays valid.
+    """
+    mamba, cache = vllm_config.mamba_config, vllm_config.cache_config
+    return {
+        "backend": mamba.backend,
+        "stochastic_rounding": [mamba.enable_stochastic_rounding, mamba.stochastic_rounding_philox_rounds],
+        "replayssm": cache.use_replayssm,
+        "match_unit": cache.prefix_match_unit,
+    }
+
+
+def _settings_digest(vllm_config: VllmConfig, code: str, states: bool) -> str:
+    shaping: list[Any] = [code, shaping_settings(vllm_config)]
+    if states:
+        shaping.append(state_settings(vllm_config))
+    text = json.dumps(shaping, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

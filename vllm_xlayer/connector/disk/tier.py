@@ -20,7 +20,7 @@ import errno
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -34,6 +34,7 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
     RequestOffloadingContext,
     ScheduleEndContext,
+    get_offload_group_idx,
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
@@ -55,6 +56,25 @@ RESCAN_SHARE = 0.01
 
 
 @dataclass(frozen=True)
+class Unused:
+    """What of a row is no page's.
+
+    Args:
+        row_bytes: of one block of one rank.
+        spans: KV cache group -> (first byte, byte after the last) of a row.
+    """
+
+    row_bytes: int
+    spans: Mapping[int, Sequence[tuple[int, int]]]
+
+    def blank(self, key: OffloadKey, chunk: np.ndarray) -> None:
+        """Makes it zeros in a chunk, uint8 [chunk bytes]: nobody's bytes lie in another's entry."""
+        rows = chunk.reshape(-1, self.row_bytes)
+        for begin, end in self.spans.get(get_offload_group_idx(key), ()):
+            rows[:, begin:end] = 0
+
+
+@dataclass(frozen=True)
 class HostOnly:
     """State of a request whose keys do not say what its items are: no tier that outlives them is for it."""
 
@@ -68,6 +88,7 @@ class DiskTier(SecondaryTierManager):
         limit: bytes of all entries in the folder.
         max_waiting: while so many chunks wait to be written, no more are taken, so that a slow disk does not
             keep the whole host tier pinned.
+        unused: what of a chunk is no page's, and so the former owner's: zeros in an entry. None is nothing.
 
     Attributes:
         problem: Why the tier is off; empty while it works.
@@ -83,7 +104,10 @@ class DiskTier(SecondaryTierManager):
 
     medium = Medium.STORAGE
 
-    def __init__(self, view: np.ndarray, folder: Path, limit: int, identity: TierIdentity, max_waiting: int):
+    def __init__(
+        self, view: np.ndarray, folder: Path, limit: int, identity: TierIdentity, max_waiting: int,
+        unused: Unused | None = None,
+    ):  # fmt: skip
         self.tier_type = "xlayer-disk"
         self._bp_detector = self.locality = None  # of SecondaryTierManager, whose __init__ wants a whole spec
         self.problem = self.hung = ""
@@ -91,6 +115,7 @@ class DiskTier(SecondaryTierManager):
         self.seconds = {"store": 0.0, "load": 0.0}
         self.limit = limit
         self._view = view
+        self._unused = unused
         self._max_waiting = max_waiting
         self._lock = threading.Condition()
         self._done: deque[JobResult] = deque()
@@ -312,6 +337,8 @@ class DiskTier(SecondaryTierManager):
                     return False
                 store = self._store  # of the time when the bytes were copied: see `forget`
                 self._write_buffer[:] = self._view[int(chunk)]
+            if self._unused is not None:
+                self._unused.blank(key, self._write_buffer)
             self._writer.calls(f"writing {store.path_of(key)}")
             self._write_chunk(store, key)
         if time.monotonic() > self._scan_at:

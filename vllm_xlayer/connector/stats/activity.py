@@ -79,13 +79,16 @@ class TierActivity:
         self._minute: dict[Sample, float] = defaultdict(float)
         self._minute_began = 0.0
 
-    def moved(self, transfers: TransferStats) -> None:
+    def moved(self, transfers: TransferStats, rows_stored: int, rows_loaded: int) -> None:
         """Adds what the workers say they moved between device and host; a failed transfer is not in it."""
-        for direction, done in (("store", transfers.store), ("load", transfers.load)):
+        for direction, done, rows in (
+            ("store", transfers.store, rows_stored),
+            ("load", transfers.load, rows_loaded),
+        ):
             if done.is_empty():
                 continue
             self._moved[BYTES, (direction, "host")] += done.bytes
-            self._moved[ROWS, (direction, "host")] += done.bytes // self._row_bytes
+            self._moved[ROWS, (direction, "host")] += rows
             self._moved[SECONDS, (direction, "host")] += done.time
 
     def report(self, queues: Mapping[tuple[str, str], int]) -> RowConnectorStats:
