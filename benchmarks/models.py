@@ -3,9 +3,9 @@
     python -m benchmarks.models [family ...]
 
 Starts every family of models.json with random weights in three ways: with NVFP4, with XLayerConnector, and
-with both. A prompt is answered from the device's cache; with the connector, once more after that cache was emptied
-and filled with 0xFF. "Works" means that as many tokens came from the cache and that tokens and logprobs are
-equal. A refusal at start is quoted.
+with both. A prompt is answered from the device's cache; with the connector, once more after that cache was
+emptied and filled with 0xFF. "Works" means that as many tokens came from the cache, and that tokens and
+logprobs are equal. A refusal at start is quoted.
 """
 
 import json
@@ -51,6 +51,7 @@ def serve(folder: Path, dtype: str, settings: dict) -> str:
             dtype=dtype,
             max_model_len=1024,
             max_num_seqs=4,
+            max_num_batched_tokens=128,
             kv_cache_memory_bytes=16 << 20,
             **settings,
         )
