@@ -13,7 +13,8 @@ CONFIGS = json.loads((Path(__file__).parents[2] / "benchmarks" / "models.json").
 
 def save_hybrid(name: str, folder: Path) -> Path:
     """A model of that name in benchmarks/models.json, with random weights."""
-    return save_random_model(AutoConfig.for_model(**CONFIGS[name]), folder)
+    config = AutoConfig.for_model(**CONFIGS[name])
+    return save_random_model(config, folder, dtype=getattr(torch, CONFIGS[name]["dtype"]))
 
 
 def answers(llm, prompts: list[list[int]], num_tokens: int) -> list[tuple[list[int], list[float]]]:
@@ -37,13 +38,27 @@ def answers_and_hits(llm, prompts: list[list[int]], num_tokens: int) -> list:
     return found
 
 
-def check_against_transformers(folder: Path, prompts, found, atol: float) -> None:
-    """Every token must have the logprob that transformers gives it in float32, and be as likely as any."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def _logprobs(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """What transformers expects at each of the tokens: [tokens, vocabulary]."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :]
+    return logits.float().log_softmax(-1)
+
+
+def check_against_transformers(folder: Path, prompts, found, atol: float | None) -> None:
+    """Every token must have the logprob that transformers gives it in float32, and be as likely as any.
+
+    Without atol, of a 16-bit model: within twice of what transformers itself is off in that precision.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    answered = [(prompt, tokens) for prompt, (tokens, _) in zip(prompts, found, strict=True)]
+    rounded = [_logprobs(model, *answer) for answer in answered] if atol is None else []
+    model.float()
+    if atol is None:
+        exact = [_logprobs(model, *answer) for answer in answered]
+        atol = 2 * max((a - b).abs().max().item() for a, b in zip(rounded, exact, strict=True))
     for prompt, (tokens, logprobs) in zip(prompts, found, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :]
-        expected = logits.log_softmax(-1)
+        expected = _logprobs(model, prompt, tokens)
         chosen = expected[torch.arange(len(tokens)), torch.tensor(tokens)]
         torch.testing.assert_close(torch.tensor(logprobs), chosen, rtol=0, atol=atol)
         assert (chosen >= expected.max(-1).values - 2 * atol).all()
@@ -60,7 +75,7 @@ def groups(llm) -> list[list[str]]:
 
 
 def layer_tensors(llm, layer: str) -> list[torch.Tensor]:
-    """A layer's cache: one tensor of pages, or one of each kind of state; the first dimension is the block."""
+    """A layer's cache: a tensor of pages, or one of each kind of state; block ids come first."""
     found = llm.llm_engine.vllm_config.compilation_config.static_forward_context[layer].kv_cache
     return [found] if isinstance(found, torch.Tensor) else list(found)
 

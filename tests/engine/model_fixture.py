@@ -86,8 +86,8 @@ def save_image_processor(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def save_random_model(config: PretrainedConfig, folder: Path) -> Path:
-    """Save a float32 model with random weights whose greedy tokens hang on its attention.
+def save_random_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a model with random weights whose greedy tokens hang on its attention, and on its states.
 
     With transformers' own initialisation (standard deviation 0.02) attention is nearly uniform
     and the last token's embedding decides: a cache that returned wrong tokens would go
@@ -103,10 +103,12 @@ def save_random_model(config: PretrainedConfig, folder: Path) -> Path:
             weight.data.normal_(1.0, 2.0, generator=generator)
         elif "conv" in name and weight.dim() == 3:
             weight.data.normal_(0.0, weight.shape[2] ** -0.5, generator=generator)
+        elif name.endswith("A_log"):  # as trained models have it a state would last a few tokens
+            weight.data.uniform_(-6.0, -2.0, generator=generator)
         elif weight.dim() == 2:
             gain = 2.0 if "q_proj" in name or "k_proj" in name else 0.1 if "embed" in name else 1.0
             weight.data.normal_(0.0, gain * weight.shape[1] ** -0.5, generator=generator)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 

@@ -50,6 +50,11 @@ def _problems(
             f"hybrid models with decode context parallelism (got {parallel.decode_context_parallel_size}): "
             "a block has another number of tokens in each group"
         )
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            f"hybrid models with pipeline parallelism (got {parallel.pipeline_parallel_size}): the rows of "
+            "the ranks differ in bytes, and the host tier counts in those of the first"
+        )
     transfer = vllm_config.kv_transfer_config
     extra = {} if transfer is None else transfer.kv_connector_extra_config
     unit = getattr(cache, "prefix_match_unit", None)

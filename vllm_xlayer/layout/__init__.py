@@ -14,7 +14,7 @@ Pure Python: imports neither vLLM nor the compiled extension (torch only when a 
 from vllm_xlayer.layout.allocation import Allocation, AllocationError, allocation_of, check_allocation
 from vllm_xlayer.layout.bytemap import Place, byte_offset, page_view, scale_offset
 from vllm_xlayer.layout.descriptor import LayoutDescriptor, Slot
-from vllm_xlayer.layout.drawing import draw, draw_groups, one_line, row_line
+from vllm_xlayer.layout.drawing import draw, one_line, row_line
 from vllm_xlayer.layout.negotiation import (
     MODEL,
     BackendOffer,
@@ -50,7 +50,6 @@ __all__ = [
     "byte_offset",
     "check_allocation",
     "draw",
-    "draw_groups",
     "negotiate",
     "one_line",
     "page_view",

@@ -3,7 +3,7 @@
 from vllm_xlayer.layout.bytemap import byte_offset, scale_offset
 from vllm_xlayer.layout.descriptor import LayoutDescriptor
 from vllm_xlayer.layout.negotiation import Decision
-from vllm_xlayer.layout.rows import RowDecision, RowDescriptor
+from vllm_xlayer.layout.rows import RowDecision
 from vllm_xlayer.nvfp4 import GROUP, ScaleOrder
 
 WIDTH = 100
@@ -40,25 +40,6 @@ def row_line(decision: RowDecision) -> str:
         f"{_count(len(row.groups), 'group')} ({groups}), row {row.row_bytes:,} bytes, "
         f"fingerprint {row.fingerprint[:8]}; accepted by {', '.join(decision.accepted_by)}"
     )
-
-
-def draw_groups(row: RowDescriptor) -> str:
-    """Which pages a block of each group has, and what of the row it leaves unused: plain text.
-
-    A letter is a layer's page, the same letter again the next layer's; "." no page of the group.
-    """
-    lines = [f"row: one block of one group ({row.row_bytes:,} bytes). Aa pages, . unused"]
-    for i, group in enumerate(row.groups):
-        marks = [((page.offset, page.end), "Aa"[j % 2]) for j, page in enumerate(group.pages)]
-        unused = sum(end - begin for begin, end in row.gaps(i))
-        lines += [
-            "",
-            f"group {i}: {_count(len(group.pages), 'page')} of {', '.join(group.kinds)}, {group.block_size} "
-            f"tokens in a block, {group.layers[0]} .. {group.layers[-1]}",
-            _bar((0, row.row_bytes), marks),
-            f"used to byte {row.used_bytes(i):,}, {unused:,} bytes are no layer's",
-        ]
-    return "\n".join(line[:WIDTH] for line in lines)
 
 
 def draw(layout: LayoutDescriptor, layer: str, head: int, token: int) -> str:

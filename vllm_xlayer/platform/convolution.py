@@ -75,9 +75,71 @@ def update(
     return torch.zeros_like(x).index_copy_(0, rows, out.squeeze(-1))
 
 
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    conv_states: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    cache_indices: torch.Tensor,
+    has_initial_state: torch.Tensor,
+    silu_activation: bool,
+    pad_slot_id: int,
+    is_weight_packed: bool,
+) -> torch.Tensor:
+    """Chunks of n prompts, one behind the other; their states move on.
+
+    Args:
+        x: [channels, tokens].
+        weight, bias: [channels, width], and [channels] or None.
+        conv_states: [slots, channels, width - 1].
+        query_start_loc: int [n + 1], where each request's tokens start.
+        cache_indices: int [n], each request's slot, or pad_slot_id.
+        has_initial_state: bool [n]; a request without one starts from zeros, whatever its slot holds.
+
+    Returns:
+        The outputs, like x; zero for padding.
+    """
+    activation, out = "silu" if silu_activation else None, torch.zeros_like(x)
+    starts = query_start_loc.tolist()
+    for i, slot in enumerate(cache_indices.tolist()):
+        tokens = slice(starts[i], starts[i + 1])
+        if slot == pad_slot_id or tokens.start == tokens.stop:
+            continue
+        state = conv_states[slot] if has_initial_state[i] else torch.zeros_like(conv_states[slot])
+        y, new_state = _convolve(x[None, :, tokens], state[None], weight, bias, activation)
+        out[:, tokens], conv_states[slot] = y[0], new_state[0]
+    return out
+
+
+def update_packed(
+    x: torch.Tensor,
+    conv_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu_activation: bool,
+    num_accepted_tokens: torch.Tensor | None,
+    conv_state_indices: torch.Tensor | None,
+    pad_slot_id: int,
+    is_weight_packed: bool,
+) -> torch.Tensor:
+    """As `update`; num_accepted_tokens, of speculation, must be None."""
+    if num_accepted_tokens is not None:
+        raise NotImplementedError("convolution: expected a step without speculation, got num_accepted_tokens")
+    activation = "silu" if silu_activation else None
+    return update(x, conv_states, weight, bias, activation, conv_state_indices, None, pad_slot_id)
+
+
 OPS: dict[str, Callable[..., torch.Tensor]] = {
     "causal_conv1d_update_cpu_vec(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
     "str? activation, Tensor? conv_state_indices, Tensor? query_start_loc, SymInt pad_slot_id) "
     "-> Tensor": update,
+    "causal_conv1d_weight_pack(Tensor weight) -> Tensor": pack_weight,
+    "causal_conv1d_fwd_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) conv_states, "
+    "Tensor query_start_loc, Tensor cache_indices, Tensor has_initial_state, bool silu_activation, "
+    "SymInt pad_slot_id, bool is_weight_packed) -> Tensor": forward,
+    "causal_conv1d_update_cpu(Tensor x, Tensor(a!) conv_states, Tensor weight, Tensor? bias, "
+    "bool silu_activation, Tensor? num_accepted_tokens, Tensor? conv_state_indices, SymInt pad_slot_id, "
+    "bool is_weight_packed) -> Tensor": update_packed,
 }
 """Schemas, with the arguments in vLLM's order."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from . import convolution, packed
+from . import convolution, delta_net, mamba2, packed
 
 PAD_SLOT = -1
 
@@ -107,6 +107,8 @@ _OPS: dict[str, Callable[..., Any]] = {
     "compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, Tensor block_table, "
     "Tensor(a!) slot_mapping, SymInt block_size) -> ()": compute_slot_mapping,
     **convolution.OPS,
+    **delta_net.OPS,
+    **mamba2.OPS,
     **packed.OPS,
 }
 _OPS |= {f"{name}(Tensor(a!) out, Tensor x) -> ()": _activation(f) for name, f in ACTIVATIONS.items()}

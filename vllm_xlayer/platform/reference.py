@@ -87,7 +87,7 @@ class CpuReferencePlatform(CpuPlatform):
         executor, preload = parallel_config.distributed_executor_backend, os.environ.get("LD_PRELOAD")
         if parallel_config.worker_cls == "auto":
             parallel_config.worker_cls = WORKER
-        # With AVX-512 the parent knows better than the user which type states have, for its own kernels' sake.
+        # With AVX-512 the parent overrides the type of states, for its own kernels' sake.
         state_dtype, cache_config.mamba_ssm_cache_dtype = cache_config.mamba_ssm_cache_dtype, "float32"
         super().check_and_update_config(vllm_config)
         cache_config.mamba_ssm_cache_dtype = state_dtype

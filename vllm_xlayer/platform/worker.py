@@ -1,5 +1,7 @@
 """The worker: vLLM's CPU worker, without its warm-up, NUMA and thread settings."""
 
+from dataclasses import replace
+
 import psutil
 import torch
 from vllm.config import VllmConfig
@@ -12,7 +14,7 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
 DEFAULT_KV_CACHE_BYTES = 2 << 30
 """Most KV cache memory taken where the user asked for no size."""
-STATES = ("SHORT_CONV",)
+STATES = ("SHORT_CONV", "GDN_ATTN", "MAMBA2")
 """vLLM's names of the layers with a state in place of a KV cache whose ops this platform has."""
 
 
@@ -53,13 +55,23 @@ class CpuReferenceWorker(CPUWorker):
         self.model_runner = CPUModelRunner(self.vllm_config, self.device)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """As the parent. ValueError where a layer has a state that this platform has no ops for."""
+        """As the parent, with states at block boundaries from chunks that end there.
+
+        Kernels for GPUs also export states from inside a chunk; the ops of this platform do not.
+        ValueError where a layer has a state that it has no ops for.
+        """
         specs = super().get_kv_cache_spec()
         for layer, spec in specs.items():
-            if isinstance(spec, MambaSpec) and spec.mamba_type.name not in STATES:
+            if not isinstance(spec, MambaSpec):
+                continue
+            if spec.mamba_type.name not in STATES:
                 raise ValueError(
-                    f"CPU reference platform: {layer}: expected layers of {', '.join(STATES)} beside attention, "
-                    f"got {spec.mamba_type.name}, whose kernels need a GPU"
+                    f"CPU reference platform: {layer}: expected {', '.join(STATES)} beside attention, got "
+                    f"{spec.mamba_type.name}, whose kernels need a GPU"
+                )
+            if spec.num_prefill_checkpoint_blocks:
+                specs[layer] = replace(
+                    spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None
                 )
         return specs
 

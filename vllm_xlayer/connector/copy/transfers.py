@@ -61,7 +61,7 @@ class HostDirection:
         try:
             pieces = list(pieces_of(src_ids, dst_ids, self._whole(src_ids) if runs is None else runs))
             for piece in pieces:
-                self._copy(piece)
+                self._copy_piece(piece)
         except Exception as error:  # whatever it is, the request can be computed without this copy
             self.fail(job_id, error)
             return
@@ -72,7 +72,7 @@ class HostDirection:
     def _whole(self, ids: torch.Tensor) -> Runs:
         return [(len(ids), self.src.shape[1])]
 
-    def _copy(self, piece: Piece, *method: CopyMethod) -> None:
+    def _copy_piece(self, piece: Piece, *method: CopyMethod) -> None:
         part = slice(piece.begin, piece.end)
         ops.copy_blocks(self.src[:, part], self.dst[:, part], piece.src_ids, piece.dst_ids, *method)
 
@@ -239,9 +239,9 @@ class StreamDirection(HostDirection):
         for (begin, end), alike in groupby(pieces, key=lambda piece: (piece.begin, piece.end)):
             src_ids, dst_ids = zip(*((piece.src_ids, piece.dst_ids) for piece in alike), strict=True)
             if len(src_ids) > 1:
-                self._copy(Piece(torch.cat(src_ids), torch.cat(dst_ids), begin, end), self._method)
+                self._copy_piece(Piece(torch.cat(src_ids), torch.cat(dst_ids), begin, end), self._method)
             else:
-                self._copy(Piece(src_ids[0], dst_ids[0], begin, end), self._method)
+                self._copy_piece(Piece(src_ids[0], dst_ids[0], begin, end), self._method)
 
     @cached_property
     def _method(self) -> CopyMethod:
