@@ -212,7 +212,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
     def seal(self, seals: Sequence[tuple[list[int], list[int]]]) -> None:
         """Seals rows that this step has completed: (blocks, tags) each.
 
-        Launched before the step's tokens are fetched, so that nobody knows of the rows before they are sealed.
+        Launched before the step's tokens are fetched: nobody knows of the rows before they are sealed.
         """
         if self.seals is not None:
             for blocks, tags in seals:
