@@ -46,6 +46,18 @@ DEPENDENCES = (
     ),
     Private(
         NIXL_FEATURE,
+        f"{_NIXL}.pull_worker:NixlPullConnectorWorker",
+        why="rows of another tensor-parallel size would be cut by bytes, that is by layers, or refused",
+        how="overridden: the check of a peer, and the descriptors of parts of rows, which become whole ones",
+        remove_when="vLLM cuts rows by heads, NVFP4 included",
+        methods={
+            "_validate_remote_agent_handshake": "self nixl_agent_meta remote_tp_size remote_dcp_size",
+            "_build_fa_remote": "self plan nixl_agent_meta block_size_ratio",
+            "_build_local_splits_from_plan": "self plan src_blocks_data num_fa_descs block_size_ratio",
+        },
+    ),
+    Private(
+        NIXL_FEATURE,
         f"{_NIXL}.pull_scheduler:NixlPullConnectorScheduler",
         why="workers would not know which rows to seal, nor what seals to expect",
         how="overridden: public methods; read: the requests that are about to be read",

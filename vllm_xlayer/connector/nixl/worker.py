@@ -69,8 +69,8 @@ class RowNixlWorker(NixlPullConnectorWorker):
         if self.settings.row_seals:
             self.seals = SealTable(self.pool)
             self._register(self.seals.table)
-        ring = torch.empty(BUFFERS, self.settings.staging_bytes // BUFFERS // 16 * 16, dtype=torch.uint8)
-        ring = ring.to(self.pool.device)
+        bytes_each = self.settings.staging_bytes // BUFFERS // 16 * 16
+        ring = torch.empty(BUFFERS, bytes_each, dtype=torch.uint8, device=self.pool.device)
         self._register(ring)
         self.wire = NixlWire(self.nixl_wrapper, self.nixl_memory_type, self.pool, ring, self._record_transfer)
         self.reads = StagedReads(self.wire, BUFFERS, self.settings.read_timeout_seconds)
@@ -191,6 +191,8 @@ class RowNixlWorker(NixlPullConnectorWorker):
         self, plan: TPMapping, nixl_agent_meta: NixlAgentMetadata, block_size_ratio: int
     ) -> np.ndarray:
         """Whole rows of the peer, whatever its size: vLLM's would be cut by bytes. Reads do not use them."""
+        if nixl_agent_meta.block_lens == [self.layout.row_bytes]:
+            return super()._build_fa_remote(plan, nixl_agent_meta, block_size_ratio)
         base, row = nixl_agent_meta.kv_caches_base_addr[0], nixl_agent_meta.block_lens[0]
         whole = (base, row, nixl_agent_meta.device_id, row, nixl_agent_meta.num_blocks)
         return np.array([whole], np.uint64)
@@ -208,7 +210,10 @@ class RowNixlWorker(NixlPullConnectorWorker):
             self.wire.forget_peer(peer)
 
     def seal(self, seals: Sequence[tuple[list[int], list[int]]]) -> None:
-        """Seals rows that this step has completed: (blocks, tags) each."""
+        """Seals rows that this step has completed: (blocks, tags) each.
+
+        Launched before the step's tokens are fetched: nobody knows of the rows before they are sealed.
+        """
         if self.seals is not None:
             for blocks, tags in seals:
                 self.seals.seal(blocks, tags)
