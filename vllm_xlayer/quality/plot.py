@@ -20,9 +20,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         1, 2, figsize=(10, 3.6), width_ratios=(2, 3), layout="constrained"
     )
     for at, row in enumerate(rows):
-        mean, low, high = (100 * x if x is not None else None for x in row["decode"]["perplexity_change"])
-        error = None if low is None else [[mean - low], [high - mean]]
-        whole.barh(at, mean, xerr=error, color=f"C{at}", capsize=3)
+        mean, low, high = row["decode"]["perplexity_change"]
+        error = None if low is None else [[100 * (mean - low)], [100 * (high - mean)]]
+        whole.barh(at, 100 * mean, xerr=error, color=f"C{at}", capsize=3)
         middles = [(first + end) / 2 for first, end in result["spans"]]
         along.plot(
             middles,
