@@ -100,7 +100,8 @@ void check_global_scale(const char* name, const Tensor& tensor, const Tensor& kv
   STD_TORCH_CHECK(tensor.numel() == 1, name, ": expected one element, got shape ", shape_name(tensor));
 }
 
-void check_newest_pair(const char* name, const std::optional<Tensor>& tensor, const std::optional<Tensor>& newest) {
+void check_newest_pair(const char* name, const std::optional<Tensor>& tensor,
+                       const std::optional<Tensor>& newest) {
   STD_TORCH_CHECK(tensor.has_value() == newest.has_value(), name, ": expected ", newest ? "a tensor" : "none",
                   " with", newest ? "" : "out", " newest, got ", tensor ? "one" : "none");
 }

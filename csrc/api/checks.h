@@ -32,7 +32,8 @@ void check_size(const char* name, const Tensor& tensor, int64_t dim, int64_t exp
 void check_global_scale(const char* name, const Tensor& tensor, const Tensor& kv_cache);
 
 // `newest` and what says where in it: both or neither.
-void check_newest_pair(const char* name, const std::optional<Tensor>& tensor, const std::optional<Tensor>& newest);
+void check_newest_pair(const char* name, const std::optional<Tensor>& tensor,
+                       const std::optional<Tensor>& newest);
 // newest: (rows, 2, H, tokens, D) of the dtype of `like`, dense.
 void check_newest(const char* like_name, const Tensor& like, const Tensor& newest, const Page& page);
 

@@ -34,7 +34,8 @@ NewestStepParams check(const Tensor& query_starts, const Tensor& seq_lens, const
   const int64_t requests = rows.size(0), tokens = slot_mapping.size(0);
   check_entries("rows", rows, ScalarType::Int, requests, "the requests of rows", state);
   check_entries("slot_mapping", slot_mapping, ScalarType::Long, tokens, "the tokens of slot_mapping", state);
-  check_entries("query_starts", query_starts, ScalarType::Int, requests + 1, "the requests of rows, and one", state);
+  check_entries("query_starts", query_starts, ScalarType::Int, requests + 1, "the requests of rows, and one",
+                state);
   check_entries("seq_lens", seq_lens, ScalarType::Int, requests, "the requests of rows", state);
   check_entries("newest_from", newest_from, ScalarType::Int, requests, "the requests of rows", state);
   check_entries("newest_slots", newest_slots, ScalarType::Long, tokens, "the tokens of slot_mapping", state);
@@ -59,12 +60,12 @@ NewestStepParams check(const Tensor& query_starts, const Tensor& seq_lens, const
 void newest_step_cpu(const Tensor& query_starts, const Tensor& seq_lens, const Tensor& rows,
                      const Tensor& slot_mapping, const Tensor& state, const Tensor& newest_slots,
                      const Tensor& newest_from, int64_t newest_tokens) {
-  const NewestStepParams p = check(query_starts, seq_lens, rows, slot_mapping, state, newest_slots, newest_from,
-                                   newest_tokens);
+  const NewestStepParams p =
+      check(query_starts, seq_lens, rows, slot_mapping, state, newest_slots, newest_from, newest_tokens);
   int64_t token = 0;
   for (int r = 0; r < p.num_requests; ++r) {
-    STD_TORCH_CHECK(p.rows[r] < state.size(0), "rows: expected rows below ", state.size(0), ", got ", p.rows[r],
-                    " for request ", r);
+    STD_TORCH_CHECK(p.rows[r] < state.size(0), "rows: expected rows below ", state.size(0), ", got ",
+                    p.rows[r], " for request ", r);
     STD_TORCH_CHECK(p.query_starts[r] >= token && p.query_starts[r + 1] >= p.query_starts[r],
                     "query_starts: expected ascending values from 0 on, got ", p.query_starts[r], " and ",
                     p.query_starts[r + 1], " for request ", r);
@@ -82,8 +83,8 @@ void newest_step_cpu(const Tensor& query_starts, const Tensor& seq_lens, const T
 void newest_step_cuda(const Tensor& query_starts, const Tensor& seq_lens, const Tensor& rows,
                       const Tensor& slot_mapping, const Tensor& state, const Tensor& newest_slots,
                       const Tensor& newest_from, int64_t newest_tokens) {
-  const NewestStepParams p = check(query_starts, seq_lens, rows, slot_mapping, state, newest_slots, newest_from,
-                                   newest_tokens);
+  const NewestStepParams p =
+      check(query_starts, seq_lens, rows, slot_mapping, state, newest_slots, newest_from, newest_tokens);
   const torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
   check_cuda("newest_step", launch_newest_step(p, current_stream(state)));
 }

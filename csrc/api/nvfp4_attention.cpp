@@ -105,7 +105,8 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
                            const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
                            int64_t q_len, int64_t window, double soft_cap, int64_t scale_order, int64_t parts,
                            int64_t split_units, const std::optional<Tensor>& newest,
-                           const std::optional<Tensor>& newest_rows, const std::optional<Tensor>& newest_from) {
+                           const std::optional<Tensor>& newest_rows,
+                           const std::optional<Tensor>& newest_from) {
   check_device("q", q, "kv_cache", kv_cache);
   check_device("block_table", block_table, "kv_cache", kv_cache);
   check_device("seq_lens", seq_lens, "kv_cache", kv_cache);

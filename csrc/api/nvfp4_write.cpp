@@ -78,7 +78,8 @@ Nvfp4WriteParams check(const Tensor& key, const Tensor& value, const Tensor& kv_
 
 void reshape_and_cache_nvfp4_cpu(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                                  const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
-                                 int64_t scale_order, int64_t scale_choice, const std::optional<Tensor>& newest,
+                                 int64_t scale_order, int64_t scale_choice,
+                                 const std::optional<Tensor>& newest,
                                  const std::optional<Tensor>& newest_slots) {
   const Nvfp4WriteParams p = check(key, value, kv_cache, slot_mapping, k_scale, v_scale, scale_order,
                                    scale_choice, newest, newest_slots);
@@ -104,7 +105,8 @@ void reshape_and_cache_nvfp4_cpu(const Tensor& key, const Tensor& value, const T
 #if defined(XLAYER_WITH_CUDA)
 void reshape_and_cache_nvfp4_cuda(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                                   const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
-                                  int64_t scale_order, int64_t scale_choice, const std::optional<Tensor>& newest,
+                                  int64_t scale_order, int64_t scale_choice,
+                                  const std::optional<Tensor>& newest,
                                   const std::optional<Tensor>& newest_slots) {
   const Nvfp4WriteParams p = check(key, value, kv_cache, slot_mapping, k_scale, v_scale, scale_order,
                                    scale_choice, newest, newest_slots);

@@ -11,7 +11,8 @@ using torch::stable::Tensor;
 
 void reshape_and_cache_nvfp4_cpu(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                                  const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
-                                 int64_t scale_order, int64_t scale_choice, const std::optional<Tensor>& newest,
+                                 int64_t scale_order, int64_t scale_choice,
+                                 const std::optional<Tensor>& newest,
                                  const std::optional<Tensor>& newest_slots);
 void gather_nvfp4_cpu(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                       const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
@@ -40,7 +41,8 @@ void copy_blocks_cpu(const Tensor& src, const Tensor& dst, const Tensor& src_ids
 #if defined(XLAYER_WITH_CUDA)
 void reshape_and_cache_nvfp4_cuda(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                                   const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
-                                  int64_t scale_order, int64_t scale_choice, const std::optional<Tensor>& newest,
+                                  int64_t scale_order, int64_t scale_choice,
+                                  const std::optional<Tensor>& newest,
                                   const std::optional<Tensor>& newest_slots);
 void gather_nvfp4_cuda(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                        const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,

@@ -137,10 +137,10 @@ void attend(const Nvfp4AttentionParams& p, int r, int h) {
       if (key / TILE * TILE >= newest_from) {
         const T* newest = static_cast<const T*>(p.newest);
         const int64_t row = p.newest_rows[r], place = key % p.newest_tokens;
-        widen_token(newest + newest_offset(page, p.newest_tokens, row, false, h, place), page.head_size, *p.k_scale,
-                    k_out);
-        widen_token(newest + newest_offset(page, p.newest_tokens, row, true, h, place), page.head_size, *p.v_scale,
-                    v_out);
+        const T* k_in = newest + newest_offset(page, p.newest_tokens, row, false, h, place);
+        const T* v_in = newest + newest_offset(page, p.newest_tokens, row, true, h, place);
+        widen_token(k_in, page.head_size, *p.k_scale, k_out);
+        widen_token(v_in, page.head_size, *p.v_scale, v_out);
         continue;
       }
       const int64_t block = p.block_table[r * p.block_table_stride + key / page.block_size];

@@ -1,10 +1,10 @@
 // newest_step: which places of the newest tokens' memory a step writes, and which it may read.
 //
-// Each running request has a row of `newest_tokens` places; token p has place p % newest_tokens. Of every row two
-// numbers are kept, so that nobody reads what another request left there, or what was overwritten:
+// Each running request has a row of `newest_tokens` places; token p has place p % newest_tokens. Of every row
+// two numbers are kept, so that nobody reads what another request left there, or what was overwritten:
 //
-//   first    tokens before it were not written by this request since it was last started (a prompt found in the
-//            cache, say)
+//   first    tokens before it were not written by this request since it was last started (a prompt found in
+//            the cache, say)
 //   end      one past the furthest token it has written. Drafts that were rejected count: their places held
 //            tokens that are newest_tokens before them, and hold them no longer.
 //

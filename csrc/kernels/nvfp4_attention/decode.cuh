@@ -147,7 +147,9 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   }
   ptx::cp_async_wait<0>();
   __syncwarp();
-  if constexpr (NEWEST) attend_newest(p, run, state, mask, ptx::uniform(first_tile + count * C::WARPS), run_end);
+  if constexpr (NEWEST) {
+    attend_newest(p, run, state, mask, ptx::uniform(first_tile + count * C::WARPS), run_end);
+  }
   merge_and_store(p, state, run, shared);
 }
 

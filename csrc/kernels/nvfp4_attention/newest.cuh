@@ -1,11 +1,12 @@
-// A warp's work on one tile of the newest tokens, which are not quantised: straight from global memory, in a loop
-// of its own after the pages' tiles.
+// A warp's work on one tile of the newest tokens, which are not quantised: straight from global memory, in a
+// loop of its own after the pages' tiles.
 //
 // Fragments are those of tile.cuh: a lane has of K rows g and g + 8, of V tokens t, t + 4, t + 8 and t + 12, and
-// the same dimensions of them. So Q's fragments, the softmax and the output's order are the same. What differs is
-// the unit. Both leave the global scale to others; but dequantised values are 2^-14 of what they stand for, which
-// would be too small for halves that have all their bits. These are NEWEST_UNIT times it. Scores are brought to
-// the pages' unit; the output goes into the other unit before the loop, and back after it: powers of two.
+// the same dimensions of them. So Q's fragments, the softmax and the output's order are the same. What differs
+// is the unit. Both leave the global scale to others; but dequantised values are 2^-14 of what they stand for,
+// which would be too small for halves that have all their bits. These are NEWEST_UNIT times it. Scores are
+// brought to the pages' unit; the output goes into the other unit before the loop, and back after it: powers of
+// two.
 #pragma once
 
 #include "query.cuh"
@@ -68,7 +69,8 @@ class NewestTile {
     return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(x.x, x.y)));
   }
 
-  __device__ __forceinline__ void multiply_k(const WarpState<C>& state, int place, float (&s)[C::NT][4]) const {
+  __device__ __forceinline__ void multiply_k(const WarpState<C>& state, int place,
+                                             float (&s)[C::NT][4]) const {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const uint16_t* rows[2];
 #pragma unroll
@@ -110,7 +112,8 @@ class NewestTile {
     }
   }
 
-  __device__ __forceinline__ void multiply_v(WarpState<C>& state, int place, const uint32_t (&weights)[C::NT][2],
+  __device__ __forceinline__ void multiply_v(WarpState<C>& state, int place,
+                                             const uint32_t (&weights)[C::NT][2],
                                              const TileMask& mask) const {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const uint16_t* rows[4];
@@ -133,7 +136,8 @@ class NewestTile {
         uint32_t x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          x[i] = halves(j == 0 ? words[i].x : j == 1 ? words[i].y : j == 2 ? words[i].z : words[i].w, v_unit_);
+          const uint4 w = words[i];
+          x[i] = halves(j == 0 ? w.x : j == 1 ? w.y : j == 2 ? w.z : w.w, v_unit_);
         }
         const uint32_t a[4] = {__byte_perm(x[0], x[1], 0x5410u), __byte_perm(x[0], x[1], 0x7632u),
                                __byte_perm(x[2], x[3], 0x5410u), __byte_perm(x[2], x[3], 0x7632u)};

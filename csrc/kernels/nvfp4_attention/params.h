@@ -51,8 +51,8 @@ struct Nvfp4AttentionParams {
   int q_len;                   // query tokens a request, the last of its tokens
   int num_q_heads;             // Hq, a multiple of page.heads
 
-  // The newest tokens as they were before they were quantised, or null. Token p of request r is read from place
-  // p % newest_tokens of row newest_rows[r], and not from its page, where its tile of 16 tokens begins at
+  // The newest tokens as they were before they were quantised, or null. Token p of request r is read from
+  // place p % newest_tokens of row newest_rows[r], and not from its page, where its tile of 16 tokens begins at
   // newest_from[r] or later.
   const void* newest;          // [rows][2: K, V][H][newest_tokens][D] of dtype, dense
   const int32_t* newest_rows;  // [R] not read where newest_from is past the request's tokens

@@ -7,7 +7,8 @@ namespace xlayer::attention {
 
 template <class C, bool NEWEST>
 cudaError_t prepare() {
-  return cudaFuncSetAttribute(decode_kernel<C, NEWEST>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::SHARED_BYTES);
+  return cudaFuncSetAttribute(decode_kernel<C, NEWEST>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              C::SHARED_BYTES);
 }
 
 template <class C, bool NEWEST>
@@ -27,8 +28,8 @@ template <class C>
 int blocks_per_sm() {
   int blocks = 0;
   if (prepare<C, false>() != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, decode_kernel<C, false>, C::THREADS, C::SHARED_BYTES) !=
-          cudaSuccess) {
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, decode_kernel<C, false>, C::THREADS,
+                                                    C::SHARED_BYTES) != cudaSuccess) {
     return 0;
   }
   return blocks;

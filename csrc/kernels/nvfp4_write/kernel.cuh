@@ -62,8 +62,8 @@ __device__ __forceinline__ void load_group(const T* p, int lane, bool wide, floa
 
 // This thread's part of a group, as it is, to the token's place among the newest.
 template <int LANES, typename T>
-__device__ __forceinline__ void store_newest(const Nvfp4WriteParams& p, int64_t token, bool is_v, int h, int s,
-                                             int lane) {
+__device__ __forceinline__ void store_newest(const Nvfp4WriteParams& p, int64_t token, bool is_v, int h,
+                                             int s, int lane) {
   const int64_t slot = p.newest_slots[token];
   if (slot < 0) return;
   const T* in = static_cast<const T*>(is_v ? p.value : p.key) +

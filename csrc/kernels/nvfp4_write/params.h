@@ -19,7 +19,7 @@ struct Nvfp4WriteParams {
   const int64_t* slots;  // [num_slots] block * N + offset; negative: skip
   int64_t num_slots;     // <= T: no token beyond is read
   void* newest;                 // [rows][2: K, V][H][newest_tokens][D] of dtype, dense, or null
-  const int64_t* newest_slots;  // [num_slots] row * newest_tokens + place; negative: the token goes to its page only
+  const int64_t* newest_slots;  // [num_slots] row * newest_tokens + place; negative: to the page only
   int newest_tokens;
   const float* k_scale;  // [1] global decode scale
   const float* v_scale;  // [1]
