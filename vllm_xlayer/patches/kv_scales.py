@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..compat.private import Patch
+from ..compat.dependence import Patch
 from ..config import Config
 from ..kv_scales import Scales, scales_of
 from .wrapping import wrap

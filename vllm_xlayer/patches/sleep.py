@@ -1,6 +1,6 @@
 """A sleep of the engine, told to its connector: it sees a reset, as if the weights had been changed."""
 
-from ..compat.private import Patch
+from ..compat.dependence import Patch
 from .wrapping import wrap
 
 
