@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FORMAT = "vllm-xlayer KV scales 1"
 
@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, Scales]:
     return {name: _checked(path, name, layer) for name, layer in content["layers"].items()}
 
 
-def _checked(path: Path, name: str, layer: object) -> Scales:
+def _checked(path: Path, name: str, layer: Any) -> Scales:
     values = [layer.get(which) for which in "kv"] if isinstance(layer, dict) else [layer]
     if len(values) != 2 or not all(isinstance(x, int | float) and 0 < x < float("inf") for x in values):
         raise ScalesError(f"{path}: {name}: expected k and v, positive numbers, got {layer!r}")
