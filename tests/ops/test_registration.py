@@ -23,6 +23,11 @@ def arguments_of(name: str, device: torch.device) -> tuple:
         cumulative = torch.tensor([0, 5], dtype=torch.int32, device=device)
         pool.raw.fill_(0x38)  # finite, so that results can be compared
         return pool.cache, table, starts, cumulative, one, one, key, key.clone(), 0
+    if name == "newest_step":
+        starts, lens, rows = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 5], [20], [1]))
+        state = torch.full((2, 2), -1, dtype=torch.int32, device=device)
+        slots = torch.arange(5, device=device)
+        return starts, lens, rows, slots, state, slots.clone(), lens.clone(), 16
     if name.startswith("nvfp4"):
         batch = make_batch(Case((20, 40), 2, head_size=64, sinks=True), device)
         workspace, one = batch.workspace(), scalar(1.0, device)
