@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -30,7 +31,7 @@ CONNECTOR = {
     }
 }
 NVFP4 = {"kv_cache_dtype": "nvfp4"}
-WAYS = {"NVFP4": NVFP4, "XLayerConnector": CONNECTOR, "both": NVFP4 | CONNECTOR}
+WAYS: dict[str, dict[str, Any]] = {"NVFP4": NVFP4, "XLayerConnector": CONNECTOR, "both": NVFP4 | CONNECTOR}
 PROMPT_TOKENS = 700
 """More than the largest block of models.json."""
 NUM_TOKENS = 8
@@ -48,7 +49,7 @@ def serve(folder: Path, dtype: str, settings: dict) -> str:
         llm = LLM(
             str(folder),
             skip_tokenizer_init=True,
-            dtype=dtype,
+            dtype=dtype,  # type: ignore[arg-type]
             max_model_len=1024,
             max_num_seqs=4,
             max_num_batched_tokens=128,

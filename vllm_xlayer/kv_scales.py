@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, Scales]:
 
 
 def _checked(path: Path, name: str, layer: Any) -> Scales:
-    values = [layer.get(which) for which in "kv"] if isinstance(layer, dict) else [layer]
+    values: list[Any] = [layer.get(which) for which in "kv"] if isinstance(layer, dict) else [layer]
     if len(values) != 2 or not all(isinstance(x, int | float) and 0 < x < float("inf") for x in values):
         raise ScalesError(f"{path}: {name}: expected k and v, positive numbers, got {layer!r}")
     return Scales(float(values[0]), float(values[1]))

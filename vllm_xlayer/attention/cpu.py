@@ -198,7 +198,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
                     logger.warning(
                         "NVFP4 KV cache: layer %s: %s: %d of %d groups of 16 are %s under a global scale of "
                         "%g; vllm-xlayer quality --calibrate finds a better one",
-                        layer.layer_name, name, count, x.numel() // GROUP, problem, scale,
+                        getattr(layer, "layer_name", "?"), name, count, x.numel() // GROUP, problem, scale,
                     )  # fmt: skip
 
     def forward(

@@ -121,6 +121,7 @@ def update(
     rows = torch.nonzero(target != null_block_id).squeeze(1)
     step = dt[rows, :, 0].float()
     bias, decay = _a_head(dt_bias), _a_head(A)
+    assert decay is not None
     if bias is not None:
         step = step + bias
     if dt_softplus:

@@ -43,6 +43,7 @@ class Engine:
         config = self.llm.llm_engine.vllm_config
         self.top = min(TOP, config.model_config.get_vocab_size())
         cache = config.cache_config
+        assert cache.num_gpu_blocks is not None
         room = cache.num_gpu_blocks * cache.block_size // (job.length + cache.block_size)
         if room < 1:
             found = cache.num_gpu_blocks * cache.block_size

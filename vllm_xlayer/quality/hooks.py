@@ -20,10 +20,10 @@ _HANDLES: list[Any] = []
 
 def _layers(model: torch.nn.Module) -> dict[str, Any]:
     """vLLM's attention layers with a K and a V of their own, by name."""
-    found = {}
+    found: dict[str, Any] = {}
     for module in model.modules():
         if all(hasattr(module, name) for name in ("layer_name", "impl", "num_kv_heads", "head_size")):
-            found[module.layer_name] = module
+            found[str(module.layer_name)] = module
     return found
 
 

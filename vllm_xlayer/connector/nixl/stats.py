@@ -60,8 +60,10 @@ class RowNixlPromMetrics(NixlPromMetrics):
             documentation="Requests that were computed because their rows did not come.",
             labelnames=[*labelnames, "reason"],
         )
-        self.rows = {engine: rows.labels(*values) for engine, values in per_engine_labelvalues.items()}
-        self.failures = {
+        self.rows: dict[int, Any] = {
+            engine: rows.labels(*values) for engine, values in per_engine_labelvalues.items()
+        }
+        self.failures: dict[tuple[int, str], Any] = {
             (engine, reason): failures.labels(*values, reason)
             for engine, values in per_engine_labelvalues.items()
             for reason in REASONS

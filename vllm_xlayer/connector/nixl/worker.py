@@ -41,6 +41,8 @@ class RowNixlWorker(NixlPullConnectorWorker):
     whole rows for every layer it makes one region whose descriptors are rows; `_check_region` sees that.
     """
 
+    xfer_stats: RowNixlStats
+
     def __init__(
         self,
         vllm_config: VllmConfig,
