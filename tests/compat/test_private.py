@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import vllm_xlayer
-from vllm_xlayer.compat import private
+from vllm_xlayer.compat import dependence, private
 from vllm_xlayer.compat.dependence import FeatureUnavailable, Private
 from vllm_xlayer.patches import PATCHES
 
@@ -88,7 +88,7 @@ def record(**more) -> Private:
 
 
 def test_a_record_fits_with_parameters_between(monkeypatch):
-    monkeypatch.setattr(private, "_source", inspect.getsource)
+    monkeypatch.setattr(dependence, "_source", inspect.getsource)
     assert record(methods={"_method": "first second"}, attributes=("_attribute",)).problem() is None
 
 
@@ -105,7 +105,7 @@ def test_a_record_fits_with_parameters_between(monkeypatch):
     ],
 )
 def test_what_does_not_fit_is_named(monkeypatch, more, said):
-    monkeypatch.setattr(private, "_source", inspect.getsource)
+    monkeypatch.setattr(dependence, "_source", inspect.getsource)
     assert said in record(**more).problem()
 
 
