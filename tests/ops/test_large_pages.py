@@ -7,7 +7,6 @@ Every byte around the valid tokens is 0xFF.
 import pytest
 from reference.attention_cases import Case, check_case
 
-
 PAGES = [784, 1920, 3776, 7424]
 
 
