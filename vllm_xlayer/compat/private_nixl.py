@@ -67,6 +67,22 @@ DEPENDENCES = (
     ),
     Private(
         NIXL_FEATURE,
+        f"{_NIXL}.connector:NixlPullConnector",
+        why="the worker would not know which rows a step has completed",
+        how="read: what the scheduler's side said for this step",
+        remove_when="wait_for_save is given the step's metadata",
+        attributes=("_connector_metadata",),
+    ),
+    Private(
+        NIXL_FEATURE,
+        f"{_NIXL}.stats:NixlPromMetrics",
+        why="rows and failures would not reach Prometheus",
+        how="called: the class of counters that vLLM chose",
+        remove_when="the base class offers it by a public name",
+        attributes=("_counter_cls",),
+    ),
+    Private(
+        NIXL_FEATURE,
         f"{_NIXL}.metadata",
         why="engines of other versions of vLLM's protocol could not be told apart",
         how="read; in what two engines compare first",
