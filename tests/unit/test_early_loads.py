@@ -29,7 +29,8 @@ def test_none_where_the_disk_tier_writes_to_host_memory(monkeypatch, disk):
     spec._disk, spec._shape, spec.blocks_per_chunk = object() if disk else None, None, 1
     spec.config = SimpleNamespace(parallel=SimpleNamespace(rank=0))
     pool = torch.zeros(4, ROW, dtype=torch.uint8)
-    spec._make_worker(SimpleNamespace(tensors=[SimpleNamespace(tensor=pool)]))
+    refs = [[SimpleNamespace(page_size_bytes=ROW)]]
+    spec._make_worker(SimpleNamespace(tensors=[SimpleNamespace(tensor=pool)], group_data_refs=refs))
     assert made == [False, not disk]  # stores, loads
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     {"compat"},
     {"ops"},
     {"layout"},
-    {"config", "provenance"},
+    {"config", "kv_scales", "provenance"},
     {"nvfp4"},
 )
 """Rooms of the package, from the top. A module imports from its own room, and from rooms of lower layers."""

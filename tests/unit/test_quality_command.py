@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vllm_xlayer.bench.quality import table as markdown
+from benchmarks.quality import table as markdown
 from vllm_xlayer.quality import command, plot, report, results
 from vllm_xlayer.quality.command import Cache
 

@@ -126,6 +126,7 @@ def of(folder, **changes):
     return tier_identity(engine(**{"model_config.model": str(folder)} | changes), layout, 1)
 
 
+NVFP4 = {"cache_config.cache_dtype": "nvfp4"}
 SHAPES_KV = {
     "vllm": {},  # below
     "config": {"model_config.hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": 1e6})},
@@ -153,7 +154,7 @@ SHAPES_KV = {
 
 
 def test_nothing_that_shapes_kv_is_left_out_here():
-    assert SHAPES_KV.keys() == identity.shaping_settings(engine()).keys()
+    assert SHAPES_KV.keys() == identity.shaping_settings(engine(**NVFP4)).keys()
 
 
 @pytest.mark.parametrize(
@@ -220,15 +221,17 @@ def test_versions_environment_and_files_are_in_the_digest(tmp_path, monkeypatch)
             digests.append(of(folder).digest)
     monkeypatch.setenv("VLLM_XLAYER_SCALE_CHOICE", "amax_6")
     digests.append(of(folder).digest)
+    scaled = [of(folder, **NVFP4).digest]
     for v in (1.0, 0.5):
         path = tmp_path / f"scales {v}.json"
         kv_scales.write(path, {"layer": kv_scales.Scales(1.0, v)})
         monkeypatch.setenv("VLLM_XLAYER_KV_SCALES", str(path))
-        digests.append(of(folder).digest)
+        assert of(folder).digest == digests[5]  # other caches do not use them
+        scaled.append(of(folder, **NVFP4).digest)
     monkeypatch.setattr(identity, "version", lambda name: "0.0.1")
     digests.append(of(folder).digest)
     (folder / "README.md").write_text("does not matter")
-    assert len(set(digests)) == len(digests) and of(folder).digest == digests[-1]
+    assert len({*digests, *scaled}) == len(digests) + len(scaled) and of(folder).digest == digests[-1]
 
 
 def test_every_field_of_an_identity_is_in_its_digest(tmp_path):

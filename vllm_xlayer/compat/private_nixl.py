@@ -1,6 +1,6 @@
 """XLayerNixlConnector's part of the table in `private`: names of vLLM's NIXL connector."""
 
-from .private import Private
+from .dependence import Private
 
 NIXL_FEATURE = "XLayerNixlConnector"
 _NIXL = "vllm.distributed.kv_transfer.kv_connector.v1.nixl"

@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from ... import kv_scales
 from ...config import Config
 from ...layout import RowDescriptor
+from ...nvfp4 import KV_DTYPES
 from .format import TierIdentity
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -82,7 +83,7 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
     parallel, attention = vllm_config.parallel_config, vllm_config.attention_config
     multimodal = model.multimodal_config
     load_format = str(getattr(load.load_format, "value", load.load_format))
-    return {
+    settings = {
         # Other versions may compute the same model in another way, and have.
         "vllm": version("vllm"),
         "config": model.hf_config.to_dict(),
@@ -100,7 +101,6 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
         "sliding_window": [model.disable_sliding_window, cache.sliding_window],
         "skipped_layers": cache.kv_cache_dtype_skip_layers,
         "scale_choice": Config.load().scale_choice.name,
-        "kv_scales": kv_scales.digest(Config.load().kv_scales),
         "backend": attention.backend,
         "backend_per_kind": attention.backend_per_kind,
         "context_parallel": [
@@ -111,6 +111,9 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
         "platform": vllm_config.additional_config,
         "multimodal": {} if multimodal is None else {n: getattr(multimodal, n) for n in MULTIMODAL},
     }
+    if str(cache.cache_dtype) in KV_DTYPES:  # so that what others have on disk stays valid
+        settings["kv_scales"] = kv_scales.digest(Config.load().kv_scales)
+    return settings
 
 
 MULTIMODAL = (

@@ -1,7 +1,7 @@
 """Evidence of what KV caches cost a model: one call for a machine with a GPU, and its table in Markdown.
 
-    python -m vllm_xlayer.bench.quality run MODEL OUT.json [arguments of vllm-xlayer quality]
-    python -m vllm_xlayer.bench.quality table OUT.json
+    python -m benchmarks.quality run MODEL OUT.json [arguments of vllm-xlayer quality]
+    python -m benchmarks.quality table OUT.json
 
 Caches that this vLLM does not have are left out by the command, which says so.
 """
@@ -13,9 +13,7 @@ from typing import Any
 
 CACHES = {
     "fp8": "fp8",
-    "NVFP4": "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=0",
-    "NVFP4, newest 16 in 16 bits": "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=16",
-    "NVFP4, newest 64 in 16 bits": "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=64",
+    "NVFP4": "nvfp4",
     "NVFP4, vLLM's": "nvfp4,VLLM_PLUGINS=",
     "int4, a scale a token and head": "int4_per_token_head",
     "TurboQuant, 4 bits": "turboquant_4bit_nc",
@@ -25,7 +23,7 @@ CACHES = {
 
 def run(model: str, out: str, more: list[str]) -> int:
     """Runs the quality command with every cache; its figures go to ``out`` and its picture beside it."""
-    from ..cli import main
+    from vllm_xlayer.cli import main
 
     caches = [part for spec in CACHES.values() for part in ("--cache", spec)]
     picture = str(Path(out).with_suffix(".png"))
