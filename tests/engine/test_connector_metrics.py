@@ -268,7 +268,7 @@ def test_a_line_a_minute(make_llm, tiny_llama, monkeypatch, caplog_vllm):
     caplog_vllm.clear()  # of what the engine before this one said at its end
 
     def lines():
-        found = [r.getMessage() for r in caplog_vllm.records if r.name.endswith("connector.activity")]
+        found = [r.getMessage() for r in caplog_vllm.records if r.name.endswith("connector.stats.activity")]
         return [line.removeprefix("XLayerConnector: ") for line in found]
 
     vllm_greedy(llm, PROMPTS, NUM_TOKENS)

@@ -207,7 +207,7 @@ sys.path.insert(0, sys.argv[4])
 import conftest
 from vllm import LLM
 from vllm_xlayer.compat.engine import come_to_rest
-from vllm_xlayer.connector import disk_store
+from vllm_xlayer.connector.disk import store as disk_store
 from model_fixture import random_prompts, vllm_greedy
 
 real = disk_store.DiskStore.write

@@ -5,7 +5,7 @@ Whatever is not restored is 0xFF, which is a NaN in every dtype.
 """
 
 import pytest
-from hybrid_fixture import answers_and_hits, fill_memory, groups, save_hybrid
+from hybrid_fixture import answers_and_hits, check_against_transformers, fill_memory, groups, save_hybrid
 from model_fixture import random_prompts
 
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
@@ -107,10 +107,14 @@ def test_in_one_batch_and_in_other_orders(served):
         assert [(answer[0], answer[2]) for answer in found] == [(answers[i][0], answers[i][2]) for i in order]
 
 
-@pytest.mark.parametrize("local", [16, 48, 96])
+@pytest.mark.parametrize("local", [16, 48, 64, 96, 128])
 def test_a_local_prefix_and_the_rest_from_the_host(served, local):
     llm, answers = served
+    if llm.llm_engine.vllm_config.cache_config.cache_dtype == "nvfp4" and local in (48, 96):
+        pytest.skip("NVFP4: a prefix in other chunks has other values, as each chunk sees itself unquantised")
     at = LENGTHS.index(160)
+    assert llm.reset_prefix_cache(reset_connector=True)  # what other tests have stored, in other chunks
+    one_by_one(llm, PROMPTS, 1)
     empty_device(llm)
     one_by_one(llm, [PROMPTS[at][: local + 1]], 1)  # brings this much to the device
     before = rows_loaded()
@@ -119,7 +123,7 @@ def test_a_local_prefix_and_the_rest_from_the_host(served, local):
 
 
 def test_every_groups_rows_matter(served):
-    """The power check: one wrong byte in one group's row in the host must show."""
+    """The power check: a wrong bit in every byte of one group's pages in the host must show."""
     llm, answers = served
     at = LENGTHS.index(100)
     scheduler = live_connector_scheduler(llm)
@@ -134,8 +138,7 @@ def test_every_groups_rows_matter(served):
         assert chunks
         saved = host[chunks].clone()
         for page in live_connector().layout.groups[group].pages:
-            host[chunks, page.offset + 1] ^= 0x10
-            host[chunks, page.offset + page.content.page_bytes // 2 + 1] ^= 0x10
+            host[chunks, page.offset : page.end] ^= 0x10
         ((_, logprobs, hit),) = one_by_one(llm, [PROMPTS[at]])
         host[chunks] = saved
         assert hit == HITS[at] and logprobs != answers[at][1], f"group {group}"
@@ -177,13 +180,12 @@ def test_prompts_shorter_than_a_block_with_a_match_unit(make_llm, folder, kind):
     prompts = random_prompts(lengths, seed=11)
     hits = [(length - 1) // 16 * 16 for length in lengths]
     unit = dict(block_size=64, prefix_match_unit=16, max_num_batched_tokens=512)
-    llm = start(make_llm, folder, kind, **unit)
+    llm = start(make_llm, folder, kind, {}, **unit)
     one_by_one(llm, prompts, 1)
     answers = one_by_one(llm, prompts)
     assert [hit for *_, hit in answers] == hits
-    llm = start(make_llm, folder, kind, {}, **unit)
-    one_by_one(llm, prompts, 1)
-    one_by_one(llm, prompts, 1)
+    if kind == "auto":
+        check_against_transformers(folder, prompts, [answer[:2] for answer in answers], 5e-4)
     empty_device(llm)
     assert one_by_one(llm, prompts) == answers
 
