@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from vllm import LLM, EngineArgs, SamplingParams, TokensPrompt
 
-from ..bench.record import provenance
+from ..provenance import provenance
 from . import hooks, text
 from .forcing import engine_options, forced
 from .job import Job
