@@ -19,7 +19,7 @@ COUNTS = ("tries", "requests", "wrong", "lost", "leaked")
 """How often the fault happened; answers compared with those without the connector, and how many of them were
 not the same, or never came; problems in the accounts."""
 TALLY: Counter[str] = Counter()
-ANSWER_SECONDS = 240
+ANSWER_SECONDS = 600
 """A request that is not answered after so long is lost."""
 
 

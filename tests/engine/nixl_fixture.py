@@ -22,7 +22,7 @@ PREFILL = dict(
     remote_host=None, remote_port=None,
 )  # fmt: skip
 """What vLLM's proxy sends to a prefill engine."""
-ANSWER_SECONDS = 300
+ANSWER_SECONDS = 600
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["nixl_preload"])

@@ -83,7 +83,7 @@ def test_nothing_changes_for_those_who_do_not_ask(reference_platform, tiny_llama
         environment = os.environ | {"VLLM_PLUGINS": plugins, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", LOOK, os.path.dirname(__file__), str(tiny_llama)]
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
+            command, env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.partition("REPORT")[2])

@@ -249,7 +249,7 @@ def test_as_vllm_serve_does_it(reference_platform, tiny_llama, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(script), str(tiny_llama), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("SCRAPED")]
     found = eval(line.removeprefix("SCRAPED"))

@@ -214,7 +214,7 @@ def test_engine_in_a_process_of_its_own(reference_platform, tiny_llama, tmp_path
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     expected = transformers_greedy(tiny_llama, random_prompts([5, 100]), 8)

@@ -48,7 +48,7 @@ def test_lm_eval_command_line(reference_platform, tmp_path, kv_cache_dtype):
         "--tasks", "xlayer_recall", "--include_path", str(tasks_path()), "--batch_size", "auto",
         "--output_path", str(tmp_path),
     ]  # fmt: skip
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, cwd=tmp_path)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(next(tmp_path.rglob("results_*.json")).read_text())
     assert report["results"]["xlayer_recall"]["exact_match,none"] == 1.0

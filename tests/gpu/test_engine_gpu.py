@@ -100,7 +100,7 @@ def run(tmp_path, runner: str, **settings) -> dict:
     fixtures = str(Path(__file__).parents[1] / "engine")
     command = [sys.executable, "-c", SCRIPT, fixtures, str(tmp_path / "model"), json.dumps(settings)]
     command.append(json.dumps(LENGTHS))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout.partition("REPORT")[2])
     assert report["runner"] == runner

@@ -28,7 +28,7 @@ assert "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialize
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("hide", ["", "sys.modules['vllm'] = None"], ids=["vllm as it is", "vllm hidden"])
