@@ -28,7 +28,7 @@ def test_the_used_bytes_of_every_row_and_no_others(most):
     pieces = list(pieces_of(ids(4, 5, 6), ids(1, 3, 2), runs, most))
     wanted = {(4, 1, b) for b in range(48)} | {(5, 3, b) for b in range(48)} | {(6, 2, b) for b in range(64)}
     assert moved(pieces) == wanted
-    assert all(piece.end - piece.begin <= (most or 64) for piece in pieces)
+    assert all(piece.end - piece.begin <= (most or 96) for piece in pieces)
     assert sum(piece.nbytes for piece in pieces) == len(wanted)
 
 

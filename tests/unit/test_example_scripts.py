@@ -27,7 +27,9 @@ def called(tmp_path, monkeypatch):
 
     def call(script, *arguments):
         command = ["sh", str(EXAMPLES / script), *arguments]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+        )
 
     return call
 

@@ -55,6 +55,6 @@ def pieces_of(
     for rows, length in runs:
         these = slice(at, at + rows)
         at += rows
-        for begin in range(0, length if rows else 0, most or length):
+        for begin in range(0, length, most or length):
             end = length if most is None else min(length, begin + most)
             yield Piece(src_ids[these], dst_ids[these], begin, end)
