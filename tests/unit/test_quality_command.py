@@ -140,7 +140,13 @@ def test_ctrl_c_ends_an_engine_without_a_traceback(tmp_path):
     pipe = tmp_path / "job.json"
     os.mkfifo(pipe)
     engine = [sys.executable, "-m", "vllm_xlayer.quality", str(pipe)]
-    with subprocess.Popen(engine, stderr=subprocess.PIPE, text=True) as process:
+    # Whoever runs the tests in the background may have them ignore the signal, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(engine, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         with pipe.open("w"):  # returns when the process has opened it, too
             process.send_signal(signal.SIGINT)
             assert process.wait(600) == 130
