@@ -146,7 +146,7 @@ def _prefill(llm, prompt):
 def blocks_in_use(llm):
     """Once nothing is under way, or after some time."""
     scheduler = _core(llm).scheduler
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while scheduler.has_requests() and time.monotonic() < deadline:
         llm.llm_engine.step()
     pool = scheduler.kv_cache_manager.block_pool
