@@ -5,7 +5,14 @@ Whatever is not restored is 0xFF, which is a NaN in every dtype.
 """
 
 import pytest
-from hybrid_fixture import answers_and_hits, check_against_transformers, fill_memory, groups, save_hybrid
+from hybrid_fixture import (
+    CONFIGS,
+    answers_and_hits,
+    check_against_transformers,
+    fill_memory,
+    groups,
+    save_hybrid,
+)
 from model_fixture import random_prompts
 
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
@@ -214,3 +221,19 @@ def test_without_prefix_caching_the_connector_refuses(make_llm, folder):
         ValueError, match=r"states can be found again only with prefix caching .* set --enable"
     ):
         start(make_llm, folder, "auto", {}, enable_prefix_caching=False)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h"])
+def test_other_states_restored_from_host_are_as_cached(make_llm, tmp_path, name, kind):
+    """Gated delta nets and Mamba 2, whose blocks are larger."""
+    sizes = dict(kv_cache_memory_bytes=32 << 20, max_num_batched_tokens=512, max_model_len=1024)
+    llm = start(make_llm, save_hybrid(name, tmp_path), kind, {}, dtype=CONFIGS[name]["dtype"], **sizes)
+    block = llm.llm_engine.vllm_config.cache_config.block_size
+    prompts = random_prompts([block + 1, 2 * block + 5, 3 * block - 1], seed=3)
+    one_by_one(llm, prompts, 1)
+    cached = one_by_one(llm, prompts)
+    assert [hit for *_, hit in cached] == [block, 2 * block, 2 * block]
+    empty_device(llm)
+    before = rows_loaded()
+    assert one_by_one(llm, prompts) == cached and rows_loaded() > before
