@@ -107,34 +107,44 @@ def cheap_collections():
     gc.unfreeze()
 
 
-@pytest.fixture(scope="session")
-def make_llm(platform, cheap_collections):
-    """make_llm(model_folder, **settings) -> vllm.LLM.
+class Engines:
+    """engines(model_folder, **settings) -> vllm.LLM.
 
     The settings override ENGINE_DEFAULTS. One engine lives at a time: making the next shuts
     the last one down. Its host tier is pinned, unless wait_for_tier=False.
     """
-    from vllm import LLM
-    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
-    from vllm_xlayer.compat.engine import come_to_rest
+    def __init__(self):
+        self.live = []
 
-    live = []
+    def __call__(self, model, wait_for_tier=True, **settings):
+        from vllm import LLM
 
-    def shut_down():
-        while live:
-            live.pop().llm_engine.engine_core.shutdown()
-        ensure_kv_transfer_shutdown()  # an engine that failed to start leaves its connector behind
+        from vllm_xlayer.compat.engine import come_to_rest
 
-    def make(model, wait_for_tier=True, **settings):
-        shut_down()
-        live.append(LLM(str(model), **(ENGINE_DEFAULTS | settings)))
+        self.shut_down()
+        self.live.append(LLM(str(model), **(ENGINE_DEFAULTS | settings)))
         if wait_for_tier:
-            come_to_rest(live[-1])
-        return live[-1]
+            come_to_rest(self.live[-1])
+        return self.live[-1]
 
-    yield make
-    shut_down()
+    def shut_down(self):
+        """Ends the live engine and what it leaves in the process, for the next one of whichever kind."""
+        from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        while self.live:
+            self.live.pop().llm_engine.engine_core.shutdown()
+        ensure_kv_transfer_shutdown()  # an engine that failed to start leaves its connector behind
+        destroy_model_parallel()  # groups of experts are made for the first model of a process only
+
+
+@pytest.fixture(scope="session")
+def make_llm(platform, cheap_collections):
+    """The session's Engines."""
+    engines = Engines()
+    yield engines
+    engines.shut_down()
 
 
 @pytest.fixture(scope="session")

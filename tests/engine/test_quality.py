@@ -24,8 +24,9 @@ def job(folder, kv_cache_dtype, is_reference=False):
 
 
 @pytest.fixture(scope="module")
-def folder(reference_platform, tmp_path_factory):
+def folder(reference_platform, make_llm, tmp_path_factory):
     """With the files of two engines."""
+    make_llm.shut_down()  # another test's engine would lend its connector to ours
     folder = tmp_path_factory.mktemp("quality")
     run(job(folder, "auto", is_reference=True))
     run(job(folder, "nvfp4"))
