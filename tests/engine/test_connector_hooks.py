@@ -17,8 +17,8 @@ from vllm_xlayer.compat.dependence import CONNECTOR_FEATURE
 from vllm_xlayer.compat.private import require
 from vllm_xlayer.connector import connector as connector_module
 from vllm_xlayer.connector.connector import XLayerConnector
+from vllm_xlayer.connector.offloading_worker import RowOffloadingWorker
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
-from vllm_xlayer.connector.spec import RowOffloadingWorker
 from vllm_xlayer.connector.worker import RowConnectorWorker, RowWorkerMetadata
 
 NO_MODEL = SimpleNamespace(attn_metadata=None)

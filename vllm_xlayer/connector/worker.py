@@ -24,7 +24,7 @@ from vllm.v1.kv_offload.base import (
 )
 
 from ..layout import RowDescriptor
-from .spec import NoTierWorker, RowOffloadingWorker
+from .offloading_worker import NoTierWorker, RowOffloadingWorker
 
 
 @dataclass
