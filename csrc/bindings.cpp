@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "api/ops.h"
-#include "build_info.h"
 
 STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
   m.def(
@@ -61,7 +60,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr && PyModule_AddStringConstant(module, "build_info", XLAYER_BUILD_INFO) != 0) {
+  if (module != nullptr && PyModule_AddStringConstant(module, "build_info", xlayer::api::build_info().c_str()) != 0) {
     Py_DECREF(module);
     return nullptr;
   }

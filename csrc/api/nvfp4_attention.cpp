@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "../cpu/nvfp4_attention.h"
+#include "../kernels/nvfp4_attention/shapes.h"
 #include "checks.h"
 #include "ops.h"
 
@@ -15,8 +16,9 @@
 namespace xlayer::api {
 namespace {
 
-constexpr int MAX_Q_LEN = 8;
-constexpr int MAX_GROUP = 16;
+using attention::MAX_GROUP;
+using attention::MAX_Q_LEN;
+
 constexpr int MAX_HEAD_SIZE = 256;
 
 int int_between(const char* name, int64_t value, int64_t low, int64_t high) {
@@ -259,10 +261,8 @@ int64_t nvfp4_attention_workspace_size_cpu(const Tensor&, int64_t, int64_t, int6
 namespace {
 
 void check_head_size(int head_size) {
-  for (const int supported : {64, 80, 96, 112, 128, 192, 256}) {
-    if (head_size == supported) return;
-  }
-  STD_TORCH_CHECK(false, "head_size: expected 64, 80, 96, 112, 128, 192 or 256 on CUDA, got ", head_size);
+  STD_TORCH_CHECK(nvfp4_attention_padded_head_size(head_size) > 0,
+                  "head_size: expected one of build_info()[\"decode\"] on CUDA, got ", head_size);
 }
 
 // The partial results: [slots][tile_rows][padded head size] sums, then [slots][tile_rows][2].

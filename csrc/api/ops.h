@@ -4,10 +4,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 
 namespace xlayer::api {
 
 using torch::stable::Tensor;
+
+// What the extension was built from and for, as JSON.
+std::string build_info();
 
 void reshape_and_cache_nvfp4_cpu(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                                  const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,

@@ -40,6 +40,7 @@ from faults import (
 )
 from model_fixture import random_prompts, vllm_greedy
 
+from vllm_xlayer.connector.disk import jobs as disk_jobs
 from vllm_xlayer.connector.disk import manager as tiering
 from vllm_xlayer.connector.disk import tier as disk_tier
 from vllm_xlayer.connector.disk.format import HEADER_BYTES
@@ -181,7 +182,7 @@ def test_a_disk_that_hangs(make_llm, tiny_llama, answers, tmp_path, monkeypatch,
     if call == "read":
         fill(make_llm, tiny_llama, tmp_path)
     monkeypatch.setattr(disk_tier, "FLUSH_SECONDS", 0.3)
-    monkeypatch.setattr(disk_tier, "MIN_RESCAN_SECONDS", 0.0)
+    monkeypatch.setattr(disk_jobs, "MIN_RESCAN_SECONDS", 0.0)
     llm = start(make_llm, tiny_llama, tmp_path)
     disk, hang = manager_of(llm).disk, Hang(monkeypatch)
     try:
@@ -215,11 +216,11 @@ def test_a_disk_that_hangs_and_comes_back(make_llm, tiny_llama, answers, tmp_pat
         hang.at("readv")
         assert cached_right(llm, answers) == [0] * len(PROMPTS)
         assert disk.hung
-        before = disk._view.copy()
+        before = disk.jobs.view.copy()
     finally:
         hang.release()
-    until(lambda: disk._reader._call is None)
-    assert (disk._view == before).all()  # the read that returned changed nothing
+    until(lambda: disk.jobs.reader._call is None)
+    assert (disk.jobs.view == before).all()  # the read that returned changed nothing
     monkeypatch.setattr(tiering, "DEADLINE_SECONDS", 60)
     manager_of(llm).host.reset_cache()
     forget_device_cache(llm)

@@ -101,15 +101,17 @@ def test_a_read_that_returns_late_does_not_change_host_memory(tier, hang):
     tier.submit_load(job(2, [1], [1], load=True))
     assert finished(tier, 1, 2) == [False, False]
     assert "reading" in tier.hung
-    tier._view[:] = 99  # the next owner's
+    tier.jobs.view[:] = 99  # the next owner's
     hang.release()
     until(lambda: not tier.hung or list(tier.get_finished_jobs()))
-    until(lambda: tier._reader._call is None)
-    assert (tier._view == 99).all()
+    until(lambda: tier.jobs.reader._call is None)
+    assert (tier.jobs.view == 99).all()
     assert not list(tier.get_finished_jobs())  # and nobody is told of it twice
     tier.submit_load(job(3, [0, 1], [2, 3], load=True))
     assert finished(tier, 3) == [True]
-    assert (tier._view[2] == 1).all() and (tier._view[3] == 2).all() and (tier._view[:2] == 99).all()
+    assert (
+        (tier.jobs.view[2] == 1).all() and (tier.jobs.view[3] == 2).all() and (tier.jobs.view[:2] == 99).all()
+    )
 
 
 @pytest.mark.parametrize("call", ["open", "mkdir", "replace"])
@@ -120,14 +122,14 @@ def test_a_write_that_goes_on_late_writes_what_it_was_given(tier, hang, tmp_path
     tier.submit_store(job(2, [2], [2]))
     assert finished(tier, 1, 2) == [False, False]
     assert "writing" in tier.hung
-    tier._view[:] = 99
+    tier.jobs.view[:] = 99
     hang.release()
-    until(lambda: tier._writer._call is None)
+    until(lambda: tier.jobs.writer._call is None)
     assert not list(tier.get_finished_jobs()) and not tier.hung
     assert tier_cli.verify(DiskFiles(tmp_path)) == 0
     assert looked_up(tier, 0, ReqContext("another")) is LookupResult.HIT
     tier.submit_load(job(3, [0], [3], load=True))
-    assert finished(tier, 3) == [True] and (tier._view[3] == 1).all()
+    assert finished(tier, 3) == [True] and (tier.jobs.view[3] == 1).all()
     assert looked_up(tier, 2, ReqContext("another")) is LookupResult.MISS
 
 
@@ -139,7 +141,7 @@ def test_a_write_from_before_a_reset_is_not_found_after_it(tier, hang):
     tier.drain_jobs()
     tier.forget()
     hang.release()
-    until(lambda: tier._writer._call is None)
+    until(lambda: tier.jobs.writer._call is None)
     assert finished(tier, 1) == [False]
     assert looked_up(tier, 0) is LookupResult.MISS
 
@@ -176,7 +178,7 @@ def test_a_search_that_hangs(tier, hang):
 
 
 def test_a_scan_that_hangs(tier, hang):
-    tier._scan_at = 0.0
+    tier.jobs._scan_at = 0.0
     hang.at("scandir")
     fill(tier)
     assert hang.began.wait(GIVE_UP)
@@ -199,17 +201,17 @@ def test_a_long_scan_is_not_a_hang(tmp_path, monkeypatch):
     def slow(self, folders, progress):
         for found in real(self, folders, lambda: None):
             now[0] += 1
-            hungs.append(tier._writer.overdue(1.5))
+            hungs.append(tier.jobs.writer.overdue(1.5))
             progress()
             yield found
 
     monkeypatch.setattr(disk_tier.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(disk_store.DiskFiles, "_files", slow)
-    tier._writer.calls("looking through")
+    tier.jobs.writer.calls("looking through")
     tier._store.rescan()
     assert hungs == [""] * CHUNKS
     monkeypatch.undo()
-    tier._writer._call = None
+    tier.jobs.writer._call = None
     tier.shutdown()
 
 
@@ -255,14 +257,14 @@ def test_the_calling_thread_never_calls_the_disk(tier, monkeypatch):
             return real(*args, **more)
 
         monkeypatch.setattr(DiskFiles, name, watched)
-    tier._scan_at = 0.0
+    tier.jobs._scan_at = 0.0
     for i in range(2 * CHUNKS):
         looked_up(tier, i)
     tier.touch([key(i) for i in range(CHUNKS)], REQUEST)
     tier.submit_load(job(1, [0, 1], [2, 3], load=True))
     tier.submit_store(job(2, [7], [1]))
     finished(tier, 1, 2)
-    until(lambda: not tier._writer.tasks())
+    until(lambda: not tier.jobs.writer.tasks())
     tier.drain_jobs()
     tier.forget()
     tier.lookup(key(0), REQUEST)

@@ -64,7 +64,7 @@ def test_opcheck_of_ops_without_a_fake_version(device, name):
 
 def test_build_info():
     info = ops.build_info()
-    assert set(info) == {"cuda", "nvcc", "archs", "force_sm80", "kernels", "cxx"}
+    assert set(info) == {"cuda", "nvcc", "archs", "force_sm80", "kernels", "cxx", "decode"}
     assert info["cuda"] is bool(info["archs"]) is bool(info["nvcc"])
     assert set(info["kernels"]) == {"nvfp4_write", "nvfp4_gather", "nvfp4_attention", "block_copy"}
 

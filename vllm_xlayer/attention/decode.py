@@ -4,6 +4,7 @@ A schedule is computed on the device once a step and window, outside the layers;
 stays at the same address, so a captured graph follows the lengths.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -11,15 +12,32 @@ import torch
 
 from .. import ops
 
-HEAD_SIZES = frozenset({64, 80, 96, 112, 128, 192, 256})
-"""Head sizes that have decode kernels."""
-MAX_GROUP = 16
-MAX_QUERY_LEN = 8
+
+@dataclass(frozen=True)
+class Limits:
+    """What the decode kernel is compiled for.
+
+    Attributes:
+        head_sizes: ascending.
+        max_group: query heads a KV head.
+        max_query_len: query tokens of a request.
+    """
+
+    head_sizes: tuple[int, ...]
+    max_group: int
+    max_query_len: int
+
+    def include(self, head_size: int, num_heads: int, num_kv_heads: int) -> bool:
+        """Whether decode requests of such layers can attend to the cache without dequantising it first."""
+        return head_size in self.head_sizes and num_heads <= self.max_group * num_kv_heads
 
 
-def has_kernel(head_size: int, num_heads: int, num_kv_heads: int) -> bool:
-    """Whether decode requests of such layers can attend to the cache without dequantising it first."""
-    return head_size in HEAD_SIZES and num_heads <= MAX_GROUP * num_kv_heads
+@functools.cache
+def limits() -> Limits:
+    """As the extension says them, also one without CUDA."""
+    decode = ops.build_info()["decode"]
+    sizes = sorted({shape["head_size"] for shape in decode["shapes"]})
+    return Limits(tuple(sizes), decode["max_group"], decode["max_q_len"])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from .decode import HEAD_SIZES, MAX_GROUP, MAX_QUERY_LEN, DecodeBatch, DecodePlanner, has_kernel
+from .decode import DecodeBatch, DecodePlanner, limits
 from .plan import Piece, plan_pieces
 
 logger = init_logger(__name__)
@@ -124,8 +124,8 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
                 "%s and up to %d query heads a KV head.",
                 kv_cache_spec.head_size,
                 _num_query_heads(vllm_config) // kv_cache_spec.num_kv_heads,
-                ", ".join(map(str, sorted(HEAD_SIZES))),
-                MAX_GROUP,
+                ", ".join(map(str, limits().head_sizes)),
+                limits().max_group,
             )
 
     @classmethod
@@ -134,7 +134,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         if _decode_shape(vllm_config, kv_cache_spec) is None:
             return AttentionCGSupport.NEVER
         spec = vllm_config.speculative_config
-        if spec is not None and 1 + spec.num_speculative_tokens > MAX_QUERY_LEN:
+        if spec is not None and 1 + spec.num_speculative_tokens > limits().max_query_len:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.UNIFORM_BATCH
 
@@ -187,13 +187,14 @@ def _decode_query_len(vllm_config) -> int:
     spec = vllm_config.speculative_config
     if spec is None or spec.num_speculative_tokens is None:
         return 1
-    return min(1 + (2 if spec.parallel_drafting else 1) * spec.num_speculative_tokens, MAX_QUERY_LEN)
+    drafts = (2 if spec.parallel_drafting else 1) * spec.num_speculative_tokens
+    return min(1 + drafts, limits().max_query_len)
 
 
 def _decode_shape(vllm_config, kv_cache_spec) -> tuple[int, int, int] | None:
     """(query heads, KV heads, head size) of a rank if there is a decode kernel for them, else None."""
     shape = (_num_query_heads(vllm_config), kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
-    return shape if has_kernel(shape[2], shape[0], shape[1]) else None
+    return shape if limits().include(shape[2], shape[0], shape[1]) else None
 
 
 def _num_query_heads(vllm_config) -> int:

@@ -44,8 +44,8 @@ from ..compat.rows import allocations, negotiate_rows
 from ..config import ConnectorSettings
 from ..layout import RowDescriptor, check_allocation, row_line
 from .disk.identity import tier_identity
+from .disk.jobs import Unused
 from .disk.manager import TieredManager
-from .disk.tier import Unused
 from .disk.weights import loaded_weights
 from .failure_policy import recompute_failed_loads
 from .limits import check_served

@@ -20,8 +20,9 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from .disk.format import TierIdentity
 from .disk.identity import NoIdentity
+from .disk.jobs import Unused
 from .disk.manager import TieredManager
-from .disk.tier import DiskTier, Unused
+from .disk.tier import DiskTier
 from .host import pinning
 from .host.manager import HostTierManager
 from .host.memory import GIB, HostShape, scheduler_memory, worker_memory

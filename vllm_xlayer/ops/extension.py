@@ -42,7 +42,12 @@ def load() -> dict[str, Any]:
 
 
 def build_info() -> dict[str, Any]:
-    """What the extension was built for: keys cuda (bool), nvcc, archs, kernels, cxx."""
+    """What the extension was built for: keys cuda (bool), nvcc, archs, force_sm80, kernels, cxx, and decode.
+
+    decode: the decode kernel's bounds max_q_len (query tokens of a request) and max_group (query heads a KV
+    head), and its shapes, each with head_size, rows (query rows of a head tile), warps (of a thread block)
+    and shared_bytes (dynamic shared memory of a thread block).
+    """
     return dict(load())
 
 

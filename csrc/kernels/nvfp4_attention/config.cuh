@@ -43,32 +43,37 @@ struct Config {
   static constexpr int V_SCALE = K_SCALE + TILE * S;
   static constexpr int STAGE_BYTES = K_SCALE + 2 * TILE * S;
 
-  // For merging the warps' results.
+  // For merging the warps' results: in the ring, which is read by then. Not where the ring has padding that must
+  // stay zero.
   static constexpr int OUT_STRIDE = DP + 4;  // floats; the padding spreads rows over the banks
   static constexpr int MERGE_FLOATS = WARPS * TILE_ROWS * (OUT_STRIDE + 2);
-  static constexpr int SHARED_BYTES = WARPS * STAGES * STAGE_BYTES + MERGE_FLOATS * 4;
+  static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
+  static constexpr bool MERGES_IN_RING = EXACT;
+  static constexpr int MERGE_OFFSET = MERGES_IN_RING ? 0 : RING_BYTES;
+  static constexpr int MERGE_END = MERGE_OFFSET + MERGE_FLOATS * 4;
+  static constexpr int SHARED_BYTES = MERGE_END > RING_BYTES ? MERGE_END : RING_BYTES;
 
   // Thread blocks an SM should hold, by registers (64K) and shared memory (227 KB on sm_90).
   static constexpr int BLOCKS = (NT * DP <= 128 ? 4 : NT == 4 || D == 192 ? 2 : 3) * 4 / WARPS;
 
   // Which 16-byte chunk of a row chunk c is put at, so that the fragment loads meet no bank twice.
-  static __device__ __forceinline__ int k_chunk(int row, int c) {
+  static XLAYER_HD int k_chunk(int row, int c) {
     return DP == 256 ? c ^ ((row & 1) << 2) : c;
   }
-  static __device__ __forceinline__ int v_chunk(int row, int c) {
+  static XLAYER_HD int v_chunk(int row, int c) {
     return DP == 256 ? c ^ ((row & 3) << 1) : DP == 128 ? c ^ (row & 2) : c;
   }
   // First dimension of a lane's K word w (lane % 4 = t): 16-byte chunks t (and t + 4 of a row of 128 bytes).
-  static __device__ __forceinline__ int k_dim(int t, int w) {
+  static XLAYER_HD int k_dim(int t, int w) {
     return DP == 64 ? 16 * t + 8 * w : 32 * t + 8 * (w % 4) + 128 * (w / 4);
   }
 };
 
 // Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k =
 // 2t, 2t + 1, 2t + 8, 2t + 9), meets V's tokens t, t + 4, t + 8, t + 12, which are loaded without conflicts.
-__host__ __device__ constexpr int token_of_row(int row) {
+XLAYER_HD constexpr int token_of_row(int row) {
   return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2);
 }
-__host__ __device__ constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
+XLAYER_HD constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
 
 }  // namespace xlayer::attention

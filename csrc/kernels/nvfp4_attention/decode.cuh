@@ -21,7 +21,7 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
   float* outs = shared;                                              // [WARPS][TILE_ROWS][OUT_STRIDE]
   float* maxima = shared + C::WARPS * C::TILE_ROWS * C::OUT_STRIDE;  // [WARPS][TILE_ROWS]
   float* sums = maxima + C::WARPS * C::TILE_ROWS;
-  __syncthreads();  // the last run's results have been read
+  __syncthreads();  // all warps have read their tiles, and the last run's results
 #pragma unroll
   for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
@@ -67,7 +67,11 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
       if (d == 0) reinterpret_cast<float2*>(p.partial_ml)[at] = make_float2(max, sum);
     }
   }
-  if (!run.whole() && comes_last<C>(p, run)) combine<C>(p, run, rows);
+  if (run.whole()) {
+    if constexpr (C::MERGES_IN_RING) __syncthreads();  // before the next run's tiles are copied there
+  } else if (comes_last<C>(p, run)) {                  // which waits, too
+    combine<C>(p, run, rows);
+  }
 }
 
 // The first token of a request's newest, at the begin of a tile: from there on nothing is read from pages.
@@ -161,7 +165,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   uint8_t* stages = shared + warp * C::STAGES * C::STAGE_BYTES;
   const uint32_t ring = ptx::shared_address(stages);
-  float* merge = reinterpret_cast<float*>(shared + C::WARPS * C::STAGES * C::STAGE_BYTES);
+  float* merge = reinterpret_cast<float*>(shared + C::MERGE_OFFSET);
   if constexpr (!C::EXACT) {
     // Dimensions from D to DP stay zero: no copy goes there.
     for (int i = lane; i < C::STAGES * C::STAGE_BYTES / 16; i += 32) {

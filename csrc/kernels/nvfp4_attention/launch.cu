@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include "schedule.cuh"
+#include "shapes.h"
 #include "variant.cuh"
 
 namespace xlayer {
@@ -9,19 +10,21 @@ namespace {
 using attention::Config;
 using attention::Variant;
 
-// Of one head size, from few rows to many: the first with enough rows is taken, else the last. To add a head
-// size: a line here, and its file in inst/.
+#define XLAYER_COUNT(D, NT, WARPS) +1
+#define XLAYER_VARIANT(D, NT, WARPS) attention::variant<Config<D, NT, WARPS>>(),
+
+using Variants = Variant[XLAYER_DECODE_SHAPES(XLAYER_COUNT)];
+
+const Variants& variants() {
+  static const Variants made = {XLAYER_DECODE_SHAPES(XLAYER_VARIANT)};
+  return made;
+}
+
+// With blocks of four warps: the first of the head size with enough rows, else its last.
 const Variant* find(int head_size, int rows) {
-  static const Variant variants[] = {
-      attention::variant<Config<64, 1>>(),  attention::variant<Config<64, 2>>(),
-      attention::variant<Config<64, 4>>(),  attention::variant<Config<80, 1>>(),
-      attention::variant<Config<96, 1>>(),  attention::variant<Config<112, 1>>(),
-      attention::variant<Config<128, 1>>(), attention::variant<Config<128, 2>>(),
-      attention::variant<Config<192, 1>>(), attention::variant<Config<256, 1>>(),
-  };
   const Variant* found = nullptr;
-  for (const Variant& v : variants) {
-    if (v.head_size != head_size) continue;
+  for (const Variant& v : variants()) {
+    if (v.head_size != head_size || v.warps != 4) continue;
     if (found == nullptr || found->tile_rows < rows) found = &v;
   }
   return found;
@@ -29,17 +32,16 @@ const Variant* find(int head_size, int rows) {
 
 // The same with thread blocks that fill an SM, if there is one and the current device has room for it.
 const Variant* find_large(const Variant& small) {
-  static const Variant variants[] = {
-      attention::variant<Config<64, 1, 16>>(),
-      attention::variant<Config<128, 1, 16>>(),
-  };
   int device = 0, room = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
     return nullptr;
   }
-  for (const Variant& v : variants) {
-    if (v.head_size == small.head_size && v.tile_rows == small.tile_rows && v.shared_bytes <= room) return &v;
+  for (const Variant& v : variants()) {
+    if (v.head_size == small.head_size && v.tile_rows == small.tile_rows && v.warps > small.warps &&
+        v.shared_bytes <= room) {
+      return &v;
+    }
   }
   return nullptr;
 }

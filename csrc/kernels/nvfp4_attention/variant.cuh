@@ -1,4 +1,4 @@
-// What an instantiation of the kernels offers to launch.cu. One file of inst/ makes each.
+// What an instantiation of the kernels offers to launch.cu. CMake makes a file for each.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -11,16 +11,14 @@ scheduler's thread never does, and waits for none of them. Anything the disk doe
 the tier off, with one line in the log; a call that does not return turns it off until it does. The engine
 goes on with host memory.
 
-A call that hangs may return when its chunk of host memory has long been given to somebody else. So the disk
-is read into and written from buffers that only the thread has. It copies between them and host memory under
-the lock, after it has seen that the job is still its own; and jobs are taken back under that lock.
+What the threads do is in `jobs`.
 """
 
 import errno
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -34,15 +32,15 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
     RequestOffloadingContext,
     ScheduleEndContext,
-    get_offload_group_idx,
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from .finder import EntryFinder
-from .format import EntryError, TierIdentity
+from .format import TierIdentity
+from .jobs import DiskJobs, Unused
 from .store import DiskStore
 from .weights import AcrossSleep
-from .worker import DiskWorker, Task
+from .worker import Task
 
 logger = init_logger(__name__)
 
@@ -51,28 +49,6 @@ HUNG_SECONDS = 5.0
 and no request waits longer than tiering.DEADLINE_SECONDS."""
 FLUSH_SECONDS = 3.0
 """A clean stop waits so long for what is still to be written. vLLM kills its core 5 s after telling it to."""
-MIN_RESCAN_SECONDS = 10.0
-RESCAN_SHARE = 0.01
-"""Of the writing thread's time, for looking at what other engines wrote."""
-
-
-@dataclass(frozen=True)
-class Unused:
-    """What of a row is no page's.
-
-    Args:
-        row_bytes: of one block of one rank.
-        spans: KV cache group -> (first byte, byte after the last) of a row.
-    """
-
-    row_bytes: int
-    spans: Mapping[int, Sequence[tuple[int, int]]]
-
-    def blank(self, key: OffloadKey, chunk: np.ndarray) -> None:
-        """Makes it zeros in a chunk, uint8 [chunk bytes]: nobody's bytes lie in another's entry."""
-        rows = chunk.reshape(-1, self.row_bytes)
-        for begin, end in self.spans.get(get_offload_group_idx(key), ()):
-            rows[:, begin:end] = 0
 
 
 @dataclass(frozen=True)
@@ -92,12 +68,10 @@ class DiskTier(SecondaryTierManager):
         unused: what of a chunk is no page's, and so the former owner's: zeros in an entry. None is nothing.
 
     Attributes:
-        problem: Why the tier is off; empty while it works.
         hung: What call to the disk it is waiting for, and off until then; else empty.
-        counts: stored, hit, "miss: <reason>" (there, but not usable), "not stored: <reason>" and
-            "not loaded: <reason>", in chunks.
-        seconds: spent writing what was stored ("store"), and reading what was a hit ("load").
         limit: bytes, as given.
+        chunk_bytes: of all TP ranks.
+        jobs: what its threads do.
         sleep: is told that the engine is about to sleep.
 
     Raises:
@@ -112,24 +86,18 @@ class DiskTier(SecondaryTierManager):
     ):  # fmt: skip
         self.tier_type = "xlayer-disk"
         self._bp_detector = self.locality = None  # of SecondaryTierManager, whose __init__ wants a whole spec
-        self.problem = self.hung = ""
-        self.counts: Counter[str] = Counter()
-        self.seconds = {"store": 0.0, "load": 0.0}
+        self.hung = ""
         self.limit = limit
-        self._view = view
-        self._unused = unused
+        self.chunk_bytes = view.shape[1]
         self._max_waiting = max_waiting
         self._lock = threading.Condition()
         self._done: deque[JobResult] = deque()
-        self._reader = DiskWorker("xlayer-disk-read", self._lock, self._report)
-        self._writer = DiskWorker("xlayer-disk-write", self._lock, self._report)
+        self.jobs = DiskJobs(view, unused, self._lock, self._report)
         self._finder = EntryFinder(self._lock)
         self.sleep = AcrossSleep()
-        self._workers = (self._reader, self._writer, self._finder.worker)
-        self._read_buffer, self._write_buffer = np.empty((2, view.shape[1]), dtype=np.uint8)
-        self._scan_at = time.monotonic() + MIN_RESCAN_SECONDS
+        self._workers = (self.jobs.reader, self.jobs.writer, self._finder.worker)
         try:
-            self._store = self._open(folder, identity)
+            self.jobs.store = self._open(folder, identity)
         except OSError:
             with self._lock:
                 for worker in self._workers:
@@ -147,18 +115,20 @@ class DiskTier(SecondaryTierManager):
         result: list[DiskStore | OSError] = []
 
         def make(task: Task) -> bool:
-            self._writer.calls(f"opening {folder}")
+            self.jobs.writer.calls(f"opening {folder}")
             try:
-                result.append(DiskStore(folder, self.limit, identity, self.chunk_bytes, self._writer.goes_on))
+                result.append(
+                    DiskStore(folder, self.limit, identity, self.chunk_bytes, self.jobs.writer.goes_on)
+                )
             except OSError as error:
                 result.append(error)
             return True
 
-        self._writer.put(Task(make))
+        self.jobs.writer.put(Task(make))
         with self._lock:
             while not result:
                 self._lock.wait(HUNG_SECONDS / 10)
-                if slow := self._writer.overdue(HUNG_SECONDS):
+                if slow := self.jobs.writer.overdue(HUNG_SECONDS):
                     raise OSError(errno.ETIMEDOUT, f"{slow}. Restart the engine when the disk answers again")
         if isinstance(result[0], OSError):
             raise result[0]
@@ -170,15 +140,30 @@ class DiskTier(SecondaryTierManager):
         return self._store.total
 
     @property
-    def chunk_bytes(self) -> int:
-        """Of all TP ranks."""
-        return self._view.shape[1]
+    def problem(self) -> str:
+        """Why the tier is off; empty while it works."""
+        return self.jobs.problem
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Of chunks: stored, hit, "miss: <reason>" (there, but not usable), "not stored: <reason>" and "not
+        loaded: <reason>"."""
+        return self.jobs.counts
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent writing what was stored ("store"), and reading what was a hit ("load")."""
+        return self.jobs.seconds
+
+    @property
+    def _store(self) -> DiskStore:
+        return self.jobs.store
 
     @property
     def chunks_to_write(self) -> int:
         """Taken, and not yet written."""
         with self._lock:
-            return sum(task.chunks for task in self._writer.tasks())
+            return sum(task.chunks for task in self.jobs.writer.tasks())
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         # Not counted: a request asks again in every step until what it found has been read.
@@ -208,14 +193,14 @@ class DiskTier(SecondaryTierManager):
         if self.hung or self.problem:
             self._refuse(job_metadata, f"not loaded: {'off' if self.problem else 'disk hangs'}")
         else:
-            self._reader.put(Task(self._load, job_metadata, len(job_metadata.keys)))
+            self.jobs.reader.put(Task(self.jobs.load, job_metadata, len(job_metadata.keys)))
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         self._wake()
         if reason := self._refusal(job_metadata):
             self._refuse(job_metadata, f"not stored: {reason}")
         else:
-            self._writer.put(Task(self._write, job_metadata, len(job_metadata.keys)))
+            self.jobs.writer.put(Task(self.jobs.write, job_metadata, len(job_metadata.keys)))
 
     def _refuse(self, job: TransferJob, why: str) -> None:
         self.counts[why] += len(job.keys)
@@ -260,7 +245,7 @@ class DiskTier(SecondaryTierManager):
         Args:
             why: counted, unless empty.
         """
-        for worker, done in ((self._reader, "loaded"), (self._writer, "stored")):
+        for worker, done in ((self.jobs.reader, "loaded"), (self.jobs.writer, "stored")):
             for task in worker.take_back():
                 if not task.chunks:
                     continue
@@ -283,19 +268,19 @@ class DiskTier(SecondaryTierManager):
         """
         self.sleep.reset(self._store.identity)
         with self._lock:
-            self._store = self._store.for_identity(replace(self._store.identity, epoch=uuid4().hex))
+            self.jobs.store = self._store.for_identity(replace(self._store.identity, epoch=uuid4().hex))
 
     def _wake(self) -> None:
         if identity := self.sleep.ends():
             with self._lock:
-                self._store = self._store.for_identity(identity)
+                self.jobs.store = self._store.for_identity(identity)
 
     def shutdown(self) -> None:
         give_up = time.monotonic() + FLUSH_SECONDS
         self._watch()
         with self._lock:
-            self._lock.wait_for(lambda: self.hung or not self._writer.tasks(), FLUSH_SECONDS)
-            if left := sum(task.chunks for task in self._writer.tasks()):
+            self._lock.wait_for(lambda: self.hung or not self.jobs.writer.tasks(), FLUSH_SECONDS)
+            if left := sum(task.chunks for task in self.jobs.writer.tasks()):
                 logger.warning("XLayerConnector: stopped with %d chunks not yet on disk", left)
             self._take_back()
             for worker in self._workers:
@@ -306,93 +291,3 @@ class DiskTier(SecondaryTierManager):
     def _report(self, task: Task, good: bool) -> None:
         if task.chunks:
             self._done.append(JobResult(task.job.job_id, good, tuple(task.done)))
-
-    def _load(self, task: Task) -> bool:
-        good = True
-        for key, chunk in zip(task.job.keys, task.job.chunk_ids, strict=True):
-            with self._reader.holding(task) as ours:
-                store = self._store
-            if not ours:
-                return False
-            if self.problem:
-                good = False
-                self.counts["not loaded: off"] += 1
-                continue
-            started = time.perf_counter()
-            try:
-                self._reader.calls(f"reading {store.path_of(key)}")
-                store.read(key, self._read_buffer.data)
-            except EntryError as error:
-                good = False
-                self._count_once(f"miss: {error.reason}", str(error))
-            except Exception as error:  # a thread that dies would leave requests waiting for ever
-                good = False
-                self.counts["not loaded: disk error"] += 1
-                self._turn_off(error)
-            else:
-                with self._reader.holding(task) as ours:
-                    if not ours:
-                        return False
-                    self._view[int(chunk)] = self._read_buffer
-                task.done.append(key)
-                self.counts["hit"] += 1
-                self.seconds["load"] += time.perf_counter() - started
-        return good
-
-    def _write(self, task: Task) -> bool:
-        for key, chunk in zip(task.job.keys, task.job.chunk_ids, strict=True):
-            if self.problem:
-                self.counts["not stored: off"] += 1
-                continue
-            with self._writer.holding(task) as ours:
-                if not ours:
-                    return False
-                store = self._store  # of the time when the bytes were copied: see `forget`
-                self._write_buffer[:] = self._view[int(chunk)]
-            if self._unused is not None:
-                self._unused.blank(key, self._write_buffer)
-            self._writer.calls(f"writing {store.path_of(key)}")
-            self._write_chunk(store, key)
-        if time.monotonic() > self._scan_at:
-            self._scan_at = time.monotonic() + MIN_RESCAN_SECONDS
-            self._writer.put(Task(self._rescan))
-        return not self.problem
-
-    def _write_chunk(self, store: DiskStore, key: OffloadKey) -> None:
-        started = time.perf_counter()
-        try:
-            if store.contains(key):
-                return
-            written = store.write(key, self._write_buffer.data)
-        except EntryError as error:
-            self._count_once(f"not stored: {error.reason}", str(error))
-        except Exception as error:
-            self.counts["not stored: disk error"] += 1
-            self._turn_off(error)
-        else:
-            if written:
-                self.counts["stored"] += 1
-                self.seconds["store"] += time.perf_counter() - started
-            else:
-                self._count_once("not stored: no room", key.hex())
-
-    def _rescan(self, task: Task) -> bool:
-        started = time.monotonic()
-        self._writer.calls(f"looking through {self._store.root}")
-        try:
-            self._store.rescan()
-        except Exception as error:
-            self._turn_off(error)
-        now = time.monotonic()
-        self._scan_at = now + max(MIN_RESCAN_SECONDS, (now - started) / RESCAN_SHARE)
-        return True
-
-    def _count_once(self, what: str, detail: str) -> None:
-        self.counts[what] += 1
-        if self.counts[what] == 1:
-            logger.warning("XLayerConnector: disk tier: %s (counted, said once): %s", what, detail)
-
-    def _turn_off(self, error: Exception) -> None:
-        if not self.problem:
-            self.problem = f"{type(error).__name__}: {error}"
-            logger.warning("XLayerConnector: the disk tier is off: %s", self.problem)

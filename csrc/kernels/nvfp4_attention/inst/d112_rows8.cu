@@ -1,3 +1,0 @@
-#include "../variant_impl.cuh"
-
-template xlayer::attention::Variant xlayer::attention::variant<xlayer::attention::Config<112, 1>>();
