@@ -1,9 +1,10 @@
 // Runs CUDA kernels on a CPU, lane by lane, for tests where no GPU is.
 //
 // Every thread of a block is a fiber. It runs until it meets the others (a warp's shuffle, vote, matrix
-// product; a block's barrier), and goes on when all of them are there. So the code of the kernels themselves
-// runs: their addresses, masks, schedules, rings of buffers. What does not show: speed, races between warps
-// that barriers do not order, and what nvcc makes of the code.
+// product; a block's barrier), and goes on when all of them are there. A warp runs on as far as barriers let it
+// before another does. So the code of the kernels themselves runs: their addresses, masks, schedules, rings of
+// buffers, and a barrier that is missing shows in one of the two orders of warps. What does not show: speed,
+// finer races between warps, and what nvcc makes of the code.
 //
 // Stricter than a GPU: lanes that meet at different operations, a block that waits for ever, or a
 // shared-memory access outside of what was asked for end the program with a message. Shared memory starts as
@@ -147,6 +148,24 @@ inline void entry() {
   yield();
 }
 
+// Until all its lanes are done or wait for other warps. Returns how many are not done.
+inline int run_warp(int warp) {
+  Machine& m = machine();
+  int left = 0;
+  for (long before = m.progress - 1; m.progress != before;) {
+    before = m.progress;
+    left = 0;
+    for (int t = warp * WARP; t < (warp + 1) * WARP; ++t) {
+      if (m.fibers[t].done) continue;
+      m.current = t;
+      m.thread_index.x = unsigned(t);
+      swapcontext(&m.scheduler, &m.fibers[t].context);
+      left += !m.fibers[t].done;
+    }
+  }
+  return left;
+}
+
 inline void run_block(int threads) {
   Machine& m = machine();
   m.fibers.resize(threads);
@@ -161,16 +180,11 @@ inline void run_block(int threads) {
     f.context.uc_link = nullptr;
     makecontext(&f.context, entry, 0);
   }
+  const int warps = threads / WARP;
   for (int left = threads; left > 0;) {
     const long before = m.progress;
     left = 0;
-    for (int t = 0; t < threads; ++t) {
-      if (m.fibers[t].done) continue;
-      m.current = t;
-      m.thread_index.x = unsigned(t);
-      swapcontext(&m.scheduler, &m.fibers[t].context);
-      left += !m.fibers[t].done;
-    }
+    for (int w = 0; w < warps; ++w) left += run_warp(m.late_copies ? w : warps - 1 - w);
     if (left > 0 && m.progress == before) fail("some threads wait for others that never come");
   }
 }
