@@ -11,6 +11,8 @@ from vllm_xlayer.bench.write import TITLES as WRITERS
 from vllm_xlayer.config import PREFIX, REFUSED, VARIABLES, VLLMS_SETTINGS, ConnectorSettings
 from vllm_xlayer.demo import TASKS
 
+from .resources import table as kernel_table
+
 SHORT = 5
 """Shapes in the README's table."""
 BLOCK = 16
@@ -223,6 +225,11 @@ def _told(suite: dict[str, Any]) -> str:
 def table(head: list[str], lines: list[tuple[str, list[str]]]) -> str:
     rows = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join(rows + ["| " + " | ".join([name, *cells]) + " |" for name, cells in lines])
+
+
+def resources(results: dict[str, Any]) -> str:
+    """Markdown of `benchmarks.resources`: a line an instantiation of the decode kernel."""
+    return f"{table(*kernel_table(results['kernels']))}\n\n{about(results, 'nvcc ' + results['nvcc'])}"
 
 
 def settings() -> str:

@@ -13,7 +13,12 @@ from collections.abc import Callable
 from . import RESULTS, ROOT, markdown, markdown_tier
 from .plot import copy_plot, decode_plot
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/RESULTS.md", ROOT / "docs/configuration.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "benchmarks/RESULTS.md",
+    ROOT / "docs/configuration.md",
+    ROOT / "csrc/kernels/nvfp4_attention/NOTES.md",
+)
 PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
 COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
@@ -39,6 +44,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
     "offload": (("h200-offload.json",), markdown_tier.offload_section),
     "settings": ((), markdown.settings),
+    "resources": (("resources.json",), markdown.resources),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""

@@ -30,7 +30,7 @@ int int_between(const char* name, int64_t value, int64_t low, int64_t high) {
 Nvfp4AttentionParams check_shape(int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                  int64_t window, int64_t parts, int64_t split_units) {
   Nvfp4AttentionParams p = {};
-  p.q_len = int_between("q_len", q_len, 1, MAX_Q_LEN);
+  p.q_len = p.usual_q_len = int_between("q_len", q_len, 1, MAX_Q_LEN);
   p.window = int_between("window", window, 0, INT32_MAX);
   p.parts = int_between("parts", parts, 1, INT32_MAX);
   p.split_units = int_between("split_units", split_units, 0, INT32_MAX);
@@ -59,9 +59,23 @@ void check_schedule(const Tensor& schedule, int64_t requests, const Nvfp4Attenti
                   requests, " requests of this shape, got ", schedule.size(0));
 }
 
+// Where q_len is not the same for all requests.
+void take_query_starts(Nvfp4AttentionParams& p, const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                       const Tensor& seq_lens) {
+  if (!query_starts) return;
+  check_device("query_starts", *query_starts, "seq_lens", seq_lens);
+  check_dtype("query_starts", *query_starts, {ScalarType::Int});
+  check_rank("query_starts", *query_starts, 1, "(requests + 1)");
+  check_dense("query_starts", *query_starts);
+  check_size("query_starts", *query_starts, 0, seq_lens.size(0) + 1, "the requests of seq_lens, and one");
+  p.usual_q_len = int_between("usual_q_len", usual_q_len, 1, p.q_len);
+  p.query_starts = static_cast<const int32_t*>(query_starts->data_ptr());
+}
+
 Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                         int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
-                                        int64_t window, int64_t parts, int64_t split_units) {
+                                        int64_t window, int64_t parts, int64_t split_units,
+                                        const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
   check_device("schedule", schedule, "seq_lens", seq_lens);
   check_dtype("seq_lens", seq_lens, {ScalarType::Int});
   check_dtype("schedule", schedule, {ScalarType::Int});
@@ -69,6 +83,7 @@ Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& sc
   Nvfp4AttentionParams p =
       check_shape(q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units);
   check_schedule(schedule, seq_lens.size(0), p);
+  take_query_starts(p, query_starts, usual_q_len, seq_lens);
   p.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
   p.num_requests = int(seq_lens.size(0));
   p.schedule = static_cast<int32_t*>(schedule.data_ptr());
@@ -108,7 +123,8 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
                            int64_t q_len, int64_t window, double soft_cap, int64_t scale_order, int64_t parts,
                            int64_t split_units, const std::optional<Tensor>& newest,
                            const std::optional<Tensor>& newest_rows,
-                           const std::optional<Tensor>& newest_from) {
+                           const std::optional<Tensor>& newest_from,
+                           const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
   check_device("q", q, "kv_cache", kv_cache);
   check_device("block_table", block_table, "kv_cache", kv_cache);
   check_device("seq_lens", seq_lens, "kv_cache", kv_cache);
@@ -126,8 +142,8 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   check_dtype("schedule", schedule, {ScalarType::Int});
   check_dtype("workspace", workspace, {ScalarType::Float});
   const Page page = check_kv_cache(kv_cache);
-  check_rank("q", q, 3, "(requests * q_len, query heads, head_size)");
-  check_rank("out", out, 3, "(requests * q_len, query heads, head_size)");
+  check_rank("q", q, 3, "(query tokens, query heads, head_size)");
+  check_rank("out", out, 3, "(query tokens, query heads, head_size)");
   check_rank("block_table", block_table, 2, "(requests, blocks)");
   check_rank("workspace", workspace, 1, "(floats)");
   check_rows("q", q, true);
@@ -136,7 +152,7 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   check_rows("workspace", workspace, true);
   check_seq_lens(seq_lens);
   if (lse) {
-    check_rank("lse", *lse, 2, "(query heads, requests * q_len)");
+    check_rank("lse", *lse, 2, "(query heads, query tokens)");
     check_rows("lse", *lse, false);
   }
   if (sinks) {
@@ -147,7 +163,8 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   check_size("q", q, 2, page.head_size, "the head size of kv_cache");
   Nvfp4AttentionParams p =
       check_shape(q_len, q.size(1), page.heads, page.head_size, window, parts, split_units);
-  check_size("q", q, 0, R * q_len, "the requests of seq_lens times q_len");
+  take_query_starts(p, query_starts, usual_q_len, seq_lens);
+  if (!query_starts) check_size("q", q, 0, R * q_len, "the requests of seq_lens times q_len");
   check_size("block_table", block_table, 0, R, "the requests of seq_lens");
   check_sizes_of_q(q, out, lse, sinks);
   check_schedule(schedule, R, p);
@@ -193,15 +210,20 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   return p;
 }
 
-// The values in seq_lens and block_table, readable only where they are on the host.
-void check_indices(const Nvfp4AttentionParams& p, int64_t num_blocks) {
+// The values in seq_lens, query_starts and block_table, readable only where they are on the host.
+void check_indices(const Nvfp4AttentionParams& p, int64_t num_blocks, int64_t tokens) {
   for (int r = 0; r < p.num_requests; ++r) {
+    const Queries queries = queries_of(p, r);
+    STD_TORCH_CHECK(queries.begin >= 0 && queries.count >= 0 && queries.count <= p.q_len &&
+                        queries.begin + queries.count <= tokens,
+                    "query_starts: expected 0 to ", p.q_len, " of ", tokens, " query tokens, got ",
+                    queries.count, " from ", queries.begin, " on for request ", r);
     const int64_t length = p.seq_lens[r], capacity = p.max_blocks * p.page.block_size;
     STD_TORCH_CHECK(length >= 0 && length <= capacity, "seq_lens: expected 0 to ", capacity, " (",
                     p.max_blocks, " blocks of ", p.page.block_size, " tokens), got ", length, " for request ",
                     r);
     // Blocks before what the first query sees may be freed already.
-    const int64_t first = p.window > 0 ? std::max<int64_t>(0, length - p.q_len - p.window + 1) : 0;
+    const int64_t first = p.window > 0 ? std::max<int64_t>(0, length - queries.count - p.window + 1) : 0;
     for (int64_t i = first / p.page.block_size; i < ceil_div(length, p.page.block_size); ++i) {
       const int64_t block = p.block_table[r * p.block_table_stride + i];
       STD_TORCH_CHECK(block >= 0 && block < num_blocks, "block_table: expected blocks from 0 to ",
@@ -228,9 +250,10 @@ void check_newest_indices(const Nvfp4AttentionParams& p, int64_t rows) {
 // The CPU op has no parts: it checks what the CUDA op would, and leaves the schedule alone.
 void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
-                                  int64_t window, int64_t parts, int64_t split_units) {
+                                  int64_t window, int64_t parts, int64_t split_units,
+                                   const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
   check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, window, parts,
-                     split_units);
+                     split_units, query_starts, usual_q_len);
 }
 
 void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
@@ -240,11 +263,13 @@ void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Te
                                int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
                                int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                const std::optional<Tensor>& newest_rows,
-                               const std::optional<Tensor>& newest_from) {
+                               const std::optional<Tensor>& newest_from,
+                               const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
   const Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
-            q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from);
-  check_indices(p, kv_cache.size(0));
+            q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from,
+            query_starts, usual_q_len);
+  check_indices(p, kv_cache.size(0), q.size(0));
   if (newest) check_newest_indices(p, newest->size(0));
   torch::stable::parallel_for(0, int64_t(p.num_requests) * p.page.heads, 1,
                               [&p](int64_t begin, int64_t end) { cpu::nvfp4_attention(p, begin, end); });
@@ -273,8 +298,8 @@ struct Workspace {
 
 // max_tokens: of one request.
 Workspace workspace_of(const Nvfp4AttentionParams& p, int64_t requests, int64_t max_tokens) {
-  const int rows = p.q_len * (p.num_q_heads / p.page.heads);
-  const int64_t tile_rows = nvfp4_attention_tile_rows(p.page.head_size, rows);
+  const int group = p.num_q_heads / p.page.heads, rows = p.q_len * group;
+  const int64_t tile_rows = nvfp4_attention_tile_rows(p.page.head_size, p.usual_q_len * group);
   // A part shares at most two (request, head tile) with other parts: where it begins and where it ends.
   int64_t slots = 2 * int64_t(p.parts);
   if (p.split_units > 0) {
@@ -288,9 +313,11 @@ Workspace workspace_of(const Nvfp4AttentionParams& p, int64_t requests, int64_t 
 
 void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                    int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
-                                   int64_t window, int64_t parts, int64_t split_units) {
+                                   int64_t window, int64_t parts, int64_t split_units,
+                                    const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
   const Nvfp4AttentionParams p = check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads,
-                                                    head_size, window, parts, split_units);
+                                                    head_size, window, parts, split_units, query_starts,
+                                                    usual_q_len);
   check_head_size(p.page.head_size);
   if (p.num_requests == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(seq_lens.get_device_index());
@@ -304,10 +331,12 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
                                 int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                 const std::optional<Tensor>& newest_rows,
-                                const std::optional<Tensor>& newest_from) {
+                                const std::optional<Tensor>& newest_from,
+                                const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
   Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
-            q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from);
+            q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from,
+            query_starts, usual_q_len);
   check_head_size(p.page.head_size);
   const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
   const Workspace needed = workspace_of(p, p.num_requests, p.max_blocks * p.page.block_size);

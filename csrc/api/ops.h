@@ -23,7 +23,8 @@ void gather_nvfp4_cpu(const Tensor& kv_cache, const Tensor& block_table, const T
                       const Tensor& k_out, const Tensor& v_out, int64_t scale_order);
 void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
-                                  int64_t window, int64_t parts, int64_t split_units);
+                                  int64_t window, int64_t parts, int64_t split_units,
+                                   const std::optional<Tensor>& query_starts, int64_t usual_q_len);
 void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
                                const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
                                const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
@@ -31,7 +32,8 @@ void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Te
                                int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
                                int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                const std::optional<Tensor>& newest_rows,
-                               const std::optional<Tensor>& newest_from);
+                               const std::optional<Tensor>& newest_from,
+                               const std::optional<Tensor>& query_starts, int64_t usual_q_len);
 int64_t nvfp4_attention_parts_cpu(const Tensor& like, int64_t head_size, int64_t rows);
 int64_t nvfp4_attention_workspace_size_cpu(const Tensor& like, int64_t requests, int64_t max_tokens,
                                            int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
@@ -53,7 +55,8 @@ void gather_nvfp4_cuda(const Tensor& kv_cache, const Tensor& block_table, const 
                        const Tensor& k_out, const Tensor& v_out, int64_t scale_order);
 void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                    int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
-                                   int64_t window, int64_t parts, int64_t split_units);
+                                   int64_t window, int64_t parts, int64_t split_units,
+                                    const std::optional<Tensor>& query_starts, int64_t usual_q_len);
 void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
                                 const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
                                 const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
@@ -61,7 +64,8 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 int64_t q_len, int64_t window, double soft_cap, int64_t scale_order,
                                 int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                 const std::optional<Tensor>& newest_rows,
-                                const std::optional<Tensor>& newest_from);
+                                const std::optional<Tensor>& newest_from,
+                               const std::optional<Tensor>& query_starts, int64_t usual_q_len);
 int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_t rows);
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,

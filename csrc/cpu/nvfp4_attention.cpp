@@ -90,12 +90,13 @@ struct Row {
 template <typename T>
 std::vector<Row> make_rows(const Nvfp4AttentionParams& p, int r, int h) {
   const int group = p.num_q_heads / p.page.heads;
+  const Queries queries = queries_of(p, r);
   std::vector<Row> rows;
-  for (int i = 0; i < p.q_len; ++i) {
-    const int64_t last = int64_t(p.seq_lens[r]) - p.q_len + i + 1;
+  for (int i = 0; i < queries.count; ++i) {
+    const int64_t last = int64_t(p.seq_lens[r]) - queries.count + i + 1;
     const int64_t first = p.window > 0 ? std::max<int64_t>(0, last - p.window) : 0;
     for (int g = 0; g < group; ++g) {
-      Row row = {int64_t(r) * p.q_len + i, h * group + g, first, last, {}, {}, -INF, 0.0};
+      Row row = {int64_t(queries.begin) + i, h * group + g, first, last, {}, {}, -INF, 0.0};
       const T* q = static_cast<const T*>(p.q) + row.token * p.q_stride_t + row.head * p.q_stride_h;
       for (int d = 0; d < p.page.head_size; ++d) row.q.push_back(to_float(q[d]));
       row.sum.assign(size_t(p.page.head_size), 0.0);
@@ -128,6 +129,7 @@ void attend(const Nvfp4AttentionParams& p, int r, int h) {
   const double cap = p.soft_cap;
   const int64_t newest_from = p.newest != nullptr ? p.newest_from[r] : p.seq_lens[r];
   std::vector<Row> rows = make_rows<T>(p, r, h);
+  if (rows.empty()) return;
   std::vector<double> k(size_t(KEYS * page.head_size)), v(k.size());
   for (int64_t base = rows.front().first; base < p.seq_lens[r]; base += KEYS) {
     const int64_t end = std::min<int64_t>(base + KEYS, p.seq_lens[r]);

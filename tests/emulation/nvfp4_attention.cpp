@@ -23,8 +23,7 @@ void run(Nvfp4AttentionParams p) {
   p.partial_ml = ml.data();
   p.schedule = schedule.data();
   simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
-    schedule_kernel(p.seq_lens, p.schedule, p.num_requests, p.q_len, p.window, C::UNIT_TOKENS, tiles, p.parts,
-                    p.split_units);
+    schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.parts);
   });
   simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
     p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p);
@@ -42,7 +41,13 @@ extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, int64_t requests, in
                                    int64_t head_tiles, int64_t parts, int32_t* schedule) {
   using namespace xlayer::attention;
   simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
-    schedule_kernel(seq_lens, schedule, int(requests), 1, 0, int(unit), int(head_tiles), int(parts), 0);
+    xlayer::Nvfp4AttentionParams p = {};
+    p.seq_lens = seq_lens;
+    p.schedule = schedule;
+    p.num_requests = int(requests);
+    p.q_len = 1;
+    p.page.heads = p.num_q_heads = int(head_tiles);
+    schedule_kernel(p, int(unit), 8, int(parts));
   });
 }
 
@@ -66,6 +71,8 @@ struct Args {
   const void* newest;
   const int32_t *newest_rows, *newest_from;
   int64_t newest_tokens;
+  const int32_t* query_starts;
+  int64_t usual_q_len;
 };
 
 // Tile rows are chosen as launch.cu does; warps: 4, or 16 where there is such a kernel. Returns 1 for a head
@@ -105,9 +112,11 @@ extern "C" int run_nvfp4_attention(const Args* a) {
   p.newest_rows = a->newest_rows;
   p.newest_from = a->newest_from;
   p.newest_tokens = int(a->newest_tokens);
+  p.query_starts = a->query_starts;
+  p.usual_q_len = int(a->query_starts == nullptr ? a->q_len : a->usual_q_len);
   simt::machine().late_copies = a->late_copies != 0;
 
-  const int rows = p.q_len * (p.num_q_heads / p.page.heads);
+  const int rows = p.usual_q_len * (p.num_q_heads / p.page.heads);
   if (a->warps == 16) {
     if (rows > 8) return 1;
     switch (p.page.head_size) {

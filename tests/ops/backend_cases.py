@@ -63,6 +63,15 @@ CASES = (
     Case(((100, 1), (37, 1), (0, 40), (33, 17)), decodes=2, layers=3, sinks=True),
     Case(((100, 4), (12, 4), (0, 0)), decodes=3, num_heads=16, sinks=True),
     Case(((100, 3), (300, 3), (33, 5)), decodes=2, window=50, block_size=32, dtype=torch.float16, sinks=True),
+    Case(((100, 1), (37, 4), (300, 2), (0, 1), (33, 17)), decodes=4, layers=3, sinks=True),
+    Case(
+        ((100, 2), (300, 4), (12, 1), (0, 0)),
+        decodes=4,
+        window=50,
+        head_size=128,
+        num_heads=8,
+        num_kv_heads=1,
+    ),
 )
 
 
@@ -181,12 +190,12 @@ def decode_batch(case: Case, totals: list[int], block_table: torch.Tensor, devic
         max_query_len=4,
         windows=[None, case.window],
     )
-    q_len = case.requests[0][1]
+    query_lens = np.array([q for _, q in case.requests])
+    starts = torch.tensor([0, *query_lens.cumsum()], dtype=torch.int32, device=device)
     # Padding has no tokens, whatever its request's row says.
     lens = [t if q else 0 for t, (_, q) in zip(totals, case.requests, strict=True)]
-    return planner.plan(
-        case.decodes, q_len, torch.tensor(lens, dtype=torch.int32, device=device), block_table.to(device)
-    )
+    lens = torch.tensor(lens, dtype=torch.int32, device=device)
+    return planner.plan(query_lens[: case.decodes], starts, lens, block_table.to(device))
 
 
 def exact(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cached: int) -> torch.Tensor:

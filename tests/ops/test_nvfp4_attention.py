@@ -50,6 +50,20 @@ def test_query_tokens_see_up_to_themselves(device, head_size, block_size, q_len)
         )
 
 
+@pytest.mark.parametrize("usual", [1, 2, 4, 8])
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_uneven_queries(device, head_size, group, usual):
+    """From none to eight query tokens a request in one launch, whatever the kernel is chosen for."""
+    case = Case(
+        (1, 0, 130, 64, 9, 3000, 5, 70, 8), 8, (1, 2, 8, 0, 3, 1, 8, 4, 8), usual, group=group,
+        head_size=head_size,
+    )  # fmt: skip
+    check_case(case, device)
+    check_case(replace(case, window=33, sinks=True, dtype=torch.float16), device)
+    check_case(replace(case, newest=64, split_units=2), device)
+
+
 @pytest.mark.parametrize("q_len", [1, 4])
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 63, 64, 65, 128, 1000])
 def test_window(device, window, q_len):

@@ -36,6 +36,25 @@ def test_query_rows(head_size, q_len, group):
     check(Case((1, 9, 64, 130), q_len, group=group, head_size=head_size, kv_heads=1))
 
 
+@pytest.mark.parametrize("usual", [1, 3, 8])
+@pytest.mark.parametrize(("group", "head_size"), [(1, 128), (4, 128), (16, 64), (8, 256), (3, 80)])
+def test_uneven_queries(group, head_size, usual):
+    """From none to eight query tokens, whichever of the kernels runs."""
+    case = Case(
+        (1, 0, 130, 64, 9, 300, 5, 70), 8, (1, 2, 8, 0, 3, 1, 8, 4), usual, kv_heads=2, group=group,
+        head_size=head_size,
+    )  # fmt: skip
+    check(case, parts=5)
+    check(replace(case, window=33, sinks=True, dtype=torch.float16), late_copies=False)
+
+
+def test_uneven_queries_beside_all_else():
+    case = Case((1, 700, 0, 300, 40), 8, (1, 4, 2, 0, 8), 2, soft_cap=5.0, sinks=True)
+    check(replace(case, newest=64), parts=4)
+    check(replace(case, split_units=2, block_size=48, order=ScaleOrder.SWIZZLED))
+    check(replace(case, q_lens=(1, 2, 2, 0, 1), q_len=2, group=2), warps=16)
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
 def test_pages(block_size):
     check(Case((block_size - 1, block_size + 1, 200), block_size=block_size))

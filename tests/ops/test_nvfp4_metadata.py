@@ -96,9 +96,21 @@ def test_speculative_decoding():
     assert b.reorder_batch_threshold == 4
     uniform = b.build(0, batch([4, 4, 0], [50, 100, 0], padded_tokens=12))
     assert (uniform.decode.num_requests, uniform.decode.q_len, uniform.decode.num_tokens) == (3, 4, 12)
-    # Requests of another length than the first wait for the dequantised path.
-    mixed = b.build(0, batch([4, 2, 9], [50, 100, 30]))
-    assert mixed.decode.num_requests == 1 and mixed.query_starts.tolist() == [4, 6, 15]
+    assert uniform.decode.query_starts is None and uniform.decode.usual_q_len == 4
+
+
+def test_drafts_of_other_lengths():
+    """As n-gram drafts are: all that are short enough decode in one launch, and none is dequantised first."""
+    b = builder(speculative=3)
+    mixed = b.build(0, batch([1, 4, 2, 1, 9], [50, 100, 30, 7, 12]))
+    decode = mixed.decode
+    assert (decode.num_requests, decode.q_len, decode.num_tokens, decode.usual_q_len) == (4, 4, 8, 2)
+    assert decode.query_starts.tolist() == [0, 1, 5, 7, 8] and decode.seq_lens.tolist() == [50, 100, 30, 7]
+    assert mixed.query_starts.tolist() == [8, 17] and mixed.seq_lens.tolist() == [12]
+    alone = b.build(0, batch([2, 4, 1], [50, 100, 30]))
+    assert alone.decode.num_tokens == 7 and len(alone.seq_lens) == 0
+    padded = b.build(0, batch([2, 4, 0], [50, 100, 0], padded_tokens=8))
+    assert padded.decode.num_tokens == 6 and padded.decode.query_starts.tolist() == [0, 2, 6, 6]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,11 @@ class Case:
     lengths: tuple[int, ...]
     """Tokens of each request, its q_len new ones included."""
     q_len: int = 1
+    """Query tokens of each request; with q_lens the most."""
+    q_lens: tuple[int, ...] = ()
+    """Query tokens of each request, if they are not as many."""
+    usual_q_len: int = 1
+    """With q_lens, what the kernel is chosen for."""
     kv_heads: int = 2
     group: int = 4
     head_size: int = 128
@@ -64,9 +69,18 @@ class Case:
         k_size = self.k_scale * (400.0 if self.all_scales else 1.0)
         return self.head_size**-0.5 / (self.q_size * k_size)
 
-    def first_seen(self, length: int) -> int:
-        """The first token that a query of a request of this length sees."""
-        return max(0, length - self.q_len - self.window + 1) if self.window else 0
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """Query tokens of each request."""
+        return self.q_lens or (self.q_len,) * len(self.lengths)
+
+    def first_seen(self, r: int) -> int:
+        """The first token that a query of request r sees."""
+        return max(0, self.lengths[r] - self.queries[r] - self.window + 1) if self.window else 0
+
+    def rows(self, r: int) -> slice:
+        """Request r's in q."""
+        return slice(sum(self.queries[:r]), sum(self.queries[: r + 1]))
 
 
 SHARP = tuple(
@@ -90,7 +104,7 @@ class Batch:
     case: Case
     pool: Pool
     q: torch.Tensor
-    """[R * q_len, Hq, D], a slice of a fused projection whose other parts are NaN"""
+    """[T, Hq, D], a slice of a fused projection whose other parts are NaN"""
     block_table: torch.Tensor
     """int32 [R, M], a slice of a wider one"""
     seq_lens: torch.Tensor
@@ -101,6 +115,8 @@ class Batch:
     """[rows, 2, H, n, D] of q's dtype"""
     newest_rows: torch.Tensor | None = None
     newest_from: torch.Tensor | None = None
+    query_starts: torch.Tensor | None = None
+    """int32 [R + 1], where the case has q_lens"""
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +124,7 @@ class Batch:
 
     def only(self, requests: list[int]) -> "Batch":
         """The batch of some of the requests."""
+        assert not self.case.q_lens
         q = self.q.unflatten(0, (-1, self.case.q_len))[requests].flatten(0, 1)
         case = replace(self.case, lengths=tuple(self.case.lengths[r] for r in requests))
         rows = None if self.newest_rows is None else self.newest_rows[requests]
@@ -136,7 +153,8 @@ class Batch:
 
     def launch(self, workspace: ops.AttentionWorkspace, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         c = self.case
-        ops.nvfp4_attention_schedule(self.seq_lens, workspace, c.q_len, c.window)
+        usual = c.usual_q_len if c.q_lens else None
+        ops.nvfp4_attention_schedule(self.seq_lens, workspace, c.q_len, c.window, self.query_starts, usual)
         ops.nvfp4_paged_attention(
             self.q,
             self.pool.cache,
@@ -156,10 +174,12 @@ class Batch:
             newest=self.newest,
             newest_rows=self.newest_rows,
             newest_from=self.newest_from,
+            query_starts=self.query_starts,
+            usual_q_len=usual,
         )
 
     def run(self, workspace: ops.AttentionWorkspace | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output [R * q_len, Hq, D], LSE [Hq, R * q_len]) on the CPU, after a look at the memory around."""
+        """(output [T, Hq, D], LSE [Hq, T]) on the CPU, after a look at the memory around."""
         tokens, heads, head_size = self.q.shape
         wide = torch.full(
             (tokens + 2, heads + 1, head_size + 8), torch.nan, dtype=self.q.dtype, device=self.device
@@ -205,7 +225,7 @@ def make_batch(case: Case, device: torch.device) -> Batch:
     table = rng.choice([-1, *poisoned], (len(case.lengths), columns + 2)).astype(np.int32)
     seen = np.zeros((len(ids), n), bool)
     for r, length in enumerate(case.lengths):
-        first = case.first_seen(length)
+        first = case.first_seen(r)
         blocks = rng.choice(shared_ids, full[r])
         if firsts:
             blocks[:1] = first_ids[r]
@@ -242,7 +262,7 @@ def make_batch(case: Case, device: torch.device) -> Batch:
     pool.raw.copy_(torch.from_numpy(raw))
 
     generator = torch.Generator().manual_seed(case.seed)
-    rows = len(case.lengths) * case.q_len
+    rows = sum(case.queries)
     width = case.heads * case.head_size
     fused = torch.full((rows, width + 2 * case.kv_heads * case.head_size), torch.nan)
     fused[:, :width] = torch.randn(rows, width, generator=generator) * case.q_size
@@ -262,7 +282,15 @@ def make_batch(case: Case, device: torch.device) -> Batch:
         scalar(case.v_scale, device),
         None if sinks is None else sinks.to(device),
         *(t.to(device) for t in with_newest),
+        query_starts=_query_starts(case, device),
     )
+
+
+def _query_starts(case: Case, device: torch.device) -> torch.Tensor | None:
+    if not case.q_lens:
+        return None
+    starts = [case.rows(r).start for r in range(len(case.lengths))]
+    return torch.tensor([*starts, sum(case.q_lens)], dtype=torch.int32, device=device)
 
 
 def _draw_newest_from(case: Case, rng: np.random.Generator) -> np.ndarray:
@@ -289,7 +317,7 @@ def _make_newest(
     size = torch.tensor([case.k_scale * (400 if case.all_scales else 1), case.v_scale])
     size *= torch.tensor([1.0, 0.005 if case.small_v else 1.0])
     for r, length in enumerate(case.lengths):
-        tokens = np.arange(case.first_seen(length), length)
+        tokens = np.arange(case.first_seen(r), length)
         places = tokens[tokens // TILE * TILE >= newest_from[r]] % case.newest
         values = torch.randn(2, case.kv_heads, len(places), case.head_size, generator=generator)
         memory[int(rows[r])][:, :, places] = (values * size[:, None, None, None]).to(case.dtype)
@@ -299,13 +327,13 @@ def _make_newest(
 
 
 def _towards_first_tokens(case: Case, pages: np.ndarray, table: np.ndarray) -> torch.Tensor:
-    """[R * q_len, Hq, D]: what gives a query the logit ``case.first_logit`` of its request's first token."""
+    """[T, Hq, D]: what gives a query the logit ``case.first_logit`` of its request's first token."""
     blocks = table[:, 0].clip(0)  # a request without tokens has none, and no query that sees any
     shape = (case.kv_heads, case.block_size, case.head_size)
     k = ref.dequantise_pages(pages[blocks], *shape, False, False)[:, 0] * case.k_scale
     along = np.nan_to_num(k) / np.maximum(np.nan_to_num((k * k).sum(-1, keepdims=True)), 1e-9)
     rows = torch.from_numpy(along * case.first_logit / case.softmax_scale).float()
-    return rows.repeat_interleave(case.group, 1).repeat_interleave(case.q_len, 0)
+    return rows.repeat_interleave(case.group, 1).repeat_interleave(torch.tensor(case.queries), 0)
 
 
 def rounding(dtype: torch.dtype, exact: torch.Tensor) -> float:
@@ -347,8 +375,10 @@ def check_batch(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> None:
     sinks = None if batch.sinks is None else batch.sinks.cpu()
     softmax = ref.Softmax(c.softmax_scale, c.window, c.soft_cap, sinks)
     for r, length in enumerate(batch.seq_lens.tolist()):
-        rows = slice(r * c.q_len, (r + 1) * c.q_len)
-        tokens = torch.arange(c.first_seen(length), length)
+        rows = c.rows(r)
+        if rows.start == rows.stop:
+            continue
+        tokens = torch.arange(c.first_seen(r), length)
         blocks = table[r, tokens // c.block_size]
         k, v = k_pool[blocks, tokens % c.block_size], v_pool[blocks, tokens % c.block_size]
         if batch.newest is not None:

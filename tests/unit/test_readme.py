@@ -8,14 +8,13 @@ import pytest
 
 from benchmarks import readme
 from benchmarks.plot import SOURCE, digest
-from benchmarks.readme import COPY_PLOT, PLOT, TABLES, rendered
+from benchmarks.readme import COPY_PLOT, DOCUMENTS, PLOT, TABLES, rendered
 from vllm_xlayer import provenance as module
 from vllm_xlayer.provenance import provenance
 
 # The source tree's: the installed package has no README beside it.
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "benchmarks/RESULTS.md", ROOT / "docs/configuration.md")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)

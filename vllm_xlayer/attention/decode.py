@@ -1,4 +1,4 @@
-"""The decode part of a batch: requests of the same few query tokens, which attend straight to the cache.
+"""The decode part of a batch: requests of few query tokens, which attend straight to the cache.
 
 A schedule is computed on the device once a step and window, outside the layers; everything the kernels read
 stays at the same address, so a captured graph follows the lengths.
@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from .. import ops
@@ -42,12 +43,17 @@ def limits() -> Limits:
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """The first ``num_requests`` requests of a batch, ``q_len`` query tokens each.
+    """The first ``num_requests`` requests of a batch.
 
     Attributes:
+        q_len: query tokens of each; with query_starts the most of one.
+        num_tokens: of all of them.
         seq_lens: int32 [num_requests], exact, on the device; 0 for padding.
         block_table: int32 [num_requests, M].
         workspaces: by window (0: none), each with this batch's schedule.
+        query_starts: int32 [num_requests + 1] on the device, where their query tokens begin; None if all have
+            ``q_len`` (a captured graph has them so).
+        usual_q_len: about what most of them have.
     """
 
     num_requests: int
@@ -55,10 +61,9 @@ class DecodeBatch:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     workspaces: dict[int, ops.AttentionWorkspace]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_requests * self.q_len
+    num_tokens: int
+    query_starts: torch.Tensor | None
+    usual_q_len: int
 
 
 class DecodePlanner:
@@ -93,10 +98,27 @@ class DecodePlanner:
         }
 
     def plan(
-        self, num_requests: int, q_len: int, seq_lens: torch.Tensor, block_table: torch.Tensor
+        self,
+        query_lens: np.ndarray,
+        query_starts: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
     ) -> DecodeBatch:
-        """seq_lens int32 [R], block_table int32 [R, M], R >= num_requests; both on the device."""
-        lens = seq_lens[:num_requests]
+        """The batch of the first n requests.
+
+        Args:
+            query_lens: [n] on the host, the query tokens of each. Those at the end may have none: a batch is
+                padded for a graph. If the others have equally many, q and output have room for theirs, too.
+            query_starts: int32 [R + 1], on the device as all that follows, R >= n.
+            seq_lens: int32 [R].
+            block_table: int32 [R, M].
+        """
+        n, q_len = len(query_lens), int(query_lens.max())
+        lens, starts, tokens, usual = seq_lens[:n], None, n * q_len, q_len
+        there = np.count_nonzero(query_lens)
+        if (query_lens[:there] != q_len).any():
+            starts, tokens = query_starts[: n + 1], int(query_lens.sum())
+            usual = -(-tokens // there)
         for window, workspace in self._workspaces.items():
-            ops.nvfp4_attention_schedule(lens, workspace, q_len, window)
-        return DecodeBatch(num_requests, q_len, lens, block_table[:num_requests], self._workspaces)
+            ops.nvfp4_attention_schedule(lens, workspace, q_len, window, starts, usual)
+        return DecodeBatch(n, q_len, lens, block_table[:n], self._workspaces, tokens, starts, usual)

@@ -163,10 +163,10 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         starts = m.query_start_loc_cpu[: m.num_reqs + 1].numpy().astype(np.int64)
         first, decode = 0, None
         if self._planner is not None:
-            first, _, tokens, _ = split_decodes_and_prefills(m, self._decode_len, require_uniform=True)
-            # All of one length, but for padding, which is at the end and has no tokens.
+            first, _, tokens, _ = split_decodes_and_prefills(m, self._decode_len)
             if tokens > 0:
-                decode = self._planner.plan(first, int(starts[1]), m.seq_lens, m.block_table_tensor)
+                query_lens = np.diff(starts[: first + 1])
+                decode = self._planner.plan(query_lens, m.query_start_loc, m.seq_lens, m.block_table_tensor)
         seq_lens = np.empty(0, dtype=np.int64)
         if first < m.num_reqs:
             known = m.seq_lens_cpu_upper_bound if self._lens_exact_on_host else None

@@ -1,5 +1,6 @@
 """Decode attention that reads NVFP4 pages."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -86,14 +87,20 @@ class AttentionWorkspace:
 
 
 def nvfp4_attention_schedule(
-    seq_lens: torch.Tensor, workspace: AttentionWorkspace, q_len: int = 1, window: int = 0
+    seq_lens: torch.Tensor,
+    workspace: AttentionWorkspace,
+    q_len: int = 1,
+    window: int = 0,
+    query_starts: torch.Tensor | None = None,
+    usual_q_len: int | None = None,
 ) -> None:
     """Write the split-KV schedule of a batch into ``workspace.schedule``; once for all its layers.
 
     Runs on the device, so that a captured graph follows the lengths. On the CPU there is nothing to do.
 
     Args:
-        seq_lens: int32 [R], as in ``nvfp4_paged_attention``. q_len, window: as there, and the same values.
+        seq_lens: int32 [R], as in ``nvfp4_paged_attention``. q_len, window, query_starts, usual_q_len: as
+            there, and the same values.
     """
     require_cuda_build("nvfp4_attention_schedule", seq_lens)
     load()
@@ -105,8 +112,10 @@ def nvfp4_attention_schedule(
         workspace.num_kv_heads,
         workspace.head_size,
         window,
-        workspace.parts_for(q_len),
+        workspace.parts_for(usual_q_len or q_len),
         workspace.split_units,
+        query_starts,
+        usual_q_len or q_len,
     )
 
 
@@ -130,6 +139,8 @@ def nvfp4_paged_attention(
     newest: torch.Tensor | None = None,
     newest_rows: torch.Tensor | None = None,
     newest_from: torch.Tensor | None = None,
+    query_starts: torch.Tensor | None = None,
+    usual_q_len: int | None = None,
 ) -> None:
     """Attend from the last ``q_len`` tokens of each request to the request's tokens in an NVFP4 cache.
 
@@ -138,7 +149,7 @@ def nvfp4_paged_attention(
     not exist) the output is 0 and the LSE -inf.
 
     Args:
-        q: [R * q_len, Hq, D] bfloat16 or float16; D dense, rows start at multiples of 16 bytes. On CUDA D
+        q: [T, Hq, D] bfloat16 or float16; D dense, rows start at multiples of 16 bytes. On CUDA D
             is 64, 80, 96, 112, 128, 192 or 256; on the CPU any multiple of 16 up to 256.
         kv_cache: (B, H, N, 9D/8) uint8 as in ``reshape_and_cache_nvfp4``, on CUDA with a block stride below
             4 GiB. Hq is 1 to 16 times H.
@@ -150,11 +161,11 @@ def nvfp4_paged_attention(
         k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
         out: as q, not the same memory. Written in place.
         scale: what q . k is multiplied by (usually D**-0.5), positive.
-        q_len: query tokens a request, 1 to 8.
+        q_len: query tokens a request, 1 to 8: T is R * q_len. With ``query_starts`` the most of a request.
         window: how many tokens a query sees, itself included; 0: all before it.
         soft_cap: if not 0, a score s becomes soft_cap * tanh(s / soft_cap).
         sinks: float32 [Hq] or None: a logit a head that takes part in the softmax but has no value.
-        lse: float32 [Hq, R * q_len] or None; last dimension dense. Written: natural logarithm of the sum of
+        lse: float32 [Hq, T] or None; last dimension dense. Written: natural logarithm of the sum of
             exp(score), the sink's term included.
         scale_order: the ``ScaleOrder`` the pages were written with.
         newest: (rows, 2, H, n, D) of q's dtype, dense, or None: memory of each running request's newest
@@ -162,6 +173,10 @@ def nvfp4_paged_attention(
             row there, and not from its page, where p // 16 * 16 >= newest_from[r].
         newest_rows: int32 [R] with ``newest``; anything where the request reads none.
         newest_from: int32 [R] with ``newest``, at least seq_len - n, as ``newest_step`` makes them.
+        query_starts: int32 [R + 1] or None: where in q each request's query tokens begin, and their end; 0 to
+            q_len of them each. What q has beyond the last is not read, and ``out`` not written there.
+        usual_q_len: with ``query_starts``, how many query tokens most requests have: what the kernel is
+            chosen for. Any number up to q_len gives the result; None is q_len.
 
     A NaN in a cached token makes the heads NaN that it belongs to; a NaN in a query makes its head and token
     NaN. With several query tokens, on CUDA, a NaN in V of a new token also reaches the earlier new ones.
@@ -170,6 +185,8 @@ def nvfp4_paged_attention(
     load()
     if debug() and seq_lens.is_cuda:
         _check_indices(kv_cache, block_table, seq_lens, q_len, window)
+        if query_starts is not None:
+            _check_query_starts(query_starts, q_len, q.shape[0])
         if newest is not None and newest_rows is not None and newest_from is not None:
             _check_newest_indices(seq_lens, newest, newest_rows, newest_from)
     torch.ops.vllm_xlayer.nvfp4_paged_attention(
@@ -189,12 +206,22 @@ def nvfp4_paged_attention(
         window,
         soft_cap,
         int(scale_order),
-        workspace.parts_for(q_len),
+        workspace.parts_for(usual_q_len or q_len),
         workspace.split_units,
         newest,
         newest_rows,
         newest_from,
+        query_starts,
+        usual_q_len or q_len,
     )
+
+
+def _check_query_starts(query_starts: torch.Tensor, q_len: int, tokens: int) -> None:
+    """Debug mode's check of what lies in device memory; the CPU op does the same."""
+    starts = query_starts.tolist()
+    counts = [end - begin for begin, end in itertools.pairwise(starts)]
+    if min(starts) < 0 or starts[-1] > tokens or any(not 0 <= count <= q_len for count in counts):
+        raise RuntimeError(f"query_starts: expected 0 to {q_len} of {tokens} query tokens each, got {starts}")
 
 
 def _check_newest_indices(

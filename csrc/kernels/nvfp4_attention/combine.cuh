@@ -34,7 +34,7 @@ __device__ __forceinline__ bool comes_last(const Nvfp4AttentionParams& p, const 
   bool last = false;
   __syncthreads();
   if (threadIdx.x == 0) {
-    const int head_tiles = p.page.heads * row_tiles(p.q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
+    const int head_tiles = head_tiles_of(p, p.q_len, C::TILE_ROWS);
     int32_t* counter =
         p.schedule + Schedule::counters(p.num_requests) + int64_t(run.request) * head_tiles + run.head_tile;
     last = ptx::add_acq_rel(counter, 1) == run.last_part - run.first_part;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void combine(const Nvfp4AttentionParams& p, const Run
         }
       }
     }
-    const OutputRow to = output_row(p, run.request, run.kv_head, run.first_row + row);
+    const OutputRow to = output_row(p, queries_of(p, run.request).begin, run.kv_head, run.first_row + row);
     const float factor = finish_row(p, to, top, sum, lane == 0);
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
@@ -115,10 +115,11 @@ __device__ __forceinline__ void store_empty_requests(const Nvfp4AttentionParams&
   constexpr int CHUNKS = C::D / 8;
   const float zeros[8] = {};
   for (int r = blockIdx.x; r < p.num_requests; r += gridDim.x) {
-    if (key_range(p.seq_lens[r], p.q_len, p.window, C::UNIT_TOKENS).units > 0) continue;
-    for (int i = threadIdx.x; i < p.q_len * p.num_q_heads * CHUNKS; i += C::THREADS) {
+    const Queries queries = queries_of(p, r);
+    if (key_range(p.seq_lens[r], queries.count, p.window, C::UNIT_TOKENS).units > 0) continue;
+    for (int i = threadIdx.x; i < queries.count * p.num_q_heads * CHUNKS; i += C::THREADS) {
       const int row = i / CHUNKS, d = i % CHUNKS * 8;
-      const OutputRow to = {int64_t(r) * p.q_len + row / p.num_q_heads, row % p.num_q_heads};
+      const OutputRow to = {int64_t(queries.begin) + row / p.num_q_heads, row % p.num_q_heads};
       store_out(p, to, d, zeros, finish_row(p, to, EMPTY, 0.0f, d == 0));
     }
   }

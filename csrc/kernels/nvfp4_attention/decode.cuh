@@ -3,6 +3,19 @@
 // A thread block takes a part of the schedule (params.h): runs of units, each run of one request and head
 // tile. Its warps take 16 tokens of a unit each and never wait for each other: every warp has its own ring of
 // stages and its own running maximum. At the end of a run their results are merged in shared memory.
+//
+// The words, from small to large:
+//   group    16 elements that share a block scale; elsewhere also query heads / KV heads
+//   piece    16 bytes that a lane copies to shared memory at once
+//   place    where a newest token is in its request's row: its position modulo newest_tokens
+//   tile     16 tokens of one KV head, what a warp works on at a time; a stage of the ring holds one
+//   unit     a tile for each warp of a block: 64 tokens (256 with sixteen warps)
+//   head tile  query rows that are worked on together: 8, 16 or 32 of a KV head's q_len * group
+//   line     all units of the batch, request by request and head tile by head tile; also those of one of them
+//   run      consecutive units of one request and head tile that one block takes
+//   chunk    units of a part; all parts but the last have as many
+//   part     what a block takes at a time: consecutive units of the line, in one or several runs
+//   slot     where in the workspace a run's partial result is, if other parts have units of the same head tile
 #pragma once
 
 #include "combine.cuh"
@@ -43,7 +56,8 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
   }
   __syncthreads();
   constexpr int CHUNKS = C::D / 4;  // of a row
-  const int rows = min(p.q_len * (p.num_q_heads / p.page.heads) - run.first_row, C::TILE_ROWS);
+  const Queries queries = queries_of(p, run.request);
+  const int rows = min(queries.count * (p.num_q_heads / p.page.heads) - run.first_row, C::TILE_ROWS);
   for (int i = threadIdx.x; i < rows * CHUNKS; i += C::THREADS) {
     const int row = i / CHUNKS, d = i % CHUNKS * 4;
     float max = EMPTY, sum = 0.0f;
@@ -59,7 +73,7 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
       x[0] += y.x * weight, x[1] += y.y * weight, x[2] += y.z * weight, x[3] += y.w * weight;
     }
     if (run.whole()) {
-      const OutputRow to = output_row(p, run.request, run.kv_head, run.first_row + row);
+      const OutputRow to = output_row(p, queries.begin, run.kv_head, run.first_row + row);
       store_out(p, to, d, x, finish_row(p, to, max, sum, d == 0));
     } else {
       const int64_t at = run.slot * C::TILE_ROWS + row;
@@ -103,7 +117,8 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
                                            TileLoader<C>& loader, const LaneOffsets<C>& at, float* shared) {
   const int warp = ptx::uniform(threadIdx.x / 32);
   const int seq_len = p.seq_lens[run.request];
-  const Range keys = key_range(seq_len, p.q_len, p.window, C::UNIT_TOKENS);
+  const Queries queries = queries_of(p, run.request);
+  const Range keys = key_range(seq_len, queries.count, p.window, C::UNIT_TOKENS);
   const int first_tile = (keys.begin_unit + run.begin) * C::WARPS + warp;
   const int run_end = min((keys.begin_unit + run.end) * C::WARPS, (keys.last + TILE - 1) / TILE);
   const int last_tile =
@@ -114,12 +129,12 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
 #pragma unroll
   for (int i = 0; i < C::STAGES - 1; ++i) loader.load(i, i * C::STAGE_BYTES);
   state.clear();
-  load_query(state, p, run.request, run.kv_head, run.first_row);
+  load_query(state, p, queries, run.kv_head, run.first_row);
 
   TileMask mask;
   mask.first = keys.first;
   mask.last = keys.last;
-  mask.q_len = p.q_len;
+  mask.q_len = queries.count;
   mask.window = p.window;
   mask.first_row = run.first_row;
   mask.group = p.num_q_heads / p.page.heads;
@@ -127,7 +142,7 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   // Tokens [all_see_from, all_see_to) are seen by every query: of this warp's tiles, those from plain_from
   // on.
   const int all_see_from = p.window > 0 ? max(keys.last - p.window, 0) : 0;
-  const int all_see_to = keys.last - p.q_len + 1;
+  const int all_see_to = keys.last - queries.count + 1;
   constexpr int STEP = C::WARPS * TILE;
   const int plain_from = ptx::uniform(max(0, (all_see_from - first_tile * TILE + STEP - 1) / STEP));
   const int plain_to = ptx::uniform(p.soft_cap == 0.0f && all_see_to / TILE > first_tile
@@ -181,13 +196,14 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
   const int chunk = p.schedule[Schedule::CHUNK];
   const int parts = p.schedule[Schedule::PARTS];
   const int total = p.schedule[Schedule::TOTAL];
-  const int tiles_per_head = row_tiles(p.q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
   for (int part = blockIdx.x; part < parts; part += gridDim.x) {
     int position = part * chunk;
     const int part_begin = position, part_end = min(position + chunk, total);
     int request = find_request(begins, p.num_requests, position);
     while (position < part_end) {
-      const int units = key_range(p.seq_lens[request], p.q_len, p.window, C::UNIT_TOKENS).units;
+      const int q_len = queries_of(p, request).count;
+      const int units = key_range(p.seq_lens[request], q_len, p.window, C::UNIT_TOKENS).units;
+      const int tiles_per_head = row_tiles(q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
       const int line = line_units(units, p.split_units);
       const int within = position - begins[request];
       Run run;

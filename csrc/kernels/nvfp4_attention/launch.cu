@@ -8,6 +8,7 @@ namespace xlayer {
 namespace {
 
 using attention::Config;
+using attention::head_tiles_of;
 using attention::Variant;
 
 #define XLAYER_COUNT(D, NT, WARPS) +1
@@ -46,11 +47,8 @@ const Variant* find_large(const Variant& small) {
   return nullptr;
 }
 
-int rows_of(const Nvfp4AttentionParams& p) { return p.q_len * (p.num_q_heads / p.page.heads); }
-
-int tiles_of(const Nvfp4AttentionParams& p, const Variant& v) {
-  return p.page.heads * int(ceil_div(rows_of(p), v.tile_rows));
-}
+// Of most requests.
+int rows_of(const Nvfp4AttentionParams& p) { return p.usual_q_len * (p.num_q_heads / p.page.heads); }
 
 // For this batch: the same for its schedule and its attention.
 const Variant* find(const Nvfp4AttentionParams& p) {
@@ -59,7 +57,7 @@ const Variant* find(const Nvfp4AttentionParams& p) {
   if (v == nullptr || p.split_units > 0) return v;
   const Variant* large = find_large(*v);
   // As long as no large block has two lines to work on, one after the other.
-  const bool few = large != nullptr && int64_t(p.num_requests) * tiles_of(p, *v) <= large->blocks(p.parts);
+  const bool few = large != nullptr && int64_t(p.num_requests) * head_tiles_of(p, p.usual_q_len, v->tile_rows) <= large->blocks(p.parts);
   return few ? large : v;
 }
 
@@ -68,9 +66,8 @@ const Variant* find(const Nvfp4AttentionParams& p) {
 cudaError_t launch_nvfp4_attention_schedule(const Nvfp4AttentionParams& p, cudaStream_t stream) {
   const Variant* v = find(p);
   if (v == nullptr) return cudaErrorInvalidValue;
-  attention::schedule_kernel<<<1, attention::SCHEDULE_THREADS, 0, stream>>>(
-      p.seq_lens, p.schedule, p.num_requests, p.q_len, p.window, v->unit_tokens, tiles_of(p, *v),
-      v->blocks(p.parts), p.split_units);
+  attention::schedule_kernel<<<1, attention::SCHEDULE_THREADS, 0, stream>>>(p, v->unit_tokens, v->tile_rows,
+                                                                             v->blocks(p.parts));
   return cudaGetLastError();
 }
 

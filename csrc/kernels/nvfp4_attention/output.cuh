@@ -14,10 +14,11 @@ struct OutputRow {
   int head;
 };
 
-__device__ __forceinline__ OutputRow output_row(const Nvfp4AttentionParams& p, int request, int kv_head,
+// first_token: of the request.
+__device__ __forceinline__ OutputRow output_row(const Nvfp4AttentionParams& p, int first_token, int kv_head,
                                                 int row) {
   const int group = p.num_q_heads / p.page.heads;
-  return {int64_t(request) * p.q_len + row / group, kv_head * group + row % group};
+  return {int64_t(first_token) + row / group, kv_head * group + row % group};
 }
 
 // x times `scale` to elements d .. d + N - 1 of a row, 4 or 8.

@@ -30,13 +30,13 @@ struct Schedule {
 };
 
 struct Nvfp4AttentionParams {
-  const void* q;       // [R * q_len][Hq][D] of dtype, D dense, 16-byte aligned rows
+  const void* q;       // [tokens][Hq][D] of dtype, D dense, 16-byte aligned rows
   int64_t q_stride_t;  // elements
   int64_t q_stride_h;
   void* out;  // as q
   int64_t out_stride_t;
   int64_t out_stride_h;
-  float* lse;  // [Hq][R * q_len] natural logarithm, or null
+  float* lse;  // [Hq][tokens] natural logarithm, or null
   int64_t lse_stride_h;
   Dtype dtype;  // BF16 or F16
 
@@ -48,7 +48,9 @@ struct Nvfp4AttentionParams {
   int64_t max_blocks;          // M
   const int32_t* seq_lens;     // [R] tokens, the q_len new ones included; 0: no request
   int num_requests;            // R
-  int q_len;                   // query tokens a request, the last of its tokens
+  int q_len;                   // query tokens a request, the last of its tokens; with query_starts the most
+  int usual_q_len;             // what head tiles are chosen for: q_len, or fewer with query_starts
+  const int32_t* query_starts;  // [R + 1] where in q each request's query tokens begin, and their end; or null
   int num_q_heads;             // Hq, a multiple of page.heads
 
   // The newest tokens as they were before they were quantised, or null. Token p of request r is read from
@@ -75,5 +77,16 @@ struct Nvfp4AttentionParams {
   float* partial_ml;   // [slots][tile rows][2] running maximum (base 2), sum
   uint32_t two = 2, sixteen = 16;  // see dequantise.cuh
 };
+
+// Query tokens of one request: where they begin in q, and how many.
+struct Queries {
+  int begin, count;
+};
+
+XLAYER_HD Queries queries_of(const Nvfp4AttentionParams& p, int request) {
+  if (p.query_starts == nullptr) return {request * p.q_len, p.q_len};
+  const int begin = p.query_starts[request];
+  return {begin, p.query_starts[request + 1] - begin};
+}
 
 }  // namespace xlayer

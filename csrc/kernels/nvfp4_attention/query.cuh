@@ -15,18 +15,18 @@ __device__ __forceinline__ float2 to_float2(uint32_t bits, Dtype dtype) {
 // Fills state.q and state.factor. Rows become halves times a power of two that brings their largest element
 // to [128, 256): a bf16 row keeps all its bits where they matter, and no logit overflows.
 template <class C>
-__device__ __forceinline__ void load_query(WarpState<C>& state, const Nvfp4AttentionParams& p, int request,
-                                           int kv_head, int first_row) {
+__device__ __forceinline__ void load_query(WarpState<C>& state, const Nvfp4AttentionParams& p,
+                                           const Queries& queries, int kv_head, int first_row) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int group = p.num_q_heads / p.page.heads;
-  const int rows = p.q_len * group;
+  const int rows = queries.count * group;
   const float common = p.scale * LOG2E * UNSCALE * *p.k_scale;
 #pragma unroll
   for (int n = 0; n < C::NT; ++n) {
     const int row = first_row + n * ROWS + g;
     const int query = row / group;
     const uint16_t* q = static_cast<const uint16_t*>(p.q) +
-                        (int64_t(request) * p.q_len + query) * p.q_stride_t +
+                        (int64_t(queries.begin) + query) * p.q_stride_t +
                         (kv_head * group + row - query * group) * p.q_stride_h;
     uint4 raw[C::WORDS];
     float amax = 0.0f;

@@ -17,26 +17,28 @@ __device__ __forceinline__ int whole_lines(int chunk, int line) {
   return whole - chunk <= chunk / 16 ? whole : chunk;
 }
 
-// One thread block. head_tiles: of all KV heads. unit: tokens. parts: to aim for.
+// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. parts: to
+// aim for.
 __global__ void __launch_bounds__(SCHEDULE_THREADS)
-    schedule_kernel(const int32_t* seq_lens, int32_t* schedule, int requests, int q_len, int window, int unit,
-                    int head_tiles, int parts, int split_units) {
+    schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int parts) {
   __shared__ int sums[SCHEDULE_THREADS / 32];
   __shared__ int shortest, longest;  // line of a request and head tile, in units
   if (threadIdx.x == 0) shortest = INT32_MAX, longest = 0;
   __syncthreads();
-  int32_t* begins = schedule + Schedule::BEGINS;
-  int32_t* counters = schedule + Schedule::counters(requests);
-  for (int i = threadIdx.x; i < requests * head_tiles; i += SCHEDULE_THREADS) counters[i] = 0;
+  int32_t* begins = p.schedule + Schedule::BEGINS;
+  int32_t* counters = p.schedule + Schedule::counters(p.num_requests);
+  const int counted = p.num_requests * head_tiles_of(p, p.q_len, tile_rows);
+  for (int i = threadIdx.x; i < counted; i += SCHEDULE_THREADS) counters[i] = 0;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int total = 0;
-  for (int base = 0; base < requests; base += SCHEDULE_THREADS) {
+  for (int base = 0; base < p.num_requests; base += SCHEDULE_THREADS) {
     const int r = base + threadIdx.x;
     int units = 0;
-    if (r < requests) {
-      units = line_units(key_range(seq_lens[r], q_len, window, unit).units, split_units);
+    if (r < p.num_requests) {
+      const int q_len = queries_of(p, r).count;
+      units = q_len > 0 ? line_units(key_range(p.seq_lens[r], q_len, p.window, unit).units, p.split_units) : 0;
       if (units > 0) atomicMin(&shortest, units), atomicMax(&longest, units);
-      units *= head_tiles;
+      units *= head_tiles_of(p, q_len, tile_rows);
     }
     int sum = units;  // inclusive prefix sum over the block
     for (int i = 1; i < 32; i *= 2) {
@@ -50,17 +52,17 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
       if (w < warp) before += sums[w];
       total += sums[w];
     }
-    if (r < requests) begins[r] = before + sum - units;
+    if (r < p.num_requests) begins[r] = before + sum - units;
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    int chunk = split_units > 0 ? split_units : max((total + parts - 1) / parts, max(MIN_TOKENS / unit, 1));
-    if (split_units == 0 && shortest == longest) chunk = whole_lines(chunk, longest);
-    begins[requests] = total;
-    schedule[Schedule::CHUNK] = chunk;
-    schedule[Schedule::PARTS] = (total + chunk - 1) / chunk;
-    schedule[Schedule::TOTAL] = total;
-    schedule[Schedule::BEGINS - 1] = 0;
+    int chunk = p.split_units > 0 ? p.split_units : max((total + parts - 1) / parts, max(MIN_TOKENS / unit, 1));
+    if (p.split_units == 0 && shortest == longest) chunk = whole_lines(chunk, longest);
+    begins[p.num_requests] = total;
+    p.schedule[Schedule::CHUNK] = chunk;
+    p.schedule[Schedule::PARTS] = (total + chunk - 1) / chunk;
+    p.schedule[Schedule::TOTAL] = total;
+    p.schedule[Schedule::BEGINS - 1] = 0;
   }
 }
 

@@ -31,6 +31,11 @@ __host__ __device__ inline int row_tiles(int q_len, int group, int tile_rows) {
   return (q_len * group + tile_rows - 1) / tile_rows;
 }
 
+// Those of all KV heads of a request.
+__host__ __device__ inline int head_tiles_of(const Nvfp4AttentionParams& p, int q_len, int tile_rows) {
+  return p.page.heads * row_tiles(q_len, p.num_q_heads / p.page.heads, tile_rows);
+}
+
 // The request whose units hold position `pos`: begins[r] <= pos < begins[r + 1]. Called by whole warps.
 __device__ __forceinline__ int find_request(const int32_t* begins, int requests, int pos) {
   int low = 0, count = requests;  // the answer is in [low, low + count)
