@@ -1,8 +1,8 @@
 """``python -m benchmarks.resources [--write]``: registers, spills and occupancy of the decode kernel.
 
 Needs an extension with CUDA code, and no GPU. ``cuobjdump`` says a thread's registers and spills, the
-extension a block's dynamic shared memory; how many an SM then holds follows from the architecture's limits, as
-in the table "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide.
+extension a block's dynamic shared memory. How many an SM then holds follows from its limits, as in the table
+"Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide.
 """
 
 import argparse
