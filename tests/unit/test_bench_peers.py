@@ -82,6 +82,13 @@ def test_ours_passes_the_check(q_len, layers):
     assert error("nvfp4", replace(SHAPE, q_len=q_len, layers=layers)) < 0.005
 
 
+def test_ours_passes_the_check_with_other_numbers_of_query_tokens():
+    shape = replace(SHAPE, q_len=4, q_lens=(4, 1, 2))
+    inputs = Inputs(shape, 1, "cpu")
+    assert inputs.starts.tolist() == [0, 4, 5, 7] and inputs.q.shape[0] == 7
+    assert error("nvfp4", shape) < 0.005
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_flashinfer_reads_the_pages_that_ours_reads(flashinfer, layers):
     assert error("flashinfer_nvfp4", replace(SHAPE, layers=layers)) < 0.005

@@ -28,6 +28,7 @@ COMPILED = "flashinfer"
 GROUPS = ("fa3", "int4", "turboquant", COMPILED)
 """What ``--peers`` takes."""
 
+RAGGED = tuple(ragged("decode", 96, median=3000, most=60000))
 SHAPES = (
     Shape("64 x 8192", (8192,) * 64),
     Shape("128 x 4096", (4096,) * 128),
@@ -46,7 +47,14 @@ SHAPES = (
     Shape("64 x 8192, 4 query tokens", (8192,) * 64, q_len=4),
     Shape("64 x 8192, page 64", (8192,) * 64, block_size=64),
     Shape("1 x 128k + 63 x 1k", (131072,) + (1024,) * 63),
-    Shape("ragged 96, up to 60k", tuple(ragged("decode", 96, median=3000, most=60000))),
+    Shape("64 x 8192, 1 to 4 query tokens", (8192,) * 64, q_len=4, q_lens=(4, 1, 2, 1)),
+    Shape("ragged 96, up to 60k", RAGGED),
+    Shape("ragged 96, 8 heads, 1 KV head", RAGGED, num_q_heads=8, num_kv_heads=1),
+    Shape("ragged 96, 16 heads, 1 KV head", RAGGED, num_q_heads=16, num_kv_heads=1),
+    Shape("ragged 96, 28 heads, 4 KV heads", RAGGED, num_q_heads=28, num_kv_heads=4),
+    Shape("ragged 96, 64 heads of 64", RAGGED, num_q_heads=64, head_size=64),
+    Shape("ragged 96, 16 heads of 256", RAGGED, num_q_heads=16, head_size=256),
+    Shape("ragged 96, 4 query tokens", RAGGED, q_len=4),
     Shape("16 x 8192, layer-major", (8192,) * 16, layers=1),
     Shape("16 x 8192, rows of 32 layers", (8192,) * 16, layers=32),
 )

@@ -18,12 +18,21 @@ class Shape:
     head_size: int = 128
     block_size: int = 16
     q_len: int = 1
+    """Query tokens of each request; with q_lens the most."""
+    q_lens: tuple[int, ...] = ()
+    """Query tokens of the first request, the second and so on, and from the start again."""
     layers: int = 1
     """Pages of so many layers lie between two blocks of one: cross-layer rows where it is more than 1."""
 
     @property
     def tokens(self) -> int:
         return sum(self.lens)
+
+    @property
+    def queries(self) -> list[int]:
+        """Query tokens of each request."""
+        lens = self.q_lens or (self.q_len,)
+        return [lens[r % len(lens)] for r in range(len(self.lens))]
 
     @property
     def blocks(self) -> list[int]:
@@ -47,11 +56,11 @@ class Inputs:
 
     def __post_init__(self) -> None:
         s = self.shape
-        size = (len(s.lens) * s.q_len, s.num_q_heads, s.head_size)
+        size = (sum(s.queries), s.num_q_heads, s.head_size)
         self.q = torch.randn(size, dtype=torch.bfloat16, device=self.device)
         self.out = torch.empty_like(self.q)
         self.seq_lens = torch.tensor(s.lens, dtype=torch.int32, device=self.device)
-        self.starts = torch.arange(0, size[0] + 1, s.q_len, dtype=torch.int32, device=self.device)
+        self.starts = torch.tensor([0, *s.queries], device=self.device).cumsum(0).int()
         self.num_blocks = sum(s.blocks) * self.copies
         order = torch.randperm(self.num_blocks, dtype=torch.int32)
         self.tables, at = [], 0

@@ -35,13 +35,13 @@ def attention(inputs: Inputs, kv: torch.Tensor) -> torch.Tensor:
     kv: (blocks, 2, heads, tokens, D), K then V.
     """
     s, results = inputs.shape, []
-    queries = inputs.q.double().unflatten(1, (s.num_kv_heads, -1)).split(s.q_len)
+    queries = inputs.q.double().unflatten(1, (s.num_kv_heads, -1)).split(s.queries)
     for r, (length, count) in enumerate(zip(s.lens, s.blocks, strict=True)):
         pages = kv[inputs.tables[0][r, :count].long()].double()
         k, v = pages.movedim(3, 1).flatten(0, 1)[:length].unbind(1)  # (tokens, heads, D)
         scores = torch.einsum("qhgd,nhd->hgqn", queries[r], k) * s.head_size**-0.5
         position = torch.arange(length, device=k.device)
-        last = position[-s.q_len :]  # of each query token
+        last = position[-s.queries[r] :]  # of each query token
         scores = scores.masked_fill(position > last[:, None], -torch.inf)
         results.append(torch.einsum("hgqn,nhd->qhgd", scores.softmax(-1), v).flatten(1, 2))
     return torch.cat(results)

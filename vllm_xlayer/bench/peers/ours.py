@@ -22,12 +22,14 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None) -> Calls:
         max_requests=len(s.lens),
         max_q_len=s.q_len,
     )
-    ops.nvfp4_attention_schedule(inputs.seq_lens, workspace, s.q_len)
+    starts = inputs.starts if s.q_lens else None
+    usual = -(-sum(s.queries) // len(s.lens))  # as the backend has it
+    ops.nvfp4_attention_schedule(inputs.seq_lens, workspace, s.q_len, 0, starts, usual)
 
     def call(table: torch.Tensor) -> None:
         ops.nvfp4_paged_attention(
             inputs.q, cache, table, inputs.seq_lens, workspace, one, one, inputs.out,
-            scale=s.head_size**-0.5, q_len=s.q_len,
+            scale=s.head_size**-0.5, q_len=s.q_len, query_starts=starts, usual_q_len=usual,
         )  # fmt: skip
 
     return [partial(call, table) for table in inputs.tables]
