@@ -184,12 +184,15 @@ def flip_a_bit(llm, block, byte):
 
 
 def end_leases(llm):
-    """As if their time was over; returns how many there were."""
+    """As if their time was over."""
     for _ in range(2):
-        llm.llm_engine.step()  # the worker hears of them
+        llm.llm_engine.step()  # workers hear of them
+    llm.collective_rpc(_end_leases)
+
+
+def _end_leases(_):
     leases = _worker()._reqs_to_send
     leases.update(dict.fromkeys(leases, 0.0))
-    return len(leases)
 
 
 def forget_prompts(llm):

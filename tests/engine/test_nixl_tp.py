@@ -9,7 +9,7 @@ pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
 
 from faults import finish, live_connector
 from model_fixture import ON_GPU, random_prompts, vllm_greedy
-from nixl_fixture import OtherEngine, add_all, blocks_in_use, free_port, side_channel, transfer
+from nixl_fixture import OtherEngine, add_all, blocks_in_use, end_leases, free_port, side_channel, transfer
 
 pytestmark = [
     pytest.mark.skipif(ON_GPU, reason="the other engine's settings are the CPU platform's"),
@@ -109,12 +109,6 @@ def read_as_vllm_does(_, on):
         del worker._read_blocks
 
 
-def end_leases(_):
-    """As if their time was over."""
-    leases = live_connector().connector_worker._reqs_to_send
-    leases.update(dict.fromkeys(leases, 0.0))
-
-
 # These here.
 
 
@@ -159,5 +153,5 @@ def test_a_row_cannot_be_cut_by_its_layers(engines, way):
         assert target.call(answers_to, source.call(prefill)) == engines["answers"].computed
     finally:
         target.call(in_workers, read_as_vllm_does, False)
-        source.call(in_workers, end_leases)  # vLLM's reads that failed leave them to their time
+        source.call(end_leases)  # vLLM's reads that failed leave them to their time
         assert source.call(blocks_in_use) == 0
