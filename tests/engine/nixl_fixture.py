@@ -201,8 +201,9 @@ def forget_prompts(llm):
     assert blocks_in_use(llm) == 0
     assert llm.reset_prefix_cache()
     blocks = _core(llm).scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
-    prompts = [[i % 250 + 1] * 496 for i in range(-(-blocks // 31))]
-    llm.generate([{"prompt_token_ids": p} for p in prompts], sampling(1, dict(PREFILL)), use_tqdm=False)
+    for i in range(-(-blocks // 31)):
+        _prefill(llm, [i % 250 + 1] * 496)
+        end_leases(llm)  # the last ones need the first ones' blocks
 
 
 def _worker():

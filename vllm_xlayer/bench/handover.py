@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         results["link"] = read_rate(kv_bytes)
     except (ImportError, RuntimeError) as error:
-        print(f"handover: expected nixl to read from another process, got {error}")
+        print(f"handover: NIXL alone could not read from another process: {error}")
         return 1
     settings = dict(
         max_model_len=tokens + BLOCK, max_num_seqs=1, gpu_memory_utilization=args.gpu_memory_utilization,
