@@ -36,7 +36,7 @@ BLOCK = 16
 POOL, TIER_POOL = 4, 2
 """Prompts that fit on the device: of engines that hand over, and of the one with a host tier, which must
 not find on the device what it is to restore."""
-ASK_TO_PREFILL = dict(
+ASK_TO_PREFILL: dict[str, Any] = dict(
     do_remote_decode=True, do_remote_prefill=False, remote_engine_id=None, remote_block_ids=None,
     remote_host=None, remote_port=None,
 )  # fmt: skip
