@@ -11,6 +11,8 @@ from vllm_xlayer.bench.__main__ import main
 from vllm_xlayer.bench.engines import Answer, EngineFailed
 
 TOKENS = 512
+THEIR_HITS = "remote_prefill_cached_tokens"
+"""With which vLLM's decode engine reports what the other one had cached."""
 
 
 class FakeEngine:
@@ -29,8 +31,8 @@ class FakeEngine:
         known = prompt in [old for old, _ in self.asked]
         self.asked.append((prompt, params))
         if params and params["do_remote_decode"]:
-            return Answer(2.0, [0], [{"do_remote_decode": False, "of": prompt}])
-        read = params is not None and self.reads
+            return Answer(2.0, [0], [{"do_remote_decode": False, "of": prompt, THEIR_HITS: 0}])
+        read = params is not None and THEIR_HITS not in params and self.reads
         return Answer(0.5 if read else 1.0 if known else 4.0, [TOKENS - 1 if read or known else 0], [None])
 
     def __enter__(self):

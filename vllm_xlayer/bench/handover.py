@@ -36,6 +36,8 @@ BLOCK = 16
 POOL, TIER_POOL = 4, 2
 """Prompts that fit on the device: of engines that hand over, and of the one with a host tier, which must
 not find on the device what it is to restore."""
+THEIR_HITS = "remote_prefill_cached_tokens"
+"""Tokens that the prefill engine had in its cache; vLLM's decode engine reports them as its own."""
 ASK_TO_PREFILL: dict[str, Any] = dict(
     do_remote_decode=True, do_remote_prefill=False, remote_engine_id=None, remote_block_ids=None,
     remote_host=None, remote_port=None,
@@ -110,7 +112,7 @@ def _measure(
     way: str, model: Path, args: argparse.Namespace, kv_bytes: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """{"seconds": to the first token, of each repeat}, and "prefill_seconds" of the other engine."""
-    pool = dict(kv_cache_memory_bytes=POOL * kv_bytes)
+    pool: dict[str, Any] = dict(kv_cache_memory_bytes=POOL * kv_bytes)
     if way == "computed":
         with Engine(model, args.cache, **settings, **pool) as engine:
             return {"seconds": _computed(engine, args.tokens, args.repeats)}
@@ -156,9 +158,10 @@ def _handed_over(prefill: Engine, decode: Engine, tokens: int, repeats: int) -> 
 
 
 def _to_read(said: dict[str, Any] | None) -> dict[str, Any]:
+    """What the decode engine is given, without what it would report in place of the tokens that it read."""
     if said is None:
         raise NotMeasured("expected the prefill engine to say where a prompt's KV is, got nothing")
-    return said
+    return {name: value for name, value in said.items() if name != THEIR_HITS}
 
 
 def _computed(engine: Engine, tokens: int, repeats: int) -> list[float]:
