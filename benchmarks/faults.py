@@ -50,8 +50,12 @@ FAULTS = (
     "hand-over: stale row",
     "hand-over: prefill engine killed",
     "hand-over: prefill engine hung",
+    "hand-over: prefill engine restarted with other weights",
     "hand-over: link down",
+    "hand-over: TCP only",
     "hand-over: abort while reading",
+    "hand-over: abort in the prefill engine",
+    "hand-over: failed, with tiers",
     "soak",
 )
 """Rows of the table: what tests are marked with."""

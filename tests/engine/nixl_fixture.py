@@ -1,4 +1,4 @@
-"""A prefill engine in a process of its own, told by hand what to do; the decode engine is this process's.
+"""An engine in a process of its own, told by hand what to do; the other one is this process's.
 
 Forked from a server that has imported vLLM once, so that tests can kill engines and start others quickly.
 """
@@ -10,7 +10,9 @@ import socket
 import time
 import traceback
 from contextlib import contextmanager
+from multiprocessing import forkserver
 
+import pytest
 from vllm import SamplingParams
 
 CONNECTOR = "XLayerNixlConnector"
@@ -28,27 +30,42 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["nixl_preload"])
 
 
+def begin_import():
+    """Starts the server, so that it imports while this process makes its own engine."""
+    here = os.path.dirname(__file__)
+    path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if here not in path:
+        # Some versions of Python give it no other folders, and it goes on without what it cannot import.
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, *path])
+    forkserver.ensure_running()
+
+
 def transfer(**extra):
     return dict(kv_connector=CONNECTOR, kv_role="kv_both", kv_connector_extra_config=extra)
 
 
+_held: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that this process holds: the engine binds it long after, and a port that is only known to have
+    been free may then be another socket's. Bound and not listening, it is still the engine's to bind, as
+    both sockets set SO_REUSEADDR."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("", 0))
+    _held.append(holder)
+    return holder.getsockname()[1]
 
 
 @contextmanager
-def side_channel(port):
-    """For the engine that is made in it."""
-    before = os.environ.get(PORT)
-    os.environ[PORT] = str(port)
-    try:
+def side_channel(port, **environment):
+    """For the engine that is made in it, in this process."""
+    begin_import()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {PORT: str(port), **environment}.items():
+            patch.setenv(name, value)
         yield
-    finally:
-        os.environ.pop(PORT)
-        if before is not None:
-            os.environ[PORT] = before
 
 
 def sampling(num_tokens, params=None):
@@ -65,16 +82,16 @@ def add_all(llm, prompts, params, num_tokens):
         llm.llm_engine.add_request(f"r{i}", {"prompt_token_ids": prompt}, settings)
 
 
-class PrefillEngine:
+class OtherEngine:
     """The parent's side. Everything raises if the child does not answer in time."""
 
-    def __init__(self, model, port=None, **settings):
+    def __init__(self, model, port=None, environment=None, **settings):
         self.port = port or free_port()
         self.pipe, theirs = _context.Pipe()
         self.process = _context.Process(
             # Ranks are children of its own, which daemons may not have. It ends with our end of the pipe.
             target=_serve,
-            args=(theirs, str(model), self.port, settings),
+            args=(theirs, str(model), {PORT: str(self.port)} | (environment or {}), settings),
             daemon=False,
         )
         self.process.start()
@@ -103,7 +120,7 @@ class PrefillEngine:
 
     def _answer(self):
         if not self.pipe.poll(ANSWER_SECONDS):
-            raise TimeoutError(f"the prefill engine did not answer in {ANSWER_SECONDS} s")
+            raise TimeoutError(f"the other engine did not answer in {ANSWER_SECONDS} s")
         answer = self.pipe.recv()
         if isinstance(answer, str) and answer.startswith("Traceback"):
             raise RuntimeError(answer)
@@ -113,8 +130,8 @@ class PrefillEngine:
 # These run in the child.
 
 
-def _serve(pipe, model, port, settings):
-    os.environ[PORT] = str(port)
+def _serve(pipe, model, environment, settings):
+    os.environ.update(environment)
     import torch
     from vllm import LLM
 
@@ -153,17 +170,40 @@ def blocks_in_use(llm):
     return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
 
+def abort_prompt(llm, prompt, steps):
+    """The client of the prefill engine goes away after so many steps."""
+    llm.llm_engine.add_request("gone", {"prompt_token_ids": prompt}, sampling(8, dict(PREFILL)))
+    for _ in range(steps):
+        llm.llm_engine.step()
+    llm.llm_engine.abort_request(["gone"])
+    return blocks_in_use(llm)
+
+
 def flip_a_bit(llm, block, byte):
     _worker().pool[block, byte] ^= 1
 
 
+def end_leases(llm):
+    """As if their time was over."""
+    for _ in range(2):
+        llm.llm_engine.step()  # workers hear of them
+    llm.collective_rpc(_end_leases)
+
+
+def _end_leases(_):
+    leases = _worker()._reqs_to_send
+    leases.update(dict.fromkeys(leases, 0.0))
+
+
 def forget_prompts(llm):
-    """Waits for leases to end, then gives every block to other prompts."""
+    """Ends leases, then gives every block to other prompts."""
+    end_leases(llm)
     assert blocks_in_use(llm) == 0
     assert llm.reset_prefix_cache()
     blocks = _core(llm).scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
-    prompts = [[i % 250 + 1] * 496 for i in range(-(-blocks // 31))]
-    llm.generate([{"prompt_token_ids": p} for p in prompts], sampling(1, dict(PREFILL)), use_tqdm=False)
+    for i in range(-(-blocks // 31)):
+        _prefill(llm, [i % 250 + 1] * 496)
+        end_leases(llm)  # the last ones need the first ones' blocks
 
 
 def _worker():

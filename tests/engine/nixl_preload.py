@@ -1,5 +1,6 @@
 """What the server imports from which prefill engines are forked."""
 
+import gc
 import os
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -12,3 +13,5 @@ import vllm.v1.engine.core
 import vllm.v1.engine.llm_engine
 import vllm.v1.worker.cpu_model_runner  # noqa: F401
 from vllm import LLM  # noqa: F401
+
+gc.freeze()  # vLLM collects several times while an engine starts, else each time over all of this

@@ -14,7 +14,8 @@ pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
 from faults import TALLY, add, compare, core_of, finish, live_connector
 from model_fixture import ON_GPU, llama_config, random_prompts, save_random_model, vllm_greedy
 from nixl_fixture import (
-    PrefillEngine,
+    OtherEngine,
+    abort_prompt,
     blocks_in_use,
     flip_a_bit,
     forget_prompts,
@@ -34,25 +35,28 @@ ALL = range(len(PROMPTS))
 BLOCKS = [-(-len(prompt) // 16) for prompt in PROMPTS]
 POOL_BLOCKS = 160
 """Of the prefill engine: few, so that they are soon given to other prompts."""
-LEASE_SECONDS = 20
+LEASE_SECONDS = 120
+"""Longer than any test, on a busy machine too."""
 KINDS = {"bf16": dict(dtype="bfloat16"), "nvfp4": dict(dtype="float32", kv_cache_dtype="nvfp4")}
+LINKS = {"bf16": {"UCX_TLS": "tcp"}, "nvfp4": {}}
+"""Variables of both engines: one pair has nothing but TCP, the other what UCX chooses."""
 
 
 class Pair:
     """A decode engine here, a prefill engine beside it, and what the decode engine alone answers."""
 
     def __init__(self, make_llm, model, kind):
-        self.model = model
+        self.kind = kind
         self.settings = dict(
             skip_tokenizer_init=True, max_model_len=512, seed=0, **KINDS[kind],
             kv_transfer_config=transfer_config(kv_lease_duration=LEASE_SECONDS),
         )  # fmt: skip
-        with side_channel(free_port()):
+        with side_channel(free_port(), **LINKS[kind]):
             self.decode = make_llm(model, **self.settings)
         self.worker = live_connector().connector_worker
         row = self.worker.layout.row_bytes
         self.settings |= dict(kv_cache_memory_bytes=POOL_BLOCKS * row)
-        self.prefill = PrefillEngine(model, **self.settings)
+        self.prefill = OtherEngine(model, environment=LINKS[kind], **self.settings)
         self.computed = vllm_greedy(self.decode, PROMPTS, NUM_TOKENS)
         self.read = vllm_greedy(self.decode, PROMPTS, NUM_TOKENS)
         assert kind == "nvfp4" or self.read == self.computed
@@ -128,8 +132,16 @@ def hand_over(pair, prefill=None):
     return [(prefill or pair.prefill).prefill(prompt) for prompt in PROMPTS]
 
 
-def test_equal_tokens_with_one_descriptor_a_row(pair, reads):
+@pytest.mark.fault("hand-over: TCP only")
+def test_equal_tokens_with_one_descriptor_a_row(pair, reads, caplog_vllm):
+    """The first: where two engines have only TCP, it is said when they meet."""
     pair.check(hand_over(pair))
+    said = [text for text in caplog_vllm.messages if "come over TCP" in text]
+    if pair.kind == "bf16":
+        assert len(said) == 1 and "UCX_TLS=tcp there allows nothing else: unset it" in said[0]
+        TALLY["tries"] += 1
+    else:
+        assert not said
     # And one for the table of seals.
     assert sorted(reads) == sorted(blocks + 1 for blocks in BLOCKS)
     assert pair.worker.failures == {}
@@ -172,6 +184,18 @@ def test_rows_of_other_prompts_are_found_after_the_lease_has_ended(pair):
     assert sum(pair.worker.failures.values()) == len(PROMPTS)
     pair.worker.failures.clear()
     pair.settle()
+
+
+@pytest.mark.fault("hand-over: abort in the prefill engine")
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_prefill_engines_client_goes_away(pair, steps):
+    """Before its prompt is computed, and after: its rows are not kept for anybody."""
+    TALLY["tries"] += 1
+    assert pair.prefill.call(abort_prompt, PROMPTS[5], steps) == 0
+    pair.check(hand_over(pair))
+    assert not pair.worker.failures
+    pair.settle()
+    pair.check_prefill_keeps_nothing(pair.prefill)
 
 
 class TestTheOtherEngine:
@@ -235,21 +259,27 @@ class TestTheOtherEngine:
         pair.check_prefill_keeps_nothing(pair.prefill)
 
     @pytest.mark.fault("hand-over: prefill engine killed")
-    def test_it_is_killed_and_started_with_other_weights(self, pair, tmp_path):
-        """The last: the pair has no prefill engine after it."""
+    def test_it_is_killed(self, pair):
+        """The pair has no prefill engine after it."""
         handed_over = hand_over(pair)
         pair.prefill.kill()
         TALLY["tries"] += 1
         pair.check(handed_over, computed=True)
         assert pair.worker.failures
         pair.worker.failures.clear()
+        pair.settle()
+        pair.gone = handed_over
+
+    @pytest.mark.fault("hand-over: prefill engine restarted with other weights")
+    def test_another_one_is_at_its_address(self, pair, tmp_path):
         other = save_random_model(llama_config(rope_theta=5e5), tmp_path)
-        restarted = PrefillEngine(other, pair.prefill.port, **pair.settings)
+        restarted = OtherEngine(other, pair.prefill.port, **pair.settings)
         try:
             pair.check(hand_over(pair, restarted), computed=True)
             TALLY["tries"] += 1
             pair.forget()
-            pair.check(handed_over, computed=True)  # of the one that is gone, at the same address
+            pair.check(pair.gone, computed=True)  # what the one that is gone has said
+            TALLY["tries"] += 1
         finally:
             restarted.kill()
         pair.settle()

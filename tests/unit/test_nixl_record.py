@@ -18,6 +18,7 @@ OURS = Record(
     tp_rank=0,
     blocks=100,
     seals=4096,
+    link={},
 )
 
 
@@ -37,7 +38,8 @@ def changed(*path, to):
 def test_equal_engines_agree_over_the_wire():
     check_records(OURS, Record.decode(OURS.encode()))
     # Another amount of memory at another address is no difference.
-    check_records(OURS, Record.decode(replace(OURS, blocks=7, seals=8192, layout={}).encode()))
+    elsewhere = replace(OURS, blocks=7, seals=8192, layout={}, link={"host": "b"})
+    check_records(OURS, Record.decode(elsewhere.encode()))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ SAMPLER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 WARM_STEPS = 8
 """Decode steps before the timed ones."""
 Prompt = list[int]
+Params = dict[str, Any] | None
+"""vLLM's kv_transfer_params of a request."""
 
 
 class EngineFailed(RuntimeError):
@@ -93,7 +95,9 @@ class Answer:
     seconds: float
     """From the call to the last token, in the engine's process: the transfer of the prompts is not in it."""
     cached: list[int]
-    """Prompt tokens a request found in the prefix cache."""
+    """Prompt tokens a request found in the prefix cache, or that came from a connector."""
+    handed_over: list[Params] = field(default_factory=list)
+    """What the connector says of each request to whoever goes on with it; None where it says nothing."""
 
 
 class Engine:
@@ -105,14 +109,19 @@ class Engine:
         EngineFailed: from the constructor and from `generate`.
     """
 
-    def __init__(self, model: Path, cache: str, **settings: Any) -> None:
-        """settings: vLLM's, besides the cache's and those that a model without weights needs."""
+    def __init__(
+        self, model: Path, cache: str, environment: dict[str, str] | None = None, **settings: Any
+    ) -> None:
+        """
+        environment: variables of its process, besides this one's.
+        settings: vLLM's, besides the cache's and those that a model without weights needs.
+        """
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
         job = dict(
             model=str(model), load_format="dummy", skip_tokenizer_init=True, **CACHES[cache], **settings
         )  # fmt: skip
-        self._process = context.Process(target=_serve, args=(there, job))
+        self._process = context.Process(target=_serve, args=(there, job, environment or {}))
         self._process.start()
         self._pid = self._process.pid
         there.close()
@@ -123,10 +132,15 @@ class Engine:
             self._end()
             raise
 
-    def generate(self, asked: list[Prompt], tokens: int | list[int]) -> Answer:
-        """All prompts at once, so many tokens for each; one number is for all of them."""
+    def generate(
+        self, asked: list[Prompt], tokens: int | list[int], params: list[Params] | None = None
+    ) -> Answer:
+        """All prompts at once, so many tokens for each; one number is for all of them.
+
+        params: for the connector, of each request.
+        """
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_receive` says it
-            self._pipe.send((asked, tokens))
+            self._pipe.send((asked, tokens, params or [None] * len(asked)))
         return Answer(*self._receive())
 
     def step_seconds(self, asked: list[Prompt], steps: int) -> float:
@@ -171,10 +185,10 @@ class Engine:
         raise EngineFailed(f"the engine ended with exit code {self._process.exitcode}")
 
 
-def _serve(pipe: Connection, job: dict[str, Any]) -> None:
+def _serve(pipe: Connection, job: dict[str, Any], environment: dict[str, str]) -> None:
     """The engine's process: one LLM, asked until the other end of the pipe is closed."""
     os.setsid()  # one group with all that vLLM starts
-    os.environ.update(SAMPLER | os.environ)
+    os.environ.update(SAMPLER | os.environ | environment)
     from vllm import LLM
 
     begin = time.perf_counter()
@@ -200,19 +214,23 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
     pipe.send(about)
     while True:
         try:
-            asked, tokens = pipe.recv()
+            asked, tokens, params = pipe.recv()
         except EOFError:
             return
         batch = [{"prompt_token_ids": prompt} for prompt in asked]
         counts = tokens if isinstance(tokens, list) else [tokens] * len(asked)
         sampling = [
-            SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False)
-            for count in counts
-        ]
+            SamplingParams(
+                max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False,
+                extra_args={"kv_transfer_params": said} if said else None,
+            )
+            for count, said in zip(counts, params, strict=True)
+        ]  # fmt: skip
         begin = time.perf_counter()
         outputs = llm.generate(batch, sampling, use_tqdm=False)
         seconds = time.perf_counter() - begin
-        pipe.send((seconds, [output.num_cached_tokens or 0 for output in outputs]))
+        cached = [output.num_cached_tokens or 0 for output in outputs]
+        pipe.send((seconds, cached, [output.kv_transfer_params for output in outputs]))
 
 
 def run_engine(

@@ -3,6 +3,7 @@
 `private` and its neighbours are the tables of them. A patch is a record that also changes something.
 """
 
+import functools
 import importlib
 import inspect
 import re
@@ -80,6 +81,7 @@ class Private:
                 yield f"{self.owner} has no attribute {name}"
 
 
+@functools.cache
 def _source(owner: Any) -> str:
     """The source of a module, or of a class and the classes of vLLM that it inherits from."""
     if not isinstance(owner, type):

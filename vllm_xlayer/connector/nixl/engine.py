@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from ...layout import LayoutDescriptor
 from ...layout.spec import CacheSpec
 from ..disk.identity import model_folder, shaping_settings, weights_digest
+from .link import Link
 from .record import Record
 
 PATHS = ("_name_or_path",)
@@ -60,7 +61,7 @@ def record_of(
     }
     # Through JSON: what cannot be said in it, as dtypes, is said as text on both sides.
     plain = json.loads(json.dumps(must_equal, default=str))
-    return Record(plain, layout.to_dict(), tp_size, tp_rank, blocks, seals)
+    return Record(plain, layout.to_dict(), tp_size, tp_rank, blocks, seals, Link.here().to_dict())
 
 
 def _weights(vllm_config: VllmConfig, settings: dict[str, Any]) -> str:

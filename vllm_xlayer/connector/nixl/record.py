@@ -30,6 +30,7 @@ class Record:
         tp_rank: this one.
         blocks: rows of the pool.
         seals: address of the table of seals (seals.py) in this rank's memory; 0 where seals are off.
+        link: `Link.to_dict` of this engine.
     """
 
     must_equal: Mapping[str, Any]
@@ -38,6 +39,7 @@ class Record:
     tp_rank: int
     blocks: int
     seals: int
+    link: Mapping[str, Any]
 
     def encode(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, default=str)

@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from ...compat.rows import allocations
 from ...layout import LayoutDescriptor, check_allocation
 from .engine import record_of
+from .link import Link, why_tcp
 from .record import PROTOCOL, Record, RecordsDiffer, check_records
 from .reshard import CannotReshard, Move, heads_of, moves_between
 from .scheduler import RowNixlMetadata
@@ -139,7 +140,18 @@ class RowNixlWorker(NixlPullConnectorWorker):
             self._moves_from(theirs),
         )
         self.wire.add_peer((nixl_agent_meta.engine_id, remote_tp_rank), remote)
+        self._say_if_slow(nixl_agent_meta.engine_id, theirs)
         return agent
+
+    def _say_if_slow(self, engine: str, theirs: Record) -> None:
+        """Once for an engine, and by one rank."""
+        assert self.record is not None
+        why = why_tcp(Link(**self.record.link), Link(**theirs.link))
+        if why and self.tp_rank == 0 and "UCX" in self.nixl_backends:
+            logger.warning_once(
+                "rows of engine %s come over TCP, which is many times slower than RDMA, NVLink or shared "
+                "memory: %s", engine, why,
+            )  # fmt: skip
 
     def _agree(self, meta: NixlAgentMetadata) -> Record:
         """The peer's record. Raises RecordsDiffer."""
@@ -193,11 +205,14 @@ class RowNixlWorker(NixlPullConnectorWorker):
         self, plan: TPMapping, nixl_agent_meta: NixlAgentMetadata, block_size_ratio: int
     ) -> np.ndarray:
         """Whole rows of the peer, whatever its size: vLLM's would be cut by bytes. Reads do not use them."""
-        if nixl_agent_meta.block_lens == [self.layout.row_bytes]:
-            return super()._build_fa_remote(plan, nixl_agent_meta, block_size_ratio)
-        base, row = nixl_agent_meta.kv_caches_base_addr[0], nixl_agent_meta.block_lens[0]
-        whole = (base, row, nixl_agent_meta.device_id, row, nixl_agent_meta.num_blocks)
-        return np.array([whole], np.uint64)
+        cut = super()._build_fa_remote(plan, nixl_agent_meta, block_size_ratio)
+        row, device = nixl_agent_meta.block_lens[0], nixl_agent_meta.device_id
+        if row == self.layout.row_bytes:
+            return cut
+        base, blocks = nixl_agent_meta.kv_caches_base_addr[0], nixl_agent_meta.num_blocks
+        if cut.shape[1] == 5:  # address, bytes, device, stride, count
+            return np.array([(base, row, device, row, blocks)], np.uint64)
+        return np.array([(base + i * row, row, device) for i in range(blocks)], np.uint64)
 
     def _build_local_splits_from_plan(
         self, plan: TPMapping, src_blocks_data: np.ndarray, num_fa_descs: int, block_size_ratio: int = 1
