@@ -1,0 +1,157 @@
+"""What the tests of unquantised newest tokens share: an oracle, a random life of requests, drafts without a GPU."""
+
+import random
+from collections import Counter
+
+import torch
+from model_fixture import random_prompts
+
+BLOCK = 16
+
+
+class PageOracle:
+    """Wraps the attention's writes and reads: what is read from a row is what was last written to the page.
+
+    It follows pages, not requests: of every layer and slot it keeps the key and value last written there. A row
+    holds a better copy of what is in a page, never another content, so each token that attention takes from a
+    row must equal, bit for bit, what was last written where the block table has that token.
+
+    Attributes:
+        wrong: descriptions of tokens that were another content than their page's.
+        counts: "read", tokens taken from rows; "attended", requests and layers of all steps.
+    """
+
+    def __init__(self, monkeypatch) -> None:
+        from vllm_xlayer.attention.cpu import CpuReferenceImpl
+
+        self.written: dict[str, torch.Tensor] = {}  # layer -> [slots, 2, H, D]
+        self.wrong: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.now: tuple[str, torch.Tensor] = ("", torch.empty(0))
+        write, read = CpuReferenceImpl.do_kv_cache_update, CpuReferenceImpl._read
+        put = CpuReferenceImpl._put_newest
+
+        def writes(impl, layer, key, value, kv_cache, slot_mapping):
+            shape = (kv_cache.shape[0] * BLOCK, 2, *key.shape[1:])
+            pages = self.written.setdefault(layer.layer_name, torch.full(shape, torch.nan))
+            tokens = torch.nonzero(slot_mapping >= 0).squeeze(1)
+            pages[slot_mapping[tokens]] = torch.stack((key[tokens], value[tokens]), 1).float()
+            return write(impl, layer, key, value, kv_cache, slot_mapping)
+
+        def reads(impl, layer, kv_cache, blocks, start, stop):
+            self.now = (layer.layer_name, blocks.long())
+            return read(impl, layer, kv_cache, blocks, start, stop)
+
+        def puts(impl, batch, request, start, keys, values):
+            before = keys.clone()
+            put(impl, batch, request, start, keys, values)
+            self._check(start, before, keys, values)
+
+        monkeypatch.setattr(CpuReferenceImpl, "do_kv_cache_update", writes)
+        monkeypatch.setattr(CpuReferenceImpl, "_read", reads)
+        monkeypatch.setattr(CpuReferenceImpl, "_put_newest", puts)
+
+    def _check(self, start, before, keys, values) -> None:
+        layer, blocks = self.now
+        changed = (keys != before).any(-1).any(0).nonzero().squeeze(1)
+        positions = start + changed
+        slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
+        got = torch.stack((keys[:, changed], values[:, changed])).permute(2, 0, 1, 3)
+        differs = (got != self.written[layer][slots]).flatten(1).any(1)
+        self.counts["read"] += len(changed)
+        self.counts["attended"] += 1
+        for position in positions[differs].tolist():
+            self.wrong.append(f"{layer}: token {position} of {start + keys.shape[1]}")
+
+
+class Life:
+    """Requests that come, share prefixes, are aborted, preempted and resumed, on a cache too small for them.
+
+    Prompts begin with one of few stems, cut where others' prompts end, so that a prompt is often found in the
+    cache up to a place where another request's row ends; and they repeat themselves, so that drafts are made.
+    """
+
+    def __init__(self, llm, seed: int) -> None:
+        self.engine = llm.llm_engine
+        self.rng = random.Random(seed)
+        self.seed = seed
+        self.names = 0
+        self.running: set[str] = set()
+        self.counts: Counter[str] = Counter()
+        self.stems = random_prompts([96] * 3, seed=seed)
+
+    def step(self) -> None:
+        """One step of the engine, and what happens before it."""
+        while len(self.running) < 5 and self.rng.random() < 0.4:
+            self._add()
+        if self.running and self.rng.random() < 0.02:
+            name = self.rng.choice(sorted(self.running))
+            self.engine.abort_request([name])
+            self.running.discard(name)
+            self.counts["aborted"] += 1
+        if self.rng.random() < 0.01:  # preempts all of them
+            self.engine.reset_prefix_cache(reset_running_requests=True)
+            self.counts["reset"] += 1
+        for output in self.engine.step():
+            self.counts["cached"] += bool(output.num_cached_tokens) and output.finished
+            self.counts["finished"] += output.finished
+            if output.finished:
+                self.running.discard(output.request_id)
+
+    def end(self) -> None:
+        self.engine.abort_request(sorted(self.running))
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+    def _add(self) -> None:
+        from vllm import SamplingParams
+
+        rng = self.rng
+        self.names += 1
+        stem = rng.choice(self.stems)
+        tail = random_prompts([rng.choice([1, 1, 5, 16, 17, 40])], seed=rng.randrange(1 << 30))[0]
+        prompt = stem[: rng.choice([16, 32, 48, 64, 96])] + tail + tail[:5]
+        if rng.random() < 0.2:
+            self.stems[rng.randrange(len(self.stems))] = (prompt * 6)[:96]
+        name = f"{self.seed}-{self.names}"
+        params = SamplingParams(
+            temperature=0, max_tokens=rng.choice([2, 17, 33, 60]), ignore_eos=True, detokenize=False
+        )
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        self.running.add(name)
+
+
+def allow_drafts(monkeypatch) -> None:
+    """Lets the CPU reference platform take drafts from n-grams, of greedy requests.
+
+    The platform refuses speculation, since vLLM's sampler for it is a compiled kernel.
+    """
+    from vllm_xlayer.platform import reference
+
+    monkeypatch.setattr(reference, "_refusal", lambda config: None)
+    if not hasattr(torch.ops._C, "rejection_greedy_sample_kernel_impl"):
+        schema = (
+            "rejection_greedy_sample_kernel_impl(Tensor(a!) out, Tensor ends, Tensor drafts, Tensor best, "
+            "Tensor bonus, Tensor? is_greedy, SymInt most) -> ()"
+        )
+        _LIBRARY.define(schema)
+        _LIBRARY.impl("rejection_greedy_sample_kernel_impl", _accept, "CompositeExplicitAutograd")
+
+
+_LIBRARY = torch.library.Library("_C", "FRAGMENT")
+accepted: Counter[bool] = Counter()
+"""Drafts that were accepted, and rejected."""
+
+
+def _accept(out, ends, drafts, best, bonus, is_greedy, most) -> None:
+    """A draft is accepted while it is what the model says; then comes what the model says."""
+    start = 0
+    for row, end in enumerate(ends.tolist()):
+        took = 0
+        while start + took < end and drafts[start + took] == best[start + took]:
+            out[row, took] = best[start + took]
+            took += 1
+        out[row, took] = bonus[row] if start + took == end else best[start + took]
+        accepted[True] += took
+        accepted[False] += end - start - took
+        start = end
