@@ -1,10 +1,10 @@
-"""What the tests of unquantised newest tokens share: an oracle, a random life of requests, drafts without a GPU."""
+"""What tests of unquantised newest tokens share: an oracle, a random life of requests, random drafts."""
 
 import random
 from collections import Counter
 
 import torch
-from model_fixture import random_prompts
+from model_fixture import VOCAB, random_prompts
 
 BLOCK = 16
 
@@ -12,9 +12,9 @@ BLOCK = 16
 class PageOracle:
     """Wraps the attention's writes and reads: what is read from a row is what was last written to the page.
 
-    It follows pages, not requests: of every layer and slot it keeps the key and value last written there. A row
-    holds a better copy of what is in a page, never another content, so each token that attention takes from a
-    row must equal, bit for bit, what was last written where the block table has that token.
+    It follows pages, not requests: of every layer and slot it keeps the key and value last written there. A
+    row holds a better copy of what is in a page, never another content, so each token that attention takes
+    from a row must equal, bit for bit, what was last written where the block table has that token.
 
     Attributes:
         wrong: descriptions of tokens that were another content than their page's.
@@ -68,11 +68,15 @@ class Life:
     """Requests that come, share prefixes, are aborted, preempted and resumed, on a cache too small for them.
 
     Prompts begin with one of few stems, cut where others' prompts end, so that a prompt is often found in the
-    cache up to a place where another request's row ends; and they repeat themselves, so that drafts are made.
+    cache up to a place where another request's row ends.
     """
 
     def __init__(self, llm, seed: int) -> None:
+        from vllm_xlayer.compat.engine import core_of
+
         self.engine = llm.llm_engine
+        self.requests = core_of(llm).scheduler.requests
+        self.preempted: set[tuple[str, int]] = set()
         self.rng = random.Random(seed)
         self.seed = seed
         self.names = 0
@@ -89,9 +93,10 @@ class Life:
             self.engine.abort_request([name])
             self.running.discard(name)
             self.counts["aborted"] += 1
-        if self.rng.random() < 0.01:  # preempts all of them
+        if self.rng.random() < 0.01:  # preempts all of them, and nothing of theirs is found again
             self.engine.reset_prefix_cache(reset_running_requests=True)
             self.counts["reset"] += 1
+        self.preempted |= {(name, n) for name, r in self.requests.items() if (n := r.num_preemptions)}
         for output in self.engine.step():
             self.counts["cached"] += bool(output.num_cached_tokens) and output.finished
             self.counts["finished"] += output.finished
@@ -99,6 +104,7 @@ class Life:
                 self.running.discard(output.request_id)
 
     def end(self) -> None:
+        self.counts["preempted"] = len(self.preempted)
         self.engine.abort_request(sorted(self.running))
         while self.engine.has_unfinished_requests():
             self.engine.step()
@@ -115,17 +121,14 @@ class Life:
             self.stems[rng.randrange(len(self.stems))] = (prompt * 6)[:96]
         name = f"{self.seed}-{self.names}"
         params = SamplingParams(
-            temperature=0, max_tokens=rng.choice([2, 17, 33, 60]), ignore_eos=True, detokenize=False
+            temperature=0, max_tokens=rng.choice([2, 17, 60, 100]), ignore_eos=True, detokenize=False
         )
         self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
         self.running.add(name)
 
 
 def allow_drafts(monkeypatch) -> None:
-    """Lets the CPU reference platform take drafts from n-grams, of greedy requests.
-
-    The platform refuses speculation, since vLLM's sampler for it is a compiled kernel.
-    """
+    """Lets the CPU reference platform speculate: it refuses, as vLLM's sampler for it is compiled."""
     from vllm_xlayer.platform import reference
 
     monkeypatch.setattr(reference, "_refusal", lambda config: None)
@@ -138,18 +141,38 @@ def allow_drafts(monkeypatch) -> None:
         _LIBRARY.impl("rejection_greedy_sample_kernel_impl", _accept, "CompositeExplicitAutograd")
 
 
+def draft_at_random(monkeypatch) -> None:
+    """Drafts are made at random from now on, and accepted at random.
+
+    What an answer is does not matter here, and what the tiny model says can hardly be guessed. Once an engine
+    was made: vLLM does not start where numba was imported before it.
+    """
+    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+
+    monkeypatch.setattr(NgramProposer, "batch_propose", _draft)
+    torch.set_num_threads(1)  # the compiled search for n-grams has set the machine's
+
+
+_RANDOM = random.Random(0)
 _LIBRARY = torch.library.Library("_C", "FRAGMENT")
 accepted: Counter[bool] = Counter()
 """Drafts that were accepted, and rejected."""
 
 
+def _draft(proposer, num_requests, valid, num_tokens, tokens, k) -> list[list[int]]:
+    """Of each request that wants some, up to k drafts."""
+    room = {i: min(k, proposer.max_model_len - 1 - int(num_tokens[i])) for i in valid}
+    counts = [_RANDOM.randint(0, max(0, room.get(i, 0))) for i in range(num_requests)]
+    return [[_RANDOM.randrange(1, VOCAB) for _ in range(count)] for count in counts]
+
+
 def _accept(out, ends, drafts, best, bonus, is_greedy, most) -> None:
-    """A draft is accepted while it is what the model says; then comes what the model says."""
+    """Drafts up to one at random, and then what the model says: out [requests, most + 1]."""
     start = 0
     for row, end in enumerate(ends.tolist()):
         took = 0
-        while start + took < end and drafts[start + took] == best[start + took]:
-            out[row, took] = best[start + took]
+        while start + took < end and _RANDOM.random() < 2 / 3:
+            out[row, took] = drafts[start + took]
             took += 1
         out[row, took] = bonus[row] if start + took == end else best[start + took]
         accepted[True] += took

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from model_fixture import random_prompts, vllm_greedy
-from newest_fixture import Life, PageOracle, accepted, allow_drafts
+from newest_fixture import Life, PageOracle, accepted, allow_drafts, draft_at_random
 
 pytestmark = pytest.mark.usefixtures("reference_platform")
 
@@ -24,11 +24,13 @@ def llm(request, make_llm, tiny_llama):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(PLACES))
         allow_drafts(patch)
-        yield make_llm(
+        engine = make_llm(
             tiny_llama, kv_cache_dtype="nvfp4", num_gpu_blocks_override=21, max_num_seqs=4,
             max_num_batched_tokens=64, max_model_len=256, enable_prefix_caching=True,
             speculative_config=request.param,
         )  # fmt: skip
+        draft_at_random(patch)
+        yield engine
 
 
 @pytest.fixture
@@ -37,7 +39,10 @@ def oracle(monkeypatch):
 
 
 def live(llm, oracle, seconds: float, seed: int = 0):
-    """Lives one after the other until something is wrong or the time is over; the last, and what was counted."""
+    """Lives one after the other until something is wrong or the time is over.
+
+    Returns the last one's seed, and what all of them counted.
+    """
     counts, end = None, time.monotonic() + seconds
     while not oracle.wrong and time.monotonic() < end:
         life = Life(llm, seed)
@@ -57,7 +62,7 @@ def test_no_row_has_another_content(llm, oracle):
     print(counts, oracle.counts, accepted)
     assert not oracle.wrong, (seed, oracle.wrong[:5], len(oracle.wrong))
     assert oracle.counts["read"] > 5 * oracle.counts["attended"] > 0, oracle.counts
-    assert min(counts[what] for what in ("aborted", "reset", "cached", "finished")) > 0, counts
+    assert min(counts[what] for what in ("aborted", "preempted", "reset", "cached", "finished")) > 0, counts
 
 
 def no_reset_on_reuse(monkeypatch):
@@ -119,6 +124,7 @@ def _before_each_step(monkeypatch, change):
     monkeypatch.setattr(ops, "newest_step", mutated)
 
 
+@pytest.mark.parametrize("llm", [NGRAM], ids=["drafts"], indirect=True)
 @pytest.mark.parametrize(
     "mutation",
     [
@@ -131,11 +137,8 @@ def _before_each_step(monkeypatch, change):
 )
 def test_the_search_finds(llm, oracle, monkeypatch, mutation):
     """Each thing that keeps rows right, left out: the test above would fail."""
-    if mutation is no_reset_after_a_rejected_draft and not accepted:
-        pytest.skip("an engine without drafts")
     mutation(monkeypatch)
-    seed, counts = live(llm, oracle, 60)
-    print(seed, counts)
+    live(llm, oracle, seconds=60)
     assert oracle.wrong
 
 

@@ -228,7 +228,8 @@ def write_arguments(layer: Any, memory: torch.Tensor | None, num_tokens: int) ->
     """What ``reshape_and_cache_nvfp4`` takes to also write a step's tokens into a layer's memory."""
     if memory is None:
         return {}
-    metadata = get_forward_context().attn_metadata
-    if not isinstance(metadata, dict) or metadata.get(layer.layer_name) is None:  # a run without a cache
+    steps: Any = get_forward_context().attn_metadata
+    step = steps.get(layer.layer_name) if isinstance(steps, dict) else None
+    if step is None or step.newest is None:  # a run without a cache
         return {}
-    return dict(newest=memory, newest_slots=metadata[layer.layer_name].newest.slots[:num_tokens])
+    return dict(newest=memory, newest_slots=step.newest.slots[:num_tokens])

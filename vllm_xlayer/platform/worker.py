@@ -126,7 +126,7 @@ class CpuReferenceWorker(CPUWorker):
         if reserved < limit:
             return limit - reserved
         raise ValueError(
-            f"VLLM_XLAYER_NEWEST_TOKENS={Config.load().newest_tokens}: expected less than the {limit} bytes of "
-            f"KV cache memory, got {reserved} for {self.scheduler_config.max_num_seqs} requests: lower "
+            f"VLLM_XLAYER_NEWEST_TOKENS={Config.load().newest_tokens}: expected less than the {limit} bytes "
+            f"of KV cache memory, got {reserved} for {self.scheduler_config.max_num_seqs} requests: lower "
             "--max-num-seqs or the variable, or raise --kv-cache-memory-bytes"
         )
