@@ -116,12 +116,12 @@ class Life:
         self.names += 1
         stem = rng.choice(self.stems)
         tail = random_prompts([rng.choice([1, 1, 5, 16, 17, 40])], seed=rng.randrange(1 << 30))[0]
-        prompt = stem[: rng.choice([16, 32, 48, 64, 96])] + tail + tail[:5]
+        prompt = stem[: rng.choice([16, 48, 96, 96])] + tail
         if rng.random() < 0.2:
             self.stems[rng.randrange(len(self.stems))] = (prompt * 6)[:96]
         name = f"{self.seed}-{self.names}"
         params = SamplingParams(
-            temperature=0, max_tokens=rng.choice([2, 17, 60, 100]), ignore_eos=True, detokenize=False
+            temperature=0, max_tokens=rng.choice([2, 2, 2, 17, 60, 100]), ignore_eos=True, detokenize=False
         )
         self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
         self.running.add(name)

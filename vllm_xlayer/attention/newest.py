@@ -21,7 +21,6 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from .. import ops
 from ..config import Config
-from ..nvfp4 import KV_DTYPES
 from ..ops.newest import JUST_STARTED
 
 logger = init_logger(__name__)
@@ -82,7 +81,41 @@ class NamedRows:
         return rows
 
 
+class RunnerRows:
+    """Model runner V2's own: a request keeps its row of the runner's table for as long as it runs.
+
+    Args:
+        table: the runner's.
+        rows: that it has.
+    """
+
+    def __init__(self, table: Any, rows: int) -> None:
+        self.table = table
+        self.starts = np.zeros(rows, dtype=np.int64)
+
+    def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
+        rows = np.full(step.num_reqs, NO_ROW, dtype=np.int32)
+        if step.req_idx is not None:  # a dummy run's may be; padding has none
+            rows[: len(step.req_idx)] = step.req_idx[: step.num_reqs]
+        return rows
+
+
 _rows: RequestRows | None = None
+_v2_starts_are_told = False
+
+
+def expect_v2_starts() -> None:
+    """From now on every start of a request on model runner V2 is told to `count_v2_start`."""
+    global _v2_starts_are_told
+    _v2_starts_are_told = True
+
+
+def count_v2_start(table: Any, rows: int, row: int) -> None:
+    """A request was put into a row of a runner's table; a new one, or one that resumes."""
+    if not isinstance(_rows, RunnerRows) or _rows.table is not table:
+        use_rows(RunnerRows(table, rows))
+    assert _rows is not None
+    _rows.starts[row] += 1
 
 
 def use_rows(rows: RequestRows | None) -> None:
@@ -100,11 +133,13 @@ class NewestBatch:
         rows: int32 [requests].
         begin: int32 [requests], the first token that may be read from its row; if there is none, one past
             the request's tokens.
+        places: tokens that a row holds.
     """
 
     slots: torch.Tensor
     rows: torch.Tensor
     begin: torch.Tensor
+    places: int
 
 
 class NewestPlanner:
@@ -130,7 +165,8 @@ class NewestPlanner:
         self._forget_what_others_left()
         n = step.num_reqs
         rows = np.full(n, NO_ROW, dtype=np.int32) if _rows is None else _rows.rows_of(step)
-        batch = NewestBatch(self._slots[: len(step.slot_mapping)], self._row_of[:n], self._begin[:n])
+        slots = self._slots[: len(step.slot_mapping)]
+        batch = NewestBatch(slots, self._row_of[:n], self._begin[:n], self._places)
         batch.rows.copy_(self._to_device(rows))
         ops.newest_step(
             step.query_start_loc[: n + 1], step.seq_lens[:n], batch.rows, step.slot_mapping, self._state,
@@ -158,18 +194,23 @@ class NewestPlanner:
         return tensor
 
 
-def make_planner(config: VllmConfig, layer_names: list[str], device: torch.device) -> NewestPlanner | None:
-    """A planner for the layers of a KV cache group, if the user asked for newest tokens.
+def make_planner(
+    config: VllmConfig,
+    layer_names: list[str],
+    device: torch.device,
+    explain_runner: Callable[[VllmConfig], str | None] = lambda config: None,
+) -> NewestPlanner | None:
+    """A planner for the layers of an NVFP4 KV cache group, if the user asked for newest tokens.
 
-    Says what their memory takes.
+    Says what their memory takes. ``explain_runner`` says why the runner's rows cannot be followed, or None.
 
     Raises:
         ValueError: in this configuration rows could be mistaken for others'.
     """
     places = Config.load().newest_tokens
-    if not places or config.cache_config.cache_dtype not in KV_DTYPES:
+    if not places:
         return None
-    if refusal := explain_refusal(config):
+    if refusal := explain_runner(config) or explain_refusal(config):
         raise ValueError(
             f"VLLM_XLAYER_NEWEST_TOKENS={places}: {refusal}, or VLLM_XLAYER_NEWEST_TOKENS=0, which reads all "
             "tokens from their NVFP4 pages"
@@ -207,6 +248,26 @@ def explain_refusal(config: VllmConfig) -> str | None:
     return None
 
 
+def explain_v2_refusal(config: VllmConfig) -> str | None:
+    """Why the rows of model runner V2 cannot be followed, or None."""
+    if not config.use_v2_model_runner:
+        return (
+            "expected model runner V2, whose requests have rows, got V1: set VLLM_USE_V2_MODEL_RUNNER=1 "
+            "where it serves the model"
+        )
+    if config.model_config.is_hybrid:
+        return (
+            "expected a model without states, of whose requests model runner V2 tells the rows, got a "
+            "hybrid: serve another model"
+        )
+    if not _v2_starts_are_told:
+        return (
+            "expected to be told when a request starts; this vLLM's runner is another (`vllm-xlayer doctor` "
+            "says what is missing): use a vLLM that is supported"
+        )
+    return None
+
+
 def allocate(config: VllmConfig, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> torch.Tensor:
     """A layer's memory of newest tokens, [requests, 2, H, places, D], K and then V.
 
@@ -221,7 +282,7 @@ def reserved_bytes(config: VllmConfig, layer_names: Iterable[str] | None = None)
     layers = config.compilation_config.static_forward_context
     impls = [getattr(layers[name], "impl", None) for name in (layers if layer_names is None else layer_names)]
     memory = [newest for impl in impls if (newest := getattr(impl, "newest", None)) is not None]
-    return sum(newest.nbytes for newest in memory)
+    return sum({newest.data_ptr(): newest.nbytes for newest in memory}.values())  # some share another's
 
 
 def write_arguments(layer: Any, memory: torch.Tensor | None, num_tokens: int) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from ..compat.dependence import Patch
-from ..config import Config
 from ..nvfp4 import KV_DTYPES
 from .wrapping import wrap
 
@@ -36,7 +35,7 @@ def select_nvfp4_backend(original, cls, selected_backend, attn_selector_config, 
     pages hold their scales in another order: there it is asked alone.
 
     Raises:
-        ValueError: neither serves the layer; with the reasons of both. Or a setting that GPUs do not have.
+        ValueError: neither serves the layer; with the reasons of both.
     """
     name = None if selected_backend is None else selected_backend.name
     config, capability = attn_selector_config, cls.get_device_capability()
@@ -49,12 +48,6 @@ def select_nvfp4_backend(original, cls, selected_backend, attn_selector_config, 
             raise ValueError(refusal)
         return BACKEND
 
-    newest_tokens = Config.load().newest_tokens if config.kv_cache_dtype in KV_DTYPES else 0
-    if newest_tokens:
-        raise ValueError(
-            f"VLLM_XLAYER_NEWEST_TOKENS: expected 0 on a GPU, where newest tokens are not kept unquantised "
-            f"yet, got {newest_tokens}"
-        )
     if config.kv_cache_dtype not in KV_DTYPES or config.use_mla or capability.major == 10:
         return theirs()
     if name is not None:
