@@ -2,6 +2,8 @@
 
 import random
 from collections import Counter
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 from model_fixture import VOCAB, random_prompts
@@ -75,7 +77,7 @@ class Life:
         from vllm_xlayer.compat.engine import core_of
 
         self.engine = llm.llm_engine
-        self.requests = core_of(llm).scheduler.requests
+        self.scheduler = core_of(llm).scheduler
         self.preempted: set[tuple[str, int]] = set()
         self.rng = random.Random(seed)
         self.seed = seed
@@ -84,19 +86,41 @@ class Life:
         self.counts: Counter[str] = Counter()
         self.stems = random_prompts([96] * 3, seed=seed)
 
+    def begin(self) -> None:
+        """What is known to be dangerous, before what is drawn at random."""
+        stem, other, *pairs = random_prompts([97] + [100] * 7, seed=self.seed + 1)
+        for prompt in (stem, other, stem):  # the third is found, and its row was the second's
+            self._run([prompt], 2)
+        for i in (0, 2, 4):  # rows are given back in any order: often, each gets the other's
+            self._run(pairs[i : i + 2], 6, preempt_after=5)
+        self.stems[0] = stem[:96]
+
+    def _run(self, prompts, tokens: int, preempt_after: int | None = None) -> None:
+        for prompt in prompts:
+            self._add(prompt, tokens)
+        steps = 0
+        while self.running:
+            if steps == preempt_after:
+                self._preempt_all(keep=True)
+            self._step_engine()
+            steps += 1
+
     def step(self) -> None:
         """One step of the engine, and what happens before it."""
         while len(self.running) < 5 and self.rng.random() < 0.4:
-            self._add()
+            self._add(*self._draw())
         if self.running and self.rng.random() < 0.02:
             name = self.rng.choice(sorted(self.running))
             self.engine.abort_request([name])
             self.running.discard(name)
             self.counts["aborted"] += 1
-        if self.rng.random() < 0.01:  # preempts all of them, and nothing of theirs is found again
-            self.engine.reset_prefix_cache(reset_running_requests=True)
-            self.counts["reset"] += 1
-        self.preempted |= {(name, n) for name, r in self.requests.items() if (n := r.num_preemptions)}
+        if self.rng.random() < 0.02:
+            self._preempt_all(keep=self.rng.random() < 0.8)
+        self._step_engine()
+
+    def _step_engine(self) -> None:
+        requests = self.scheduler.requests.items()
+        self.preempted |= {(name, n) for name, r in requests if (n := r.num_preemptions)}
         for output in self.engine.step():
             self.counts["cached"] += bool(output.num_cached_tokens) and output.finished
             self.counts["finished"] += output.finished
@@ -109,20 +133,28 @@ class Life:
         while self.engine.has_unfinished_requests():
             self.engine.step()
 
-    def _add(self) -> None:
+    def _preempt_all(self, keep: bool) -> None:
+        """As for new weights; with keep, what they have computed is found again."""
+        manager = self.scheduler.kv_cache_manager
+        kept = patch.object(manager, "reset_prefix_cache", return_value=True) if keep else nullcontext()
+        with kept:
+            self.engine.reset_prefix_cache(reset_running_requests=True)
+        self.counts["kept" if keep else "reset"] += 1
+
+    def _draw(self) -> tuple[list[int], int]:
+        rng = self.rng
+        fresh, tail = random_prompts([96, rng.choice([1, 1, 5, 16, 17, 40])], seed=rng.randrange(1 << 30))
+        if rng.random() < 0.3:  # whose request writes all of it itself
+            self.stems[rng.randrange(len(self.stems))] = fresh
+        stem = rng.choice(self.stems)
+        return stem[: rng.choice([16, 48, 96, 96])] + tail, rng.choice([2] * 5 + [17, 60])
+
+    def _add(self, prompt: list[int], tokens: int) -> None:
         from vllm import SamplingParams
 
-        rng = self.rng
         self.names += 1
-        stem = rng.choice(self.stems)
-        tail = random_prompts([rng.choice([1, 1, 5, 16, 17, 40])], seed=rng.randrange(1 << 30))[0]
-        prompt = stem[: rng.choice([16, 48, 96, 96])] + tail
-        if rng.random() < 0.2:
-            self.stems[rng.randrange(len(self.stems))] = (prompt * 6)[:96]
         name = f"{self.seed}-{self.names}"
-        params = SamplingParams(
-            temperature=0, max_tokens=rng.choice([2, 2, 2, 17, 60, 100]), ignore_eos=True, detokenize=False
-        )
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
         self.running.add(name)
 

@@ -46,6 +46,7 @@ def live(llm, oracle, seconds: float, seed: int = 0):
     counts, end = None, time.monotonic() + seconds
     while not oracle.wrong and time.monotonic() < end:
         life = Life(llm, seed)
+        life.begin()
         for _ in range(150):
             life.step()
             if oracle.wrong:
