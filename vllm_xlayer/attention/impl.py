@@ -122,14 +122,15 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         return output
 
     def _decode(self, layer, query, kv_cache, batch: DecodeBatch, newest: NewestBatch | None, output) -> None:
-        window, n, kept = self.window or 0, batch.num_requests, {}
-        if newest is not None:
-            kept = dict(newest=self.newest, newest_rows=newest.rows[:n], newest_from=newest.begin[:n])
+        window, n = self.window or 0, batch.num_requests
         ops.nvfp4_paged_attention(
             query[: batch.num_tokens], kv_cache, batch.block_table, batch.seq_lens, batch.workspaces[window],
             layer._k_scale, layer._v_scale, output[: batch.num_tokens],
             scale=self.scale, q_len=batch.q_len, window=window, soft_cap=self.soft_cap,
-            sinks=self.sinks, **kept,
+            sinks=self.sinks,
+            newest=None if newest is None else self.newest,
+            newest_rows=None if newest is None else newest.rows[:n],
+            newest_from=None if newest is None else newest.begin[:n],
         )  # fmt: skip
 
     def _prefill(self, layer, query, key, value, kv_cache, attn_metadata: NVFP4Metadata, output) -> None:
