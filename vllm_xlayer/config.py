@@ -24,6 +24,11 @@ VARIABLES = {
     "gather_workspace_bytes": ("256 MiB", "buffer that cached NVFP4 tokens are dequantised into, in bytes"),
     "scale_choice": ("best_of_9", "how the writer picks block scales: best_of_9, amax_6 or four_over_six"),
     "kv_scales": ("none", "a file of global scales, which `vllm-xlayer quality --calibrate` writes"),
+    "newest_tokens": (
+        "0",
+        "16, 32, 64 or 128: so many of a running request's newest tokens are kept in the model's dtype, too, "
+        "and attention reads those instead of their NVFP4 pages; 0: off",
+    ),
 }
 """Fields of Config -> default and meaning, for people. The variable is PREFIX and the name in capitals."""
 OTHER_VARIABLES = frozenset(
@@ -44,6 +49,7 @@ class Config:
     gather_workspace_bytes: int = 256 << 20
     scale_choice: ScaleChoice = ScaleChoice.BEST_OF_9
     kv_scales: Path | None = None
+    newest_tokens: int = 0
 
     @classmethod
     def load(cls, env: Mapping[str, str] | None = None) -> "Config":
@@ -58,6 +64,7 @@ class Config:
             "gather_workspace_bytes": _parse_bytes,
             "scale_choice": _parse_scale_choice,
             "kv_scales": _parse_file,
+            "newest_tokens": _parse_newest_tokens,
         }
         names = {PREFIX + name.upper(): name for name in parsers}
         ours = sorted(name for name in env if name.startswith(PREFIX) and name not in OTHER_VARIABLES)
@@ -90,6 +97,12 @@ def _parse_scale_choice(source: str, value: str) -> ScaleChoice:
     if value not in choices:
         raise ConfigError(f"{source}: expected one of {', '.join(choices)}, got {value!r}")
     return choices[value]
+
+
+def _parse_newest_tokens(source: str, value: str) -> int:
+    if value not in ("0", "16", "32", "64", "128"):
+        raise ConfigError(f"{source}: expected 0, 16, 32, 64 or 128, got {value!r}")
+    return int(value)
 
 
 def _whole_number(value: Any) -> Any:

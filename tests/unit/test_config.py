@@ -22,12 +22,13 @@ def test_all_settings_from_the_environment():
         "VLLM_XLAYER_GATHER_WORKSPACE_BYTES": "200",
         "VLLM_XLAYER_SCALE_CHOICE": "amax_6",
         "VLLM_XLAYER_KV_SCALES": __file__,
+        "VLLM_XLAYER_NEWEST_TOKENS": "64",
         "VLLM_XLAYER_CUDA": "0",
         "VLLM_XLAYER_ARCHS": "90",
         "VLLM_XLAYER_COMMIT": "0123abc",
         "VLLM_PLUGINS": "other",
     }
-    assert Config.load(env=env) == Config(True, 200, ScaleChoice.AMAX_6, Path(__file__))
+    assert Config.load(env=env) == Config(True, 200, ScaleChoice.AMAX_6, Path(__file__), 64)
 
 
 def test_the_process_environment_is_the_default(monkeypatch):
@@ -39,6 +40,10 @@ def test_the_process_environment_is_the_default(monkeypatch):
     ("env", "message"),
     [
         ({"VLLM_XLAYER_DEBUGG": "1"}, "environment: expected one of VLLM_XLAYER_DEBUG,"),
+        (
+            {"VLLM_XLAYER_NEWEST_TOKENS": "24"},
+            "VLLM_XLAYER_NEWEST_TOKENS: expected 0, 16, 32, 64 or 128, got '24'",
+        ),
         ({"VLLM_XLAYER_DEBUG": "true"}, "VLLM_XLAYER_DEBUG: expected 0 or 1, got 'true'"),
         ({"VLLM_XLAYER_DEBUG": ""}, "VLLM_XLAYER_DEBUG: expected 0 or 1, got ''"),
         (
@@ -71,6 +76,7 @@ def test_every_variable_is_described():
         "gather_workspace_bytes": "256 MiB",
         "scale_choice": "best_of_9",
         "kv_scales": "none",
+        "newest_tokens": "0",
     }
     assert {name: default for name, (default, _) in VARIABLES.items()} == defaults
     assert Config() == Config.load({})

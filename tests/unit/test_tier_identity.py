@@ -228,6 +228,10 @@ def test_versions_environment_and_files_are_in_the_digest(tmp_path, monkeypatch)
         monkeypatch.setenv("VLLM_XLAYER_KV_SCALES", str(path))
         assert of(folder).digest == digests[5]  # other caches do not use them
         scaled.append(of(folder, **NVFP4).digest)
+    for tokens in ("16", "64"):
+        monkeypatch.setenv("VLLM_XLAYER_NEWEST_TOKENS", tokens)
+        assert of(folder).digest == digests[5]
+        scaled.append(of(folder, **NVFP4).digest)
     monkeypatch.setattr(identity, "version", lambda name: "0.0.1")
     digests.append(of(folder).digest)
     (folder / "README.md").write_text("does not matter")

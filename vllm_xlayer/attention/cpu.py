@@ -8,8 +8,9 @@ token and head, D elements of K and then D of V. An NVFP4 page is laid out as
 How a step attends: for each request the visible part of its sequence is read from the cache
 as float32, the rows of the step's own tokens are replaced by the K and V at hand, and the
 request's queries attend to that. So a token sees the cached, rounded form of earlier chunks
-of its prompt and the exact form of its own chunk. Nothing but valid tokens enters a product:
-unused cache memory may hold NaN.
+of its prompt and the exact form of its own chunk. With VLLM_XLAYER_NEWEST_TOKENS it sees the
+exact form of the newest tokens before its chunk, too (see ``newest``). Nothing but valid tokens
+enters a product: unused cache memory may hold NaN.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -32,6 +33,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_xlayer import ops
 from vllm_xlayer.attention.backend import DensePages
+from vllm_xlayer.attention.newest import TILE, NewestBatch, allocate, make_planner, write_arguments
 from vllm_xlayer.config import Config
 from vllm_xlayer.nvfp4 import GROUP, KV_DTYPES, ScaleOrder, count_groups, scale_choice_of
 
@@ -87,6 +89,8 @@ class CpuReferenceMetadata(AttentionMetadata):
     """For each request, its tokens in the cache once this step's are written."""
     block_table: torch.Tensor
     """int32 [requests, max blocks]: each request's blocks in order."""
+    newest: NewestBatch | None = None
+    """Where the unquantised newest tokens are; None: there are none."""
 
 
 class CpuReferenceMetadataBuilder(AttentionMetadataBuilder[CpuReferenceMetadata]):
@@ -100,6 +104,9 @@ class CpuReferenceMetadataBuilder(AttentionMetadataBuilder[CpuReferenceMetadata]
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract in vLLM
+        self._newest = None
+        if kv_cache_spec.kv_quant_mode.is_nvfp4:
+            self._newest = make_planner(vllm_config, layer_names, device)
 
     def build(
         self,
@@ -115,6 +122,7 @@ class CpuReferenceMetadataBuilder(AttentionMetadataBuilder[CpuReferenceMetadata]
             query_ranges=list(pairwise(common_attn_metadata.query_start_loc_cpu.tolist())),
             seq_lens=common_attn_metadata.seq_lens.tolist(),
             block_table=common_attn_metadata.block_table_tensor,
+            newest=None if self._newest is None else self._newest.plan(common_attn_metadata),
         )
 
 
@@ -158,6 +166,13 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         self.window = sliding_window
         self.soft_cap = logits_soft_cap or None
         self.sinks = sinks
+        self.newest: torch.Tensor | None = None
+        self.config = get_current_vllm_config() if self.is_nvfp4 and settings.newest_tokens else None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Reserves the memory of the newest tokens, before the KV cache takes what is left."""
+        if self.config is not None and self.newest is None:
+            self.newest = allocate(self.config, self.num_kv_heads, self.head_size, act_dtype)
 
     def do_kv_cache_update(
         self,
@@ -181,6 +196,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
                 layer._v_scale,
                 ScaleOrder.LINEAR,
                 self.scale_choice,
+                **write_arguments(layer, self.newest, len(slot_mapping)),
             )
             return
         tokens = torch.nonzero(slot_mapping >= 0).squeeze(1)
@@ -218,9 +234,10 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
             raise NotImplementedError("CPU reference attention: fused output quantisation is not supported")
         if attn_metadata is None:  # a profiling run
             return output.zero_()
-        for (q0, q1), seq_len, blocks in zip(
+        ranges = zip(
             attn_metadata.query_ranges, attn_metadata.seq_lens, attn_metadata.block_table, strict=True
-        ):
+        )
+        for request, ((q0, q1), seq_len, blocks) in enumerate(ranges):
             if q0 == q1:
                 continue
             computed = seq_len - (q1 - q0)
@@ -230,6 +247,8 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
                 keys, values = own_keys, own_values
             else:
                 keys, values = self._read(layer, kv_cache, blocks, start, seq_len)
+                if attn_metadata.newest is not None:
+                    self._put_newest(attn_metadata.newest, request, start, keys, values)
                 keys[:, computed - start :] = own_keys
                 values[:, computed - start :] = own_values
             output[q0:q1] = self._attend(query[q0:q1].float(), keys, values, computed - start)
@@ -261,6 +280,17 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         first = first_block * block_size
         tokens = tokens[:, start - first : stop - first]
         return tokens[..., : self.head_size], tokens[..., self.head_size :]
+
+    def _put_newest(
+        self, batch: NewestBatch, request: int, start: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Puts a request's newest tokens, as they were, over keys and values [H, n, D] of its tokens from
+        ``start`` on: whole tiles that begin where its row is valid, as the kernels do."""
+        assert self.newest is not None
+        tokens = torch.arange(start, start + keys.shape[1])
+        at = torch.nonzero(tokens // TILE * TILE >= batch.begin[request]).squeeze(1)
+        row = self.newest[batch.rows[request]][:, :, tokens[at] % self.newest.shape[3]]
+        keys[:, at], values[:, at] = row[0].float(), row[1].float()
 
     def _attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int

@@ -14,7 +14,8 @@ from .. import ops
 from ..config import Config
 from ..nvfp4 import ScaleOrder, scale_choice_of
 from .decode import DecodeBatch
-from .metadata import DevicePiece, NVFP4Metadata
+from .metadata import DevicePiece, NewestKeys, NVFP4Metadata
+from .newest import NewestBatch, allocate, write_arguments
 
 
 class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
@@ -51,7 +52,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self.window = sliding_window
         self.soft_cap = logits_soft_cap or 0.0
         self.attn_type = attn_type
-        self.shares_kv = kv_sharing_target_layer_name is not None
+        self.shared_kv = kv_sharing_target_layer_name
         self._loaded_sinks = sinks
         # NaN until the weights are loaded: whoever skips that step notices.
         self.sinks = None if sinks is None else torch.full_like(sinks, torch.nan, dtype=torch.float32)
@@ -61,6 +62,8 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         settings = Config.load()
         self.scale_choice = scale_choice_of(kv_cache_dtype, settings.scale_choice)
         self.capacity = self._workspace_tokens(config, settings.gather_workspace_bytes)
+        self.newest: torch.Tensor | None = None
+        self.config = config if settings.newest_tokens else None
 
     def _kernels(self):
         """(attend, merge), see `flash`: imported only where there is a GPU."""
@@ -80,15 +83,25 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         return current_workspace_manager().get_simultaneous((shape, dtype), (shape, dtype))
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Converts the sinks for the kernels. vLLM calls this after each loading, outside CUDA graph capture;
-        the copy stays at the address that captured graphs read."""
+        """Converts the sinks for the kernels, and reserves the memory of newest tokens before vLLM sizes the
+        cache. vLLM calls this after each loading, outside CUDA graph capture; both stay at the address that
+        captured graphs read."""
         if self.sinks is not None and self._loaded_sinks is not None:
             self.sinks.copy_(self._loaded_sinks.detach())
+        if self.config is not None and self.newest is None:
+            self.newest = self._newest_memory(self.config, act_dtype)
+
+    def _newest_memory(self, config, dtype: torch.dtype) -> torch.Tensor:
+        """A layer that reads another's pages reads its newest tokens, too; that one was loaded before."""
+        if self.shared_kv is not None:
+            return config.compilation_config.static_forward_context[self.shared_kv].impl.newest
+        return allocate(config, self.num_kv_heads, self.head_size, dtype)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         ops.reshape_and_cache_nvfp4(
             key, value, kv_cache, slot_mapping, layer._k_scale, layer._v_scale,
             ScaleOrder.LINEAR, self.scale_choice,
+            **write_arguments(layer, self.newest, len(slot_mapping)),
         )  # fmt: skip
 
     def forward(
@@ -103,18 +116,21 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             self._workspace(query.dtype)
             return output.fill_(0)
         if attn_metadata.decode is not None:
-            self._decode(layer, query, kv_cache, attn_metadata.decode, output)
+            self._decode(layer, query, kv_cache, attn_metadata.decode, attn_metadata.newest, output)
         if len(attn_metadata.seq_lens) > 0:
             self._prefill(layer, query, key, value, kv_cache, attn_metadata, output)
         return output
 
-    def _decode(self, layer, query, kv_cache, batch: DecodeBatch, output) -> None:
-        window = self.window or 0
+    def _decode(self, layer, query, kv_cache, batch: DecodeBatch, newest: NewestBatch | None, output) -> None:
+        window, n = self.window or 0, batch.num_requests
         ops.nvfp4_paged_attention(
             query[: batch.num_tokens], kv_cache, batch.block_table, batch.seq_lens, batch.workspaces[window],
             layer._k_scale, layer._v_scale, output[: batch.num_tokens],
             scale=self.scale, q_len=batch.q_len, window=window, soft_cap=self.soft_cap,
             sinks=self.sinks, query_starts=batch.query_starts, usual_q_len=batch.usual_q_len,
+            newest=None if newest is None else self.newest,
+            newest_rows=None if newest is None else newest.rows[:n],
+            newest_from=None if newest is None else newest.begin[:n],
         )  # fmt: skip
 
     def _prefill(self, layer, query, key, value, kv_cache, attn_metadata: NVFP4Metadata, output) -> None:
@@ -125,7 +141,9 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
                 kv_cache, piece.block_table, piece.seq_starts, piece.cu_k, layer._k_scale, layer._v_scale,
                 k, v, ScaleOrder.LINEAR,
             )  # fmt: skip
-            if piece.own_rows is not None and not self.shares_kv:
+            if piece.newest is not None and self.newest is not None:
+                put_newest(piece.newest, self.newest, k, v)
+            if piece.own_rows is not None and self.shared_kv is None:
                 k.index_copy_(0, piece.own_rows, key[piece.tokens])
                 v.index_copy_(0, piece.own_rows, value[piece.tokens])
             self._attend(piece, query[piece.tokens], k, v, output[piece.tokens])
@@ -145,6 +163,18 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             torch.mul(part, sink_factor(lse, self.sinks), out=out)
         elif not is_whole:
             out.copy_(part)
+
+
+def put_newest(tokens: NewestKeys, memory: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Puts tokens as they were over their dequantised K and V [keys, H, D], where the rows have them.
+
+    Args:
+        memory: [rows, 2, H, places, D].
+    """
+    held = tokens.held[:, None, None]
+    for part, out in ((0, k), (1, v)):
+        newest = memory[tokens.rows, part, :, tokens.places]
+        out.index_copy_(0, tokens.keys, torch.where(held, newest, out[tokens.keys]))
 
 
 def sink_factor(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,26 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .decode import DecodeBatch, DecodePlanner, limits
-from .plan import Piece, plan_pieces
+from .newest import TILE, NewestBatch, explain_v2_refusal, make_planner
+from .plan import Piece, newest_candidates, plan_pieces
 
 logger = init_logger(__name__)
+
+
+@dataclass
+class NewestKeys:
+    """Tokens of a piece that may be in rows of newest tokens, on the device; int64 [n] each, and a mask.
+
+    Attributes:
+        keys: where each one's key and value are among the piece's.
+        rows, places: where the row of its request has it,
+        held: bool [n], if it does.
+    """
+
+    keys: torch.Tensor
+    rows: torch.Tensor
+    places: torch.Tensor
+    held: torch.Tensor
 
 
 @dataclass
@@ -40,6 +57,7 @@ class DevicePiece:
     seq_starts: torch.Tensor
     own_rows: torch.Tensor | None
     block_table: torch.Tensor
+    newest: NewestKeys | None = None
 
 
 @dataclass
@@ -53,6 +71,7 @@ class NVFP4Metadata(AttentionMetadata):
         seq_lens: int64 [R] on the host, exact tokens of each request including this step's.
         block_table: int32 [R, M] on the device.
         decode: None if there are no decode requests, or no kernel for them.
+        newest: where the newest tokens of all the batch's requests are; None if none are kept.
     """
 
     num_actual_tokens: int
@@ -61,6 +80,7 @@ class NVFP4Metadata(AttentionMetadata):
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     decode: DecodeBatch | None = None
+    newest: NewestBatch | None = None
     _plans: dict[tuple[int | None, int], list[DevicePiece]] = field(default_factory=dict)
 
     def plan(self, window: int | None, capacity: int) -> list[DevicePiece]:
@@ -98,6 +118,25 @@ class NVFP4Metadata(AttentionMetadata):
             seq_starts=ints[2 * n + 2 :],
             own_rows=dev[: len(own)] if p.causal else None,
             block_table=self.block_table[p.first : p.last],
+            newest=self._newest_keys(p, query_lens),
+        )
+
+    def _newest_keys(self, p: Piece, query_lens: np.ndarray) -> NewestKeys | None:
+        if self.newest is None:
+            return None
+        requests, positions, keys = newest_candidates(query_lens, self.seq_lens, p, self.newest.places)
+        if len(keys) == 0:
+            return None
+        decodes = len(self.newest.rows) - len(self.seq_lens)
+        host = torch.from_numpy(np.stack([requests + decodes, positions, keys]))
+        device = self.block_table.device
+        dev = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        request, position, key = dev.unbind()
+        return NewestKeys(
+            keys=key,
+            rows=self.newest.rows[request].long(),
+            places=position % self.newest.places,
+            held=position // TILE * TILE >= self.newest.begin[request],
         )
 
 
@@ -112,6 +151,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             )
         # With speculative decoding vLLM knows only an upper bound of the lengths on the host.
         self._lens_exact_on_host = vllm_config.speculative_config is None
+        self._newest = make_planner(vllm_config, layer_names, device, explain_v2_refusal)
         self._planner: DecodePlanner | None = None
         self._decode_len = _decode_query_len(vllm_config)
         if shape := _decode_shape(vllm_config, kv_cache_spec):
@@ -167,6 +207,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             if tokens > 0:
                 query_lens = np.diff(starts[: first + 1])
                 decode = self._planner.plan(query_lens, m.query_start_loc, m.seq_lens, m.block_table_tensor)
+        newest = None if self._newest is None else self._newest.plan(m)
         seq_lens = np.empty(0, dtype=np.int64)
         if first < m.num_reqs:
             known = m.seq_lens_cpu_upper_bound if self._lens_exact_on_host else None
@@ -179,6 +220,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             block_table=m.block_table_tensor[first:],
             slot_mapping=m.slot_mapping,
             decode=decode,
+            newest=newest,
         )
 
 

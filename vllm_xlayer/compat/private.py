@@ -106,6 +106,15 @@ _OWN = (
     ),
     Private(
         PLATFORM_FEATURE,
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner",
+        why="nobody would say which requests start, and newest tokens could be another request's",
+        how="_update_states is overridden and calls vLLM's; the batch's requests are read",
+        remove_when="model runner V1 gives builders req_idx, or is gone",
+        methods={"_update_states": "scheduler_output"},
+        attributes=("input_batch",),
+    ),
+    Private(
+        PLATFORM_FEATURE,
         "vllm.v1.worker.gpu_worker",
         why="the worker could not set up its process groups",
         how="called as the CPU worker does",

@@ -1,12 +1,13 @@
 """Changes to vLLM where it has no extension point: a registry, and one file a target."""
 
-from . import attention, cli, connectors, item_names, kv_scales, sleep
+from . import attention, cli, connectors, item_names, kv_scales, newest, sleep
 
 PATCHES = (
     attention.PATCH,
     cli.PATCH,
     connectors.PATCH,
     kv_scales.PATCH,
+    newest.PATCH,
     *item_names.PATCHES,
     *sleep.PATCHES,
 )

@@ -1,21 +1,45 @@
 """The worker: vLLM's CPU worker, without its warm-up, NUMA and thread settings."""
 
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
+from vllm_xlayer.attention.newest import NamedRows, reserved_bytes, use_rows
+from vllm_xlayer.config import Config
+
 DEFAULT_KV_CACHE_BYTES = 2 << 30
 """Most KV cache memory taken where the user asked for no size."""
 STATES = ("SHORT_CONV", "GDN_ATTN", "MAMBA2")
 """vLLM's names of the layers with a state in place of a KV cache whose ops this platform has."""
+
+
+class CpuReferenceRunner(CPUModelRunner):
+    """vLLM's, which also says which requests start and end: attention keeps something of each that runs."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.request_rows = NamedRows(
+            vllm_config.scheduler_config.max_num_seqs, lambda: self.input_batch.req_ids
+        )
+        use_rows(self.request_rows)
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        """Before vLLM's: a step's metadata is built after it."""
+        self.request_rows.end(scheduler_output.finished_req_ids)
+        self.request_rows.end(scheduler_output.preempted_req_ids or ())
+        self.request_rows.start(new.req_id for new in scheduler_output.scheduled_new_reqs)
+        self.request_rows.start(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        return super()._update_states(scheduler_output)
 
 
 class CpuReferenceWorker(CPUWorker):
@@ -52,7 +76,7 @@ class CpuReferenceWorker(CPUWorker):
             current_platform.dist_backend,
         )
         set_random_seed(self.model_config.seed)
-        self.model_runner = CPUModelRunner(self.vllm_config, self.device)
+        self.model_runner = CpuReferenceRunner(self.vllm_config, self.device)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """As the parent, with states at block boundaries from chunks that end there.
@@ -78,10 +102,12 @@ class CpuReferenceWorker(CPUWorker):
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: what was asked for, else what full batches can use, capped.
 
-        The parent first runs the model on a full batch to compile it. Nothing is compiled here.
+        The memory of newest tokens is part of what was asked for. The parent first runs the model on a full
+        batch to compile it. Nothing is compiled here.
         """
         limit = self.cache_config.kv_cache_memory_bytes
         assert limit is not None, "kv_cache_memory_bytes: expected bytes, got None"
+        limit = self._without_newest_tokens(limit)
         if not self.kv_cache_size_is_default:
             return limit
         # Allocating writes every byte: a small model's engine should not wait for gigabytes.
@@ -89,3 +115,18 @@ class CpuReferenceWorker(CPUWorker):
             spec.max_memory_usage_bytes(self.vllm_config) for spec in self.get_kv_cache_spec().values()
         )
         return min(limit, one_request * (self.scheduler_config.max_num_seqs + 1))
+
+    def _without_newest_tokens(self, limit: int) -> int:
+        """What is left of the KV cache's memory beside the newest tokens.
+
+        Raises:
+            ValueError: nothing is.
+        """
+        reserved = reserved_bytes(self.vllm_config)
+        if reserved < limit:
+            return limit - reserved
+        raise ValueError(
+            f"VLLM_XLAYER_NEWEST_TOKENS={Config.load().newest_tokens}: expected less than the {limit} bytes "
+            f"of KV cache memory, got {reserved} for {self.scheduler_config.max_num_seqs} requests: lower "
+            "--max-num-seqs or the variable, or raise --kv-cache-memory-bytes"
+        )

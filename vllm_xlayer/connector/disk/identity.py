@@ -113,6 +113,8 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
     }
     if str(cache.cache_dtype) in KV_DTYPES:  # so that what others have on disk stays valid
         settings["kv_scales"] = kv_scales.digest(Config.load().kv_scales)
+        if newest_tokens := Config.load().newest_tokens:  # others' stays valid here, too
+            settings["newest_tokens"] = newest_tokens
     return settings
 
 

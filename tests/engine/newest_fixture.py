@@ -1,0 +1,212 @@
+"""What tests of unquantised newest tokens share: an oracle, a random life of requests, random drafts."""
+
+import random
+from collections import Counter
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import torch
+from model_fixture import VOCAB, random_prompts
+
+BLOCK = 16
+
+
+class PageOracle:
+    """Wraps the attention's writes and reads: what is read from a row is what was last written to the page.
+
+    It follows pages, not requests: of every layer and slot it keeps the key and value last written there. A
+    row holds a better copy of what is in a page, never another content, so each token that attention takes
+    from a row must equal, bit for bit, what was last written where the block table has that token.
+
+    Attributes:
+        wrong: descriptions of tokens that were another content than their page's.
+        counts: "read", tokens taken from rows; "attended", requests and layers of all steps.
+    """
+
+    def __init__(self, monkeypatch) -> None:
+        from vllm_xlayer.attention.cpu import CpuReferenceImpl
+
+        self.written: dict[str, torch.Tensor] = {}  # layer -> [slots, 2, H, D]
+        self.wrong: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.now: tuple[str, torch.Tensor] = ("", torch.empty(0))
+        write, read = CpuReferenceImpl.do_kv_cache_update, CpuReferenceImpl._read
+        put = CpuReferenceImpl._put_newest
+
+        def writes(impl, layer, key, value, kv_cache, slot_mapping):
+            shape = (kv_cache.shape[0] * BLOCK, 2, *key.shape[1:])
+            pages = self.written.setdefault(layer.layer_name, torch.full(shape, torch.nan))
+            tokens = torch.nonzero(slot_mapping >= 0).squeeze(1)
+            pages[slot_mapping[tokens]] = torch.stack((key[tokens], value[tokens]), 1).float()
+            return write(impl, layer, key, value, kv_cache, slot_mapping)
+
+        def reads(impl, layer, kv_cache, blocks, start, stop):
+            self.now = (layer.layer_name, blocks.long())
+            return read(impl, layer, kv_cache, blocks, start, stop)
+
+        def puts(impl, batch, request, start, keys, values):
+            before = keys.clone()
+            put(impl, batch, request, start, keys, values)
+            self._check(start, before, keys, values)
+
+        monkeypatch.setattr(CpuReferenceImpl, "do_kv_cache_update", writes)
+        monkeypatch.setattr(CpuReferenceImpl, "_read", reads)
+        monkeypatch.setattr(CpuReferenceImpl, "_put_newest", puts)
+
+    def _check(self, start, before, keys, values) -> None:
+        layer, blocks = self.now
+        changed = (keys != before).any(-1).any(0).nonzero().squeeze(1)
+        positions = start + changed
+        slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
+        got = torch.stack((keys[:, changed], values[:, changed])).permute(2, 0, 1, 3)
+        differs = (got != self.written[layer][slots]).flatten(1).any(1)
+        self.counts["read"] += len(changed)
+        self.counts["attended"] += 1
+        for position in positions[differs].tolist():
+            self.wrong.append(f"{layer}: token {position} of {start + keys.shape[1]}")
+
+
+class Life:
+    """Requests that come, share prefixes, are aborted, preempted and resumed, on a cache too small for them.
+
+    Prompts begin with one of few stems, cut where others' prompts end, so that a prompt is often found in the
+    cache up to a place where another request's row ends.
+    """
+
+    def __init__(self, llm, seed: int) -> None:
+        from vllm_xlayer.compat.engine import core_of
+
+        self.engine = llm.llm_engine
+        self.scheduler = core_of(llm).scheduler
+        self.preempted: set[tuple[str, int]] = set()
+        self.rng = random.Random(seed)
+        self.seed = seed
+        self.names = 0
+        self.running: set[str] = set()
+        self.counts: Counter[str] = Counter()
+        self.stems = random_prompts([96] * 3, seed=seed)
+
+    def begin(self) -> None:
+        """What is known to be dangerous, before what is drawn at random."""
+        stem, other, *pairs = random_prompts([97] + [100] * 7, seed=self.seed + 1)
+        for prompt in (stem, other, stem):  # the third is found, and its row was the second's
+            self._run([prompt], 2)
+        for i in (0, 2, 4):  # rows are given back in any order: often, each gets the other's
+            self._run(pairs[i : i + 2], 6, preempt_after=5)
+        self.stems[0] = stem[:96]
+
+    def _run(self, prompts, tokens: int, preempt_after: int | None = None) -> None:
+        for prompt in prompts:
+            self._add(prompt, tokens)
+        steps = 0
+        while self.running:
+            if steps == preempt_after:
+                self._preempt_all(keep=True)
+            self._step_engine()
+            steps += 1
+
+    def step(self) -> None:
+        """One step of the engine, and what happens before it."""
+        while len(self.running) < 5 and self.rng.random() < 0.4:
+            self._add(*self._draw())
+        if self.running and self.rng.random() < 0.02:
+            name = self.rng.choice(sorted(self.running))
+            self.engine.abort_request([name])
+            self.running.discard(name)
+            self.counts["aborted"] += 1
+        if self.rng.random() < 0.02:
+            self._preempt_all(keep=self.rng.random() < 0.8)
+        self._step_engine()
+
+    def _step_engine(self) -> None:
+        requests = self.scheduler.requests.items()
+        self.preempted |= {(name, n) for name, r in requests if (n := r.num_preemptions)}
+        for output in self.engine.step():
+            self.counts["cached"] += bool(output.num_cached_tokens) and output.finished
+            self.counts["finished"] += output.finished
+            if output.finished:
+                self.running.discard(output.request_id)
+
+    def end(self) -> None:
+        self.counts["preempted"] = len(self.preempted)
+        self.engine.abort_request(sorted(self.running))
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+    def _preempt_all(self, keep: bool) -> None:
+        """As for new weights; with keep, what they have computed is found again."""
+        manager = self.scheduler.kv_cache_manager
+        kept = patch.object(manager, "reset_prefix_cache", return_value=True) if keep else nullcontext()
+        with kept:
+            self.engine.reset_prefix_cache(reset_running_requests=True)
+        self.counts["kept" if keep else "reset"] += 1
+
+    def _draw(self) -> tuple[list[int], int]:
+        rng = self.rng
+        fresh, tail = random_prompts([96, rng.choice([1, 1, 5, 16, 17, 40])], seed=rng.randrange(1 << 30))
+        if rng.random() < 0.3:  # whose request writes all of it itself
+            self.stems[rng.randrange(len(self.stems))] = fresh
+        stem = rng.choice(self.stems)
+        return stem[: rng.choice([16, 48, 96, 96])] + tail, rng.choice([2] * 5 + [17, 60])
+
+    def _add(self, prompt: list[int], tokens: int) -> None:
+        from vllm import SamplingParams
+
+        self.names += 1
+        name = f"{self.seed}-{self.names}"
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        self.running.add(name)
+
+
+def allow_drafts(monkeypatch) -> None:
+    """Lets the CPU reference platform speculate: it refuses, as vLLM's sampler for it is compiled."""
+    from vllm_xlayer.platform import reference
+
+    monkeypatch.setattr(reference, "_refusal", lambda config: None)
+    if not hasattr(torch.ops._C, "rejection_greedy_sample_kernel_impl"):
+        schema = (
+            "rejection_greedy_sample_kernel_impl(Tensor(a!) out, Tensor ends, Tensor drafts, Tensor best, "
+            "Tensor bonus, Tensor? is_greedy, SymInt most) -> ()"
+        )
+        _LIBRARY.define(schema)
+        _LIBRARY.impl("rejection_greedy_sample_kernel_impl", _accept, "CompositeExplicitAutograd")
+
+
+def draft_at_random(monkeypatch) -> None:
+    """Drafts are made at random from now on, and accepted at random.
+
+    What an answer is does not matter here, and what the tiny model says can hardly be guessed. Once an engine
+    was made: vLLM does not start where numba was imported before it.
+    """
+    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+
+    monkeypatch.setattr(NgramProposer, "batch_propose", _draft)
+    torch.set_num_threads(1)  # the compiled search for n-grams has set the machine's
+
+
+_RANDOM = random.Random(0)
+_LIBRARY = torch.library.Library("_C", "FRAGMENT")
+accepted: Counter[bool] = Counter()
+"""Drafts that were accepted, and rejected."""
+
+
+def _draft(proposer, num_requests, valid, num_tokens, tokens, k) -> list[list[int]]:
+    """Of each request that wants some, up to k drafts."""
+    room = {i: min(k, proposer.max_model_len - 1 - int(num_tokens[i])) for i in valid}
+    counts = [_RANDOM.randint(0, max(0, room.get(i, 0))) for i in range(num_requests)]
+    return [[_RANDOM.randrange(1, VOCAB) for _ in range(count)] for count in counts]
+
+
+def _accept(out, ends, drafts, best, bonus, is_greedy, most) -> None:
+    """Drafts up to one at random, and then what the model says: out [requests, most + 1]."""
+    start = 0
+    for row, end in enumerate(ends.tolist()):
+        took = 0
+        while start + took < end and _RANDOM.random() < 2 / 3:
+            out[row, took] = drafts[start + took]
+            took += 1
+        out[row, took] = bonus[row] if start + took == end else best[start + took]
+        accepted[True] += took
+        accepted[False] += end - start - took
+        start = end

@@ -1,0 +1,296 @@
+"""Whose newest tokens are at hand unquantised: a row a running request, and what is valid in it.
+
+Pages, tiers and the prefix cache hold all tokens in NVFP4, whatever happens here. Beside them each running
+request has a row with the newest of its tokens as they were, from which attention reads them: a better copy,
+never another content. What is not there (a prompt found in a cache, a preempted request) is read from pages.
+
+Nothing stale is read as long as every start of a request in a row is counted, a resumption too
+(`RequestRows.starts`): what a row holds is then followed from the lengths of each step (``ops.newest_step``).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from .. import ops
+from ..config import Config
+from ..ops.newest import JUST_STARTED
+
+logger = init_logger(__name__)
+
+TILE = 16
+"""Tokens that are read together, from one place."""
+NO_ROW = -1
+DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
+"""Methods of speculation that run no attention of their own."""
+
+
+class RequestRows(Protocol):
+    """A process's rows of running requests.
+
+    Attributes:
+        starts: int64 [rows], how often a request was started in each row, or started again.
+    """
+
+    starts: np.ndarray
+
+    def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
+        """int32 [step.num_reqs]: the row of each request of a batch; NO_ROW: it has none."""
+        ...
+
+
+class NamedRows:
+    """Rows given to requests by name, for a runner that keeps none: model runner V1.
+
+    Args:
+        rows: as many as requests can run.
+        batch: returns the names of the current step's requests, in the order of its batch.
+    """
+
+    def __init__(self, rows: int, batch: Callable[[], list[str]]) -> None:
+        self.starts = np.zeros(rows, dtype=np.int64)
+        self._batch = batch
+        self._free = list(range(rows))
+        self._row_of: dict[str, int] = {}
+
+    def start(self, names: Iterable[str]) -> None:
+        """Requests are about to run whose rows hold nothing of theirs: new ones, and resumed ones."""
+        for name in names:
+            self.end([name])
+            if self._free:  # else it reads pages
+                row = self._row_of[name] = self._free.pop()
+                self.starts[row] += 1
+
+    def end(self, names: Iterable[str]) -> None:
+        """Requests run no longer. Those that never did are passed over."""
+        for name in names:
+            if (row := self._row_of.pop(name, None)) is not None:
+                self._free.append(row)
+
+    def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
+        rows = np.full(step.num_reqs, NO_ROW, dtype=np.int32)
+        for i, name in enumerate(self._batch()[: step.num_reqs]):
+            rows[i] = self._row_of.get(name, NO_ROW)
+        return rows
+
+
+class RunnerRows:
+    """Model runner V2's own: a request keeps its row of the runner's table for as long as it runs.
+
+    Args:
+        table: the runner's.
+        rows: that it has.
+    """
+
+    def __init__(self, table: Any, rows: int) -> None:
+        self.table = table
+        self.starts = np.zeros(rows, dtype=np.int64)
+
+    def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
+        rows = np.full(step.num_reqs, NO_ROW, dtype=np.int32)
+        if step.req_idx is not None:  # a dummy run's may be; padding has none
+            rows[: len(step.req_idx)] = step.req_idx[: step.num_reqs]
+        return rows
+
+
+_rows: RequestRows | None = None
+_v2_starts_are_told = False
+
+
+def expect_v2_starts() -> None:
+    """From now on every start of a request on model runner V2 is told to `count_v2_start`."""
+    global _v2_starts_are_told
+    _v2_starts_are_told = True
+
+
+def count_v2_start(table: Any, rows: int, row: int) -> None:
+    """A request was put into a row of a runner's table; a new one, or one that resumes."""
+    if not isinstance(_rows, RunnerRows) or _rows.table is not table:
+        use_rows(RunnerRows(table, rows))
+    assert _rows is not None
+    _rows.starts[row] += 1
+
+
+def use_rows(rows: RequestRows | None) -> None:
+    """The rows that this process's builders take from now on; None: nobody has any."""
+    global _rows
+    _rows = rows
+
+
+@dataclass(frozen=True)
+class NewestBatch:
+    """A step's newest tokens, for all layers of a group; on the device, each step at the same address.
+
+    Attributes:
+        slots: int64 [tokens], where the writer puts each token; -1: nowhere.
+        rows: int32 [requests].
+        begin: int32 [requests], the first token that may be read from its row; if there is none, one past
+            the request's tokens.
+        places: tokens that a row holds.
+    """
+
+    slots: torch.Tensor
+    rows: torch.Tensor
+    begin: torch.Tensor
+    places: int
+
+
+class NewestPlanner:
+    """Follows what the rows hold, for the layers of one KV cache group.
+
+    Args:
+        requests: as many as can run, and as a batch can have with padding.
+        max_tokens: as many as a batch can have.
+        places: tokens that a row holds.
+    """
+
+    def __init__(self, requests: int, max_tokens: int, places: int, device: torch.device) -> None:
+        self._places = places
+        self._state = torch.full((requests, 2), JUST_STARTED, dtype=torch.int32, device=device)
+        self._slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
+        self._row_of = torch.empty(requests, dtype=torch.int32, device=device)
+        self._begin = torch.empty(requests, dtype=torch.int32, device=device)
+        self._followed: RequestRows | None = None
+        self._starts = np.zeros(0, dtype=np.int64)
+
+    def plan(self, step: CommonAttentionMetadata) -> NewestBatch:
+        """The step that begins. Nothing is kept, nor read, of requests of which nobody says the row."""
+        self._forget_what_others_left()
+        n = step.num_reqs
+        rows = np.full(n, NO_ROW, dtype=np.int32) if _rows is None else _rows.rows_of(step)
+        slots = self._slots[: len(step.slot_mapping)]
+        batch = NewestBatch(slots, self._row_of[:n], self._begin[:n], self._places)
+        batch.rows.copy_(self._to_device(rows))
+        ops.newest_step(
+            step.query_start_loc[: n + 1], step.seq_lens[:n], batch.rows, step.slot_mapping, self._state,
+            batch.slots, batch.begin, self._places,
+        )  # fmt: skip
+        return batch
+
+    def _forget_what_others_left(self) -> None:
+        """Rows in which requests were started since the last step hold nothing of theirs."""
+        if _rows is not self._followed:
+            self._followed = _rows
+            self._state.fill_(JUST_STARTED)
+        elif _rows is not None:
+            started = np.flatnonzero(self._starts != _rows.starts)
+            if len(started):
+                self._state.index_fill_(0, self._to_device(started), JUST_STARTED)
+        if _rows is not None:
+            self._starts = _rows.starts.copy()
+
+    def _to_device(self, host: np.ndarray) -> torch.Tensor:
+        """Without waiting; host memory that is copied from is not used again before it was."""
+        tensor = torch.from_numpy(host)
+        if self._state.is_cuda:
+            tensor = tensor.pin_memory().to(self._state.device, non_blocking=True)
+        return tensor
+
+
+def make_planner(
+    config: VllmConfig,
+    layer_names: list[str],
+    device: torch.device,
+    explain_runner: Callable[[VllmConfig], str | None] = lambda config: None,
+) -> NewestPlanner | None:
+    """A planner for the layers of an NVFP4 KV cache group, if the user asked for newest tokens.
+
+    Says what their memory takes. ``explain_runner`` says why the runner's rows cannot be followed, or None.
+
+    Raises:
+        ValueError: in this configuration rows could be mistaken for others'.
+    """
+    places = Config.load().newest_tokens
+    if not places:
+        return None
+    if refusal := explain_runner(config) or explain_refusal(config):
+        raise ValueError(
+            f"VLLM_XLAYER_NEWEST_TOKENS={places}: {refusal}, or VLLM_XLAYER_NEWEST_TOKENS=0, which reads all "
+            "tokens from their NVFP4 pages"
+        )
+    scheduler, captured = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size or 0
+    logger.info(
+        "Newest %d tokens of each of %d running requests in 16 bits: %.1f MB of memory for %d layers",
+        places, scheduler.max_num_seqs, reserved_bytes(config, layer_names) / 1e6, len(layer_names),
+    )  # fmt: skip
+    return NewestPlanner(
+        max(scheduler.max_num_seqs, captured),
+        max(scheduler.max_num_batched_tokens, captured),
+        places,
+        device,
+    )
+
+
+def explain_refusal(config: VllmConfig) -> str | None:
+    """What to turn off for newest tokens, or None."""
+    speculation, parallel = config.speculative_config, config.parallel_config
+    if speculation is not None and speculation.method not in DRAFTS_WITHOUT_LAYERS:
+        return (
+            "expected no speculation, or by one of the methods "
+            f"{', '.join(DRAFTS_WITHOUT_LAYERS)}, got {speculation.method}: choose one of them"
+        )
+    if parallel.use_ubatching:
+        return "expected whole batches, got micro-batches: remove --enable-dbo"
+    if parallel.prefill_context_parallel_size > 1:
+        return (
+            "expected a prefill context parallel size of 1, got "
+            f"{parallel.prefill_context_parallel_size}: remove --prefill-context-parallel-size"
+        )
+    if config.cache_config.kv_sharing_fast_prefill:
+        return "expected no fast prefill of shared KV: remove --kv-sharing-fast-prefill"
+    return None
+
+
+def explain_v2_refusal(config: VllmConfig) -> str | None:
+    """Why the rows of model runner V2 cannot be followed, or None."""
+    if not config.use_v2_model_runner:
+        return (
+            "expected model runner V2, whose requests have rows, got V1: set VLLM_USE_V2_MODEL_RUNNER=1 "
+            "where it serves the model"
+        )
+    if config.model_config.is_hybrid:
+        return (
+            "expected a model without states, of whose requests model runner V2 tells the rows, got a "
+            "hybrid: serve another model"
+        )
+    if not _v2_starts_are_told:
+        return (
+            "expected to be told when a request starts; this vLLM's runner is another (`vllm-xlayer doctor` "
+            "says what is missing): use a vLLM that is supported"
+        )
+    return None
+
+
+def allocate(config: VllmConfig, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """A layer's memory of newest tokens, [requests, 2, H, places, D], K and then V.
+
+    It starts as NaN: whoever reads a place that nobody wrote notices.
+    """
+    shape = (config.scheduler_config.max_num_seqs, 2, num_kv_heads, Config.load().newest_tokens, head_size)
+    return torch.full(shape, torch.nan, dtype=dtype, device=config.device_config.device)
+
+
+def reserved_bytes(config: VllmConfig, layer_names: Iterable[str] | None = None) -> int:
+    """Memory of the newest tokens of those layers, or of all."""
+    layers = config.compilation_config.static_forward_context
+    impls = [getattr(layers[name], "impl", None) for name in (layers if layer_names is None else layer_names)]
+    memory = [newest for impl in impls if (newest := getattr(impl, "newest", None)) is not None]
+    return sum({newest.data_ptr(): newest.nbytes for newest in memory}.values())  # some share another's
+
+
+def write_arguments(layer: Any, memory: torch.Tensor | None, num_tokens: int) -> dict[str, torch.Tensor]:
+    """What ``reshape_and_cache_nvfp4`` takes to also write a step's tokens into a layer's memory."""
+    if memory is None:
+        return {}
+    steps: Any = get_forward_context().attn_metadata
+    step = steps.get(layer.layer_name) if isinstance(steps, dict) else None
+    if step is None or step.newest is None:  # a run without a cache
+        return {}
+    return dict(newest=memory, newest_slots=step.newest.slots[:num_tokens])
