@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from ... import kv_scales
 from ...config import Config
@@ -51,8 +51,11 @@ def _problems(vllm_config: VllmConfig):
     multimodal = vllm_config.model_config.multimodal_config
     if vllm_config.lora_config is not None:
         yield "LoRA adapters are in vLLM's block hashes by name, not by weights"
-    if vllm_config.speculative_config is not None:
-        yield "with speculative decoding rows may hold a draft model's KV"
+    if _has_drafter(vllm_config) and vllm_config.speculative_config.draft_model_config is None:
+        yield (
+            f"speculative decoding: expected {', '.join(DRAFTERS_WITHOUT_KV)} or a draft model, whose "
+            f"weights can be told apart, got method {vllm_config.speculative_config.method}"
+        )
     if (
         multimodal is not None
         and multimodal.mm_encoder_attn_dtype
@@ -66,8 +69,9 @@ def _problems(vllm_config: VllmConfig):
         )
     if parallel.world_size != parallel.tensor_parallel_size:
         yield (
-            f"expected tensor parallelism only, got {parallel.world_size} ranks with "
-            f"tensor_parallel_size {parallel.tensor_parallel_size}"
+            f"expected tensor parallelism only, got {parallel.world_size} ranks with tensor_parallel_size "
+            f"{parallel.tensor_parallel_size}: the other ranks hold other layers, and nothing here says of "
+            "an entry which layers it has"
         )
 
 
@@ -143,17 +147,57 @@ def state_settings(vllm_config: VllmConfig) -> dict[str, Any]:
     }
 
 
+DRAFTERS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
+"""vLLM's methods of speculative decoding that keep nothing in the KV cache."""
+
+
+def _has_drafter(vllm_config: VllmConfig) -> bool:
+    """Whether rows hold the KV of a model that drafts."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and speculative.method not in DRAFTERS_WITHOUT_KV
+
+
+def draft_settings(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What shapes the KV of a model that drafts, beside the layout, which says its layers.
+
+    Its KV at a block's last position may depend on the token after, which is in no key. A draft from it may
+    be worse, never an answer: the served model checks every draft.
+
+    Raises:
+        NoIdentity: its files are not on this host.
+    """
+    speculative = vllm_config.speculative_config
+    assert speculative is not None
+    draft = speculative.draft_model_config
+    folder = _folder_of(draft)
+    return {
+        "method": speculative.method,
+        "tokens": speculative.num_speculative_tokens,
+        "parallel": speculative.parallel_drafting,
+        "config": draft.hf_config.to_dict(),
+        "dtype": draft.dtype,
+        "quantization": draft.quantization,
+        "code": code_digest(folder),
+        "weights": weights_digest(folder),
+    }
+
+
 def _settings_digest(vllm_config: VllmConfig, code: str, states: bool) -> str:
     shaping: list[Any] = [code, shaping_settings(vllm_config)]
     if states:
         shaping.append(state_settings(vllm_config))
+    if _has_drafter(vllm_config):
+        shaping.append(draft_settings(vllm_config))
     text = json.dumps(shaping, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def model_folder(vllm_config: VllmConfig) -> Path:
     """Where the model's files are. Raises NoIdentity where they are not on this host."""
-    model = vllm_config.model_config
+    return _folder_of(vllm_config.model_config)
+
+
+def _folder_of(model: ModelConfig) -> Path:
     if Path(model.model).is_dir():
         return Path(model.model)
     from huggingface_hub import snapshot_download
