@@ -101,7 +101,6 @@ def engine(**changes):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"lora_config": object()}, "LoRA"),
         (
             {"speculative_config": SimpleNamespace(method="custom_class", draft_model_config=None)},
             "expected ngram, ngram_gpu, suffix or a draft model, .* got method custom_class",
@@ -238,7 +237,7 @@ def test_what_shapes_a_drafts_kv_is_in_the_digest(tmp_path):
     digests.append(of(folder, **drafted(draft)).digest)
     digests.append(of(folder, **drafted(save(tmp_path / "another", DATA[:-1] + b"\0"))).digest)
     assert len(set(digests)) == len(digests)
-    known = identity.draft_settings(engine(**drafted(draft)))
+    known = identity.draft_settings(engine(**drafted(draft)).speculative_config)
     assert DRAFTS.keys() | {"code", "weights"} == known.keys()
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
 from ... import kv_scales
 from ...config import Config
@@ -49,12 +49,10 @@ def tier_identity(vllm_config: VllmConfig, layout: RowDescriptor, blocks_per_chu
 def _problems(vllm_config: VllmConfig):
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     multimodal = vllm_config.model_config.multimodal_config
-    if vllm_config.lora_config is not None:
-        yield "LoRA adapters are in vLLM's block hashes by name, not by weights"
-    if _has_drafter(vllm_config) and vllm_config.speculative_config.draft_model_config is None:
+    if (drafter := _drafter(vllm_config)) is not None and drafter.draft_model_config is None:
         yield (
             f"speculative decoding: expected {', '.join(DRAFTERS_WITHOUT_KV)} or a draft model, whose "
-            f"weights can be told apart, got method {vllm_config.speculative_config.method}"
+            f"weights can be told apart, got method {drafter.method}"
         )
     if (
         multimodal is not None
@@ -151,13 +149,15 @@ DRAFTERS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 """vLLM's methods of speculative decoding that keep nothing in the KV cache."""
 
 
-def _has_drafter(vllm_config: VllmConfig) -> bool:
-    """Whether rows hold the KV of a model that drafts."""
+def _drafter(vllm_config: VllmConfig) -> SpeculativeConfig | None:
+    """Settings of the model that drafts and whose KV is in the rows; None where there is none."""
     speculative = vllm_config.speculative_config
-    return speculative is not None and speculative.method not in DRAFTERS_WITHOUT_KV
+    if speculative is None or speculative.method in DRAFTERS_WITHOUT_KV:
+        return None
+    return speculative
 
 
-def draft_settings(vllm_config: VllmConfig) -> dict[str, Any]:
+def draft_settings(drafter: SpeculativeConfig) -> dict[str, Any]:
     """What shapes the KV of a model that drafts, beside the layout, which says its layers.
 
     Its KV at a block's last position may depend on the token after, which is in no key. A draft from it may
@@ -166,14 +166,13 @@ def draft_settings(vllm_config: VllmConfig) -> dict[str, Any]:
     Raises:
         NoIdentity: its files are not on this host.
     """
-    speculative = vllm_config.speculative_config
-    assert speculative is not None
-    draft = speculative.draft_model_config
+    draft = drafter.draft_model_config
+    assert draft is not None  # else `_problems` has said so
     folder = _folder_of(draft)
     return {
-        "method": speculative.method,
-        "tokens": speculative.num_speculative_tokens,
-        "parallel": speculative.parallel_drafting,
+        "method": drafter.method,
+        "tokens": drafter.num_speculative_tokens,
+        "parallel": drafter.parallel_drafting,
         "config": draft.hf_config.to_dict(),
         "dtype": draft.dtype,
         "quantization": draft.quantization,
@@ -186,8 +185,8 @@ def _settings_digest(vllm_config: VllmConfig, code: str, states: bool) -> str:
     shaping: list[Any] = [code, shaping_settings(vllm_config)]
     if states:
         shaping.append(state_settings(vllm_config))
-    if _has_drafter(vllm_config):
-        shaping.append(draft_settings(vllm_config))
+    if (drafter := _drafter(vllm_config)) is not None:
+        shaping.append(draft_settings(drafter))
     text = json.dumps(shaping, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
