@@ -181,7 +181,10 @@ def test_kv_cache_size(make_llm, tiny_llama, monkeypatch):
         (dict(kv_cache_dtype="fp8"), "expected one of auto, bfloat16, float16, nvfp4, nvfp4_4over6, got fp8"),
         (dict(block_size=24), "block_size: expected a multiple of 16, got 24"),
         (dict(decode_context_parallel_size=2, tensor_parallel_size=4), "context parallelism"),
-        (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)), "speculative decoding"),
+        (
+            dict(speculative_config=dict(method="suffix", num_speculative_tokens=2)),
+            "expected method ngram, eagle, eagle3, got suffix",
+        ),
         (dict(attention_config=dict(backend="FLASH_ATTN")), "FLASH_ATTN needs a GPU"),
     ],
 )

@@ -100,3 +100,16 @@ def test_preemption_in_a_tiny_cache(make_llm, tmp_path, monkeypatch):
     served = Served(make_llm, tmp_path, "lfm2", num_gpu_blocks_override=34, max_model_len=128)
     served.check(prompts, answers(served.llm, prompts, 40))
     assert preempted
+
+
+def test_parts_of_blocks_with_a_match_unit(make_llm, tmp_path):
+    """Without a connector, in vLLM's own layout: pages whose first layer has a state are copied in full."""
+    served = Served(
+        make_llm, tmp_path, "lfm2", block_size=64, prefix_match_unit=16, max_num_batched_tokens=512
+    )
+    lengths = [17, 40, 65, 129, 150]
+    prompts = random_prompts(lengths, seed=11)
+    answers(served.llm, prompts, 1)
+    found = answers_and_hits(served.llm, prompts, NUM_TOKENS)
+    assert [answer[2] for answer in found] == [(length - 1) // 16 * 16 for length in lengths]
+    served.check(prompts, found)

@@ -101,13 +101,15 @@ def engine(**changes):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"lora_config": object()}, "LoRA"),
-        ({"speculative_config": object()}, "speculative"),
+        (
+            {"speculative_config": SimpleNamespace(method="custom_class", draft_model_config=None)},
+            "expected ngram, ngram_gpu, suffix or a draft model, .* got method custom_class",
+        ),
         (
             {"cache_config.prefix_caching_hash_algo": "xxhash"},
             "expected one of sha256, sha256_cbor, got xxhash",
         ),
-        ({"parallel_config.world_size": 4}, "tensor parallelism only"),
+        ({"parallel_config.world_size": 4}, "tensor parallelism only, got 4 ranks .* other layers"),
         ({"model_config.multimodal_config.mm_encoder_attn_dtype": "fp8"}, "scales from the first images"),
     ],
 )
@@ -200,6 +202,54 @@ def test_what_shapes_states_is_in_the_digest_of_hybrids_only(tmp_path, changes):
     folder = save(tmp_path / "model", DATA)
     assert of(folder, states=True, **changes).digest != of(folder, states=True).digest
     assert of(folder, **changes).digest == of(folder).digest
+
+
+def drafted(folder, **changes):
+    """With speculative decoding by a draft model; names with dots change one thing."""
+    draft = SimpleNamespace(
+        model=str(folder), revision=None, dtype=torch.bfloat16, quantization=None,
+        hf_config=SimpleNamespace(to_dict=lambda: {"layers": 1}),
+    )  # fmt: skip
+    speculative = SimpleNamespace(
+        method="eagle", num_speculative_tokens=2, parallel_drafting=False, draft_model_config=draft
+    )
+    for name, value in changes.items():
+        part, _, field = name.rpartition(".")
+        setattr(operator.attrgetter(part)(speculative) if part else speculative, field, value)
+    return {"speculative_config": speculative}
+
+
+DRAFTS = {
+    "method": {"method": "mtp"},
+    "tokens": {"num_speculative_tokens": 3},
+    "parallel": {"parallel_drafting": True},
+    "config": {"draft_model_config.hf_config": SimpleNamespace(to_dict=lambda: {"layers": 2})},
+    "dtype": {"draft_model_config.dtype": torch.float16},
+    "quantization": {"draft_model_config.quantization": "fp8"},
+}
+
+
+def test_what_shapes_a_drafts_kv_is_in_the_digest(tmp_path):
+    folder, draft = save(tmp_path / "model", DATA), save(tmp_path / "draft", DATA)
+    digests = [of(folder).digest, of(folder, **drafted(draft)).digest]
+    digests += [of(folder, **drafted(draft, **changes)).digest for changes in DRAFTS.values()]
+    (draft / "modeling.py").write_text("code")
+    digests.append(of(folder, **drafted(draft)).digest)
+    digests.append(of(folder, **drafted(save(tmp_path / "another", DATA[:-1] + b"\0"))).digest)
+    assert len(set(digests)) == len(digests)
+    known = identity.draft_settings(engine(**drafted(draft)).speculative_config)
+    assert DRAFTS.keys() | {"code", "weights"} == known.keys()
+
+
+def test_drafts_from_the_text_itself_leave_the_identity_alone(tmp_path):
+    folder = save(tmp_path / "model", DATA)
+    assert of(folder, **drafted(tmp_path / "nothing", method="ngram")).digest == of(folder).digest
+
+
+def test_a_draft_model_that_is_not_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(NoIdentity, match=r"the files of model .*nowhere are not found here"):
+        of(save(tmp_path / "model", DATA), **drafted(tmp_path / "nowhere"))
 
 
 RECORDED = "ccf6860111de1c08e304892f4b0f6d1e"

@@ -124,4 +124,12 @@ _OWN = (
             "init_worker_distributed_environment": "vllm_config rank distributed_init_method local_rank"
         },
     ),
+    Private(
+        PLATFORM_FEATURE,
+        "vllm.utils.cpu_triton_utils",
+        why="with speculative decoding temperatures of sampled requests would be lost",
+        how="replaced: it writes to a copy of tensors that are not int64",
+        remove_when="it writes to its output whatever that is",
+        methods={"_expand_kernel_impl": "output input_val cu_num_tokens replace_from replace_to"},
+    ),
 )

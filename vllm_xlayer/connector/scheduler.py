@@ -53,24 +53,18 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         self.activity = TierActivity(self.manager.host, disk, spec.config.worker_kv_bytes_per_block)
         self._describes_events = spec.kv_events_config.self_describing_kv_events
         self._debug = Config.load().debug
-        self._said_host_only = False
+        self._said_host_only: set[str] = set()
 
     def on_new_request(self, request: Request) -> None:
         super().on_new_request(request)
-        if isinstance(self.manager, TieredManager) and not is_by_content(
-            feature.identifier for feature in request.mm_features
-        ):
-            self._req_status[request.request_id].req_context.set_state(HostOnly())
-            self._say_host_only()
-
-    def _say_host_only(self) -> None:
-        if not self._said_host_only:
-            self._said_host_only = True
-            logger.warning(
-                "XLayerConnector: a request's images, audio or video do not use the disk tier (counted, said "
-                "once): expected names that are hashes of their content, got the user's or vLLM's own. Those "
-                "are content hashes without multi_modal_uuids, and with prefix caching or a processor cache"
-            )
+        if isinstance(self.manager, TieredManager) and (reason := _why_host_only(request)):
+            self._req_status[request.request_id].req_context.set_state(HostOnly(reason))
+            if reason not in self._said_host_only:
+                self._said_host_only.add(reason)
+                logger.warning(
+                    "XLayerConnector: %s do not use the disk tier (counted, said once): %s",
+                    *HOST_ONLY[reason],
+                )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
@@ -209,3 +203,26 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
     def _check(self) -> None:
         if self._debug:
             check_accounts(self)
+
+
+ADAPTER, ITEMS = "LoRA adapter", "items not named by content"
+HOST_ONLY = {
+    ADAPTER: (
+        "requests with a LoRA adapter",
+        "their keys have its name and path, and other weights may come to lie there. Requests without one do",
+    ),
+    ITEMS: (
+        "a request's images, audio or video",
+        "expected names that are hashes of their content, got the user's or vLLM's own. Those are content "
+        "hashes without multi_modal_uuids, and with prefix caching or a processor cache",
+    ),
+}
+"""What the keys of a request's blocks do not say -> (whose keys, why and what would), for the log."""
+
+
+def _why_host_only(request: Request) -> str:
+    """The key in HOST_ONLY of a request whose KV must not outlive the engine; else empty."""
+    if request.lora_request is not None:
+        return ADAPTER
+    by_content = is_by_content(feature.identifier for feature in request.mm_features)
+    return "" if by_content else ITEMS

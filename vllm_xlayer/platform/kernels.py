@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from . import convolution, delta_net, mamba2, packed
+from . import convolution, delta_net, mamba2, packed, speculation
 
 PAD_SLOT = -1
 
@@ -110,6 +110,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     **delta_net.OPS,
     **mamba2.OPS,
     **packed.OPS,
+    **speculation.OPS,
 }
 _OPS |= {f"{name}(Tensor(a!) out, Tensor x) -> ()": _activation(f) for name, f in ACTIVATIONS.items()}
 _OPS |= {

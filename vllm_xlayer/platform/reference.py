@@ -25,6 +25,8 @@ os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
 
 WORKER = "vllm_xlayer.platform.worker.CpuReferenceWorker"
 BLOCK_SIZE = 16
+DRAFTERS = ("ngram", "eagle")
+"""Methods of speculative decoding whose kernels this platform has."""
 NO_GPU = DeviceCapability(0, 0)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", *KV_DTYPES)
 RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
@@ -47,9 +49,15 @@ class CpuReferencePlatform(CpuPlatform):
     def register_triton_kernel_overrides(cls) -> None:
         """As the parent: replaces Triton's kernels, which it looks for in every object of every module.
 
-        Once a process, as a second engine would look for them again only to wrap what replaced them.
+        Once a process, as a second engine would look for them again only to wrap what replaced them. One of
+        the parent's functions writes to a copy of what is not int64, as temperatures are: ours is taken.
         """
+        from vllm.utils import cpu_triton_utils
+
+        from vllm_xlayer.platform.speculation import expand
+
         _let_humming_be_looked_at()
+        cpu_triton_utils._expand_kernel_impl = expand
         super().register_triton_kernel_overrides()
 
     @classmethod
@@ -165,9 +173,15 @@ def _refusal(vllm_config: "VllmConfig") -> str | None:
         return f"block_size: expected a multiple of {BLOCK_SIZE}, got {cache_config.block_size}"
     if parallel_config.decode_context_parallel_size > 1 or parallel_config.prefill_context_parallel_size > 1:
         return "context parallelism is not supported"
-    if vllm_config.speculative_config is not None:
-        return "speculative decoding is not supported (its kernels need Triton)"
     model_config = vllm_config.model_config
+    if (speculative := vllm_config.speculative_config) is not None:
+        if speculative.method not in DRAFTERS:
+            return (
+                f"speculative decoding: expected method {', '.join(DRAFTERS)}, got {speculative.method}, "
+                "whose kernels need Triton"
+            )
+        if model_config is not None and model_config.is_hybrid:
+            return "speculative decoding of models with states beside attention is not supported"
     if model_config is None:
         return None
     if model_config.use_mla:

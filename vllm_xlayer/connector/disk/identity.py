@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
 from ... import kv_scales
 from ...config import Config
@@ -49,10 +49,11 @@ def tier_identity(vllm_config: VllmConfig, layout: RowDescriptor, blocks_per_chu
 def _problems(vllm_config: VllmConfig):
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     multimodal = vllm_config.model_config.multimodal_config
-    if vllm_config.lora_config is not None:
-        yield "LoRA adapters are in vLLM's block hashes by name, not by weights"
-    if vllm_config.speculative_config is not None:
-        yield "with speculative decoding rows may hold a draft model's KV"
+    if (drafter := _drafter(vllm_config)) is not None and drafter.draft_model_config is None:
+        yield (
+            f"speculative decoding: expected {', '.join(DRAFTERS_WITHOUT_KV)} or a draft model, whose "
+            f"weights can be told apart, got method {drafter.method}"
+        )
     if (
         multimodal is not None
         and multimodal.mm_encoder_attn_dtype
@@ -66,8 +67,9 @@ def _problems(vllm_config: VllmConfig):
         )
     if parallel.world_size != parallel.tensor_parallel_size:
         yield (
-            f"expected tensor parallelism only, got {parallel.world_size} ranks with "
-            f"tensor_parallel_size {parallel.tensor_parallel_size}"
+            f"expected tensor parallelism only, got {parallel.world_size} ranks with tensor_parallel_size "
+            f"{parallel.tensor_parallel_size}: the other ranks hold other layers, and nothing here says of "
+            "an entry which layers it has"
         )
 
 
@@ -145,17 +147,58 @@ def state_settings(vllm_config: VllmConfig) -> dict[str, Any]:
     }
 
 
+DRAFTERS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
+"""vLLM's methods of speculative decoding that keep nothing in the KV cache."""
+
+
+def _drafter(vllm_config: VllmConfig) -> SpeculativeConfig | None:
+    """Settings of the model that drafts and whose KV is in the rows; None where there is none."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method in DRAFTERS_WITHOUT_KV:
+        return None
+    return speculative
+
+
+def draft_settings(drafter: SpeculativeConfig) -> dict[str, Any]:
+    """What shapes the KV of a model that drafts, beside the layout, which says its layers.
+
+    Its KV at a block's last position may depend on the token after, which is in no key. A draft from it may
+    be worse, never an answer: the served model checks every draft.
+
+    Raises:
+        NoIdentity: its files are not on this host.
+    """
+    draft = drafter.draft_model_config
+    assert draft is not None  # else `_problems` has said so
+    folder = _folder_of(draft)
+    return {
+        "method": drafter.method,
+        "tokens": drafter.num_speculative_tokens,
+        "parallel": drafter.parallel_drafting,
+        "config": draft.hf_config.to_dict(),
+        "dtype": draft.dtype,
+        "quantization": draft.quantization,
+        "code": code_digest(folder),
+        "weights": weights_digest(folder),
+    }
+
+
 def _settings_digest(vllm_config: VllmConfig, code: str, states: bool) -> str:
     shaping: list[Any] = [code, shaping_settings(vllm_config)]
     if states:
         shaping.append(state_settings(vllm_config))
+    if (drafter := _drafter(vllm_config)) is not None:
+        shaping.append(draft_settings(drafter))
     text = json.dumps(shaping, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def model_folder(vllm_config: VllmConfig) -> Path:
     """Where the model's files are. Raises NoIdentity where they are not on this host."""
-    model = vllm_config.model_config
+    return _folder_of(vllm_config.model_config)
+
+
+def _folder_of(model: ModelConfig) -> Path:
     if Path(model.model).is_dir():
         return Path(model.model)
     from huggingface_hub import snapshot_download

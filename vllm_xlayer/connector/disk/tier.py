@@ -53,7 +53,12 @@ FLUSH_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class HostOnly:
-    """State of a request whose keys do not say what its items are: no tier that outlives them is for it."""
+    """State of a request whose keys do not say whose KV it is: no tier that outlives the engine is for it.
+
+    reason: what the keys do not say, for metrics.
+    """
+
+    reason: str
 
 
 class DiskTier(SecondaryTierManager):
@@ -210,8 +215,8 @@ class DiskTier(SecondaryTierManager):
         """Why a store is not taken; empty if it is."""
         if self.problem or self.hung:
             return "off" if self.problem else "disk hangs"
-        if job.req_context.get_state(HostOnly) is not None:
-            return "items not named by content"
+        if (host_only := job.req_context.get_state(HostOnly)) is not None:
+            return host_only.reason
         return "disk too slow" if self.chunks_to_write >= self._max_waiting else ""
 
     def get_finished_jobs(self) -> Iterable[JobResult]:

@@ -1,0 +1,136 @@
+"""Speculative decoding with XLayerConnector: drafts change no answer, whatever comes back from the tiers.
+
+A vocabulary of 16 tokens makes many drafts right by chance.
+"""
+
+import json
+
+import pytest
+import torch
+from hybrid_fixture import answers_and_hits, fill_memory
+from model_fixture import llama_config, random_prompts, save_random_model
+from safetensors.torch import load_file, save_file
+
+VOCABULARY, NUM_TOKENS = 16, 24
+LENGTHS = [3, 16, 33, 60, 61, 62, 90, 91]
+PROMPTS = [[1 + token % (VOCABULARY - 1) for token in p] for p in random_prompts(LENGTHS, seed=5)]
+DRAFTERS = ("ngram", "eagle")
+
+
+@pytest.fixture(autouse=True)
+def checked_accounts(monkeypatch):
+    """After every step of every engine here the accounts of the host tier must balance."""
+    monkeypatch.setenv("VLLM_XLAYER_DEBUG", "1")
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return save_random_model(llama_config(vocab_size=VOCABULARY), tmp_path_factory.mktemp("target"))
+
+
+def save_draft(folder, seed):
+    """An EAGLE drafter for `target`: one layer, after a projection of token and hidden state."""
+    size = llama_config().hidden_size
+    save_random_model(llama_config(vocab_size=VOCABULARY, num_hidden_layers=1), folder)
+    theirs = ("lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight")
+    weights = {
+        name.removeprefix("model."): weight
+        for name, weight in load_file(folder / "model.safetensors").items()
+        if name not in theirs
+    }
+    projection = torch.randn(size, 2 * size, generator=torch.Generator().manual_seed(seed))
+    weights["fc.weight"] = projection * (2 * size) ** -0.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["EagleLlamaForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def eagle(tmp_path_factory):
+    return save_draft(tmp_path_factory.mktemp("eagle"), 0)
+
+
+def start(make_llm, target, draft, extra, **settings):
+    """An engine with the connector, whose memory is 0xFF. draft: None drafts from the text itself."""
+    if draft is None:
+        speculation = dict(method="ngram", prompt_lookup_max=3, prompt_lookup_min=1, num_speculative_tokens=3)
+    else:
+        speculation = dict(method="eagle", model=str(draft), num_speculative_tokens=2)
+    llm = make_llm(
+        target,
+        speculative_config=speculation,
+        disable_log_stats=False,
+        max_num_seqs=4,
+        kv_transfer_config=dict(
+            kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=extra
+        ),
+        **settings,
+    )
+    fill_memory(llm, 0xFF)
+    return llm
+
+
+def accepted_drafts(llm):
+    found = {metric.name: metric for metric in llm.get_metrics()}
+    return found["vllm:spec_decode_num_accepted_tokens"].value
+
+
+def live_connector():
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()
+
+
+def disk_hits(llm):
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector.connector_scheduler
+    return scheduler.manager.disk.counts["hit"]
+
+
+def one_by_one(llm):
+    return [answers_and_hits(llm, [prompt], NUM_TOKENS)[0] for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def plain(make_llm, target):
+    """Tokens of an engine without speculation and connector."""
+    llm = make_llm(target, enable_prefix_caching=False)
+    return [tokens for tokens, *_ in answers_and_hits(llm, PROMPTS, NUM_TOKENS)]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_small_caches_and_preemption(make_llm, target, eagle, plain, drafter, monkeypatch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = []
+    preempt = Scheduler._preempt_request
+
+    def spy(self, request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", spy)
+    draft = eagle if drafter == "eagle" else None
+    llm = start(
+        make_llm, target, draft, {"cpu_bytes_to_use": 1 << 20}, num_gpu_blocks_override=18, max_model_len=160
+    )
+    for shift in range(5):
+        found = answers_and_hits(llm, PROMPTS[shift:] + PROMPTS[:shift], NUM_TOKENS)
+        assert [tokens for tokens, *_ in found] == plain[shift:] + plain[:shift]
+    worker = live_connector().connector_worker.worker
+    assert preempted and worker.rows_loaded > 0 and accepted_drafts(llm) > 10
+
+
+def test_restored_is_as_cached_from_host_and_after_a_restart(make_llm, target, tmp_path):
+    """With NVFP4 and drafts from the text itself, from both tiers."""
+    disk = dict(cpu_bytes_to_use=8 << 20, disk_path=str(tmp_path / "tier"), disk_bytes_to_use=64 << 20)
+    llm = start(make_llm, target, None, disk, kv_cache_dtype="nvfp4")
+    one_by_one(llm)
+    cached = one_by_one(llm)
+    assert sum(hit for *_, hit in cached) > 200 and accepted_drafts(llm) > 10
+    assert llm.reset_prefix_cache()
+    fill_memory(llm, 0xFF)
+    assert one_by_one(llm) == cached
+    llm = start(make_llm, target, None, disk, kv_cache_dtype="nvfp4")
+    assert one_by_one(llm) == cached and disk_hits(llm) > 0
