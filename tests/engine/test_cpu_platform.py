@@ -183,7 +183,7 @@ def test_kv_cache_size(make_llm, tiny_llama, monkeypatch):
         (dict(decode_context_parallel_size=2, tensor_parallel_size=4), "context parallelism"),
         (
             dict(speculative_config=dict(method="suffix", num_speculative_tokens=2)),
-            "expected method ngram, eagle, eagle3, got suffix",
+            "expected method ngram, eagle, got suffix",
         ),
         (dict(attention_config=dict(backend="FLASH_ATTN")), "FLASH_ATTN needs a GPU"),
     ],

@@ -6,8 +6,8 @@ layer's at the page's end: where a layer with a state comes first, as in LFM2, Q
 rest of the other layers' pages is not copied. That is so on every device, where layers have regions of their
 own. A block that is one row is copied as one piece.
 
-It is mended for the CPU reference platform, which is ours. What vLLM does on GPUs is left alone: nothing changes
-for those who did not ask; rows are what to ask for.
+It is mended for the CPU reference platform, which is ours. What vLLM does on GPUs is left alone: nothing
+changes for those who did not ask. Rows are what to ask for.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def _not_needed() -> str | None:
 
     if current_platform.is_cpu():
         return None
-    return "outside of rows vLLM's own copies serve GPUs; with --prefix-match-unit and a hybrid model take rows"
+    return "vLLM copies on GPUs as it does; with --prefix-match-unit and a hybrid model take rows"
 
 
 def _apply() -> None:
