@@ -6,6 +6,7 @@ extension a block's dynamic shared memory. How many an SM then holds follows fro
 """
 
 import argparse
+import importlib
 import json
 import re
 import shutil
@@ -124,16 +125,15 @@ def kernels() -> list[Kernel]:
     info = ops.build_info()
     if not info["cuda"]:
         raise RuntimeError("expected an extension with CUDA code, got one without (VLLM_XLAYER_CUDA=1)")
-    from vllm_xlayer import _C
-
+    extension = importlib.import_module("vllm_xlayer._C").__file__
     shared = {(s["head_size"], s["rows"], s["warps"]): s["shared_bytes"] for s in info["decode"]["shapes"]}
-    command = [find_cuobjdump(), "--dump-resource-usage", str(_C.__file__)]
+    command = [find_cuobjdump(), "--dump-resource-usage", str(extension)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     found = sorted(
         parsed(said.stdout, shared), key=lambda k: (k.head_size, k.rows, k.warps, k.newest, k.arch)
     )
     if not found:
-        raise RuntimeError(f"expected decode kernels in {_C.__file__}, cuobjdump named none")
+        raise RuntimeError(f"expected decode kernels in {extension}, cuobjdump named none")
     return found
 
 

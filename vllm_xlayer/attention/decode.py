@@ -115,7 +115,7 @@ class DecodePlanner:
         """
         n, q_len = len(query_lens), int(query_lens.max())
         lens, starts, tokens, usual = seq_lens[:n], None, n * q_len, q_len
-        there = np.count_nonzero(query_lens)
+        there = int(np.count_nonzero(query_lens))
         if (query_lens[:there] != q_len).any():
             starts, tokens = query_starts[: n + 1], int(query_lens.sum())
             usual = -(-tokens // there)
