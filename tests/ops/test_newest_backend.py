@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_xlayer import nvfp4, ops
 from vllm_xlayer.attention import newest
-from vllm_xlayer.attention.decode import HEAD_SIZES
+from vllm_xlayer.attention.decode import limits
 from vllm_xlayer.attention.metadata import NVFP4MetadataBuilder
 
 ROWS, BLOCK, MOST = 4, 16, 192
@@ -129,7 +129,7 @@ class Machine:
     def _check(self, row: int, first: int, n: int, query, got) -> None:
         """Every tile that the row has whole is read as it was; and in a chunk, the chunk."""
         end, held = first + n, self.held[row]
-        is_chunk = n > 1 or self.case.head_size not in HEAD_SIZES
+        is_chunk = n > 1 or self.case.head_size not in limits().head_sizes
         k, v = self.content[row, :end].double().unbind(1)
         dense = [torch.empty(end, *k.shape[1:]) for _ in range(2)]
         ops.gather_nvfp4(
