@@ -115,7 +115,7 @@ def test_small_caches_and_preemption(make_llm, target, eagle, plain, drafter, mo
     llm = start(
         make_llm, target, draft, {"cpu_bytes_to_use": 1 << 20}, num_gpu_blocks_override=18, max_model_len=160
     )
-    for shift in range(5):
+    for shift in (0, 3):
         found = answers_and_hits(llm, PROMPTS[shift:] + PROMPTS[:shift], NUM_TOKENS)
         assert [tokens for tokens, *_ in found] == plain[shift:] + plain[:shift]
     worker = live_connector().connector_worker.worker

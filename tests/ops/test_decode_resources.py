@@ -71,10 +71,10 @@ def test_every_architecture_is_in_the_table(committed):
 
 
 def test_without_newest_tokens_two_blocks_fit_and_little_is_spilled(committed):
-    """Heads of 64 to 128, everywhere. One of a kernel's few registers too many costs nothing; more do."""
+    """Heads of 64 to 128, everywhere. What is put away once a kernel costs nothing; more would be in the loop."""
     for kernel in committed["kernels"]:
         if kernel["newest"] or kernel["warps"] != 4:
             continue
-        assert kernel["spilled"] <= 8, kernel
+        assert kernel["spilled"] <= 16, kernel
         if kernel["head_size"] <= 128:
             assert kernel["blocks"] >= 2, kernel
