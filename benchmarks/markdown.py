@@ -229,7 +229,8 @@ def table(head: list[str], lines: list[tuple[str, list[str]]]) -> str:
 
 def resources(results: dict[str, Any]) -> str:
     """Markdown of `benchmarks.resources`: a line an instantiation of the decode kernel."""
-    return f"{table(*kernel_table(results['kernels']))}\n\nnvcc {results['nvcc']}, {results['date']}, commit {results['commit']}."
+    made = f"nvcc {results['nvcc']}, {results['date']}, commit {results['commit']}."
+    return f"{table(*kernel_table(results['kernels']))}\n\n{made}"
 
 
 def settings() -> str:
