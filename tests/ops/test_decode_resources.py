@@ -71,7 +71,7 @@ def test_every_architecture_is_in_the_table(committed):
 
 
 def test_without_newest_tokens_two_blocks_fit_and_little_is_spilled(committed):
-    """Heads of 64 to 128, everywhere. What a kernel puts away once costs nothing; more would be in the loop."""
+    """Heads of 64 to 128, everywhere. What is put away once costs nothing; more would be in the loop."""
     for kernel in committed["kernels"]:
         if kernel["newest"] or kernel["warps"] != 4:
             continue
