@@ -1,5 +1,6 @@
 """What the CPU platform keeps of drafts, against answers made by hand and the distribution that is wanted."""
 
+import pytest
 import torch
 
 from vllm_xlayer.platform import speculation
@@ -85,3 +86,16 @@ def test_a_step_of_a_drafter():
     assert positions.tolist() == [4, 1, 0]
     assert slots.tolist() == [24, 29, -1, -1]
     assert lengths.tolist() == [5, 2, 1]
+
+
+def test_what_stands_in_for_vllms_can_be_looked_at_again(monkeypatch):
+    """An engine may start in a process where another one was configured."""
+    utils = pytest.importorskip("vllm.utils.cpu_triton_utils")
+    from vllm_xlayer.compat.dependence import PLATFORM_FEATURE
+    from vllm_xlayer.compat.private import require
+
+    monkeypatch.setattr(utils, "_expand_kernel_impl", speculation.expand)
+    require(PLATFORM_FEATURE)
+    monkeypatch.setattr(utils, "_expand_kernel_impl", lambda output, values: None)
+    with pytest.raises(Exception, match="_expand_kernel_impl: expected parameters output"):
+        require(PLATFORM_FEATURE)

@@ -21,15 +21,19 @@ def _drafts(cumulated: torch.Tensor) -> Iterator[range]:
 
 def expand(
     output: torch.Tensor,
-    values: torch.Tensor,
-    cumulated: torch.Tensor,
+    input_val: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
     replace_from: float,
     replace_to: float,
-    max_tokens: int | None = None,
+    MAX_NUM_TOKENS: int | None = None,
 ) -> None:
-    """Write to output [T] the value [R] of each draft's request, replace_to where that is replace_from."""
-    values = torch.where(values == replace_from, replace_to, values)
-    counts = cumulated.diff(prepend=cumulated.new_zeros(1))
+    """Write to output [T] the value [R] of each draft's request, replace_to where that is replace_from.
+
+    It stands in for vLLM's ``_expand_kernel_impl``, whose parameters it has: they are looked at again when an
+    engine starts in a process where it does already.
+    """
+    values = torch.where(input_val == replace_from, replace_to, input_val)
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
     output.copy_(values.repeat_interleave(counts))
 
 
