@@ -115,15 +115,15 @@ class Engines:
     """
 
     def __init__(self):
-        self.live = []
-
-    def __call__(self, model, wait_for_tier=True, **settings):
         from vllm import LLM
 
+        self.live, self._make = [], LLM  # a test may put something else there
+
+    def __call__(self, model, wait_for_tier=True, **settings):
         from vllm_xlayer.compat.engine import come_to_rest
 
         self.shut_down()
-        self.live.append(LLM(str(model), **(ENGINE_DEFAULTS | settings)))
+        self.live.append(self._make(str(model), **(ENGINE_DEFAULTS | settings)))
         if wait_for_tier:
             come_to_rest(self.live[-1])
         return self.live[-1]

@@ -37,7 +37,9 @@ def begin_import():
     if here not in path:
         # Some versions of Python give it no other folders, and it goes on without what it cannot import.
         os.environ["PYTHONPATH"] = os.pathsep.join([here, *path])
-    forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONSAFEPATH", "1")  # the installed package, not the source tree that this may run in
+        forkserver.ensure_running()
 
 
 def transfer(**extra):

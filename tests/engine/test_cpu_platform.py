@@ -182,8 +182,8 @@ def test_kv_cache_size(make_llm, tiny_llama, monkeypatch):
         (dict(block_size=24), "block_size: expected a multiple of 16, got 24"),
         (dict(decode_context_parallel_size=2, tensor_parallel_size=4), "context parallelism"),
         (
-            dict(speculative_config=dict(method="suffix", num_speculative_tokens=2)),
-            "expected method ngram, eagle, got suffix",
+            dict(speculative_config=dict(method="ngram_gpu", num_speculative_tokens=2, prompt_lookup_max=3)),
+            "expected method ngram, eagle, got ngram_gpu",
         ),
         (dict(attention_config=dict(backend="FLASH_ATTN")), "FLASH_ATTN needs a GPU"),
     ],
