@@ -156,6 +156,22 @@ def tiny_llama(tmp_path_factory):
 
 
 @pytest.fixture
+def preempted(monkeypatch):
+    """Names of the requests that are preempted from now on, in order."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = []
+    preempt = Scheduler._preempt_request
+
+    def spy(self, request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", spy)
+    return preempted
+
+
+@pytest.fixture
 def caplog_vllm(caplog, monkeypatch):
     """caplog that hears this package's logger, once: it hands its records to vLLM's handlers only, and some
     versions of pytest listen there and some do not."""

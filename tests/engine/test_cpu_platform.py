@@ -100,17 +100,7 @@ def test_unused_memory_is_never_read(make_llm, tiny_llama, llama_answers):
     assert any(cache.isnan().any() for cache in kv_caches(llm))
 
 
-def test_preemption_in_a_tiny_cache(make_llm, tiny_llama, monkeypatch):
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted = []
-    preempt = Scheduler._preempt_request
-
-    def spy(self, request, *args, **kwargs):
-        preempted.append(request.request_id)
-        return preempt(self, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", spy)
+def test_preemption_in_a_tiny_cache(make_llm, tiny_llama, preempted):
     prompts = random_prompts([60, 61, 62, 63])
     # 4 prompts of 4 blocks fit; their continuations do not.
     llm = make_llm(tiny_llama, num_gpu_blocks_override=20, max_model_len=128)

@@ -85,17 +85,7 @@ def test_each_groups_blocks_matter(served):
     served.llm.reset_prefix_cache()
 
 
-def test_preemption_in_a_tiny_cache(make_llm, tmp_path, monkeypatch):
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted = []
-    preempt = Scheduler._preempt_request
-
-    def spy(self, request, *args, **kwargs):
-        preempted.append(request.request_id)
-        return preempt(self, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", spy)
+def test_preemption_in_a_tiny_cache(make_llm, tmp_path, preempted):
     prompts = random_prompts([60, 61, 62, 63])
     served = Served(make_llm, tmp_path, "lfm2", num_gpu_blocks_override=34, max_model_len=128)
     served.check(prompts, answers(served.llm, prompts, 40))

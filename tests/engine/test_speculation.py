@@ -100,17 +100,7 @@ def plain(make_llm, target):
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
-def test_small_caches_and_preemption(make_llm, target, eagle, plain, drafter, monkeypatch):
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted = []
-    preempt = Scheduler._preempt_request
-
-    def spy(self, request, *args, **kwargs):
-        preempted.append(request.request_id)
-        return preempt(self, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "_preempt_request", spy)
+def test_small_caches_and_preemption(make_llm, target, eagle, plain, drafter, preempted):
     draft = eagle if drafter == "eagle" else None
     llm = start(
         make_llm, target, draft, {"cpu_bytes_to_use": 1 << 20}, num_gpu_blocks_override=18, max_model_len=160

@@ -28,6 +28,12 @@ def test_hosts_without_rdma():
     assert why_tcp(bare, bare) is None, "shared memory, or NVLink"
 
 
+def test_a_host_that_does_not_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(link, "BOOT_ID", tmp_path / "nothing")
+    assert Link.here({}) == Link("", "", rdma=True)
+    assert why_tcp(Link.here({}), FAR) is None
+
+
 def test_this_host(tmp_path, monkeypatch):
     monkeypatch.setattr(link, "RDMA_DEVICES", tmp_path / "infiniband")
     assert not Link.here({}).rdma
