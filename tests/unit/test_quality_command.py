@@ -156,11 +156,13 @@ def test_ctrl_c_ends_an_engine_without_a_traceback(tmp_path):
 def test_an_interrupted_engine_interrupts_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **settings: subprocess.CompletedProcess(args, 130))
     with pytest.raises(KeyboardInterrupt):
-        command._run_engine(argparse.Namespace(write=lambda file: None, out="", title=""), {}, tmp_path)
+        command._run_engine(
+            argparse.Namespace(write=lambda file: None, out="", title=""), {}, tmp_path / "job.json"
+        )
 
 
 def test_an_engine_that_fails_is_left_out_aloud(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda *args, **settings: subprocess.CompletedProcess(args, 3))
     job = argparse.Namespace(write=lambda file: None, out=str(tmp_path / "none"), title="fp8")
-    assert not command._run_engine(job, {}, tmp_path)
+    assert not command._run_engine(job, {}, tmp_path / "job.json")
     assert "left out: the engine with fp8 ended with exit code 3" in capsys.readouterr().err

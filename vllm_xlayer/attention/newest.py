@@ -25,8 +25,6 @@ from ..ops.newest import JUST_STARTED
 
 logger = init_logger(__name__)
 
-TILE = 16
-"""Tokens that are read together, from one place."""
 NO_ROW = -1
 DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
 """Methods of speculation that run no attention of their own."""
