@@ -1,6 +1,7 @@
 """The quality command without engines: its arguments, and what it makes of the engines' files."""
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -122,6 +123,18 @@ def test_markdown_has_a_row_a_cache(result):
     lines = markdown(result).splitlines()
     assert len([line for line in lines if line.startswith("| ")]) == 1 + 3
     assert "a GPU; vLLM 1, torch 2, today, commit abc." in lines[-1]
+
+
+def test_a_cache_that_gives_nan_is_said_to(result, tmp_path):
+    row = result["caches"][2]
+    row["decode"] |= {"perplexity_change": [None] * 3, "divergence": [None] * 3}
+    row["decode"]["by_position"][-1] = [None] * 3
+    assert "nvfp4,loss=0.05 gives NaN in decode: it does not serve this model; " in report.verdict(result)
+    console = Console(width=report.WIDTH, record=True, highlight=False)
+    console.print(report.table(result), report.by_position(result))
+    assert console.export_text().count("NaN") == 3 and markdown(result).count("NaN") == 2
+    if importlib.util.find_spec("matplotlib"):
+        plot.draw(result, tmp_path / "plot.png")
 
 
 def test_calibrated_scales_are_the_best(result):
