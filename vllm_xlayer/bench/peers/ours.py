@@ -1,6 +1,7 @@
 """This package's kernel, and pages in the format that it shares with vLLM's FlashInfer backend."""
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None, newest_tokens: int = 0)
     starts = inputs.starts if s.q_lens else None
     usual = -(-sum(s.queries) // len(s.lens))  # as the backend has it
     ops.nvfp4_attention_schedule(inputs.seq_lens, workspace, s.q_len, 0, starts, usual)
-    newest = newest_arguments(inputs, cache, kv, newest_tokens) if newest_tokens else {}
+    newest: dict[str, Any] = newest_arguments(inputs, cache, kv, newest_tokens) if newest_tokens else {}
 
     def call(table: torch.Tensor) -> None:
         ops.nvfp4_paged_attention(
