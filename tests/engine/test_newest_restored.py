@@ -28,7 +28,7 @@ def llm(make_llm, tiny_llama):
 
 
 def asked(llm):
-    """(tokens, log-probabilities, tokens found) of each prompt, alone: no other request's rounding is in it."""
+    """(tokens, log-probabilities, tokens found) of each prompt, alone: no batch rounds them."""
     return [answers_and_hits(llm, [prompt], NUM_TOKENS)[0] for prompt in PROMPTS]
 
 
