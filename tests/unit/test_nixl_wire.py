@@ -81,3 +81,13 @@ def test_a_peer_that_is_met_again_has_one_set_of_descriptors(agent, wire):
     wire.retire_peer(PEER)
     wire.release_retired(set())
     assert agent.held == set()
+
+
+def test_a_landing_on_a_cpu_does_not_look_for_a_gpu(wire, monkeypatch):
+    """Where there is none, that takes as long as all else of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looked for a GPU"))
+    wire.add_peer(PEER, remote())
+    wire.ring[0, :ROW] = 7
+    landing = wire.land(PEER, 0, [Row(0, 2, 0, 0)])
+    assert landing.done() and landing.problem() is None
+    assert wire.pool[2].eq(7).all() and wire.pool[[0, 1, 3]].eq(0).all()
