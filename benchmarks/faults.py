@@ -54,6 +54,8 @@ FAULTS = (
     "hand-over: link down",
     "hand-over: TCP only",
     "hand-over: abort while reading",
+    "hand-over: reset_prefix_cache while reading",
+    "hand-over: decode engine killed while reading",
     "hand-over: abort in the prefill engine",
     "hand-over: failed, with tiers",
     "soak",

@@ -181,6 +181,23 @@ def abort_prompt(llm, prompt, steps):
     return blocks_in_use(llm)
 
 
+def begin_read(llm, prompt, params):
+    """A decode engine's read of a prompt, which does not end; how many rows are on their way."""
+    worker = _worker()
+    worker.wire.state = lambda handle: "PROC"
+    llm.llm_engine.add_request("read", {"prompt_token_ids": prompt}, sampling(1, dict(params)))
+    deadline = time.monotonic() + 60
+    while not worker.reads.chunks and time.monotonic() < deadline:
+        llm.llm_engine.step()
+    return sum(len(chunk.rows) for chunk in worker.reads.chunks)
+
+
+def blocks_kept(llm):
+    """Without waiting for anything."""
+    pool = _core(llm).scheduler.kv_cache_manager.block_pool
+    return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+
+
 def flip_a_bit(llm, block, byte):
     _worker().pool[block, byte] ^= 1
 

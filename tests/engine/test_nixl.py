@@ -16,7 +16,10 @@ from model_fixture import ON_GPU, llama_config, random_prompts, save_random_mode
 from nixl_fixture import (
     OtherEngine,
     abort_prompt,
+    begin_read,
     blocks_in_use,
+    blocks_kept,
+    end_leases,
     flip_a_bit,
     forget_prompts,
     free_port,
@@ -255,6 +258,40 @@ class TestTheOtherEngine:
         assert pair.worker.wire.state == original
         pair.settle()
         pair.check(hand_over(pair))
+        pair.settle()
+        pair.check_prefill_keeps_nothing(pair.prefill)
+
+    @pytest.mark.fault("hand-over: reset_prefix_cache while reading")
+    def test_the_prefix_cache_is_reset(self, pair, monkeypatch):
+        handed_over = hand_over(pair)
+        with monkeypatch.context() as patch:
+            patch.setattr(pair.worker.wire, "state", lambda handle: "PROC")
+            pair.ask(handed_over)
+            for _ in range(5):
+                pair.decode.llm_engine.step()
+            assert pair.worker.reads.chunks
+            TALLY["tries"] += 1
+            assert not pair.decode.reset_prefix_cache(), "blocks that are written are not given away"
+        outputs = {name.split("-")[0]: output for name, output in finish(pair.decode).items()}
+        compare(outputs, {f"r{i}": pair.read[i] for i in ALL})
+        assert not pair.worker.failures
+        pair.settle()
+        pair.check_prefill_keeps_nothing(pair.prefill)
+
+    @pytest.mark.fault("hand-over: decode engine killed while reading")
+    def test_the_decode_engine_is_killed(self, pair, tiny_llama):
+        """Its rows are kept for it until its lease ends, and no longer; others are served meanwhile."""
+        said = pair.prefill.prefill(PROMPTS[5])
+        decode = OtherEngine(tiny_llama, **pair.settings)
+        try:
+            assert decode.call(begin_read, PROMPTS[5], said) == BLOCKS[5]
+        finally:
+            decode.kill()
+        TALLY["tries"] += 1
+        assert pair.prefill.call(blocks_kept) == BLOCKS[5], "nobody has said that they are read"
+        pair.check(hand_over(pair))
+        assert not pair.worker.failures
+        pair.prefill.call(end_leases)
         pair.settle()
         pair.check_prefill_keeps_nothing(pair.prefill)
 

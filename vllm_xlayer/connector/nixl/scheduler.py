@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from .seals import prompt_tags
@@ -35,8 +37,8 @@ class RowNixlScheduler(NixlPullConnectorScheduler):
 
     kv_cache_manager: KVCacheManager
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig):
+        super().__init__(vllm_config, engine_id, kv_cache_config)
         self.to_seal: dict[str, Request] = {}
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:

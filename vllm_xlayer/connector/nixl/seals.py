@@ -56,7 +56,9 @@ class RowDigest:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """int64 [n] of uint8 rows [n, row_bytes] that are dense."""
-        return (rows.view(torch.int64) * self.factors).sum(-1)
+        words = rows.view(torch.int64)
+        # On a GPU there is no such product of integers. Here it needs no memory as large as the rows.
+        return (words * self.factors).sum(-1) if words.is_cuda else torch.mv(words, self.factors)
 
 
 def _odd_numbers(count: int) -> np.ndarray:

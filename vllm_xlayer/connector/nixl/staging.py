@@ -143,6 +143,10 @@ class StagedReads:
                 del self.reads[request]
         return over
 
+    def peers(self) -> set[Peer]:
+        """Those whose transfers are under way, or in quarantine."""
+        return {chunk.read.peer for chunk in (*self.chunks, *self.quarantined)}
+
     def _advance(self, chunk: Chunk) -> None:
         if chunk.landing is not None:
             self._look_at_landing(chunk)

@@ -1,6 +1,6 @@
 """Rows over NIXL: descriptors, transfers, and a buffer's way into the KV cache."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,8 @@ class NixlWire:
         """By bytes of a row."""
         self.peers: dict[Peer, tuple[RemotePool, int, int]] = {}
         """Peer -> its memory, and the handles of the descriptors of the ring, and of its rows and seals."""
+        self.retired: list[tuple[Peer, tuple[int, int]]] = []
+        """Those handles of peers that are gone, or have been met again."""
         on_gpu = pool.device.type == "cuda"
         self.stream = torch.cuda.Stream(pool.device) if on_gpu else None
 
@@ -86,6 +88,8 @@ class NixlWire:
                 f"staging_bytes: expected at least {least} for rows "
                 f"of {remote.row_bytes} bytes and {remote.seal_bytes} bytes of seals, got {self.ring.numel()}"
             )
+        if peer in self.peers:
+            self.retire_peer(peer)
         device = max(self.ring.get_device(), 0)
         base = self.ring.data_ptr()
         starts = range(base, base + self.ring.numel(), buffer_bytes)
@@ -101,10 +105,16 @@ class NixlWire:
             self._prepare(remote.agent, theirs, remote.memory),
         )
 
-    def forget_peer(self, peer: Peer) -> None:
-        """Gives its descriptors back; no transfer may use them any more."""
-        for handle in self.peers.pop(peer)[1:]:
-            self.agent.release_dlist_handle(handle)
+    def retire_peer(self, peer: Peer) -> None:
+        """No more reads from it; its descriptors are for `release_retired` to give back."""
+        self.retired.append((peer, self.peers.pop(peer)[1:]))
+
+    def release_retired(self, in_use: Collection[Peer]) -> None:
+        """Gives the descriptors of retired peers back, but for those whose transfers may use them yet."""
+        for entry in [entry for entry in self.retired if entry[0] not in in_use]:
+            self.retired.remove(entry)
+            for handle in entry[1]:
+                self.agent.release_dlist_handle(handle)
 
     def _prepare(self, agent: str, strided: Sequence[tuple[int, ...]], memory: str) -> int:
         """(address, bytes, device, stride, count) each, in NIXL's form for descriptors at equal distances."""
@@ -165,7 +175,7 @@ class NixlWire:
             table = staged[start : start + remote.seal_bytes].view(torch.int64).view(-1, 2)
             wrong = self._check(arrived, table, rows)
         self._into_pool(remote, arrived, rows)
-        return PoolLanding(len(rows), wrong)
+        return PoolLanding(len(rows), wrong, self.stream)
 
     def _into_pool(self, remote: RemotePool, arrived: torch.Tensor, rows: Sequence[Row]) -> None:
         local = torch.tensor([row.local for row in rows], device=self.pool.device)
@@ -187,21 +197,21 @@ class NixlWire:
 
 
 class PoolLanding:
-    """`staging.Landing`: rows on their way into the pool, on the current stream where there is one.
+    """`staging.Landing`: rows on their way into the pool.
 
     Args:
         rows: how many.
         wrong: as `NixlWire._check` returns it; None where nothing is checked.
+        stream: what they are copied and checked on; None where that is done already, on a CPU.
     """
 
-    def __init__(self, rows: int, wrong: torch.Tensor | None):
+    def __init__(self, rows: int, wrong: torch.Tensor | None, stream: torch.cuda.Stream | None):
         self.rows, self.event, self.wrong = rows, None, wrong
         if wrong is not None and wrong.is_cuda:
             self.wrong = torch.empty(2, dtype=torch.int64, pin_memory=True)
             self.wrong.copy_(wrong, non_blocking=True)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            self.event = torch.cuda.Event()
-            self.event.record()
+        if stream is not None:
+            self.event = stream.record_event()
 
     def done(self) -> bool:
         return self.event is None or self.event.query()

@@ -222,9 +222,9 @@ class RowNixlWorker(NixlPullConnectorWorker):
 
     def _cleanup_remote_engine(self, engine_id: str, log_eviction: bool = True) -> None:
         super()._cleanup_remote_engine(engine_id, log_eviction=log_eviction)
-        in_use = {chunk.read.peer for chunk in (*self.reads.chunks, *self.reads.quarantined)}
-        for peer in [peer for peer in self.wire.peers if peer[0] == engine_id and peer not in in_use]:
-            self.wire.forget_peer(peer)
+        for peer in [peer for peer in self.wire.peers if peer[0] == engine_id]:
+            self.wire.retire_peer(peer)
+        self.wire.release_retired(self.reads.peers())
 
     def seal(self, seals: Sequence[tuple[list[int], list[int]]]) -> None:
         """Seals rows that this step has completed: (blocks, tags) each.
@@ -282,6 +282,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
         A peer is told that a failed read is over as well: it need not keep the rows.
         """
         over = self.reads.poll()
+        self.wire.release_retired(self.reads.peers())
         failed = {request: failure for request, failure in over.items() if failure is not None}
         for request, (reason, text) in failed.items():
             logger.warning("request %s is computed, its rows did not come: %s", request, text)

@@ -1,0 +1,93 @@
+"""Descriptors of peers: given back once, and not while a transfer may use them."""
+
+import pytest
+import torch
+
+from vllm_xlayer.connector.nixl.staging import Row, StagedReads
+from vllm_xlayer.connector.nixl.wire import BUFFERS, NixlWire, RemotePool
+
+PEER = ("prefill", 0)
+ROW = 64
+
+
+class FakeAgent:
+    """NIXL's part of a wire: one transfer's state by hand, and the handles of descriptors that are held."""
+
+    def __init__(self):
+        self.state, self.held, self.made = "PROC", set(), 0
+
+    def prep_xfer_dlist(self, agent, descriptors, mem_type):
+        self.made += 1
+        self.held.add(self.made)
+        return self.made
+
+    def release_dlist_handle(self, handle):
+        assert self.state != "PROC", "a transfer may use it"
+        self.held.remove(handle)
+
+    def make_prepped_xfer(self, operation, local, local_ids, remote, remote_ids):
+        assert {local, remote} <= self.held
+        return 0
+
+    def transfer(self, handle):
+        pass
+
+    def check_xfer_state(self, handle):
+        return self.state
+
+    def release_xfer_handle(self, handle):
+        assert self.state != "PROC"
+
+
+@pytest.fixture
+def agent():
+    return FakeAgent()
+
+
+@pytest.fixture
+def wire(agent):
+    pool, ring = torch.zeros(4, ROW, dtype=torch.uint8), torch.zeros(BUFFERS, 4 * ROW, dtype=torch.uint8)
+    return NixlWire(agent, "DRAM", pool, ring, lambda handle: None)
+
+
+def remote():
+    return RemotePool("agent", address=4096, device=0, memory="DRAM", row_bytes=ROW, blocks=4, seals=0)
+
+
+def test_descriptors_of_a_read_in_quarantine_are_kept_until_it_ends(agent, wire):
+    now = 0.0
+    reads = StagedReads(wire, BUFFERS, timeout=1.0, clock=lambda: now)
+    wire.add_peer(PEER, remote())
+    reads.add("r", PEER, [Row(0, 1, 0, 0)])
+    now = 2.0
+    assert reads.poll()["r"].reason == "late" and reads.peers() == {PEER}
+    wire.retire_peer(PEER)
+    wire.release_retired(reads.peers())
+    wire.add_peer(PEER, remote())  # it is met again, meanwhile
+    wire.release_retired(reads.peers())
+    assert len(agent.held) == 4
+    agent.state = "DONE"
+    reads.poll()
+    wire.release_retired(reads.peers())
+    assert agent.held == set(wire.peers[PEER][1:])
+
+
+def test_a_peer_that_is_met_again_has_one_set_of_descriptors(agent, wire):
+    agent.state = "DONE"
+    for _ in range(2):
+        wire.add_peer(PEER, remote())
+    wire.release_retired(set())
+    assert agent.held == set(wire.peers[PEER][1:])
+    wire.retire_peer(PEER)
+    wire.release_retired(set())
+    assert agent.held == set()
+
+
+def test_a_landing_on_a_cpu_does_not_look_for_a_gpu(wire, monkeypatch):
+    """Where there is none, that takes as long as all else of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looked for a GPU"))
+    wire.add_peer(PEER, remote())
+    wire.ring[0, :ROW] = 7
+    landing = wire.land(PEER, 0, [Row(0, 2, 0, 0)])
+    assert landing.done() and landing.problem() is None
+    assert wire.pool[2].eq(7).all() and wire.pool[[0, 1, 3]].eq(0).all()
