@@ -1,28 +1,34 @@
-"""Which families of models this package serves: a Markdown table, from tiny models on the CPU platform.
+"""Which families of models this package serves: docs/models.md's table, from tiny models on the CPU platform.
 
-    python -m benchmarks.models [family ...]
+    python -m benchmarks.models [family ...] [--seconds 240]
 
 Starts every family of models.json with random weights in three ways: with NVFP4, with XLayerConnector, and
 with both. A prompt is answered from the device's cache; with the connector, once more after that cache was
 emptied and filled with 0xFF. "Works" means that as many tokens came from the cache, and that tokens and
-logprobs are equal. A refusal at start is quoted.
+logprobs are equal. A refusal at start is quoted. Each family has a process of its own and a time limit;
+results go to results/cpu-models.json, beside those of families that were not named.
 """
 
+import argparse
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "engine"))
 
-from hybrid_fixture import answers_and_hits, fill_memory, save_hybrid
-from model_fixture import random_prompts
+from vllm_xlayer.provenance import write
 
+from . import RESULTS, ROOT
+
+CONFIGS = ROOT / "benchmarks" / "models.json"
+RESULT, DOCUMENT = RESULTS / "cpu-models.json", ROOT / "docs" / "models.md"
 CONNECTOR = {
     "kv_transfer_config": {
         "kv_connector": "XLayerConnector",
@@ -39,8 +45,11 @@ NUM_TOKENS = 8
 
 def serve(folder: Path, dtype: str, settings: dict) -> str:
     """What happened to a model served that way, for a cell of the table."""
+    from hybrid_fixture import answers_and_hits, fill_memory
+    from model_fixture import random_prompts
     from vllm import LLM
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm.distributed.parallel_state import destroy_model_parallel
 
     from vllm_xlayer.compat.engine import come_to_rest
 
@@ -80,26 +89,77 @@ def serve(folder: Path, dtype: str, settings: dict) -> str:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
         ensure_kv_transfer_shutdown()
+        destroy_model_parallel()
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line of an error, safe inside a table."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0].replace("|", "\\|")
+    """The first line of an error, or what it says was wrong where that is a list of vLLM's."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    said = next((line for line in lines if line.startswith("Value error, ")), lines[0])
+    return said.removeprefix("Value error, ").partition(" [type=")[0]
 
 
-def main(families: list[str]) -> None:
-    """Print the table, a line as soon as it is known."""
-    configs = json.loads((HERE / "models.json").read_text())
-    if unknown := set(families) - set(configs):
-        raise SystemExit(f"expected families of {', '.join(configs)}, got {', '.join(sorted(unknown))}")
-    print(f"| family | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}", flush=True)
-    for family in families or configs:
-        with tempfile.TemporaryDirectory() as folder:
+def _try_family(family: str, config: dict[str, Any], answers: Connection) -> None:
+    """In a process of its own: sends (way, what happened) for each way."""
+    from hybrid_fixture import save_hybrid
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
             save_hybrid(family, Path(folder))
-            cells = [serve(Path(folder), configs[family]["dtype"], settings) for settings in WAYS.values()]
-        print(f"| {configs[family]['architectures'][0]} | {' | '.join(cells)} |", flush=True)
+        except Exception as error:
+            for way in WAYS:
+                answers.send((way, f"not tried: {type(error).__name__}: {_sentence(error)}"))
+            return
+        for way, settings in WAYS.items():
+            answers.send((way, serve(Path(folder), config["dtype"], settings)))
+
+
+def try_family(family: str, config: dict[str, Any], seconds: float) -> dict[str, str]:
+    """Way -> what happened; what was not known in time says so."""
+    context = multiprocessing.get_context("fork")  # with all that was imported
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_try_family, args=(family, config, theirs))
+    process.start()
+    theirs.close()
+    found, end = dict.fromkeys(WAYS, f"not known after {seconds:.0f} s"), time.monotonic() + seconds
+    try:
+        for _ in WAYS:
+            if not ours.poll(max(0.0, end - time.monotonic())):
+                break
+            way, cell = ours.recv()
+            found[way] = cell
+    except EOFError:
+        found = {way: cell if "not known" not in cell else "the process died" for way, cell in found.items()}
+    process.kill()
+    process.join()
+    return found
+
+
+def main() -> int:
+    configs = json.loads(CONFIGS.read_text())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="family", help=f"some of {', '.join(configs)}")
+    parser.add_argument("--seconds", type=float, default=240, help="limit for a family (default: 240)")
+    args = parser.parse_args()
+    if unknown := set(args.families) - set(configs):
+        parser.error(f"expected families of {', '.join(configs)}, got {', '.join(sorted(unknown))}")
+    sys.path.insert(0, str(ROOT / "tests" / "engine"))
+    import hybrid_fixture  # noqa: F401  imported once, for all processes
+    import vllm.v1.engine.core  # noqa: F401
+
+    from .readme import rendered
+
+    known = json.loads(RESULT.read_text())["families"] if RESULT.exists() else {}
+    families = args.families or list(configs)
+    for i, family in enumerate(families, 1):
+        began = time.monotonic()
+        cells = try_family(family, configs[family], args.seconds)
+        known[family] = {"architecture": configs[family]["architectures"][0], **cells}
+        print(f"{i}/{len(families)} {family}, {time.monotonic() - began:.0f} s: {cells}", flush=True)
+        write(RESULT, {"families": {name: known[name] for name in configs if name in known}})
+    DOCUMENT.write_text(rendered(DOCUMENT.read_text()))
+    return int(any("WRONG" in cell for cells in known.values() for cell in cells.values()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

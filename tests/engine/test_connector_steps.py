@@ -1,6 +1,7 @@
 """What the connector leaves out of a step is not missed. Runner V1, CPU reference platform."""
 
 import pytest
+from hybrid_fixture import save_hybrid
 from model_fixture import random_prompts, vllm_greedy
 
 from vllm_xlayer.compat.engine import come_to_rest, empty_device_cache
@@ -15,14 +16,12 @@ VLLMS = RowConnectorScheduler.__base__
 ROW = 2 * 2 * 2 * 16 * 32 * 4
 
 
-def start(make_llm, model, **extra):
+def start(make_llm, model, settings=None, **extra):
     """An engine with blocks for some of the requests, so that the others are preempted; prompts in parts."""
     extra = {"cpu_bytes_to_use": 16 << 20, "offload_prompt_only": False} | extra
     transfer = dict(kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=extra)
-    return make_llm(
-        model, kv_transfer_config=transfer, max_num_batched_tokens=64, max_model_len=320,
-        num_gpu_blocks_override=30,
-    )  # fmt: skip
+    defaults = dict(max_num_batched_tokens=64, max_model_len=320, num_gpu_blocks_override=30)
+    return make_llm(model, kv_transfer_config=transfer, **(defaults | (settings or {})))
 
 
 @pytest.fixture
@@ -51,8 +50,29 @@ def test_the_same_transfers_as_if_every_request_was_looked_at(
     make_llm, tiny_llama, monkeypatch, steps, extra
 ):
 
+    assert_same_transfers(monkeypatch, steps, lambda: start(make_llm, tiny_llama, **extra))
+
+
+HYBRIDS = {
+    "blocks": dict(num_gpu_blocks_override=40),
+    "parts of blocks": dict(
+        num_gpu_blocks_override=16, block_size=64, prefix_match_unit=16, max_num_batched_tokens=512
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", HYBRIDS.values(), ids=HYBRIDS)
+def test_the_same_of_a_hybrid_model(make_llm, monkeypatch, steps, tmp_path, settings):
+    """States are handed over with a step, and parts of blocks copied in it."""
+    folder = save_hybrid("lfm2", tmp_path)
+    assert_same_transfers(monkeypatch, steps, lambda: start(make_llm, folder, settings))
+
+
+def assert_same_transfers(monkeypatch, steps, start):
+    """Of an engine that leaves requests out and of one that does not; start() makes one."""
+
     def run():
-        llm = start(make_llm, tiny_llama, **extra)
+        llm = start()
         steps.clear()
         for _ in range(2):
             vllm_greedy(llm, PROMPTS, NUM_TOKENS)
