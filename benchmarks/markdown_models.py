@@ -4,25 +4,28 @@ from typing import Any
 
 INTRODUCTION = """### Started and compared
 
-`python -m benchmarks.models` starts each of these three times on the CPU reference platform. *Works*: a
-prompt was answered from the cache, and with the connector once more from host memory, with equal tokens and
-logprobs.
+`python -m benchmarks.models` starts each of these on the CPU reference platform, as a tiny model with random
+weights, and writes this table. *Works*: a prompt was answered from the cache, and with the connector once
+more from host memory alone, with equal tokens and logprobs. *Not here*: the reference platform has no
+kernels for it, which says nothing of a GPU.
 """
 WAYS = ("NVFP4", "XLayerConnector", "both")
+PLATFORM, ABSENT = "CPU reference platform: ", "are not supported for now"
+"""What a sentence of the platform begins with, and what vLLM says of an unknown model."""
 
 
 def table(results: dict[str, Any]) -> str:
-    """A row an architecture; sentences of refusals stand below, each once."""
+    """A row a family; sentences of refusals stand below, each once."""
     notes: dict[str, int] = {}
-    rows = [INTRODUCTION, "| architecture | NVFP4 | XLayerConnector | both |", "|---|---|---|---|"]
-    for family in results["families"].values():
-        cells = [_cell(family[way], notes) for way in WAYS]
-        rows.append(f"| {family['architecture']} | {' | '.join(cells)} |")
+    rows = [INTRODUCTION, f"| | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 1) + "|"]
+    for found in results["families"].values():
+        cells = [_cell(found[way], notes) for way in WAYS]
+        rows.append(f"| {found['family']} | {' | '.join(cells)} |")
     said = [f"{number}. {sentence}" for sentence, number in notes.items()]
     versions = results["versions"]
     made = (
-        f"Tiny models with random weights, vLLM {versions['vllm']}, {results['hardware']}, "
-        f"{results['date']}, commit {results['commit']}."
+        f"vLLM {versions['vllm']}, torch {versions['torch']}, {results['hardware']}, {results['date']}, "
+        f"commit {results['commit']}."
     )
     return "\n".join([*rows, "", made, *([""] if said else []), *said])
 
@@ -32,4 +35,8 @@ def _cell(found: str, notes: dict[str, int]) -> str:
     what, _, sentence = found.partition(": ")
     if not sentence:
         return found
+    if ABSENT in sentence:
+        return "not in this vLLM"
+    if sentence.startswith(PLATFORM):
+        what, sentence = "not here", sentence.removeprefix(PLATFORM)
     return f"{what} ({notes.setdefault(sentence.replace('|', '/'), len(notes) + 1)})"
