@@ -1,5 +1,6 @@
-"""Groups whose pages differ (Gemma 4), and attention inside chunks (Llama 4): on the CPU reference platform as
-in transformers, with XLayerConnector from the host as cached on the device.
+"""Groups whose pages differ (Gemma 4), and attention inside chunks (Llama 4).
+
+On the CPU reference platform as in transformers, with XLayerConnector from the host as cached on the device.
 
 Equal tokens, logprobs and hits. Whatever is not restored is 0xFF, which is a NaN.
 """
