@@ -170,7 +170,8 @@ def try_family(family: Family, seconds: float, run: Any = _try_family) -> dict[s
     process = context.Process(target=run, args=(family, theirs))
     process.start()
     theirs.close()
-    found, end = {}, time.monotonic() + seconds
+    found: dict[str, str] = {}
+    end = time.monotonic() + seconds
     missing = f"not known after {seconds:g} s"
     try:
         while len(found) < len(WAYS) and ours.poll(max(0.0, end - time.monotonic())):

@@ -24,6 +24,7 @@ from vllm_xlayer.layout.negotiation import (
     Refusal,
     negotiate,
 )
+from vllm_xlayer.layout.row_drawing import draw_row
 from vllm_xlayer.layout.rows import Opaque, Page, RowDecision, RowDescriptor, RowGroup
 from vllm_xlayer.layout.spec import CacheSpec, Layout
 
@@ -50,6 +51,7 @@ __all__ = [
     "byte_offset",
     "check_allocation",
     "draw",
+    "draw_row",
     "negotiate",
     "one_line",
     "page_view",
