@@ -14,7 +14,7 @@ Pure Python: imports neither vLLM nor the compiled extension (torch only when a 
 from vllm_xlayer.layout.allocation import Allocation, AllocationError, allocation_of, check_allocation
 from vllm_xlayer.layout.bytemap import Place, byte_offset, page_view, scale_offset
 from vllm_xlayer.layout.descriptor import LayoutDescriptor, Slot
-from vllm_xlayer.layout.drawing import draw, one_line, row_line
+from vllm_xlayer.layout.drawing import draw, row_line
 from vllm_xlayer.layout.negotiation import (
     MODEL,
     BackendOffer,
@@ -53,7 +53,6 @@ __all__ = [
     "draw",
     "draw_row",
     "negotiate",
-    "one_line",
     "page_view",
     "row_line",
     "scale_offset",

@@ -2,7 +2,6 @@
 
 from vllm_xlayer.layout.bytemap import byte_offset, scale_offset
 from vllm_xlayer.layout.descriptor import LayoutDescriptor
-from vllm_xlayer.layout.negotiation import Decision
 from vllm_xlayer.layout.rows import RowDecision
 from vllm_xlayer.nvfp4 import GROUP, ScaleOrder
 
@@ -11,20 +10,6 @@ CELLS = 64
 
 Span = tuple[int, int]
 """First byte and the one after the last."""
-
-
-def one_line(decision: Decision) -> str:
-    """The decision in one line, for the log."""
-    layout = decision.descriptor
-    pieces = "1 piece" if layout.pieces_per_block == 1 else f"{layout.pieces_per_block} pieces"
-    layers = sum(len(spec.layers) for spec in layout.groups)
-    refused = dict.fromkeys(f"{r.layout.value} by {r.party}" for r in decision.refusals)
-    return (
-        f"KV layout {_name(layout)}: {layers} layers in {count(len(layout.groups), 'group')}, "
-        f"page {layout.page_step:,} bytes, block {layout.row_bytes:,} bytes in {pieces}, "
-        f"fingerprint {layout.fingerprint[:8]}; accepted by {', '.join(decision.accepted_by)}; "
-        f"refused: {', '.join(refused) or 'none'}"
-    )
 
 
 def row_line(decision: RowDecision) -> str:
