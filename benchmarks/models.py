@@ -149,6 +149,7 @@ def _sentence(error: BaseException) -> str:
 
 def _try_family(family: Family, answers: Connection) -> None:
     """In a process of its own: sends (way, what happened) for each way."""
+    sys.path.insert(0, str(ROOT / "tests" / "engine"))
     import torch
 
     torch.set_num_threads(1)  # the models are too small to share among threads
@@ -165,7 +166,7 @@ def _try_family(family: Family, answers: Connection) -> None:
 
 def try_family(family: Family, seconds: float, run: Any = _try_family) -> dict[str, str]:
     """Way -> what happened; what was not known in time says so."""
-    context = multiprocessing.get_context("fork")  # with all that was imported
+    context = multiprocessing.get_context("spawn")  # a fork of what torch has threads in may hang
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=run, args=(family, theirs))
     process.start()
@@ -197,10 +198,6 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.families) - set(known):
         parser.error(f"expected families of {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    sys.path.insert(0, str(ROOT / "tests" / "engine"))
-    import hybrid_fixture  # noqa: F401  imported once, for all processes
-    import vllm.v1.engine.core  # noqa: F401
-
     from .readme import rendered
 
     results = json.loads(RESULT.read_text())["families"] if RESULT.exists() else {}
