@@ -195,9 +195,9 @@ def test_prompts_shorter_than_a_block_with_a_match_unit(make_llm, folder, kind):
         check_against_transformers(folder, prompts, [answer[:2] for answer in answers], 5e-4)
     empty_device(llm)
     lookups = live_connector_scheduler(llm).activity.lookups
-    assert lookups.hits == 0
+    before = lookups.hits
     assert one_by_one(llm, prompts) == answers
-    assert lookups.hits == sum(hits)  # tokens: most are less than a block
+    assert lookups.hits - before == sum(hits)  # tokens: most prompts have less than a block
 
 
 def test_small_caches_preemption_and_eviction(make_llm, folder):
