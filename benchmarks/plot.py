@@ -6,6 +6,8 @@ from pathlib import Path
 
 from vllm_xlayer.bench.peers import PEERS
 
+from .quality import titled
+
 SOURCE = "Source"
 """Text field of a PNG with the digest of the results file it was drawn from."""
 
@@ -79,3 +81,10 @@ def copy_plot(results: Path, png: Path) -> None:
         a.legend(fontsize="small")
     figure.suptitle(f"Scattered pieces — {data['hardware']}")
     figure.savefig(png, dpi=110, metadata={SOURCE: digest(results)})
+
+
+def quality_plot(results: Path, png: Path) -> None:
+    """What each cache costs a model in decode, in all and by position."""
+    from vllm_xlayer.quality.plot import draw
+
+    draw(titled(json.loads(results.read_text())), png, metadata={SOURCE: digest(results)})

@@ -14,6 +14,7 @@ from typing import Any
 CACHES = {
     "fp8": "fp8",
     "NVFP4": "nvfp4",
+    **{f"NVFP4, newest {n} exact": f"nvfp4,VLLM_XLAYER_NEWEST_TOKENS={n}" for n in (16, 32, 64, 128)},
     "NVFP4, vLLM's": "nvfp4,VLLM_PLUGINS=",
     "int4, a scale a token and head": "int4_per_token_head",
     "TurboQuant, 4 bits": "turboquant_4bit_nc",
@@ -32,18 +33,17 @@ def run(model: str, out: str, more: list[str]) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """The rows that README and docs/accuracy.md show."""
-    titles = {spec: title for title, spec in CACHES.items()}
     lines = [
         "| KV | perplexity, decode | in chunked prefill | KL | same first token | greedy tokens alike |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for row in result["caches"][1:]:
+    for row in titled(result)["caches"][1:]:
         decode = row["decode"]
         cells = [
-            titles.get(row["title"], row["title"]),
+            row["title"],
             _percent(decode["perplexity_change"]),
             _percent(row["prefill"]["perplexity_change"]) if "prefill" in row else "",
-            f"{decode['divergence'][0]:.4f}",
+            "NaN" if decode["divergence"][0] is None else f"{decode['divergence'][0]:.4f}",
             f"{100 * decode['same_first'][0]:.1f} %",
             f"{row['answers'][0]:.0f} of {result['answer']}",
         ]
@@ -59,9 +59,17 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def titled(result: dict[str, Any]) -> dict[str, Any]:
+    """The same with people's names for caches."""
+    titles = {spec: title for title, spec in CACHES.items()}
+    caches = [row | {"title": titles.get(row["title"], row["title"])} for row in result["caches"]]
+    return result | {"caches": caches}
+
+
 def _percent(interval: list[float | None]) -> str:
     mean, low, high = interval
-    assert mean is not None
+    if mean is None:
+        return "NaN"
     if low is None or high is None:
         return f"{100 * mean:+.2f} %"
     return f"{100 * mean:+.2f} % ({100 * low:.2f} .. {100 * high:.2f})"

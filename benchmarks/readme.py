@@ -10,13 +10,14 @@ import re
 import sys
 from collections.abc import Callable
 
-from . import RESULTS, ROOT, markdown, markdown_models, markdown_tier
-from .plot import copy_plot, decode_plot
+from . import RESULTS, ROOT, markdown, markdown_models, markdown_tier, quality
+from .plot import copy_plot, decode_plot, quality_plot
 
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "benchmarks/RESULTS.md",
     ROOT / "docs/configuration.md",
+    ROOT / "docs/accuracy.md",
     ROOT / "csrc/kernels/nvfp4_attention/NOTES.md",
     ROOT / "docs/models.md",
 )
@@ -24,6 +25,8 @@ PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
 COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
 """The same for RESULTS; drawn once the file is there."""
+QUALITY_PLOT = (RESULTS / "h200-quality.json", RESULTS / "h200-quality.png")
+"""The same for docs/accuracy.md."""
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), markdown.demo_table),
@@ -37,6 +40,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "write": (("h200-write.json",), markdown.write_table),
     "capacity": (("h200-capacity.json",), markdown.capacity_table),
     "quality": (("h200-demo.json",), markdown.demo_table),
+    "accuracy": (("h200-quality.json",), quality.table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
     "traffic": (("h200-traffic.json",), markdown.traffic_section),
@@ -87,6 +91,7 @@ def main() -> int:
     for path in stale:
         path.write_text(rendered(path.read_text()))
     decode_plot(*PLOT)
+    quality_plot(*QUALITY_PLOT)
     if COPY_PLOT[0].exists():
         copy_plot(*COPY_PLOT)
     return 0

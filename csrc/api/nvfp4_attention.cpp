@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
+#include <string>
 
 #include "../cpu/nvfp4_attention.h"
 #include "../kernels/nvfp4_attention/shapes.h"
@@ -285,9 +287,21 @@ int64_t nvfp4_attention_workspace_size_cpu(const Tensor&, int64_t, int64_t, int6
 #if defined(XLAYER_WITH_CUDA)
 namespace {
 
+// "64, 80 or 96"
+std::string head_sizes() {
+  std::set<int> sizes;
+#define ADD(head_size, ...) sizes.insert(head_size);
+  XLAYER_DECODE_SHAPES(ADD)
+#undef ADD
+  std::string text;
+  for (int size : sizes)
+    text += (text.empty() ? "" : size == *sizes.rbegin() ? " or " : ", ") + std::to_string(size);
+  return text;
+}
+
 void check_head_size(int head_size) {
-  STD_TORCH_CHECK(nvfp4_attention_padded_head_size(head_size) > 0,
-                  "head_size: expected one of build_info()[\"decode\"] on CUDA, got ", head_size);
+  STD_TORCH_CHECK(nvfp4_attention_padded_head_size(head_size) > 0, "head_size: expected ", head_sizes(),
+                  " on CUDA, got ", head_size);
 }
 
 // The partial results: [slots][tile_rows][padded head size] sums, then [slots][tile_rows][2].

@@ -12,7 +12,8 @@ from newest_fixture import Life, PageOracle, accepted, allow_drafts, draft_at_ra
 
 pytestmark = pytest.mark.usefixtures("reference_platform")
 
-PLACES = 32
+PLACES, ROWS = 32, 3
+"""Tokens of a row; rows, for four requests."""
 SECONDS = float(os.environ.get("NEWEST_TOKENS_SECONDS", "5"))
 """How long requests come and go, for each kind of engine."""
 NGRAM = dict(method="ngram", num_speculative_tokens=6, prompt_lookup_min=1, prompt_lookup_max=3)
@@ -24,11 +25,13 @@ def llm(request, make_llm, tiny_llama):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(PLACES))
         allow_drafts(patch)
-        engine = make_llm(
-            tiny_llama, kv_cache_dtype="nvfp4", num_gpu_blocks_override=21, max_num_seqs=4,
-            max_num_batched_tokens=64, max_model_len=256, enable_prefix_caching=True,
-            speculative_config=request.param,
-        )  # fmt: skip
+        with patch.context() as while_made:
+            while_made.setattr("vllm_xlayer.attention.newest.num_rows", lambda config: ROWS)
+            engine = make_llm(
+                tiny_llama, kv_cache_dtype="nvfp4", num_gpu_blocks_override=21, max_num_seqs=4,
+                max_num_batched_tokens=64, max_model_len=256, enable_prefix_caching=True,
+                speculative_config=request.param,
+            )  # fmt: skip
         draft_at_random(patch)
         yield engine
 
@@ -84,7 +87,7 @@ def no_reset_on_resumption(monkeypatch):
 
 def _count_only(monkeypatch, counts):
     """Starts are counted only of requests for which counts(name, names seen before) is true."""
-    from vllm_xlayer.attention.newest import NamedRows
+    from vllm_xlayer.attention.newest_rows import NamedRows
 
     start, seen = NamedRows.start, set()
 

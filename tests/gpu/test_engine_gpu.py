@@ -45,7 +45,7 @@ early = []
 
 def slow_down_copies(row_bytes):
     # Two milliseconds for two rows, and loads are reported as soon as their first two have come.
-    from vllm_xlayer.connector import early_loads, transfers
+    from vllm_xlayer.connector.copy import early_loads, transfers
     from vllm_xlayer.connector.copy.choice import Way
     copy_blocks, about_to_end = transfers.ops.copy_blocks, early_loads.EarlyLoads._about_to_end
 

@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_xlayer import nvfp4, ops
-from vllm_xlayer.attention import newest
+from vllm_xlayer.attention import newest, newest_rows
 from vllm_xlayer.attention.decode import limits
 from vllm_xlayer.attention.metadata import NVFP4MetadataBuilder
 
@@ -34,6 +34,7 @@ class Machine:
     def __init__(self, monkeypatch, case: Case, seed: int) -> None:
         monkeypatch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(PLACES))
         monkeypatch.setattr(newest, "explain_refusal", lambda config: None)
+        monkeypatch.setattr(newest, "num_rows", lambda config: ROWS)
         monkeypatch.setattr("vllm_xlayer.attention.metadata.explain_v2_refusal", lambda config: None)
         self.case, self.rng = case, np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
@@ -72,7 +73,7 @@ class Machine:
 
     def start(self, row: int, found: int) -> None:
         """A request is put into a row; its first tokens are in the cache, written by another."""
-        newest.count_v2_start(self.own_table, ROWS, row)
+        newest_rows.start_on_v2(self.own_table, ROWS, row, range(ROWS))
         self.held[row], self.length[row] = {}, 0
         self.context.attn_metadata = None
         self._write([(row, 0, found)])
@@ -184,7 +185,7 @@ def test_a_start_that_is_not_told_is_seen(monkeypatch):
     machine = Machine(monkeypatch, CASES[0], 0)
     machine.start(0, 0)
     machine.step([(0, 0, 60)])
-    monkeypatch.setattr(newest, "count_v2_start", lambda *_: None)
+    monkeypatch.setattr(newest_rows, "start_on_v2", lambda *_: None)
     machine.start(0, 48)
     with pytest.raises(AssertionError):
         for position in range(48, 52):

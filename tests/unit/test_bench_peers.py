@@ -90,6 +90,17 @@ def test_ours_passes_the_check_with_other_numbers_of_query_tokens():
 
 
 @pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("q_len", [1, 4])
+def test_newest_tokens_pass_the_check_and_are_not_read_from_pages(q_len, layers, monkeypatch):
+    shape = replace(SHAPE, q_len=q_len, layers=layers)
+    assert error("nvfp4_newest", shape) < 0.005
+    arguments = ours.newest_arguments
+    nowhere = lambda inputs, *rest: arguments(inputs, *rest) | {"newest_from": inputs.seq_lens + 1}  # noqa: E731
+    monkeypatch.setattr(ours, "newest_arguments", nowhere)
+    assert error("nvfp4_newest", shape) > 10 * PEERS["nvfp4_newest"].max_error
+
+
+@pytest.mark.parametrize("layers", [1, 3])
 def test_flashinfer_reads_the_pages_that_ours_reads(flashinfer, layers):
     assert error("flashinfer_nvfp4", replace(SHAPE, layers=layers)) < 0.005
 
@@ -228,6 +239,6 @@ def test_bytes_a_token():
     """As vLLM's pages have them, of 8 heads of 128."""
     found = {name: peer.bytes_per_token(Shape("", ())) / 8 for name, peer in PEERS.items()}
     assert found == {
-        "nvfp4": 144, "fa3_fp8": 256, "fa3_bf16": 512, "int4": 136, "turboquant": 134,
+        "nvfp4": 144, "nvfp4_newest": 144, "fa3_fp8": 256, "fa3_bf16": 512, "int4": 136, "turboquant": 134,
         "flashinfer_nvfp4": 144,
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """The quality command without engines: its arguments, and what it makes of the engines' files."""
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -124,6 +125,18 @@ def test_markdown_has_a_row_a_cache(result):
     assert "a GPU; vLLM 1, torch 2, today, commit abc." in lines[-1]
 
 
+def test_a_cache_that_gives_nan_is_said_to(result, tmp_path):
+    row = result["caches"][2]
+    row["decode"] |= {"perplexity_change": [None] * 3, "divergence": [None] * 3}
+    row["decode"]["by_position"][-1] = [None] * 3
+    assert "nvfp4,loss=0.05 gives NaN in decode: it does not serve this model; " in report.verdict(result)
+    console = Console(width=report.WIDTH, record=True, highlight=False)
+    console.print(report.table(result), report.by_position(result))
+    assert console.export_text().count("NaN") == 3 and markdown(result).count("NaN") == 2
+    if importlib.util.find_spec("matplotlib"):
+        plot.draw(result, tmp_path / "plot.png")
+
+
 def test_calibrated_scales_are_the_best(result):
     scales = results.calibrated(result)
     assert len(scales) == 6 and set(scales.values()) == {(0.125, 0.125)}
@@ -156,11 +169,13 @@ def test_ctrl_c_ends_an_engine_without_a_traceback(tmp_path):
 def test_an_interrupted_engine_interrupts_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **settings: subprocess.CompletedProcess(args, 130))
     with pytest.raises(KeyboardInterrupt):
-        command._run_engine(argparse.Namespace(write=lambda file: None, out="", title=""), {}, tmp_path)
+        command._run_engine(
+            argparse.Namespace(write=lambda file: None, out="", title=""), {}, tmp_path / "job.json"
+        )
 
 
 def test_an_engine_that_fails_is_left_out_aloud(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda *args, **settings: subprocess.CompletedProcess(args, 3))
     job = argparse.Namespace(write=lambda file: None, out=str(tmp_path / "none"), title="fp8")
-    assert not command._run_engine(job, {}, tmp_path)
+    assert not command._run_engine(job, {}, tmp_path / "job.json")
     assert "left out: the engine with fp8 ended with exit code 3" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import readme
 from benchmarks.plot import SOURCE, digest
-from benchmarks.readme import COPY_PLOT, DOCUMENTS, PLOT, TABLES, rendered
+from benchmarks.readme import COPY_PLOT, DOCUMENTS, PLOT, QUALITY_PLOT, TABLES, rendered
 from vllm_xlayer import provenance as module
 from vllm_xlayer.provenance import provenance
 
@@ -29,7 +29,9 @@ def test_every_table_is_shown_somewhere():
 
 
 @pytest.mark.parametrize(
-    ("plot", "path"), [(PLOT, DOCUMENTS[0]), (COPY_PLOT, DOCUMENTS[1])], ids=["decode", "copy"]
+    ("plot", "path"),
+    [(PLOT, DOCUMENTS[0]), (COPY_PLOT, DOCUMENTS[1]), (QUALITY_PLOT, DOCUMENTS[3])],
+    ids=["decode", "copy", "quality"],
 )
 def test_the_picture_is_of_these_results(plot, path):
     image = pytest.importorskip("PIL.Image")

@@ -33,9 +33,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_xlayer import ops
 from vllm_xlayer.attention.backend import DensePages
-from vllm_xlayer.attention.newest import TILE, NewestBatch, allocate, make_planner, write_arguments
+from vllm_xlayer.attention.newest import NewestBatch, allocate, make_planner, write_arguments
 from vllm_xlayer.config import Config
 from vllm_xlayer.nvfp4 import GROUP, KV_DTYPES, ScaleOrder, count_groups, scale_choice_of
+from vllm_xlayer.ops.newest import TILE
 
 logger = init_logger(__name__)
 

@@ -13,8 +13,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from ..ops.newest import TILE
 from .decode import DecodeBatch, DecodePlanner, limits
-from .newest import TILE, NewestBatch, explain_v2_refusal, make_planner
+from .newest import NewestBatch, explain_v2_refusal, make_planner
 from .plan import Piece, newest_candidates, plan_pieces
 
 logger = init_logger(__name__)

@@ -1,4 +1,4 @@
-"""Whose newest tokens are at hand unquantised: a row a running request, and what is valid in it.
+"""Which newest tokens are at hand unquantised: what is valid in the row of each running request.
 
 Pages, tiers and the prefix cache hold all tokens in NVFP4, whatever happens here. Beside them each running
 request has a row with the newest of its tokens as they were, from which attention reads them: a better copy,
@@ -10,118 +10,28 @@ Nothing stale is read as long as every start of a request in a row is counted, a
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from .. import ops
 from ..config import Config
 from ..ops.newest import JUST_STARTED
+from .newest_rows import NO_ROW, RequestRows, have_rows, rows_in_use, starts_on_v2_are_told
 
 logger = init_logger(__name__)
 
-TILE = 16
-"""Tokens that are read together, from one place."""
-NO_ROW = -1
+MEMORY_SHARE = 0.025
+"""Of the device's memory, that newest tokens take at most. vLLM lets 1,024 requests run on a large GPU: 64
+tokens of each would be 6 % of an H200, for a model with 8 KV heads of 128 in 32 layers."""
 DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
 """Methods of speculation that run no attention of their own."""
-
-
-class RequestRows(Protocol):
-    """A process's rows of running requests.
-
-    Attributes:
-        starts: int64 [rows], how often a request was started in each row, or started again.
-    """
-
-    starts: np.ndarray
-
-    def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
-        """int32 [step.num_reqs]: the row of each request of a batch; NO_ROW: it has none."""
-        ...
-
-
-class NamedRows:
-    """Rows given to requests by name, for a runner that keeps none: model runner V1.
-
-    Args:
-        rows: as many as requests can run.
-        batch: returns the names of the current step's requests, in the order of its batch.
-    """
-
-    def __init__(self, rows: int, batch: Callable[[], list[str]]) -> None:
-        self.starts = np.zeros(rows, dtype=np.int64)
-        self._batch = batch
-        self._free = list(range(rows))
-        self._row_of: dict[str, int] = {}
-
-    def start(self, names: Iterable[str]) -> None:
-        """Requests are about to run whose rows hold nothing of theirs: new ones, and resumed ones."""
-        for name in names:
-            self.end([name])
-            if self._free:  # else it reads pages
-                row = self._row_of[name] = self._free.pop()
-                self.starts[row] += 1
-
-    def end(self, names: Iterable[str]) -> None:
-        """Requests run no longer. Those that never did are passed over."""
-        for name in names:
-            if (row := self._row_of.pop(name, None)) is not None:
-                self._free.append(row)
-
-    def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
-        rows = np.full(step.num_reqs, NO_ROW, dtype=np.int32)
-        for i, name in enumerate(self._batch()[: step.num_reqs]):
-            rows[i] = self._row_of.get(name, NO_ROW)
-        return rows
-
-
-class RunnerRows:
-    """Model runner V2's own: a request keeps its row of the runner's table for as long as it runs.
-
-    Args:
-        table: the runner's.
-        rows: that it has.
-    """
-
-    def __init__(self, table: Any, rows: int) -> None:
-        self.table = table
-        self.starts = np.zeros(rows, dtype=np.int64)
-
-    def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
-        rows = np.full(step.num_reqs, NO_ROW, dtype=np.int32)
-        if step.req_idx is not None:  # a dummy run's may be; padding has none
-            rows[: len(step.req_idx)] = step.req_idx[: step.num_reqs]
-        return rows
-
-
-_rows: RequestRows | None = None
-_v2_starts_are_told = False
-
-
-def expect_v2_starts() -> None:
-    """From now on every start of a request on model runner V2 is told to `count_v2_start`."""
-    global _v2_starts_are_told
-    _v2_starts_are_told = True
-
-
-def count_v2_start(table: Any, rows: int, row: int) -> None:
-    """A request was put into a row of a runner's table; a new one, or one that resumes."""
-    if not isinstance(_rows, RunnerRows) or _rows.table is not table:
-        use_rows(RunnerRows(table, rows))
-    assert _rows is not None
-    _rows.starts[row] += 1
-
-
-def use_rows(rows: RequestRows | None) -> None:
-    """The rows that this process's builders take from now on; None: nobody has any."""
-    global _rows
-    _rows = rows
 
 
 @dataclass(frozen=True)
@@ -146,14 +56,15 @@ class NewestPlanner:
     """Follows what the rows hold, for the layers of one KV cache group.
 
     Args:
-        requests: as many as can run, and as a batch can have with padding.
+        rows: that there are.
+        requests: as many as a batch can have, with padding.
         max_tokens: as many as a batch can have.
         places: tokens that a row holds.
     """
 
-    def __init__(self, requests: int, max_tokens: int, places: int, device: torch.device) -> None:
+    def __init__(self, rows: int, requests: int, max_tokens: int, places: int, device: torch.device) -> None:
         self._places = places
-        self._state = torch.full((requests, 2), JUST_STARTED, dtype=torch.int32, device=device)
+        self._state = torch.full((rows, 2), JUST_STARTED, dtype=torch.int32, device=device)
         self._slots = torch.empty(max_tokens, dtype=torch.int64, device=device)
         self._row_of = torch.empty(requests, dtype=torch.int32, device=device)
         self._begin = torch.empty(requests, dtype=torch.int32, device=device)
@@ -164,7 +75,8 @@ class NewestPlanner:
         """The step that begins. Nothing is kept, nor read, of requests of which nobody says the row."""
         self._forget_what_others_left()
         n = step.num_reqs
-        rows = np.full(n, NO_ROW, dtype=np.int32) if _rows is None else _rows.rows_of(step)
+        in_use = rows_in_use()
+        rows = np.full(n, NO_ROW, dtype=np.int32) if in_use is None else in_use.rows_of(step)
         slots = self._slots[: len(step.slot_mapping)]
         batch = NewestBatch(slots, self._row_of[:n], self._begin[:n], self._places)
         batch.rows.copy_(self._to_device(rows))
@@ -176,15 +88,16 @@ class NewestPlanner:
 
     def _forget_what_others_left(self) -> None:
         """Rows in which requests were started since the last step hold nothing of theirs."""
-        if _rows is not self._followed:
-            self._followed = _rows
+        rows = rows_in_use()
+        if rows is not self._followed:
+            self._followed = rows
             self._state.fill_(JUST_STARTED)
-        elif _rows is not None:
-            started = np.flatnonzero(self._starts != _rows.starts)
+        elif rows is not None:
+            started = np.flatnonzero(self._starts != rows.starts)
             if len(started):
                 self._state.index_fill_(0, self._to_device(started), JUST_STARTED)
-        if _rows is not None:
-            self._starts = _rows.starts.copy()
+        if rows is not None:
+            self._starts = rows.starts.copy()
 
     def _to_device(self, host: np.ndarray) -> torch.Tensor:
         """Without waiting; host memory that is copied from is not used again before it was."""
@@ -215,12 +128,18 @@ def make_planner(
             f"VLLM_XLAYER_NEWEST_TOKENS={places}: {refusal}, or VLLM_XLAYER_NEWEST_TOKENS=0, which reads all "
             "tokens from their NVFP4 pages"
         )
+    kept = num_rows(config)
+    have_rows(kept)
     scheduler, captured = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size or 0
     logger.info(
-        "Newest %d tokens of each of %d running requests in 16 bits: %.1f MB of memory for %d layers",
-        places, scheduler.max_num_seqs, reserved_bytes(config, layer_names) / 1e6, len(layer_names),
+        "Newest %d tokens of each of %d running requests in 16 bits: %.1f MB of memory for %d layers%s",
+        places, kept, reserved_bytes(config, layer_names) / 1e6, len(layer_names),
+        "" if kept == scheduler.max_num_seqs else
+        f". More would take over {MEMORY_SHARE:.1%} of the device's memory: of --max-num-seqs "
+        f"{scheduler.max_num_seqs} requests, those beyond read all tokens from their NVFP4 pages",
     )  # fmt: skip
     return NewestPlanner(
+        kept,
         max(scheduler.max_num_seqs, captured),
         max(scheduler.max_num_batched_tokens, captured),
         places,
@@ -260,7 +179,7 @@ def explain_v2_refusal(config: VllmConfig) -> str | None:
             "expected a model without states, of whose requests model runner V2 tells the rows, got a "
             "hybrid: serve another model"
         )
-    if not _v2_starts_are_told:
+    if not starts_on_v2_are_told():
         return (
             "expected to be told when a request starts; this vLLM's runner is another (`vllm-xlayer doctor` "
             "says what is missing): use a vLLM that is supported"
@@ -268,12 +187,23 @@ def explain_v2_refusal(config: VllmConfig) -> str | None:
     return None
 
 
+def num_rows(config: VllmConfig) -> int:
+    """Requests whose newest tokens are kept: all that can run, or as many as ``MEMORY_SHARE`` of the device's
+    memory is enough for, if all layers have the model's KV heads."""
+    model, parallel = config.model_config, config.parallel_config
+    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    assert isinstance(model.dtype, torch.dtype)
+    row_bytes = heads * 2 * Config.load().newest_tokens * model.get_head_size() * model.dtype.itemsize
+    most = int(MEMORY_SHARE * current_platform.get_device_total_memory()) // row_bytes
+    return min(config.scheduler_config.max_num_seqs, max(1, most))
+
+
 def allocate(config: VllmConfig, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """A layer's memory of newest tokens, [requests, 2, H, places, D], K and then V.
+    """A layer's memory of newest tokens, [rows, 2, H, places, D], K and then V.
 
     It starts as NaN: whoever reads a place that nobody wrote notices.
     """
-    shape = (config.scheduler_config.max_num_seqs, 2, num_kv_heads, Config.load().newest_tokens, head_size)
+    shape = (num_rows(config), 2, num_kv_heads, Config.load().newest_tokens, head_size)
     return torch.full(shape, torch.nan, dtype=dtype, device=config.device_config.device)
 
 

@@ -4,6 +4,8 @@ import torch
 
 from .extension import load, require_cuda_build
 
+TILE = 16
+"""Tokens that are read together, from one place."""
 JUST_STARTED = -1
 """Both numbers of a row of ``newest_step``'s state whose request was just started, or that has none."""
 

@@ -15,9 +15,10 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
+from vllm_xlayer.attention import newest
 from vllm_xlayer.attention.cpu import CpuReferenceBackend
 from vllm_xlayer.attention.cpu_mla import CpuMlaBackend
-from vllm_xlayer.attention.newest import NamedRows, reserved_bytes, use_rows
+from vllm_xlayer.attention.newest_rows import NamedRows, use_rows
 from vllm_xlayer.config import Config
 
 DEFAULT_KV_CACHE_BYTES = 2 << 30
@@ -31,9 +32,8 @@ class CpuReferenceRunner(CPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.request_rows = NamedRows(
-            vllm_config.scheduler_config.max_num_seqs, lambda: self.input_batch.req_ids
-        )
+        rows = newest.num_rows(vllm_config) if Config.load().newest_tokens else 0
+        self.request_rows = NamedRows(rows, lambda: self.input_batch.req_ids)
         use_rows(self.request_rows)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
@@ -137,11 +137,11 @@ class CpuReferenceWorker(CPUWorker):
         Raises:
             ValueError: nothing is.
         """
-        reserved = reserved_bytes(self.vllm_config)
+        reserved = newest.reserved_bytes(self.vllm_config)
         if reserved < limit:
             return limit - reserved
         raise ValueError(
             f"VLLM_XLAYER_NEWEST_TOKENS={Config.load().newest_tokens}: expected less than the {limit} bytes "
-            f"of KV cache memory, got {reserved} for {self.scheduler_config.max_num_seqs} requests: lower "
+            f"of KV cache memory, got {reserved} for {newest.num_rows(self.vllm_config)} requests: lower "
             "--max-num-seqs or the variable, or raise --kv-cache-memory-bytes"
         )

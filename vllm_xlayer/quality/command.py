@@ -4,6 +4,7 @@ Each cache is served by an engine in a process of its own, one after the other; 
 """
 
 import argparse
+import concurrent.futures
 import importlib.util
 import json
 import os
@@ -78,6 +79,10 @@ def add_parser(commands: Any) -> None:
     quality.add_argument("--chunk", type=int, default=256, help="tokens of a prefill chunk (default: 256)")
     quality.add_argument("--batch", type=int, default=40, help="windows read at once (default: 40)")
     quality.add_argument(
+        "--at-once", type=int, default=1, metavar="N",
+        help="engines beside each other, where their device has memory for them (default: 1)",
+    )  # fmt: skip
+    quality.add_argument(
         "--extra",
         type=json.loads,
         default={},
@@ -93,9 +98,9 @@ def add_parser(commands: Any) -> None:
 
 def problem(args: argparse.Namespace) -> str | None:
     """What is wrong with the arguments, for people; None: nothing."""
-    for name in ("windows", "answer", "chunk", "batch"):
+    for name in ("windows", "answer", "chunk", "batch", "at_once"):
         if getattr(args, name) < 1:
-            return f"--{name}: expected at least 1, got {getattr(args, name)}"
+            return f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
     if not 2 <= args.first < args.length:
         return f"--first: expected 2 to {args.length - 1} (--length less one), got {args.first}"
     if args.first + args.answer > args.length:
@@ -170,8 +175,9 @@ def _measure(
 
         model = str(model_path())
     wanted = [Cache(results.REFERENCE, "auto"), *caches]
-    files: dict[str, Path] = {}
-    for number, cache in enumerate(wanted):
+
+    def look_at(number: int) -> Path | None:
+        cache = wanted[number]
         console.print(f"[{number + 1}/{len(wanted)}] {cache.title}", markup=False)
         job = Job(
             title=cache.title, model=model, is_demo=is_demo, kv_cache_dtype=cache.kv_cache_dtype,
@@ -181,19 +187,22 @@ def _measure(
             text_files=[str(Path(file).resolve()) for file in args.text],
             options={**args.extra, **cache.options},
         )  # fmt: skip
-        if _run_engine(job, cache.environment, folder):
-            files[cache.title] = Path(job.out)
-        elif number == 0:
-            return None
-    if len(files) < 2:
+        return Path(job.out) if _run_engine(job, cache.environment, folder / f"{number}.json") else None
+
+    reference = look_at(0)  # it also makes the windows
+    if reference is None:
+        return None
+    with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+        outs = list(pool.map(look_at, range(1, len(wanted))))
+    files = {cache.title: out for cache, out in zip(caches, outs, strict=True) if out is not None}
+    if not files:
         return None
     what = {name: getattr(args, name) for name in ("model", "text", "length", "chunk", "batch", "extra")}
-    return what | results.compare(files.pop(results.REFERENCE), files, args.first, args.length)
+    return what | results.compare(reference, files, args.first, args.length)
 
 
-def _run_engine(job: Any, environment: dict[str, str], folder: Path) -> bool:
-    """Whether it ended well; if not, that was said."""
-    file = folder / "job.json"
+def _run_engine(job: Any, environment: dict[str, str], file: Path) -> bool:
+    """Whether it ended well; if not, that was said. The job is written to ``file``."""
     job.write(file)
     quiet = {
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -206,7 +215,7 @@ def _run_engine(job: Any, environment: dict[str, str], folder: Path) -> bool:
     command = [sys.executable, "-m", "vllm_xlayer.quality", str(file)]
     # Not in the current folder: `-m` would import a source tree there instead of the installed package.
     code = subprocess.run(
-        command, env={**quiet, **os.environ, **environment}, cwd=folder, check=False
+        command, env={**quiet, **os.environ, **environment}, cwd=file.parent, check=False
     ).returncode
     if code == 130:
         raise KeyboardInterrupt

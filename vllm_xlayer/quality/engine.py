@@ -29,7 +29,7 @@ class Engine:
             "max_model_len": job.length + 1,
             "max_num_seqs": job.batch,
             # Prompts are computed in steps of so many tokens, however many of them run beside each other.
-            "long_prefill_token_threshold": job.chunk,
+            "long_prefill_token_threshold": min(job.chunk, job.length),
             "max_num_batched_tokens": max(2048, job.chunk, job.batch),
             # A prompt that is found in the cache would be another one's rounding.
             "enable_prefix_caching": False,

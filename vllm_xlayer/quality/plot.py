@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Writes an image file; the suffix says which kind.
+def draw(result: dict[str, Any], path: Path, **saving: Any) -> None:
+    """Writes an image file; the suffix says which kind. ``saving``: for matplotlib's savefig.
 
     Raises:
         ImportError: there is no matplotlib.
@@ -15,7 +15,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = result["caches"][1:]
+    # A cache that gave NaN has no place on either axis; the tables say it.
+    rows = [row for row in result["caches"][1:] if row["decode"]["perplexity_change"][0] is not None]
     figure, (whole, along) = pyplot.subplots(
         1, 2, figsize=(10, 3.6), width_ratios=(2, 3), layout="constrained"
     )
@@ -38,5 +39,5 @@ def draw(result: dict[str, Any], path: Path) -> None:
     along.legend()
     for axes in (whole, along):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, **saving)
     pyplot.close(figure)

@@ -18,7 +18,9 @@ def verdict(result: dict[str, Any]) -> str:
     said = []
     for row in result["caches"][2:]:
         mean, low, high = row["decode"]["perplexity_change"]
-        if low is None:
+        if mean is None:
+            said.append(f"{row['title']} gives NaN in decode: it does not serve this model")
+        elif low is None:
             said.append(f"{row['title']}: one window is too little to tell")
         elif low <= max(0.0, noise[2]):
             said.append(
@@ -47,7 +49,7 @@ def table(result: dict[str, Any]) -> Table:
         grid.add_row(
             row["title"],
             _percent(decode["perplexity_change"]),
-            f"{decode['divergence'][0]:.4f}",
+            _nats(decode["divergence"]),
             f"{100 * decode['same_first'][0]:.1f} %",
             _percent(row["prefill"]["perplexity_change"]) if "prefill" in row else "",
             f"{row['answers'][0]:.0f} of {result['answer']}",
@@ -110,10 +112,15 @@ def _grid(title: str) -> Table:
 
 def _percent(interval: Interval) -> str:
     mean, low, high = interval
-    assert mean is not None
+    if mean is None:
+        return "NaN"
     if low is None or high is None:
         return f"{100 * mean:+.2f} %"
     return f"{100 * mean:+.2f} % ({100 * low:.2f}..{100 * high:.2f})"
+
+
+def _nats(interval: Interval) -> str:
+    return "NaN" if interval[0] is None else f"{interval[0]:.4f}"
 
 
 def _share(count: int, groups: int) -> str:

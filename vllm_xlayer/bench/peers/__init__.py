@@ -40,6 +40,7 @@ class Peer:
 
 PEERS = {
     "nvfp4": Peer("ours, NVFP4", "ours", 4.5, ours.make, 0.02, ours.kept),
+    "nvfp4_newest": Peer(f"ours, {ours.NEWEST} newest exact", "ours", 4.5, ours.make_newest, 0.02, ours.kept),
     "fa3_fp8": Peer("FA3 fp8", "fa3", 8, flash_attention_3.fp8, 0.15, flash_attention_3.kept_fp8),
     "fa3_bf16": Peer("FA3 bf16", "fa3", 16, flash_attention_3.bf16, 0.02),
     "int4": Peer("Triton int4", "int4", 4, triton_int4.make, 0.3, beside=triton_int4.BESIDE),

@@ -1,15 +1,25 @@
 """This package's kernel, and pages in the format that it shares with vLLM's FlashInfer backend."""
 
 from functools import partial
+from typing import Any
 
 import torch
 
 from ... import ops
 from ...nvfp4 import content_bytes, decode, encode, page_bytes, page_views
+from ...ops.newest import TILE
 from ..inputs import Calls, Inputs
 
+NEWEST = 64
+"""Tokens of each request that `make_newest` reads in 16 bits."""
 
-def make(inputs: Inputs, kv: torch.Tensor | None = None) -> Calls:
+
+def make_newest(inputs: Inputs, kv: torch.Tensor | None = None) -> Calls:
+    """`make` with the ``NEWEST`` newest tokens of each request read from memory of their own."""
+    return make(inputs, kv, NEWEST)
+
+
+def make(inputs: Inputs, kv: torch.Tensor | None = None, newest_tokens: int = 0) -> Calls:
     """Calls with a schedule that is made once a step for all layers, and not timed."""
     s = inputs.shape
     cache = nvfp4_cache(inputs, kv)
@@ -25,11 +35,12 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None) -> Calls:
     starts = inputs.starts if s.q_lens else None
     usual = -(-sum(s.queries) // len(s.lens))  # as the backend has it
     ops.nvfp4_attention_schedule(inputs.seq_lens, workspace, s.q_len, 0, starts, usual)
+    newest: dict[str, Any] = newest_arguments(inputs, cache, kv, newest_tokens) if newest_tokens else {}
 
     def call(table: torch.Tensor) -> None:
         ops.nvfp4_paged_attention(
             inputs.q, cache, table, inputs.seq_lens, workspace, one, one, inputs.out,
-            scale=s.head_size**-0.5, q_len=s.q_len, query_starts=starts, usual_q_len=usual,
+            scale=s.head_size**-0.5, q_len=s.q_len, query_starts=starts, usual_q_len=usual, **newest,
         )  # fmt: skip
 
     return [partial(call, table) for table in inputs.tables]
@@ -49,6 +60,31 @@ def nvfp4_cache(inputs: Inputs, kv: torch.Tensor | None) -> torch.Tensor:
     for view, part in parts:
         view.copy_(part)
     return cache
+
+
+def newest_arguments(
+    inputs: Inputs, cache: torch.Tensor, kv: torch.Tensor | None, places: int
+) -> dict[str, torch.Tensor]:
+    """A row of newest tokens for each request, as full as it gets.
+
+    It holds what ``cache`` keeps of ``kv``, and the pages of those tokens are overwritten: who reads them
+    there has another result.
+    """
+    s, device = inputs.shape, inputs.device
+    size = (len(s.lens), 2, s.num_kv_heads, places, s.head_size)
+    newest = torch.randn(size, dtype=inputs.q.dtype, device=device)
+    begin = [-(-max(0, length - places) // TILE) * TILE for length in s.lens]
+    if kv is not None:
+        views, pages = page_views(cache), kept(kv).to(newest.dtype)
+        for r, (first, length) in enumerate(zip(begin, s.lens, strict=True)):
+            for token in range(first, length):
+                block, row = inputs.tables[0][r, token // s.block_size], token % s.block_size
+                newest[r, :, :, token % places] = pages[block, :, :, row]
+                for page_part in (views.k_data, views.k_scale, views.v_data, views.v_scale):
+                    page_part[block, :, row] = 0x55
+    rows = torch.arange(len(s.lens), dtype=torch.int32, device=device)
+    starts = torch.tensor(begin, dtype=torch.int32, device=device)
+    return dict(newest=newest, newest_rows=rows, newest_from=starts)
 
 
 def kept(kv: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,193 @@
+"""What K's transforms and exact newest tokens gain, in plain PyTorch: which of them an engine should have.
+
+    python -m benchmarks.transforms MODEL --text FILE [--windows 40] [--json OUT.json]
+
+A model reads windows of text as decode reads them: every key and value is quantised after RoPE and read
+back, but for a query's newest tokens, which are exact. No engine and no kernel: what an idea is worth, before
+either has it. MODEL is a folder, or "demo". The last windows only say the means of K.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vllm_xlayer.nvfp4 import GROUP, decode, encode
+from vllm_xlayer.provenance import write
+from vllm_xlayer.quality import text
+
+V_SCALE = 1 / 16
+"""V's global scale where a checkpoint has none, as the engine's."""
+QUERIES = 256
+"""Queries that attend at once: scores of all of them would take gigabytes."""
+NEWEST = (0, 16, 64, 128)
+CALIBRATION = 4
+"""Windows that give the means."""
+Quantiser = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(layer, K [B, H, n, D], V) -> what is read back of them."""
+
+
+def nvfp4(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """After a round trip through the cache's format."""
+    return decode(*encode(x, scale), scale)
+
+
+def fp8(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """Each group of 16 times a Hadamard matrix, which is its own inverse."""
+    h = torch.ones(1, 1, device=x.device)
+    while len(h) < GROUP:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    return (x.unflatten(-1, (-1, GROUP)) @ (h / math.sqrt(GROUP))).flatten(-2)
+
+
+@dataclass
+class Means:
+    """K's mean of each layer, head and channel."""
+
+    sums: dict[int, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+
+    def look(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.sums[layer] = self.sums.get(layer, 0) + k.sum((0, 2), keepdim=True)
+        self.tokens[layer] = self.tokens.get(layer, 0) + k.shape[0] * k.shape[2]
+        return k, v
+
+    def of(self, layer: int) -> torch.Tensor:
+        """[1, H, 1, D], as 16 bits hold it."""
+        return (self.sums[layer] / self.tokens[layer]).bfloat16().float()
+
+
+def quantisers(means: Means) -> dict[str, Quantiser]:
+    """Title -> how K and V are kept."""
+
+    def with_k(keep: Callable[[int, torch.Tensor], torch.Tensor]) -> Quantiser:
+        return lambda layer, k, v: (keep(layer, k), nvfp4(v, V_SCALE))
+
+    return {
+        "NVFP4": with_k(lambda layer, k: nvfp4(k)),
+        "K rotated by 16": with_k(lambda layer, k: rotated(nvfp4(rotated(k)))),
+        "mean of K subtracted": with_k(lambda layer, k: nvfp4(k - means.of(layer)) + means.of(layer)),
+        "both": with_k(
+            lambda layer, k: rotated(nvfp4(rotated(k - means.of(layer)))) + means.of(layer)
+        ),
+    }  # fmt: skip
+
+
+class Reader:
+    """A model whose attention reads K and V as a quantiser keeps them."""
+
+    def __init__(self, folder: str, device: str) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        ALL_ATTENTION_FUNCTIONS.register("as_kept", self._attend)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="as_kept"
+        )
+        self.model, self.device = model.to(device).eval(), device
+        self.keep: Quantiser = lambda layer, k, v: (k, v)
+        self.newest = 0
+
+    def _attend(self, module, query, key, value, attention_mask, scaling=None, **_):
+        """As transformers calls it: [B, heads, n, D]; returns [B, n, heads, D] and no weights."""
+        k, v = key.bfloat16().float(), value.bfloat16().float()  # what the cache is given
+        kept_k, kept_v = self.keep(module.layer_idx, k, v)
+        group, n = query.shape[1] // k.shape[1], query.shape[2]
+        k, v, kept_k, kept_v = (x.repeat_interleave(group, 1) for x in (k, v, kept_k, kept_v))
+        at, out = torch.arange(n, device=k.device), torch.empty_like(query)
+        for first in range(0, n, QUERIES):
+            rows = slice(first, first + QUERIES)
+            age = at[rows, None] - at
+            exact = age < self.newest
+            q = query[:, :, rows]
+            scores = torch.where(exact, q @ k.mT, q @ kept_k.mT) * scaling
+            p = scores.masked_fill(age < 0, -torch.inf).softmax(-1)
+            out[:, :, rows] = (p * exact) @ v + (p * ~exact) @ kept_v
+        return out.transpose(1, 2).contiguous(), None
+
+    @torch.no_grad()
+    def log_probabilities(self, window: list[int], first: int) -> torch.Tensor:
+        """[n - first], of the window's tokens from ``first`` on."""
+        ids = torch.tensor([window], device=self.device)
+        hidden = self.model.model(ids, use_cache=False).last_hidden_state[0, first - 1 : -1]
+        logits = self.model.lm_head(hidden).float().log_softmax(-1)
+        return logits.gather(1, ids[0, first:, None])[:, 0]
+
+
+def measure(reader: Reader, windows: list[list[int]], first: int) -> list[dict[str, Any]]:
+    """A row a variant: the change of perplexity against exact K and V, with 95 % over windows."""
+    means = Means()
+    reader.keep = means.look
+    for window in windows[-CALIBRATION:]:
+        reader.log_probabilities(window, first)
+    windows = windows[:-CALIBRATION]
+    variants: list[tuple[str, int, Quantiser]] = [("exact", 0, lambda layer, k, v: (k, v))]
+    variants += [("fp8", 0, lambda layer, k, v: (fp8(k), fp8(v)))]
+    variants += [(title, n, keep) for title, keep in quantisers(means).items() for n in NEWEST]
+    rows: list[dict[str, Any]] = []
+    base = torch.empty(0)
+    for title, newest, keep in track(variants, "variants"):
+        reader.keep, reader.newest = keep, newest
+        loss = torch.tensor([-float(reader.log_probabilities(w, first).mean()) for w in windows])
+        if title == "exact":
+            base = loss
+        change = loss - base
+        half = 1.96 * float(change.std()) / math.sqrt(len(windows))
+        mean = float(change.mean())
+        interval = [math.expm1(x) for x in (mean, mean - half, mean + half)]
+        rows.append(
+            {"title": title, "newest": newest, "perplexity": float(loss.mean().exp()), "change": interval}
+        )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.transforms", description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--text", action="append", default=[], metavar="FILE")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--json", type=Path, default=Path("transforms.json"))
+    args = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    folder = args.model
+    if is_demo := folder == "demo":
+        from vllm_xlayer.demo import model_path
+
+        folder = str(model_path())
+    tokenizer, count = AutoTokenizer.from_pretrained(folder), args.windows + CALIBRATION
+    windows = (
+        text.demo_beginnings(tokenizer, count, args.length)
+        if is_demo
+        else text.windows_of([Path(file) for file in args.text], tokenizer, count, args.length)
+    )
+    reader = Reader(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    first = args.length // 2
+    rows = measure(reader, windows, first)
+    asked = {"model": args.model, "text": args.text, "windows": args.windows, "length": args.length}
+    write(args.json, {**asked, "first": first, "variants": rows})
+    grid = Table(title="Change of perplexity, as decode reads K and V")
+    for column in ("K and V", "newest exact", "change", "95 % over windows"):
+        grid.add_column(column, justify="left" if column == "K and V" else "right")
+    for row in rows:
+        mean, low, high = (f"{100 * x:+.2f} %" for x in row["change"])
+        grid.add_row(row["title"], str(row["newest"]), mean, f"{low} .. {high}")
+    Console(width=100).print(grid)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

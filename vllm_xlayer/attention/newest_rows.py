@@ -1,0 +1,145 @@
+"""Whose newest tokens are kept: a row of memory for each running request, as long as there are any.
+
+Nothing stale is read as long as every start of a request in a row is counted, a resumption too
+(`RequestRows.starts`). A request without a row reads its pages.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import numpy as np
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+NO_ROW = -1
+
+
+class RequestRows(Protocol):
+    """A process's rows of running requests.
+
+    Attributes:
+        starts: int64 [rows], how often a request was started in each row, or started again.
+    """
+
+    starts: np.ndarray
+
+    def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
+        """int32 [step.num_reqs]: the row of each request of a batch; NO_ROW: it has none."""
+        ...
+
+
+class NamedRows:
+    """Rows given to requests by name, for a runner that keeps none: model runner V1.
+
+    Args:
+        rows: as many as requests can run.
+        batch: returns the names of the current step's requests, in the order of its batch.
+    """
+
+    def __init__(self, rows: int, batch: Callable[[], list[str]]) -> None:
+        self.starts = np.zeros(rows, dtype=np.int64)
+        self._batch = batch
+        self._free = list(range(rows))
+        self._row_of: dict[str, int] = {}
+
+    def start(self, names: Iterable[str]) -> None:
+        """Requests are about to run whose rows hold nothing of theirs: new ones, and resumed ones."""
+        for name in names:
+            self.end([name])
+            if self._free:  # else it reads pages
+                row = self._row_of[name] = self._free.pop()
+                self.starts[row] += 1
+
+    def end(self, names: Iterable[str]) -> None:
+        """Requests run no longer. Those that never did are passed over."""
+        for name in names:
+            if (row := self._row_of.pop(name, None)) is not None:
+                self._free.append(row)
+
+    def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
+        rows = np.full(step.num_reqs, NO_ROW, dtype=np.int32)
+        for i, name in enumerate(self._batch()[: step.num_reqs]):
+            rows[i] = self._row_of.get(name, NO_ROW)
+        return rows
+
+
+class RunnerRows:
+    """Rows given to requests of model runner V2 by their place in its table, which they keep while they run.
+
+    Args:
+        table: the runner's.
+        places: that it has, as many as requests can run.
+        rows: at most as many. Requests beyond them read pages.
+    """
+
+    def __init__(self, table: Any, places: int, rows: int) -> None:
+        self.table = table
+        self.starts = np.zeros(rows, dtype=np.int64)
+        self._free = list(range(rows))
+        self._row_of = np.full(places, NO_ROW, dtype=np.int32)
+
+    def start(self, place: int, running: Iterable[int]) -> None:
+        """A request is put into a place: a new one, or one that resumes.
+
+        running: the places of all that run.
+        """
+        if self._row_of[place] == NO_ROW:
+            self._free = self._free or self._take_from_ended(running)
+            if not self._free:
+                return
+            self._row_of[place] = self._free.pop()
+        self.starts[self._row_of[place]] += 1
+
+    def _take_from_ended(self, running: Iterable[int]) -> list[int]:
+        """Nobody says when a request ends: its row stays with its place until another one needs it."""
+        ended = np.setdiff1d(np.flatnonzero(self._row_of != NO_ROW), np.fromiter(running, dtype=np.int64))
+        rows: list[int] = self._row_of[ended].tolist()
+        self._row_of[ended] = NO_ROW
+        return rows
+
+    def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
+        rows = np.full(step.num_reqs, NO_ROW, dtype=np.int32)
+        if step.req_idx is not None:  # a dummy run's may be; padding has none
+            rows[: len(step.req_idx)] = self._row_of[step.req_idx[: step.num_reqs]]
+        return rows
+
+
+_rows: RequestRows | None = None
+_v2_starts_are_told = False
+_num_rows = 0
+
+
+def expect_v2_starts() -> None:
+    """From now on every start of a request on model runner V2 is told to `start_on_v2`."""
+    global _v2_starts_are_told
+    _v2_starts_are_told = True
+
+
+def start_on_v2(table: Any, places: int, place: int, running: Iterable[int]) -> None:
+    """A request was put into a place of a runner's table; see `RunnerRows`."""
+    rows = _rows
+    if not isinstance(rows, RunnerRows) or rows.table is not table:
+        rows = RunnerRows(table, places, min(places, _num_rows))
+        use_rows(rows)
+    rows.start(place, running)
+
+
+def starts_on_v2_are_told() -> bool:
+    """Whether every start on model runner V2 is told."""
+    return _v2_starts_are_told
+
+
+def have_rows(count: int) -> None:
+    """This process's layers have memory for so many."""
+    global _num_rows
+    _num_rows = count
+
+
+def rows_in_use() -> RequestRows | None:
+    """The rows that this process's builders take; None: nobody has any."""
+    return _rows
+
+
+def use_rows(rows: RequestRows | None) -> None:
+    """The rows that this process's builders take from now on; None: nobody has any."""
+    global _rows
+    _rows = rows
