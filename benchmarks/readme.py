@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from . import RESULTS, ROOT, markdown, markdown_tier, quality
+from . import RESULTS, ROOT, markdown, markdown_models, markdown_tier, quality
 from .plot import copy_plot, decode_plot, quality_plot
 
 DOCUMENTS = (
@@ -19,6 +19,7 @@ DOCUMENTS = (
     ROOT / "docs/configuration.md",
     ROOT / "docs/accuracy.md",
     ROOT / "csrc/kernels/nvfp4_attention/NOTES.md",
+    ROOT / "docs/models.md",
 )
 PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
@@ -49,10 +50,11 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "offload": (("h200-offload.json",), markdown_tier.offload_section),
     "settings": ((), markdown.settings),
     "resources": (("resources.json",), markdown.resources),
+    "models": (("cpu-models.json",), markdown_models.table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
-SECTIONS = ("prefill", "load", "traffic", "copy", "pacing", "offload")
+SECTIONS = ("prefill", "load", "traffic", "copy", "pacing", "offload", "models")
 """Nothing is shown for these, not even a heading, until their results are there."""
 
 

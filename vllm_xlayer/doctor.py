@@ -100,29 +100,40 @@ def _private(record: Any, state: str, reason: str) -> dict[str, str]:
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
     from . import compat
-    from .layout import NegotiationError, draw, one_line
+    from .layout import NegotiationError, row_line
 
     try:
         compat.check_vllm()
-        from .compat.model import negotiate_for_model
+        from .compat.model import rows_of_model
+        from .connector.limits import check_served
 
-        decision, layer_name = negotiate_for_model(
-            args.model, args.kv_cache_dtype, args.block_size, args.layer
-        )
-    except (NegotiationError, ValueError, OSError, compat.UnsupportedVllm) as error:
+        found = rows_of_model(args.model, args.kv_cache_dtype, args.block_size)
+        check_served(found.config, found.plan, found.decision.descriptor, ours=True)
+        drawing = _drawing(found, args)
+    except (NegotiationError, ValueError, IndexError, OSError, compat.UnsupportedVllm) as error:
         return {"error": str(error)}
-    try:
-        drawing = draw(decision.descriptor, layer_name, args.head, args.token)
-    except IndexError as error:
-        return {"error": str(error)}
+    row = found.decision.descriptor
     return {
-        "decision": one_line(decision),
-        "accepted by": list(decision.accepted_by),
-        "refused": [str(refusal) for refusal in decision.refusals],
-        "row bytes": decision.descriptor.row_bytes,
-        "descriptor": decision.descriptor.to_dict(),
+        "decision": row_line(found.decision),
+        "assumed": found.assumed,
+        "accepted by": list(found.decision.accepted_by),
+        "refused": [str(refusal) for refusal in found.decision.refusals],
+        "row bytes": row.row_bytes,
+        "descriptor": row.to_dict(),
         "drawing": drawing,
     }
+
+
+def _drawing(found: Any, args: argparse.Namespace) -> str:
+    """Where one token lies, if all groups have pages of one kind; else where the pages do."""
+    from .layout import draw, draw_row
+
+    if not 0 <= args.layer < len(found.layers):
+        raise ValueError(f"--layer: expected 0 to {len(found.layers) - 1}, got {args.layer}")
+    row = found.decision.descriptor
+    if row.uniform is None:
+        return draw_row(row)
+    return draw(row.uniform, found.layers[args.layer], args.head, args.token)
 
 
 def _hand_over(first: str, second: str) -> dict[str, Any]:
@@ -177,5 +188,10 @@ def _print(report: dict[str, Any]) -> None:
     )
     for refusal in model["refused"]:
         console.print(f"  {refusal}", markup=False)
+    if model["assumed"]:
+        console.print(
+            "its layers could not be built without weights, so all are taken for full attention of one kind: "
+            f"the engine says at its start what they are ({model['assumed']})", markup=False,
+        )  # fmt: skip
     console.print()
     console.print(model["drawing"], markup=False, soft_wrap=True)

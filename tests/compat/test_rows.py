@@ -1,6 +1,7 @@
 """Rows: what vLLM resolves and allocates is what was negotiated, byte for byte, or somebody is named."""
 
 import importlib.util
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,17 +10,20 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.v1.kv_cache_interface import (
+    CrossAttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
     KVQuantMode,
     MLAAttentionSpec,
     SlidingWindowSpec,
+    SparseCacheRole,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from vllm_xlayer.attention.backend import NVFP4Backend
 from vllm_xlayer.attention.cpu import CpuReferenceBackend
+from vllm_xlayer.attention.cpu_mla import CpuMlaBackend
 from vllm_xlayer.compat import rows
 from vllm_xlayer.layout import (
     AllocationError,
@@ -145,10 +149,40 @@ def test_another_connectors_wish_is_suspected(monkeypatch):
         rows.negotiate_rows(config_with(CpuReferenceBackend), planned(one_group("bfloat16"), "LBHNC"))
 
 
+LATENTS = [
+    KVCacheGroupSpec(
+        ["a", "b"], MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+    )
+]
+
+
+def test_latents_are_opaque_pages():
+    """And what is said of them tells one engine's from another's."""
+    row = rows.negotiate_rows(config_with(CpuMlaBackend), planned(LATENTS, "BLHNC")).descriptor
+    (group,) = row.groups
+    assert group.kinds == ("MLAAttentionSpec",) and row.has_opaque
+    assert [(page.offset, page.content.page_bytes) for page in group.pages] == [(0, 18432), (18432, 18432)]
+    for change in (dict(cache_dtype_str="fp8_ds_mla"), dict(cache_role=SparseCacheRole.INDEXER)):
+        spec = replace(LATENTS[0].kv_cache_spec, **change)
+        plan = planned([KVCacheGroupSpec(["a", "b"], spec)], "BLHNC")
+        other = rows.negotiate_rows(config_with(CpuMlaBackend), plan).descriptor
+        assert other.row_bytes == row.row_bytes and other.fingerprint != row.fingerprint
+
+
+def test_latents_of_kernels_that_were_not_compared_are_refused():
+    class Untried(CpuMlaBackend):
+        @staticmethod
+        def get_name():
+            return "FLASHMLA"
+
+    with pytest.raises(NegotiationError, match=r"attention backend Untried: .* have not been compared"):
+        rows.negotiate_rows(config_with(Untried), planned(LATENTS, "BLHNC"))
+
+
 def test_pages_that_cannot_be_described_are_refused():
-    latent = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
-    groups = [KVCacheGroupSpec(["a"], latent)]
-    with pytest.raises(NegotiationError, match=r"model: pages of MLAAttentionSpec \(a\) are not known"):
+    spec = CrossAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+    groups = [KVCacheGroupSpec(["a"], spec)]
+    with pytest.raises(NegotiationError, match=r"model: pages of CrossAttentionSpec \(a\) are not known"):
         rows.negotiate_rows(config_with(), planned(groups, "BLHNC"))
 
 

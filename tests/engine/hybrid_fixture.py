@@ -13,8 +13,21 @@ CONFIGS = json.loads((Path(__file__).parents[2] / "benchmarks" / "models.json").
 
 def save_hybrid(name: str, folder: Path) -> Path:
     """A model of that name in benchmarks/models.json, with random weights."""
-    config = AutoConfig.for_model(**CONFIGS[name])
-    return save_random_model(config, folder, dtype=getattr(torch, CONFIGS[name]["dtype"]))
+    save_hybrid_config(CONFIGS[name], folder)
+    return folder
+
+
+def save_hybrid_config(config: dict, folder: Path) -> dict[str, str]:
+    """A model of that config, with random weights; what vLLM is told besides its folder.
+
+    With "load_format" in the config vLLM makes the weights: where transformers' model has other names.
+    """
+    if "load_format" not in config:
+        save_random_model(AutoConfig.for_model(**config), folder, dtype=getattr(torch, config["dtype"]))
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return {"load_format": config["load_format"]}
 
 
 def answers(llm, prompts: list[list[int]], num_tokens: int) -> list[tuple[list[int], list[float]]]:

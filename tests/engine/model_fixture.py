@@ -1,8 +1,10 @@
 """Tiny models with random weights, and what transformers says about them."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -109,6 +111,26 @@ def save_random_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype
             gain = 2.0 if "q_proj" in name or "k_proj" in name else 0.1 if "embed" in name else 1.0
             weight.data.normal_(0.0, gain * weight.shape[1] ** -0.5, generator=generator)
     model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def save_eagle(folder: Path, seed: int, **overrides) -> Path:
+    """An EAGLE drafter for a model of llama_config(**overrides): one layer, after a projection of token and
+    hidden state."""
+    config = llama_config(num_hidden_layers=1, **overrides)
+    save_random_model(config, folder)
+    theirs = ("lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight")
+    weights = {
+        name.removeprefix("model."): weight
+        for name, weight in load_file(folder / "model.safetensors").items()
+        if name not in theirs
+    }
+    size, generator = config.hidden_size, torch.Generator().manual_seed(seed)
+    weights["fc.weight"] = torch.randn(size, 2 * size, generator=generator) * (2 * size) ** -0.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    saved = json.loads((folder / "config.json").read_text())
+    saved["architectures"] = ["EagleLlamaForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(saved))
     return folder
 
 

@@ -72,6 +72,14 @@ def misses(tier, reason, number):
     return {f"xlayer_misses_total{{reason={reason},tier={tier}}}": number}
 
 
+def missed(reason, tokens):
+    return {f"xlayer_miss_tokens_total{{reason={reason}}}": tokens}
+
+
+def hit(tokens):
+    return {"xlayer_hit_tokens_total": tokens}
+
+
 def failures(way, tier, reason, number):
     return {f"xlayer_failures_total{{direction={way},reason={reason},tier={tier}}}": number}
 
@@ -84,16 +92,16 @@ def test_stores_and_loads(make_llm, tiny_llama):
     llm = start(make_llm, tiny_llama, host_only())
     vllm_greedy(llm, PROMPTS, NUM_TOKENS)
     settle(llm)
-    stored = rows("store", "host", BLOCKS) | misses("host", "absent", USABLE)
+    stored = rows("store", "host", BLOCKS) | missed("absent", 16 * USABLE)
     assert nonzero() == stored
-    assert scrape("xlayer_hits")["xlayer_hits_total{tier=host}"] == 0  # there, although nothing happened
+    assert scrape("xlayer_hit_tokens")["xlayer_hit_tokens_total"] == 0  # there, although nothing happened
     vllm_greedy(llm, PROMPTS, NUM_TOKENS)  # all in the device's cache
     settle(llm)
     assert nonzero() == stored
     forget_device_cache(llm)
     vllm_greedy(llm, PROMPTS, NUM_TOKENS)
     settle(llm)
-    assert nonzero() == stored | rows("load", "host", USABLE) | hits("host", USABLE)
+    assert nonzero() == stored | rows("load", "host", USABLE) | hit(16 * USABLE)
     found = scrape("kv_offload")  # vLLM's own, of the same transfers
     assert found["kv_offload_store_bytes_total"] == BLOCKS * ROW
     assert found["kv_offload_load_bytes_total"] == USABLE * ROW
@@ -107,7 +115,7 @@ def test_chunks_of_several_blocks(make_llm, tiny_llama):
         forget_device_cache(llm)
     assert nonzero() == (
         rows("store", "host", 2 * chunks) | rows("load", "host", 2 * chunks)
-        | misses("host", "absent", chunks) | hits("host", chunks)
+        | missed("absent", 32 * chunks) | hit(32 * chunks)
     )  # fmt: skip
 
 
@@ -120,14 +128,12 @@ def test_failed_copies(make_llm, tiny_llama, monkeypatch, delay):
     copies.fail_stores = lambda n: n == 0
     vllm_greedy(llm, PROMPTS[1::2][:2], NUM_TOKENS)  # the first's 6 blocks are lost, the second's 2 are not
     forget_device_cache(llm)
-    lost = rows("store", "host", 2) | misses("host", "absent", 8) | failures("store", "host", "copy", 6)
+    lost = rows("store", "host", 2) | missed("absent", 16 * 8) | failures("store", "host", "copy", 6)
     assert nonzero() == lost
     copies.fail_loads = lambda n: True
     vllm_greedy(llm, PROMPTS[3:4], NUM_TOKENS)  # found, not loaded, computed, stored again
     settle(llm)
-    assert nonzero() == lost | rows("store", "host", 4) | hits("host", 2) | failures(
-        "load", "host", "copy", 2
-    )
+    assert nonzero() == lost | rows("store", "host", 4) | hit(16 * 2) | failures("load", "host", "copy", 2)
 
 
 def test_a_disk_that_is_filled_and_read(make_llm, tiny_llama, tmp_path):
@@ -135,13 +141,13 @@ def test_a_disk_that_is_filled_and_read(make_llm, tiny_llama, tmp_path):
     llm = start(make_llm, tiny_llama, connector(tmp_path))
     cached(llm)
     disk = {"xlayer_disk_used_bytes": BLOCKS * ENTRY, "xlayer_disk_limit_bytes": 1 << 30}
-    stored = rows("store", "host", BLOCKS) | rows("store", "disk", BLOCKS) | misses("host", "absent", USABLE)
+    stored = rows("store", "host", BLOCKS) | rows("store", "disk", BLOCKS) | missed("absent", 16 * USABLE)
     assert nonzero() == stored | disk
     assert scrape("xlayer_queue") == IDLE
     core_of(llm).shutdown()
     llm = start(make_llm, tiny_llama, connector(tmp_path))
     assert cached(llm)[1] == WHOLE_BLOCKS
-    loaded = rows("load", "disk", USABLE) | rows("load", "host", USABLE) | hits("host", USABLE)
+    loaded = rows("load", "disk", USABLE) | rows("load", "host", USABLE) | hit(16 * USABLE)
     again = rows("store", "host", BLOCKS - USABLE)  # the computed ones; the disk has them
     assert nonzero() == loaded | hits("disk", USABLE) | again | disk
     found = scrape("kv_offload")
@@ -161,7 +167,7 @@ def test_a_damaged_entry(make_llm, tiny_llama, tmp_path):
     vllm_greedy(llm, [PROMPTS[2] + [7]], NUM_TOKENS)  # one block
     settle(llm)
     assert nonzero() == (
-        misses("disk", "damaged payload", 1) | misses("host", "absent", 1)
+        misses("disk", "damaged payload", 1) | missed("absent", 16 * 1)
         | rows("store", "host", 1) | rows("store", "disk", 1)
         | {"xlayer_disk_used_bytes": BLOCKS * ENTRY, "xlayer_disk_limit_bytes": 1 << 30}
     )  # fmt: skip
@@ -181,7 +187,7 @@ def test_a_disk_that_fails(make_llm, tiny_llama, tmp_path, monkeypatch, way):
     found = nonzero()
     assert failures(way, "disk", "disk error", 1).items() <= found.items()
     assert failures(way, "disk", "off", 11).items() <= found.items()
-    assert found["xlayer_misses_total{reason=absent,tier=host}"] == 12
+    assert found["xlayer_miss_tokens_total{reason=absent}"] == 16 * 12
 
 
 def test_late_and_off(make_llm, tiny_llama, tmp_path, monkeypatch):
@@ -190,10 +196,10 @@ def test_late_and_off(make_llm, tiny_llama, tmp_path, monkeypatch):
     llm = start(make_llm, tiny_llama, connector(tmp_path))
     vllm_greedy(llm, PROMPTS[1:2], NUM_TOKENS)
     settle(llm)
-    assert misses("host", "late", 6).items() <= nonzero().items()
+    assert missed("late", 16 * 6).items() <= nonzero().items()
     llm = start(make_llm, tiny_llama, host_only(cpu_bytes_to_use=ROW - 1))
     vllm_greedy(llm, PROMPTS[1:2], NUM_TOKENS)
-    assert nonzero() == misses("host", "off", 6)
+    assert nonzero() == missed("off", 16 * 6)
 
 
 def test_what_waits_is_seen(make_llm, tiny_llama, monkeypatch):
@@ -201,7 +207,7 @@ def test_what_waits_is_seen(make_llm, tiny_llama, monkeypatch):
     llm = start(make_llm, tiny_llama, host_only())
     vllm_greedy(llm, PROMPTS, NUM_TOKENS)
     waiting = "xlayer_queue_depth{direction=store,tier=host}"
-    assert nonzero() == misses("host", "absent", USABLE) | {waiting: BLOCKS}
+    assert nonzero() == missed("absent", 16 * USABLE) | {waiting: BLOCKS}
     settle(llm)
     assert scrape("xlayer_queue") == IDLE
 
@@ -255,8 +261,8 @@ def test_as_vllm_serve_does_it(reference_platform, tiny_llama, tmp_path):
     found = eval(line.removeprefix("SCRAPED"))
     assert found["xlayer_transfer_bytes_total{direction=store,tier=host}"] == 6 * ROW
     assert found["xlayer_transfer_rows_total{direction=load,tier=host}"] == 12
-    assert found["xlayer_hits_total{tier=host}"] == 12
-    assert found["xlayer_misses_total{reason=absent,tier=host}"] == 6
+    assert found["xlayer_hit_tokens_total"] == 16 * 12
+    assert found["xlayer_miss_tokens_total{reason=absent}"] == 16 * 6
     assert found["xlayer_disk_used_bytes"] == 6 * ENTRY
 
 
@@ -279,7 +285,7 @@ def test_a_line_a_minute(make_llm, tiny_llama, monkeypatch, caplog_vllm):
     now[0] += 1
     vllm_greedy(llm, PROMPTS[:1], NUM_TOKENS)
     assert len(lines()) == 1 and lines()[0].startswith(f"in 60 s stored {BLOCKS} rows, 0.00 GB at ")
-    assert lines()[0].endswith(f"; hits 0 % of {USABLE} chunks; misses: host (absent) {USABLE}")
+    assert lines()[0].endswith(f"; hits 0 % of {16 * USABLE} tokens; tokens missed: (absent) {16 * USABLE}")
     now[0] += 600
     vllm_greedy(llm, PROMPTS[:1], NUM_TOKENS)
     now[0] += 600
@@ -292,4 +298,4 @@ def test_a_line_a_minute(make_llm, tiny_llama, monkeypatch, caplog_vllm):
     now[0] += 7
     core_of(llm).shutdown()
     assert len(lines()) == 2 and lines()[1].startswith(f"in 7 s loaded {USABLE} rows")
-    assert lines()[1].endswith(f"; hits 100 % of {USABLE} chunks")
+    assert lines()[1].endswith(f"; hits 100 % of {16 * USABLE} tokens")

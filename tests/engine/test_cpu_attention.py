@@ -192,7 +192,8 @@ def test_refused_layers(settings, reason):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(use_mla=True), "MLA not supported"),
+        (dict(use_mla=True, use_sparse=True), "sparse not supported"),
+        (dict(use_mla=True, kv_cache_dtype="nvfp4"), "kv_cache_dtype not supported"),
         (dict(attn_type="encoder_only"), "attention type encoder_only not supported"),
         (dict(kv_cache_dtype="fp8"), "kv_cache_dtype not supported"),
         (dict(kv_cache_dtype="nvfp4", head_size=72), "multiple of 16"),
@@ -204,6 +205,8 @@ def test_refused_selections(reference_platform, changes, reason):
 
     plain = AttentionSelectorConfig(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=16)
     assert reference_platform.get_attn_backend_cls(None, plain).endswith("CpuReferenceBackend")
+    latent = plain._replace(use_mla=True)
+    assert reference_platform.get_attn_backend_cls(None, latent).endswith("CpuMlaBackend")
     with pytest.raises(ValueError, match=reason):
         reference_platform.get_attn_backend_cls(None, plain._replace(**changes))
 

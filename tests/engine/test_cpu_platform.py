@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hybrid_fixture import CONFIGS, save_hybrid_config
 from model_fixture import (
     SHAPE,
     gpt_oss_config,
@@ -288,3 +289,10 @@ def test_nvfp4_sliding_window(make_llm, tmp_path, config):
     answers = vllm_greedy(make_llm(tmp_path, kv_cache_dtype="nvfp4"), PROMPTS, NUM_TOKENS)
     expected = transformers_greedy(tmp_path, PROMPTS, NUM_TOKENS)
     assert [answer[0] for answer in answers] == [answer[0] for answer in expected]
+
+
+def test_a_model_that_chooses_another_backend_is_refused(make_llm, tmp_path):
+    """MiMo-V2's K and V heads differ in size, so it takes a backend whose kernels need a GPU."""
+    settings = save_hybrid_config(CONFIGS["mimo_v2"], tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.0.*attention backend.*got TRITON_ATTN_DIFFKV.*need a GPU"):
+        make_llm(tmp_path, dtype="bfloat16", **settings)

@@ -1,7 +1,13 @@
 """What `vllm-xlayer doctor` says of this vLLM and of a model, without an engine."""
 
+from argparse import Namespace
+
+import pytest
+from hybrid_fixture import save_hybrid
+
 from vllm_xlayer import doctor
 from vllm_xlayer.compat import private
+from vllm_xlayer.compat.model import rows_of_model
 from vllm_xlayer.layout import Layout
 from vllm_xlayer.patches import PATCHES
 
@@ -19,10 +25,48 @@ def test_everything_private_is_listed_with_its_state(reference_platform, monkeyp
 
 def test_a_page_is_what_the_backend_makes_of_it(reference_platform, tiny_llama):
     """vLLM's spec alone counts a byte an element; the backend says that it is 4.5 bits."""
-    from vllm_xlayer.compat.model import negotiate_for_model
+    found = rows_of_model(str(tiny_llama), "nvfp4", None)
+    (group,) = found.decision.descriptor.uniform.groups
+    assert group.page_bytes == 2 * 16 * 2 * (16 + 2) and not found.assumed
+    assert found.layers == group.layers and len(group.layers) == 2
+    assert found.decision.descriptor.layout is Layout.BLHNC
+    assert "attention backend CpuReferenceBackend" in found.decision.accepted_by
 
-    decision, layer = negotiate_for_model(str(tiny_llama), "nvfp4", None, 1)
-    (group,) = decision.descriptor.groups
-    assert (group.page_bytes, layer) == (2 * 16 * 2 * (16 + 2), "layer 1")
-    assert decision.descriptor.layout is Layout.BLHNC
-    assert "attention backend CpuReferenceBackend" in decision.accepted_by
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("qwen3_next", "nvfp4"), ("gemma4", "auto"), ("deepseek_v2", "auto")]
+)
+def test_a_models_rows_are_those_of_its_engine(reference_platform, make_llm, tmp_path, name, dtype):
+    """Of several groups, of pages that differ, and of those that only the engine understands."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    make_llm.shut_down()
+    folder = save_hybrid(name, tmp_path)
+    said = rows_of_model(str(folder), dtype, None).decision.descriptor
+    transfer = dict(kv_connector="XLayerConnector", kv_role="kv_both")
+    make_llm(folder, dtype="auto", kv_cache_dtype=dtype, kv_transfer_config=transfer)
+    assert said == get_kv_transfer_group().layout
+
+
+def test_the_report_of_a_model(reference_platform, make_llm, tmp_path, capsys):
+    model = save_hybrid("lfm2", tmp_path)
+    args = dict(model=str(model), kv_cache_dtype="nvfp4", block_size=None, layer=0, head=0, token=0)
+    report = doctor._model(Namespace(**args))
+    assert "error" not in report and "2 pages of MambaSpec" in report["drawing"]
+    assert "--layer: expected 0 to 5" in doctor._model(Namespace(**args | dict(layer=6)))["error"]
+
+
+def test_layers_that_cannot_be_built_are_taken_for_alike(
+    reference_platform, make_llm, tiny_llama, tmp_path, monkeypatch
+):
+    """And the report says so; of a hybrid nothing is assumed."""
+    from vllm.model_executor.model_loader import utils
+
+    def initialize_model(config):
+        raise RuntimeError("needs a device")
+
+    monkeypatch.setattr(utils, "initialize_model", initialize_model)
+    found = rows_of_model(str(tiny_llama), "nvfp4", None)
+    assert found.assumed == "RuntimeError: needs a device" and found.layers == ("layer 0", "layer 1")
+    with pytest.raises(ValueError, match=r"could not be built without weights: RuntimeError: needs a device"):
+        rows_of_model(str(save_hybrid("lfm2", tmp_path)), "nvfp4", None)

@@ -194,7 +194,10 @@ def test_prompts_shorter_than_a_block_with_a_match_unit(make_llm, folder, kind):
     if kind == "auto":
         check_against_transformers(folder, prompts, [answer[:2] for answer in answers], 5e-4)
     empty_device(llm)
+    lookups = live_connector_scheduler(llm).activity.lookups
+    before = lookups.hits
     assert one_by_one(llm, prompts) == answers
+    assert lookups.hits - before == sum(hits)  # tokens: most prompts have less than a block
 
 
 def test_small_caches_preemption_and_eviction(make_llm, folder):
@@ -225,10 +228,13 @@ def test_without_prefix_caching_the_connector_refuses(make_llm, folder):
 
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h"])
-def test_other_states_restored_from_host_are_as_cached(make_llm, tmp_path, name, kind):
-    """Gated delta nets and Mamba 2, whose blocks are larger."""
+def test_other_states_restored_are_as_cached(make_llm, tmp_path, name, kind):
+    """Gated delta nets and Mamba 2, whose blocks are larger; from the host, with NVFP4 from the disk too."""
     sizes = dict(kv_cache_memory_bytes=32 << 20, max_num_batched_tokens=512, max_model_len=1024)
-    llm = start(make_llm, save_hybrid(name, tmp_path), kind, {}, dtype=CONFIGS[name]["dtype"], **sizes)
+    sizes["dtype"] = CONFIGS[name]["dtype"]
+    disk = dict(disk_path=str(tmp_path / "tier"), disk_bytes_to_use=64 << 20) if kind == "nvfp4" else {}
+    folder = save_hybrid(name, tmp_path / "model")
+    llm = start(make_llm, folder, kind, disk, **sizes)
     block = llm.llm_engine.vllm_config.cache_config.block_size
     prompts = random_prompts([block + 1, 2 * block + 5, 3 * block - 1], seed=3)
     one_by_one(llm, prompts, 1)
@@ -237,3 +243,7 @@ def test_other_states_restored_from_host_are_as_cached(make_llm, tmp_path, name,
     empty_device(llm)
     before = rows_loaded()
     assert one_by_one(llm, prompts) == cached and rows_loaded() > before
+    if disk:
+        llm = start(make_llm, folder, kind, disk, **sizes)
+        assert one_by_one(llm, prompts) == cached
+        assert live_connector_scheduler(llm).manager.disk.counts["hit"] > 0

@@ -3,13 +3,9 @@
 A vocabulary of 16 tokens makes many drafts right by chance.
 """
 
-import json
-
 import pytest
-import torch
 from hybrid_fixture import answers_and_hits, fill_memory
-from model_fixture import llama_config, random_prompts, save_random_model
-from safetensors.torch import load_file, save_file
+from model_fixture import llama_config, random_prompts, save_eagle, save_random_model
 
 VOCABULARY, NUM_TOKENS = 16, 24
 LENGTHS = [3, 16, 33, 60, 61, 62, 90, 91]
@@ -28,28 +24,9 @@ def target(tmp_path_factory):
     return save_random_model(llama_config(vocab_size=VOCABULARY), tmp_path_factory.mktemp("target"))
 
 
-def save_draft(folder, seed):
-    """An EAGLE drafter for `target`: one layer, after a projection of token and hidden state."""
-    size = llama_config().hidden_size
-    save_random_model(llama_config(vocab_size=VOCABULARY, num_hidden_layers=1), folder)
-    theirs = ("lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight")
-    weights = {
-        name.removeprefix("model."): weight
-        for name, weight in load_file(folder / "model.safetensors").items()
-        if name not in theirs
-    }
-    projection = torch.randn(size, 2 * size, generator=torch.Generator().manual_seed(seed))
-    weights["fc.weight"] = projection * (2 * size) ** -0.5
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["architectures"] = ["EagleLlamaForCausalLM"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def eagle(tmp_path_factory):
-    return save_draft(tmp_path_factory.mktemp("eagle"), 0)
+    return save_eagle(tmp_path_factory.mktemp("eagle"), 0, vocab_size=VOCABULARY)
 
 
 def start(make_llm, target, draft, extra, **settings):

@@ -17,7 +17,6 @@ from vllm_xlayer.layout import (
     LayoutDescriptor,
     NegotiationError,
     negotiate,
-    one_line,
 )
 from vllm_xlayer.nvfp4 import ScaleOrder
 
@@ -244,21 +243,6 @@ def test_what_is_chosen_is_accepted_by_all_and_what_is_refused_has_a_party(spec,
             assert all(decision.descriptor.scale_order in orders for _, _, orders in offers if orders)
         said = decision.refusals
     assert all(refusal.party in parties and refusal.reason for refusal in said)
-
-
-def test_one_line_says_who_and_what():
-    decision = negotiate([NVFP4], [INFER], wish(Layout.BHLNC, Layout.BLHNC))
-    line = one_line(decision)
-    assert "\n" not in line
-    for part in (
-        "BLHNC nvfp4 (linear scales)",
-        "2 layers in 1 group",
-        "4,608 bytes in 1 piece",
-        "BHLNC by model",
-    ):
-        assert part in line
-    assert "accepted by model, attention backend FLASHINFER, connector XLayerConnector" in line
-    assert decision.descriptor.fingerprint[:8] in line
 
 
 DESCRIPTORS = [

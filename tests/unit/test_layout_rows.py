@@ -14,6 +14,7 @@ from vllm_xlayer.layout import (
     RowDecision,
     RowDescriptor,
     RowGroup,
+    draw_row,
     row_line,
 )
 from vllm_xlayer.nvfp4 import ScaleOrder
@@ -112,3 +113,24 @@ def test_a_line_for_the_log():
         "(16 tokens)), row 4,608 bytes, fingerprint "
     )
     assert line.endswith("; accepted by model, connector X")
+
+
+def test_drawing_shows_every_groups_pages_and_the_unused_end():
+    made = row(attention(0, PAGE), states(0, PAGE), row_bytes=4 * PAGE)
+    lines = draw_row(made).splitlines()
+    assert lines[0].startswith(f"one row, {4 * PAGE:,} bytes")
+    pages, few = lines[4], lines[9]
+    assert pages == f"|{'=' * 16}{'-' * 16}{'.' * 32}|"
+    assert few == f"|{'=' * 4}{'.' * 12}{'-' * 4}{'.' * 44}|"  # 512 of 2304 bytes
+    assert lines[8] == (
+        f"group 1: 2 pages of MambaSpec, 16 tokens a block; {PAGE + 512:,} bytes used, "
+        f"{3 * PAGE - 512:,} unused"
+    )
+    assert lines[-1].split() == ["bytes", f"{PAGE:,}", "..", f"{PAGE + 511:,}", "s1"]
+
+
+def test_drawing_of_many_pages_and_long_names_fits():
+    spec = replace(FULL, layers=tuple(f"model.layers.{i}.{'x' * 100}" for i in range(80)))
+    group = RowGroup(16, tuple(Page(name, i * PAGE, spec) for i, name in enumerate(spec.layers)))
+    text = draw_row(row(group, row_bytes=80 * PAGE))
+    assert all(len(line) <= 100 for line in text.splitlines()) and f"|{'=' * 64}|" in text

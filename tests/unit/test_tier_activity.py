@@ -122,7 +122,7 @@ def test_lookups_count_when_admitted(tier):
     assert not values(tier.report(NO_QUEUES))
     for request in ("a", "a", "b", "unknown"):
         tier.lookups.admitted(request)
-    assert values(tier.report(NO_QUEUES)) == {("hits", "host"): 2, ("misses", "host", "absent"): 1}
+    assert values(tier.report(NO_QUEUES)) == {("hit_tokens",): 2, ("miss_tokens", "absent"): 1}
 
 
 def test_a_line_a_minute_while_there_is_something_to_say(tier, tiers, clock):
@@ -164,9 +164,9 @@ def test_the_line(tier, tiers, clock):
     tier.report(NO_QUEUES)
     assert clock.lines == [
         "XLayerConnector: in 61 s stored 2000000 rows, 2.00 GB at 4.0 GB/s; loaded 1000000 rows, 1.00 GB at "
-        "50.0 GB/s; read from disk 1000000 rows, 1.00 GB at 2.0 GB/s; hits 75 % of 4 chunks; misses: disk "
-        "(damaged payload) 2, host (absent) 1; failures: load host (copy) 1, store disk (disk too slow) 4; "
-        "disk 3.00 of 5.00 GB"
+        "50.0 GB/s; read from disk 1000000 rows, 1.00 GB at 2.0 GB/s; hits 75 % of 4 tokens; tokens missed: "
+        "(absent) 1; misses: disk (damaged payload) 2; failures: load host (copy) 1, store disk "
+        "(disk too slow) 4; disk 3.00 of 5.00 GB"
     ]
 
 
@@ -179,12 +179,12 @@ def test_the_rest_is_said_at_the_end(tier, clock):
     clock.now += 5
     tier.log()
     tier.log()
-    assert [line.split(";")[0] for line in clock.lines] == ["XLayerConnector: in 5 s hits 0 % of 1 chunks"]
+    assert [line.split(";")[0] for line in clock.lines] == ["XLayerConnector: in 5 s hits 0 % of 1 tokens"]
 
 
 def test_vllms_line_is_without_ours():
     stats = RowConnectorStats()
-    stats.increase_counter(HITS, 1, ("host",))
+    stats.increase_counter(HITS, 1, ("disk",))
     stats.set_gauge(QUEUE, 1, ("load", "host"))
     stats.increase_counter("vllm:kv_offload_load_bytes", 3)
     assert stats.reduce() == {"vllm:kv_offload_load_bytes": 3}

@@ -252,7 +252,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
                     self._put_newest(attn_metadata.newest, request, start, keys, values)
                 keys[:, computed - start :] = own_keys
                 values[:, computed - start :] = own_values
-            output[q0:q1] = self._attend(query[q0:q1].float(), keys, values, computed - start)
+            output[q0:q1] = self.attend(query[q0:q1].float(), keys, values, computed - start)
         return output
 
     def _read(
@@ -293,7 +293,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         row = self.newest[batch.rows[request]][:, :, tokens[at] % self.newest.shape[3]]
         keys[:, at], values[:, at] = row[0].float(), row[1].float()
 
-    def _attend(
+    def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int
     ) -> torch.Tensor:
         """Causal attention of one request: query [n, Hq, D] to keys, values [H, m, D], all float32.

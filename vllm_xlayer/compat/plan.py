@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     KVCacheTensor,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
@@ -28,7 +29,7 @@ PLAN = "the KV cache that vLLM planned"
 """The party that a plan's placements speak for."""
 DENSE = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
 """Specs of pages with K and V of every token and head. Not their subclasses: those hold other things."""
-OPAQUE = (MambaSpec,)
+OPAQUE = (MambaSpec, MLAAttentionSpec)
 """Specs of pages that are moved without being understood."""
 
 
@@ -131,9 +132,32 @@ def _row_group(group: KVCacheGroupSpec, plan: KVCacheConfig) -> RowGroup:
 
 
 def _content(tensor: KVCacheTensor, spec: KVCacheSpec) -> CacheSpec | Opaque:
+    if isinstance(spec, MLAAttentionSpec):
+        return _latents(spec)
     if isinstance(spec, AttentionSpec):
         return cache_spec(tensor.layers, spec)
     assert isinstance(spec, MambaSpec)
+    return _states(spec)
+
+
+def _latents(spec: MLAAttentionSpec) -> Opaque:
+    """Of latent attention: what all heads of a token share, or an index over it."""
+    facts = {
+        "tokens": str(spec.block_size),
+        "head_size": str(spec.head_size),
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "cache_dtype": str(spec.cache_dtype_str),
+        "quant_mode": spec.kv_quant_mode.name,
+        "tokens_per_state": str(spec.tokens_per_state),
+        "cache_role": spec.cache_role.value,
+        "model_version": str(spec.model_version),
+    }
+    return Opaque(
+        "MLAAttentionSpec", spec.unpadded_page_size_bytes, spec.dtype.itemsize, tuple(facts.items())
+    )
+
+
+def _states(spec: MambaSpec) -> Opaque:
     facts = {
         "mamba_type": spec.mamba_type.name,
         "shapes": str([list(shape) for shape in spec.shapes]),

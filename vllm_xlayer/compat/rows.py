@@ -7,7 +7,7 @@ and says who stood in the way.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from vllm.config import VllmConfig
@@ -35,6 +35,8 @@ from .plan import PLAN, refusals_of, row_bytes_of, row_groups
 
 ROWS = (Layout.BLHNC, Layout.BLNHC)
 """What the connector takes. It asks for the first; the second comes from VLLM_KV_CACHE_LAYOUT only."""
+LATENTS_COMPARED = ("CPU_MLA",)
+"""Backends of latent attention that were seen to answer from rows as from vLLM's own layout."""
 LAYOUT_VARIABLE = "VLLM_KV_CACHE_LAYOUT"
 _OLD_NAMES = {"NHD": "LBNHC", "HND": "LBHNC"}
 
@@ -50,7 +52,7 @@ def negotiate_rows(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> R
     if resolved not in [layout.value for layout in ROWS]:
         raise NegotiationError(_who_refused(resolved, backends))
     layout = Layout[resolved]
-    if refusals := list(refusals_of(layout, kv_cache_config)):
+    if refusals := [*refusals_of(layout, kv_cache_config), *_not_compared(layout, backends)]:
         raise NegotiationError(refusals)
     groups = row_groups(kv_cache_config)
     specs = _attention_specs(groups)
@@ -61,6 +63,16 @@ def negotiate_rows(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> R
     except ValueError as error:
         raise NegotiationError([Refusal(layout, PLAN, str(error))]) from error
     return RowDecision(row, accepted_by, refused)
+
+
+def _not_compared(layout: Layout, backends: Iterable[type[AttentionBackend]]) -> Iterator[Refusal]:
+    """Backends of latent attention that might read rows as if pages lay one after another."""
+    for backend in backends:
+        if backend.is_mla() and backend.get_name() not in LATENTS_COMPARED:
+            yield Refusal(
+                layout, f"attention backend {backend.__name__}",
+                "rows of latents (MLA) have not been compared with vLLM's own layout on its kernels yet",
+            )  # fmt: skip
 
 
 def _attention_specs(groups: Iterable[RowGroup]) -> list[CacheSpec]:

@@ -143,15 +143,14 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
 
     def _note_answer(self, status: RequestOffloadState, computed: int, found: int) -> None:
         """Remembers what a request found (tokens), for when it is admitted."""
-        span = self.config.kv_group_configs[0].tokens_per_chunk
+        span = max(group.tokens_per_chunk for group in self.config.kv_group_configs)
         # The last token is always computed: see _may_load.
-        could = self._calc_num_offloadable_tokens(status, status.req.num_tokens - 1)
-        hits = (computed + found) // span - computed // span
-        misses = max(0, could // span - (computed + found) // span)
+        could = self._calc_num_offloadable_tokens(status, status.req.num_tokens - 1) // span * span
+        misses = max(0, could - computed - found)
         late = self.manager.is_late(status.req_context)
         host = self.manager.host
         reason = "off" if host.problem else "starting" if host.waits_for else "late" if late else "absent"
-        self.activity.lookups.answered(status.req.request_id, hits, misses, reason)
+        self.activity.lookups.answered(status.req.request_id, found, misses, reason)
 
     def has_pending_push_work(self) -> bool:
         # Only steps bring the news that a worker's memory is ready: without them an idle engine would serve

@@ -14,7 +14,7 @@ Pure Python: imports neither vLLM nor the compiled extension (torch only when a 
 from vllm_xlayer.layout.allocation import Allocation, AllocationError, allocation_of, check_allocation
 from vllm_xlayer.layout.bytemap import Place, byte_offset, page_view, scale_offset
 from vllm_xlayer.layout.descriptor import LayoutDescriptor, Slot
-from vllm_xlayer.layout.drawing import draw, one_line, row_line
+from vllm_xlayer.layout.drawing import draw, row_line
 from vllm_xlayer.layout.negotiation import (
     MODEL,
     BackendOffer,
@@ -24,6 +24,7 @@ from vllm_xlayer.layout.negotiation import (
     Refusal,
     negotiate,
 )
+from vllm_xlayer.layout.row_drawing import draw_row
 from vllm_xlayer.layout.rows import Opaque, Page, RowDecision, RowDescriptor, RowGroup
 from vllm_xlayer.layout.spec import CacheSpec, Layout
 
@@ -50,8 +51,8 @@ __all__ = [
     "byte_offset",
     "check_allocation",
     "draw",
+    "draw_row",
     "negotiate",
-    "one_line",
     "page_view",
     "row_line",
     "scale_offset",

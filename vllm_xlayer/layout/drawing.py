@@ -2,7 +2,6 @@
 
 from vllm_xlayer.layout.bytemap import byte_offset, scale_offset
 from vllm_xlayer.layout.descriptor import LayoutDescriptor
-from vllm_xlayer.layout.negotiation import Decision
 from vllm_xlayer.layout.rows import RowDecision
 from vllm_xlayer.nvfp4 import GROUP, ScaleOrder
 
@@ -11,20 +10,6 @@ CELLS = 64
 
 Span = tuple[int, int]
 """First byte and the one after the last."""
-
-
-def one_line(decision: Decision) -> str:
-    """The decision in one line, for the log."""
-    layout = decision.descriptor
-    pieces = "1 piece" if layout.pieces_per_block == 1 else f"{layout.pieces_per_block} pieces"
-    layers = sum(len(spec.layers) for spec in layout.groups)
-    refused = dict.fromkeys(f"{r.layout.value} by {r.party}" for r in decision.refusals)
-    return (
-        f"KV layout {_name(layout)}: {layers} layers in {_count(len(layout.groups), 'group')}, "
-        f"page {layout.page_step:,} bytes, block {layout.row_bytes:,} bytes in {pieces}, "
-        f"fingerprint {layout.fingerprint[:8]}; accepted by {', '.join(decision.accepted_by)}; "
-        f"refused: {', '.join(refused) or 'none'}"
-    )
 
 
 def row_line(decision: RowDecision) -> str:
@@ -37,7 +22,7 @@ def row_line(decision: RowDecision) -> str:
     )
     return (
         f"KV layout {row.layout.value} {'+'.join(kinds)}: {layers} layers in "
-        f"{_count(len(row.groups), 'group')} ({groups}), row {row.row_bytes:,} bytes, "
+        f"{count(len(row.groups), 'group')} ({groups}), row {row.row_bytes:,} bytes, "
         f"fingerprint {row.fingerprint[:8]}; accepted by {', '.join(decision.accepted_by)}"
     )
 
@@ -56,16 +41,16 @@ def draw(layout: LayoutDescriptor, layer: str, head: int, token: int) -> str:
     what = "row: one block, all layers" if layout.layout.block_outer else "page, in the layer's own region"
     letters = [(span, name[0].lower() if "scale" in name else name[0]) for name, span in parts.items()]
     scales = ", k v its scales" if spec.dtype == "nvfp4" else ""
-    slots, heads = _count(len(layout.slots), "page slot"), _count(spec.num_kv_heads, "KV head")
+    slots, heads = count(len(layout.slots), "page slot"), count(spec.num_kv_heads, "KV head")
     lines = [
         f"{_name(layout)}: {slots}, {heads}, {spec.block_size} tokens in a block",
         f"slot {layout.slots.index(slot)}, head {head}, token {token} of {layer}",
         "",
         f"{what} ({whole[1]:,} bytes). = this layer, # this token's K",
-        _bar(whole, [(span, "=") for span in page] + [(span, "#") for span in keys]),
+        bar(whole, [(span, "=") for span in page] + [(span, "#") for span in keys]),
         "",
         f"of it, bytes {zoom[0]:,} .. {zoom[1] - 1:,}. K V this token's data{scales}",
-        _bar(zoom, letters),
+        bar(zoom, letters),
         "",
     ]
     for name, (first, end) in parts.items():
@@ -81,7 +66,8 @@ def _name(layout: LayoutDescriptor) -> str:
     return f"{layout.layout.value} {dtypes}" + ("" if order is None else f" ({order.name.lower()} scales)")
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """As in "1 page" and "2 pages"."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
@@ -114,7 +100,7 @@ def _page_spans(layout: LayoutDescriptor, layer: str) -> list[Span]:
     return [(start + head * stride, start + head * stride + piece) for head in range(spec.num_kv_heads)]
 
 
-def _bar(whole: Span, marks: list[tuple[Span, str]]) -> str:
+def bar(whole: Span, marks: list[tuple[Span, str]]) -> str:
     """A bar of CELLS cells; later marks are drawn over earlier ones, each at least one cell wide."""
     size, cells = whole[1] - whole[0], ["."] * CELLS
     for (first, end), char in marks:

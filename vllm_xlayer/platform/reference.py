@@ -5,6 +5,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # A library of vLLM's starts compilers in the background when it is imported, of kernels for GPUs.
 os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
+
+logger = init_logger(__name__)
 
 WORKER = "vllm_xlayer.platform.worker.CpuReferenceWorker"
 BLOCK_SIZE = 16
@@ -69,15 +72,15 @@ class CpuReferencePlatform(CpuPlatform):
     ) -> str:
         """The class path of this package's attention; ValueError where that cannot serve a layer."""
         from vllm_xlayer.attention.cpu import CpuReferenceBackend
+        from vllm_xlayer.attention.cpu_mla import CpuMlaBackend
 
-        reasons = CpuReferenceBackend.validate_configuration(
-            device_capability=NO_GPU, **attn_selector_config._asdict()
-        )
-        if selected_backend is not None and selected_backend.name != CpuReferenceBackend.get_name():
+        ours = CpuMlaBackend if attn_selector_config.use_mla else CpuReferenceBackend
+        reasons = ours.validate_configuration(device_capability=NO_GPU, **attn_selector_config._asdict())
+        if selected_backend is not None and selected_backend.name != ours.get_name():
             reasons.append(f"attention backend {selected_backend.name} needs a GPU")
         if reasons:
             raise ValueError(f"CPU reference platform: {'; '.join(reasons)} ({attn_selector_config})")
-        return f"{CpuReferenceBackend.__module__}.{CpuReferenceBackend.__qualname__}"
+        return f"{ours.__module__}.{ours.__qualname__}"
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
@@ -92,17 +95,25 @@ class CpuReferencePlatform(CpuPlatform):
         if refusal is not None:
             raise ValueError(f"CPU reference platform: {refusal}")
         parallel_config, cache_config = vllm_config.parallel_config, vllm_config.cache_config
-        executor, preload = parallel_config.distributed_executor_backend, os.environ.get("LD_PRELOAD")
+        preload = os.environ.get("LD_PRELOAD")
         if parallel_config.worker_cls == "auto":
             parallel_config.worker_cls = WORKER
-        # With AVX-512 the parent overrides the type of states, for its own kernels' sake.
-        state_dtype, cache_config.mamba_ssm_cache_dtype = cache_config.mamba_ssm_cache_dtype, "float32"
+        kept = (
+            # The parent prepares thread binding: a process of its own for the worker, with libraries
+            # preloaded. Nothing is bound here.
+            (parallel_config, "distributed_executor_backend"),
+            # For the sake of its own kernels: of states with AVX-512, of latent attention anywhere.
+            (cache_config, "mamba_ssm_cache_dtype"),
+            (cache_config, "block_size"),
+            (cache_config, "enable_prefix_caching"),
+            (vllm_config.scheduler_config, "enable_chunked_prefill"),
+            (vllm_config.scheduler_config, "max_num_batched_tokens"),
+        )
+        before = [getattr(config, name) for config, name in kept]
+        cache_config.mamba_ssm_cache_dtype = "float32"
         super().check_and_update_config(vllm_config)
-        cache_config.mamba_ssm_cache_dtype = state_dtype
-
-        # The parent prepares thread binding: a process of its own for the worker, with libraries
-        # preloaded. Nothing is bound here.
-        parallel_config.distributed_executor_backend = executor
+        for (config, name), value in zip(kept, before, strict=True):
+            setattr(config, name, value)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # Threads that spin while they wait make small models ten times slower on a busy machine.
         # This process has read the setting already: it is for the engine's own processes.
@@ -114,6 +125,7 @@ class CpuReferencePlatform(CpuPlatform):
 
         if not cache_config.user_specified_block_size:
             cache_config.block_size = BLOCK_SIZE
+        _leave_out_triton(vllm_config)
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.custom_ops = ["none"]
 
@@ -141,6 +153,15 @@ def _machine_refusal(vllm_config: "VllmConfig") -> str | None:
     if vllm_config.use_v2_model_runner:
         return f"model runner V2 is not supported (it needs Triton): unset {RUNNER_VARIABLE}"
     return None
+
+
+def _leave_out_triton(vllm_config: "VllmConfig") -> None:
+    """Takes back the choice that vLLM makes for models with heads of several sizes (Gemma 4)."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if vllm_config.attention_config.backend == AttentionBackendEnum.TRITON_ATTN:
+        logger.info("CPU reference platform: attention backend TRITON_ATTN is replaced by this package's")
+        vllm_config.attention_config.backend = None
 
 
 def _let_humming_be_looked_at() -> None:
@@ -184,8 +205,6 @@ def _refusal(vllm_config: "VllmConfig") -> str | None:
             return "speculative decoding of models with states beside attention is not supported"
     if model_config is None:
         return None
-    if model_config.use_mla:
-        return "multi-head latent attention (MLA) is not supported"
     if model_config.is_attention_free:
         return "models without attention are not supported"
     if model_config.is_encoder_decoder:

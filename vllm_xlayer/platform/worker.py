@@ -6,6 +6,7 @@ from typing import Any
 import psutil
 import torch
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -15,6 +16,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
 from vllm_xlayer.attention import newest
+from vllm_xlayer.attention.cpu import CpuReferenceBackend
+from vllm_xlayer.attention.cpu_mla import CpuMlaBackend
 from vllm_xlayer.attention.newest_rows import NamedRows, use_rows
 from vllm_xlayer.config import Config
 
@@ -82,8 +85,9 @@ class CpuReferenceWorker(CPUWorker):
         """As the parent, with states at block boundaries from chunks that end there.
 
         Kernels for GPUs also export states from inside a chunk; the ops of this platform do not.
-        ValueError where a layer has a state that it has no ops for.
+        ValueError where a layer has a state that it has no ops for, or an attention backend of its own.
         """
+        self._refuse_other_backends()
         specs = super().get_kv_cache_spec()
         for layer, spec in specs.items():
             if not isinstance(spec, MambaSpec):
@@ -98,6 +102,17 @@ class CpuReferenceWorker(CPUWorker):
                     spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None
                 )
         return specs
+
+    def _refuse_other_backends(self) -> None:
+        """Some models do not leave the choice to the platform (MiMo-V2, whose K and V differ in size)."""
+        for name, layer in self.vllm_config.compilation_config.static_forward_context.items():
+            if not isinstance(layer, Attention | MLAAttention):
+                continue
+            if not issubclass(backend := layer.get_attn_backend(), CpuReferenceBackend | CpuMlaBackend):
+                raise ValueError(
+                    f"CPU reference platform: {name}: expected its attention backend to be this package's, "
+                    f"got {backend.get_name()}, which the model chose and whose kernels need a GPU"
+                )
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: what was asked for, else what full batches can use, capped.

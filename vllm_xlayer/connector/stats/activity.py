@@ -21,7 +21,9 @@ from .metrics import (
     DISK_LIMIT,
     DISK_USED,
     FAILURES,
+    HIT_TOKENS,
     HITS,
+    MISS_TOKENS,
     MISSES,
     QUEUE,
     ROWS,
@@ -42,8 +44,8 @@ class Lookups:
     """What requests found in host memory. Each counts when it is admitted, however often it had to ask.
 
     Attributes:
-        hits: Chunks.
-        misses: Chunks, by reason.
+        hits: Tokens.
+        misses: Tokens, by reason.
     """
 
     hits: int = 0
@@ -127,9 +129,9 @@ class TierActivity:
         for unit in (BYTES, ROWS, SECONDS):
             for direction in ("store", "load"):
                 yield (unit, (direction, "host")), self._moved[unit, (direction, "host")]
-        yield (HITS, ("host",)), self.lookups.hits
-        for reason, chunks in self.lookups.misses.items():
-            yield (MISSES, ("host", reason)), chunks
+        yield (HIT_TOKENS, ()), self.lookups.hits
+        for reason, tokens in self.lookups.misses.items():
+            yield (MISS_TOKENS, (reason,)), tokens
         yield (FAILURES, ("store", "host", "copy")), self._host.stores_failed
         yield (FAILURES, ("load", "host", "copy")), self._host.loads_failed
         if self._disk is not None:
@@ -178,17 +180,17 @@ def queues(
 
 
 def summary(added: Mapping[Sample, float], disk_use: tuple[int, int] | None) -> str:
-    """A minute in one line: "stored 12 rows, 0.20 GB at 52.1 GB/s; ...; hits 75 % of 16 chunks; ...".
+    """A minute in one line: "stored 12 rows, 0.20 GB at 52.1 GB/s; ...; hits 75 % of 256 tokens; ...".
 
     Args:
         added: what each counter went up by.
         disk_use: bytes in the folder, and their bound.
     """
     parts = [*_transfers(added), *_hit_share(added)]
-    for what, metric in (("misses", MISSES), ("failures", FAILURES)):
+    for what, metric in (("tokens missed", MISS_TOKENS), ("misses", MISSES), ("failures", FAILURES)):
         found = [(labels, n) for (name, labels), n in sorted(added.items()) if name == metric]
         if found:
-            named = (f"{' '.join(where)} ({reason}) {n:.0f}" for (*where, reason), n in found)
+            named = (f"{' '.join((*where, f'({reason})'))} {n:.0f}" for (*where, reason), n in found)
             parts.append(f"{what}: {', '.join(named)}")
     if disk_use is not None:
         parts.append(f"disk {disk_use[0] / 1e9:.2f} of {disk_use[1] / 1e9:.2f} GB")
@@ -209,7 +211,7 @@ def _transfers(added: Mapping[Sample, float]) -> Iterable[str]:
 
 
 def _hit_share(added: Mapping[Sample, float]) -> Iterable[str]:
-    hits = added.get((HITS, ("host",)), 0)
-    asked = hits + sum(n for (name, labels), n in added.items() if name == MISSES and labels[0] == "host")
+    hits = added.get((HIT_TOKENS, ()), 0)
+    asked = hits + sum(n for (name, _), n in added.items() if name == MISS_TOKENS)
     if asked:
-        yield f"hits {100 * hits / asked:.0f} % of {asked:.0f} chunks"
+        yield f"hits {100 * hits / asked:.0f} % of {asked:.0f} tokens"

@@ -9,15 +9,13 @@
 | transfer_seconds_total | direction, tier         | seconds | spent on it, added up over TP ranks: bytes by |
 |                        |                         |         | seconds is the rate of one rank, or of the    |
 |                        |                         |         | disk                                          |
-| hits_total             | tier                    | chunks  | host: of admitted requests' tokens, what was  |
-|                        |                         |         | in host memory. disk: read into host memory;  |
-|                        |                         |         | when a request then finds it, it counts there |
-|                        |                         |         | too                                           |
-| misses_total           | tier, reason            | chunks  | host: of admitted requests' tokens, what was  |
-|                        |                         |         | neither in the device's cache nor in host     |
-|                        |                         |         | memory: absent, late (from the disk),         |
-|                        |                         |         | starting (not pinned yet), off.               |
-|                        |                         |         | disk: it had an entry, and could not use it:  |
+| hit_tokens_total       |                         | tokens  | of admitted requests, in host memory          |
+| miss_tokens_total      | reason                  | tokens  | of admitted requests, neither in the device's |
+|                        |                         |         | cache nor in host memory: absent, late (from  |
+|                        |                         |         | the disk), starting (not pinned yet), off     |
+| hits_total             | tier                    | chunks  | disk: read into host memory; when a request   |
+|                        |                         |         | then finds it, its tokens count as hits       |
+| misses_total           | tier, reason            | chunks  | disk: it had an entry, and could not use it:  |
 |                        |                         |         | short, format, old format, damaged header,    |
 |                        |                         |         | damaged payload, other <field>, absent        |
 |                        |                         |         | (another engine just evicted it), not a file  |
@@ -48,6 +46,7 @@ from vllm.v1.kv_offload.base import (
 PREFIX = "vllm:xlayer_"
 # Prometheus' client adds _total to the names of counters.
 BYTES, ROWS, SECONDS = (f"{PREFIX}transfer_{unit}" for unit in ("bytes", "rows", "seconds"))
+HIT_TOKENS, MISS_TOKENS = (f"{PREFIX}{what}_tokens" for what in ("hit", "miss"))
 HITS, MISSES, FAILURES = (f"{PREFIX}{what}" for what in ("hits", "misses", "failures"))
 QUEUE = f"{PREFIX}queue_depth"
 DISK_USED, DISK_LIMIT = f"{PREFIX}disk_used_bytes", f"{PREFIX}disk_limit_bytes"
@@ -57,6 +56,8 @@ DEFINITIONS: dict[str, OffloadingMetricMetadata] = {
     BYTES: OffloadingCounterMetadata("Bytes of KV cache moved, of all TP ranks.", _WAY),
     ROWS: OffloadingCounterMetadata("Rows of KV cache moved: one block of one TP rank, all layers.", _WAY),
     SECONDS: OffloadingCounterMetadata("Seconds spent moving KV cache, added up over TP ranks.", _WAY),
+    HIT_TOKENS: OffloadingCounterMetadata("Tokens of admitted requests that were in host memory."),
+    MISS_TOKENS: OffloadingCounterMetadata("Tokens of admitted requests that were in no cache.", ("reason",)),
     HITS: OffloadingCounterMetadata("Chunks found in a tier.", ("tier",)),
     MISSES: OffloadingCounterMetadata("Chunks that were not found, or not usable.", ("tier", "reason")),
     FAILURES: OffloadingCounterMetadata("Chunks that could not be moved.", (*_WAY, "reason")),
