@@ -96,7 +96,9 @@ class Reader:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="as_kept"
         )
-        self.model, self.device = model.to(device).eval(), device
+        self.model: Any = model.eval()
+        self.model.to(device)
+        self.device = device
         self.keep: Quantiser = lambda layer, k, v: (k, v)
         self.newest = 0
 
