@@ -75,3 +75,19 @@ def test_the_commit_is_not_that_of_a_repository_it_is_installed_in(monkeypatch, 
     assert provenance()["commit"] == "unknown"
     subprocess.run(["git", "add", installed], cwd=tmp_path, check=True)
     assert re.fullmatch(r"[0-9a-f]{7,}\+changes", provenance()["commit"])
+
+
+def test_results_are_not_changes_of_the_code(monkeypatch, tmp_path):
+    monkeypatch.delenv("VLLM_XLAYER_COMMIT", raising=False)
+    results, code = tmp_path / "benchmarks/results/a.json", tmp_path / "vllm_xlayer/provenance.py"
+    for file in (results, code):
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    identity = ["-c", "user.name=a", "-c", "user.email=a"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(module, "__file__", str(code))
+    results.write_text("[]")
+    assert re.fullmatch(r"[0-9a-f]{7,}", provenance()["commit"])
+    code.write_text("[]")
+    assert provenance()["commit"].endswith("+changes")
