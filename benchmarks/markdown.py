@@ -27,7 +27,7 @@ GPU_SUITES = {
     "h200-racecheck.json": "compute-sanitizer's racecheck, in those of kernels that use shared memory",
     "h200-x2-suite-tp.json": (
         "Two ranks on two GPUs, pinning, a config file in which only the connector's name is changed, "
-        "`bench offload` (faults are in the README's table)"
+        "`bench offload` (faults are in docs/reliability.md)"
     ),
 }
 """Results file of `benchmarks.suite` -> what it says."""

@@ -116,11 +116,11 @@ def fault_tables(*runs: dict[str, Any]) -> str:
 
 
 def _fault_table(results: dict[str, Any]) -> str:
-    lines = [
-        (name, [f"{row[count]:,}" if row["tries"] else "-" for count in COUNTS])
-        for name, row in results["faults"].items()
-    ]
-    failed = sum(row["failed"] for row in results["faults"].values())
-    tests = sum(row["tests"] for row in results["faults"].values())
+    faults = results["faults"]
+    lines = [(name, [f"{row[count]:,}" for count in COUNTS]) for name, row in faults.items() if row["tries"]]
+    untried = [name for name, row in faults.items() if not row["tries"]]
+    failed = sum(row["failed"] for row in faults.values())
+    tests = sum(row["tests"] for row in faults.values())
     ran = f"{tests} tests, {failed} failed; the soak ran {results['soak_seconds']:.0f} s. {about(results)}"
-    return f"{ran}\n\n{table(['fault', *COUNTS], lines)}"
+    left_out = f"\n\nNot tried there: {'; '.join(untried)}." if untried else ""
+    return f"{ran}\n\n{table(['fault', *COUNTS], lines)}{left_out}"

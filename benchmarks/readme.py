@@ -18,6 +18,7 @@ DOCUMENTS = (
     ROOT / "benchmarks/RESULTS.md",
     ROOT / "docs/configuration.md",
     ROOT / "docs/accuracy.md",
+    ROOT / "docs/reliability.md",
     ROOT / "csrc/kernels/nvfp4_attention/NOTES.md",
     ROOT / "docs/models.md",
 )
