@@ -18,7 +18,7 @@ def draw(result: dict[str, Any], path: Path, **saving: Any) -> None:
     # A cache that gave NaN has no place on either axis; the tables say it.
     rows = [row for row in result["caches"][1:] if row["decode"]["perplexity_change"][0] is not None]
     figure, (whole, along) = pyplot.subplots(
-        1, 2, figsize=(10, 3.6), width_ratios=(2, 3), layout="constrained"
+        1, 2, figsize=(12, 3.6), width_ratios=(2, 3), layout="constrained"
     )
     for at, row in enumerate(rows):
         mean, low, high = row["decode"]["perplexity_change"]
@@ -36,7 +36,7 @@ def draw(result: dict[str, Any], path: Path, **saving: Any) -> None:
     whole.invert_yaxis()
     whole.set_xlabel("change of perplexity in decode, %")
     along.set_xlabel("position")
-    along.legend()
+    along.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
     for axes in (whole, along):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150, **saving)
