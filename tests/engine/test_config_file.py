@@ -135,4 +135,4 @@ def test_every_key_of_vllms_is_tried():
     for source in sources:
         found.update(re.findall(r'extra_config\s*\.get\(\s*"(\w+)"', source.read_text()))
     tried = KEYS | {"cpu_bytes_to_use", *(name for name, text in VLLMS_SETTINGS.items() if not text)}
-    assert found and found - OF_TIERS == tried
+    assert found and found - OF_TIERS <= tried

@@ -18,8 +18,12 @@ _ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """vLLM packs bfloat16 weights [channels, 4] where the CPU has instructions for it; here they stay."""
-    return weight.clone()
+    """vLLM packs weights [channels, width] where the CPU has instructions for it; here they stay.
+
+    With a dimension in the middle, as they are loaded: vLLM 0.31 packs those of short convolutions too, whose
+    layer then looks for it.
+    """
+    return weight.clone().unsqueeze(1)
 
 
 def _convolve(
