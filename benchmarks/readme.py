@@ -52,10 +52,12 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "settings": ((), markdown.settings),
     "resources": (("resources.json",), markdown.resources),
     "models": (("cpu-models.json",), markdown_models.table),
+    "models_gpu": (("gpu-models.json",), markdown_models.gpu_table),
+    "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
-SECTIONS = ("prefill", "load", "traffic", "copy", "pacing", "offload", "models")
+SECTIONS = ("prefill", "load", "traffic", "copy", "pacing", "offload", "models", "models_gpu", "latents")
 """Nothing is shown for these, not even a heading, until their results are there."""
 
 
