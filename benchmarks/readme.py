@@ -38,6 +38,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "short": (("h200-decode.json",), markdown.short_decode_table),
     "decode": (("h200-decode.json",), markdown.decode_table),
     "engine": (("h200-engine.json",), markdown.engine_table),
+    "engine_qwen": (("h200-engine-qwen3-next.json",), markdown.engine_section),
+    "engine_gpt_oss": (("h200-engine-gpt-oss-20b.json",), markdown.engine_section),
     "write": (("h200-write.json",), markdown.write_table),
     "capacity": (("h200-capacity.json",), markdown.capacity_table),
     "quality": (("h200-demo.json",), markdown.demo_table),
@@ -57,7 +59,19 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
-SECTIONS = ("prefill", "load", "traffic", "copy", "pacing", "offload", "models", "models_gpu", "latents")
+SECTIONS = (
+    "engine_qwen",
+    "engine_gpt_oss",
+    "prefill",
+    "load",
+    "traffic",
+    "copy",
+    "pacing",
+    "offload",
+    "models",
+    "models_gpu",
+    "latents",
+)
 """Nothing is shown for these, not even a heading, until their results are there."""
 
 
