@@ -41,6 +41,38 @@ def latents_table(results: dict[str, Any]) -> str:
     return _table(LATENTS_INTRODUCTION, ("case", "in rows", "restored"), results["cases"].values(), results)
 
 
+def soak_section(results: dict[str, Any]) -> str:
+    """What a soak of speculation counted, from a GPU."""
+    columns = {
+        "requests": "requests", "answers": "answers", "tries": "aborts, resets, failed copies",
+        "rows_loaded": "rows restored", "accepted_drafts": "drafts accepted",
+        "wrong": "wrong", "lost": "lost", "leaked": "leaked",
+    }  # fmt: skip
+    return f"""\
+### Speculation, soaked
+
+`python -m benchmarks.soak`: NVFP4, EAGLE's drafts, a device cache of three requests, a host tier not much
+larger, aborts, resets and failing copies, for {results["seconds"] / 60:.0f} minutes.
+
+| {" | ".join(columns.values())} |
+{"|---:" * len(columns)}|
+| {" | ".join(f"{results[name]:,}" for name in columns)} |
+
+{results["preempted"]:,} answers of preempted requests are not among those compared. From wrong blocks
+{results["noticed"]} of {results["noticed_of"]} answers would have been called wrong.
+
+{_made(results)}"""
+
+
+def _made(results: dict[str, Any]) -> str:
+    """What the numbers were taken on, and when."""
+    versions = results["versions"]
+    return (
+        f"vLLM {versions['vllm']}, torch {versions['torch']}, {results['hardware']}, {results['date']}, "
+        f"commit {results['commit']}."
+    )
+
+
 def _table(introduction: str, keys: tuple[str, ...], found: Iterable[dict[str, str]], results: Any) -> str:
     """Rows with the first key's label; sentences of refusals stand below, each once."""
     notes: dict[str, int] = {}
@@ -50,12 +82,7 @@ def _table(introduction: str, keys: tuple[str, ...], found: Iterable[dict[str, s
         cells = [row[keys[0]], *(_cell(row[key], notes) for key in keys[1:])]
         rows.append(f"| {' | '.join(cells)} |")
     said = [f"{number}. {sentence}" for sentence, number in notes.items()]
-    versions = results["versions"]
-    made = (
-        f"vLLM {versions['vllm']}, torch {versions['torch']}, {results['hardware']}, {results['date']}, "
-        f"commit {results['commit']}."
-    )
-    return "\n".join([*rows, "", made, *([""] if said else []), *said])
+    return "\n".join([*rows, "", _made(results), *([""] if said else []), *said])
 
 
 def _cell(found: str, notes: dict[str, int]) -> str:

@@ -55,6 +55,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "resources": (("resources.json",), markdown.resources),
     "models": (("cpu-models.json",), markdown_models.table),
     "models_gpu": (("gpu-models.json",), markdown_models.gpu_table),
+    "soak": (("h200-soak.json",), markdown_models.soak_section),
     "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
@@ -71,6 +72,7 @@ SECTIONS = (
     "models",
     "models_gpu",
     "latents",
+    "soak",
 )
 """Nothing is shown for these, not even a heading, until their results are there."""
 
