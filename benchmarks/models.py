@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,13 @@ class Family:
         config: of models.json.
         drafts: what the table says of its speculative decoding.
         speculation: vLLM's settings of that; a drafter of method "eagle" gets its weights here.
+        cache_bytes: of the device's KV cache.
     """
 
     config: dict[str, Any]
     drafts: str = ""
     speculation: dict[str, Any] = field(default_factory=dict)
+    cache_bytes: int = 16 << 20
 
     @property
     def label(self) -> str:
@@ -61,7 +63,10 @@ class Family:
         from hybrid_fixture import save_hybrid_config
         from model_fixture import save_eagle
 
-        settings = {"dtype": self.config["dtype"], **save_hybrid_config(self.config, folder / "model")}
+        settings = {
+            "dtype": self.config["dtype"], "kv_cache_memory_bytes": self.cache_bytes,
+            **save_hybrid_config(self.config, folder / "model"),
+        }  # fmt: skip
         if self.speculation:
             settings["speculative_config"] = dict(self.speculation)
         if self.speculation.get("method") == "eagle":
@@ -122,6 +127,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=240, help="limit for a family (default: 240)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="limit for all (default: none)")
     parser.add_argument("--at-once", type=int, default=1, help="families at a time (default: 1)")
+    parser.add_argument(
+        "--cache-gib", type=float, default=1 / 64, help="of a device's cache, whose last blocks are used"
+    )
     parser.add_argument("--json", type=Path, default=RESULT[gpu], help="file to write (default: %(default)s)")
     parser.add_argument("--logs", type=Path, help="folder for what each family's process writes")
     args = parser.parse_args()
@@ -137,7 +145,8 @@ def main() -> int:
         results[name] = {"family": known[name].label, **cells}
         write(args.json, {"families": {name: results[name] for name in known if name in results}})
 
-    tried = {name: known[name] for name in args.families or known}
+    size = int(args.cache_gib * 2**30)
+    tried = {name: replace(known[name], cache_bytes=size) for name in args.families or known}
     try_all(
         tried, try_family, list(WAYS), finished,
         seconds=args.seconds, at_once=args.at_once, total_seconds=60 * args.minutes, logs=args.logs,

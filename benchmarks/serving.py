@@ -49,8 +49,12 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def started(settings: dict[str, Any]) -> Iterator[Any]:
-    """An LLM whose cache is 0xFF, which is a NaN in every dtype; ends with all that it leaves behind."""
+    """An LLM whose cache is 0xFF, which is a NaN in every dtype; ends with all that it leaves behind.
+
+    It takes its blocks from the end of the cache.
+    """
     import torch
+    from hybrid_fixture import last_blocks_first
     from vllm import LLM
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
     from vllm.distributed.parallel_state import destroy_model_parallel
@@ -64,6 +68,7 @@ def started(settings: dict[str, Any]) -> Iterator[Any]:
     try:
         llm = LLM(**(defaults | settings))
         _empty(llm)
+        last_blocks_first(llm)
         yield llm
     finally:
         if llm is not None:

@@ -120,6 +120,14 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
+def last_blocks_first(llm) -> None:
+    """Blocks are handed out from the end of an idle engine's memory, where offsets are largest."""
+    from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
+
+    pool = engine_core(llm).scheduler.kv_cache_manager.block_pool
+    pool.free_block_queue = FreeKVCacheBlockQueue(pool.blocks[:0:-1])
+
+
 def cached_blocks(llm, group: int) -> Iterator[int]:
     """Ids of the blocks of a group that the prefix cache knows."""
     from vllm.v1.core.kv_cache_utils import get_group_id
