@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from vllm_xlayer.bench.engines import GRAPHS_ONLY
 from vllm_xlayer.provenance import write
 
 from . import RESULTS, ROOT, serving
@@ -47,12 +48,14 @@ class Family:
         drafts: what the table says of its speculative decoding.
         speculation: vLLM's settings of that; a drafter of method "eagle" gets its weights here.
         cache_bytes: of the device's KV cache.
+        graphs: decode runs in CUDA graphs.
     """
 
     config: dict[str, Any]
     drafts: str = ""
     speculation: dict[str, Any] = field(default_factory=dict)
     cache_bytes: int = 16 << 20
+    graphs: bool = False
 
     @property
     def label(self) -> str:
@@ -67,6 +70,8 @@ class Family:
             "dtype": self.config["dtype"], "kv_cache_memory_bytes": self.cache_bytes,
             **save_hybrid_config(self.config, folder / "model"),
         }  # fmt: skip
+        if self.graphs:
+            settings |= {"enforce_eager": False, **GRAPHS_ONLY}
         if self.speculation:
             settings["speculative_config"] = dict(self.speculation)
         if self.speculation.get("method") == "eagle":
@@ -130,6 +135,7 @@ def main() -> int:
     parser.add_argument(
         "--cache-gib", type=float, default=1 / 64, help="of a device's cache, whose last blocks are used"
     )
+    parser.add_argument("--graphs", action="store_true", help="decode in CUDA graphs")
     parser.add_argument("--json", type=Path, default=RESULT[gpu], help="file to write (default: %(default)s)")
     parser.add_argument("--logs", type=Path, help="folder for what each family's process writes")
     args = parser.parse_args()
@@ -146,7 +152,9 @@ def main() -> int:
         write(args.json, {"families": {name: results[name] for name in known if name in results}})
 
     size = int(args.cache_gib * 2**30)
-    tried = {name: replace(known[name], cache_bytes=size) for name in args.families or known}
+    tried = {
+        name: replace(known[name], cache_bytes=size, graphs=args.graphs) for name in args.families or known
+    }
     try_all(
         tried, try_family, list(WAYS), finished,
         seconds=args.seconds, at_once=args.at_once, total_seconds=60 * args.minutes, logs=args.logs,
