@@ -3,14 +3,12 @@
 from collections.abc import Callable
 
 from ..compat.dependence import Patch
-from ..nvfp4 import KV_DTYPES
+from ..nvfp4 import KV_DTYPES, OURS_FIRST
 from .wrapping import wrap
 
 BACKEND = "vllm_xlayer.attention.backend.NVFP4Backend"
 OWN_NAME = "CUSTOM"
 """The member of AttentionBackendEnum that vLLM leaves to plugins: it asks for our backend."""
-OURS_FIRST = (8, 9)
-"""Compute capabilities whose users get our kernels unless these refuse. On others vLLM's own come first."""
 
 
 def _not_needed() -> str | None:
