@@ -31,6 +31,11 @@ GPU_SUITES = {
     ),
 }
 """Results file of `benchmarks.suite` -> what it says."""
+SHAPES_SAID = {
+    "qwen3-next": "Qwen3-Next's shape: 4 layers of attention, 12 of a gated delta net, 64 experts a layer",
+    "gpt-oss-20b": "gpt-oss-20b's shape, experts in MXFP4",
+}
+"""Headings of `bench engine` for shapes that are not its first."""
 OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
 
 
@@ -138,6 +143,17 @@ def engine_table(results: dict[str, Any]) -> str:
             cells = [f"{c['decodes'][i]['prefill_seconds']:.2f}" for c in results["caches"].values()]
             lines.append((f"prefill {first['requests']} x {first['tokens']:,}, s", cells))
     return _caches(results, lines, engine.bounds(results))
+
+
+def engine_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench engine` for another shape, with its heading."""
+    blocks = ", ".join(f"{name} {cache['block_size']:,}" for name, cache in results["caches"].items())
+    return f"""\
+### {SHAPES_SAID[results["shape"]]}
+
+`vllm-xlayer bench engine --shape {results["shape"]} --starts 1`; tokens a block: {blocks}.
+
+{engine_table(results)}"""
 
 
 def prefill_section(results: dict[str, Any]) -> str:

@@ -38,6 +38,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "short": (("h200-decode.json",), markdown.short_decode_table),
     "decode": (("h200-decode.json",), markdown.decode_table),
     "engine": (("h200-engine.json",), markdown.engine_table),
+    "engine_qwen": (("h200-engine-qwen3-next.json",), markdown.engine_section),
+    "engine_gpt_oss": (("h200-engine-gpt-oss-20b.json",), markdown.engine_section),
     "write": (("h200-write.json",), markdown.write_table),
     "capacity": (("h200-capacity.json",), markdown.capacity_table),
     "quality": (("h200-demo.json",), markdown.demo_table),
@@ -52,10 +54,26 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "settings": ((), markdown.settings),
     "resources": (("resources.json",), markdown.resources),
     "models": (("cpu-models.json",), markdown_models.table),
+    "models_gpu": (("gpu-models.json",), markdown_models.gpu_table),
+    "soak": (("h200-soak.json",), markdown_models.soak_section),
+    "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
-SECTIONS = ("prefill", "load", "traffic", "copy", "pacing", "offload", "models")
+SECTIONS = (
+    "engine_qwen",
+    "engine_gpt_oss",
+    "prefill",
+    "load",
+    "traffic",
+    "copy",
+    "pacing",
+    "offload",
+    "models",
+    "models_gpu",
+    "latents",
+    "soak",
+)
 """Nothing is shown for these, not even a heading, until their results are there."""
 
 
