@@ -69,7 +69,7 @@ def one_by_one(llm, prompts, num_tokens=NUM_TOKENS):
 
 
 def fill(llm, prompts):
-    """Computes prompts twice: of one of whole blocks vLLM 0.31 keeps the first time no state to go on from."""
+    """Computes prompts twice: of one of whole blocks vLLM 0.31 keeps no state to go on from at first."""
     for _ in range(2):
         one_by_one(llm, prompts, 1)
 
@@ -207,7 +207,9 @@ def test_prompts_shorter_than_a_block_with_a_match_unit(make_llm, folder, kind):
     lookups = live_connector_scheduler(llm).activity.lookups
     before = lookups.hits
     assert one_by_one(llm, prompts) == answers
-    assert lookups.hits - before == sum(hit for *_, hit in answers)  # tokens: most prompts have less than a block
+    assert lookups.hits - before == sum(
+        hit for *_, hit in answers
+    )  # tokens: most prompts have less than a block
 
 
 def test_small_caches_preemption_and_eviction(make_llm, folder):
