@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import random
 import time
 import traceback
 import uuid
@@ -105,7 +106,8 @@ def _fetch(pipe: Connection, nbytes: int, device: str | None, pieces: list[int])
         rates = []
         for count in pieces:
             size = nbytes // count
-            starts = range(0, size * count, size)
+            # In any order: side by side NIXL would make one descriptor of many.
+            starts = random.Random(count).sample(range(0, size * count, size), count)
             here = agent.get_xfer_descs([(target.data_ptr() + at, size, 0) for at in starts], kind)
             theirs = agent.get_xfer_descs([(address + at, size, 0) for at in starts], kind)
             target.zero_()
