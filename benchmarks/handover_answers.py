@@ -40,7 +40,7 @@ class Engines(LM):
             prompts = [self._tokenizer.encode(text) for text, _ in batch]
             tokens = max(settings["max_gen_toks"] for _, settings in batch)
             for tokens_, (_, settings) in zip(self._ask(prompts, tokens), batch, strict=True):
-                text = self._tokenizer.decode(tokens_, skip_special_tokens=True)
+                text = str(self._tokenizer.decode(tokens_, skip_special_tokens=True))
                 for end in settings["until"]:
                     text = text.partition(end)[0]
                 answers.append(text)

@@ -7,6 +7,7 @@ import random
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -30,9 +31,10 @@ def read_rates(nbytes: int, pieces: list[int], devices: list[str] | None = None)
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in "12"]
     first = [device.split(",")[0] for device in devices] if devices else [None, None]
+    works: list[tuple[Callable[..., None], tuple[list[int], ...]]] = [(_offer, ()), (_fetch, (pieces,))]
     processes = [
         context.Process(target=work, args=(ends[i][1], nbytes, first[i], *more), daemon=True)
-        for i, (work, more) in enumerate(((_offer, ()), (_fetch, (pieces,))))
+        for i, (work, more) in enumerate(works)
     ]
     (offers, _), (fetches, _) = ends
     try:

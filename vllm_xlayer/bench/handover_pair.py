@@ -70,7 +70,8 @@ def start_pair(
     transfer = dict(kv_connector=connector, kv_role="kv_both", kv_load_failure_policy="recompute")
     with contextlib.ExitStack() as stack:
         engines = []
-        for theirs in devices or [None, None]:
+        either: list[str | None] = [*devices] if devices else [None, None]
+        for theirs in either:
             # Held, so that nobody else is given it before the engine binds it: both set SO_REUSEADDR.
             holder = stack.enter_context(socket.socket())
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
