@@ -11,12 +11,12 @@ from vllm_xlayer.demo import model_path
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/offline.py"
 
 
-def test_a_prompt_comes_back_from_host_memory(make_llm, monkeypatch, capsys):
+def test_a_prompt_comes_back_from_host_memory(make_llm, monkeypatch, capfd):
     monkeypatch.setattr(vllm, "LLM", lambda model, **given: make_llm(model, **small, **given))
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(model_path())])
     small = dict(dtype="bfloat16", max_model_len=2048, skip_tokenizer_init=False)
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    computed, restored = capsys.readouterr().out.splitlines()[-2:]
+    computed, restored = capfd.readouterr().out.splitlines()[-2:]
     answer, cached = computed.rsplit(", ", 1)
     assert cached == "0 tokens cached"
     assert restored.rsplit(", ", 1)[0] == answer

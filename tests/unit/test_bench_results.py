@@ -236,7 +236,7 @@ def test_the_demo_has_fp8_beside_it_where_it_ran(names):
 def test_the_demo_leaves_fp8_out_without_a_gpu(monkeypatch, capsys):
     ran = []
 
-    def engine_of(setup, limit, folder):
+    def engine_of(setup, *_):
         ran.append(setup.name)
         return demo_results(setup.name)[setup.name]
 

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -131,6 +131,7 @@ class Answer:
     """Prompt tokens a request found in the prefix cache, or that came from a connector."""
     handed_over: list[Params] = field(default_factory=list)
     """What the connector says of each request to whoever goes on with it; None where it says nothing."""
+    tokens: list[list[int]] = field(default_factory=list)
 
 
 class Engine:
@@ -143,17 +144,22 @@ class Engine:
     """
 
     def __init__(
-        self, model: Path, cache: str, environment: dict[str, str] | None = None, **settings: Any
+        self,
+        model: Path,
+        cache: str,
+        environment: dict[str, str] | None = None,
+        limit: float | None = None,
+        **settings: Any,
     ) -> None:
         """
         environment: variables of its process, besides this one's.
+        limit: seconds in which it must start, and answer; None for no limit.
         settings: vLLM's, besides the cache's and those that a model without weights needs.
         """
+        self._limit = limit
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
-        job = dict(
-            model=str(model), load_format="dummy", skip_tokenizer_init=True, **CACHES[cache], **settings
-        )  # fmt: skip
+        job = dict(model=str(model), load_format="dummy", skip_tokenizer_init=True) | CACHES[cache] | settings
         variables = ENVIRONMENT.get(cache, {}) | (environment or {})
         self._process = context.Process(target=_serve, args=(there, job, variables))
         self._process.start()
@@ -176,6 +182,11 @@ class Engine:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_receive` says it
             self._pipe.send((asked, tokens, params or [None] * len(asked)))
         return Answer(*self._receive())
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(llm, *args)`` in the engine's process: a function of a module."""
+        self._pipe.send((function, args))
+        return self._receive()
 
     def step_seconds(self, asked: list[Prompt], steps: int) -> float:
         """A decode step of these prompts, which are in the prefix cache: what ``steps`` more tokens take.
@@ -209,7 +220,9 @@ class Engine:
 
     def _receive(self) -> Any:
         # Not the pipe alone: vLLM's own processes may hold its other end open.
-        wait([self._pipe, self._process.sentinel])
+        if not wait([self._pipe, self._process.sentinel], self._limit):
+            self._end()
+            raise EngineFailed(f"expected the engine to start or to answer within {self._limit:g} s")
         try:
             if self._pipe.poll():
                 return self._pipe.recv()
@@ -249,9 +262,14 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
     pipe.send(about)
     while True:
         try:
-            asked, tokens, params = pipe.recv()
+            said = pipe.recv()
         except EOFError:
             return
+        if callable(said[0]):
+            function, args = said
+            pipe.send(function(llm, *args))
+            continue
+        asked, tokens, params = said
         batch = [{"prompt_token_ids": prompt} for prompt in asked]
         counts = tokens if isinstance(tokens, list) else [tokens] * len(asked)
         sampling = [
@@ -265,7 +283,8 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
         outputs = llm.generate(batch, sampling, use_tqdm=False)
         seconds = time.perf_counter() - begin
         cached = [output.num_cached_tokens or 0 for output in outputs]
-        pipe.send((seconds, cached, [output.kv_transfer_params for output in outputs]))
+        handed_over = [output.kv_transfer_params for output in outputs]
+        pipe.send((seconds, cached, handed_over, [list(output.outputs[0].token_ids) for output in outputs]))
 
 
 def run_engine(

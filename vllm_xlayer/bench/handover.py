@@ -1,15 +1,12 @@
 """A prompt that another engine has computed: its first token, read as rows or pages, against computing it.
 
-Two engines at a time share the GPU; only one of them computes. Needs nixl. Without a GPU it runs on the CPU
-reference platform, whose times say nothing of a GPU's.
+Two engines at a time, on one GPU or with GPUs of their own (``--devices``); only one of them computes. Needs
+nixl. Without a GPU it runs on the CPU reference platform, whose times say nothing of a GPU's.
 """
 
 import argparse
-import contextlib
-import socket
 import statistics
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..compat.engine import histogram_sum, shuffle_free_blocks
 from ..nvfp4 import content_bytes
 from ..provenance import write
 from .bounds import SHAPE
 from .engines import GRAPHS_ONLY, SHAPES, Engine, goes_on, prompts, write_model
-from .handover_link import read_rate
+from .handover_link import read_rates
+from .handover_pair import LIMIT_SECONDS, NotMeasured, Pair, on_devices, start_pair
 
 CONNECTORS = {"rows": "XLayerNixlConnector", "pages": "NixlConnector"}
 """How a prompt is read: a descriptor a block, or vLLM's, one a block and layer."""
@@ -33,16 +32,10 @@ WAYS = {
 }
 ELEMENT_BYTES = {"bf16": 2, "fp8": 1}
 BLOCK = 16
+DESCRIPTORS = "vllm:nixl_num_descriptors"
 POOL, TIER_POOL = 4, 2
 """Prompts that fit on the device: of engines that hand over, and of the one with a host tier, which must
 not find on the device what it is to restore."""
-THEIR_HITS = "remote_prefill_cached_tokens"
-"""Tokens that the prefill engine had in its cache; vLLM's decode engine reports them as its own."""
-ASK_TO_PREFILL: dict[str, Any] = dict(
-    do_remote_decode=True, do_remote_prefill=False, remote_engine_id=None, remote_block_ids=None,
-    remote_host=None, remote_port=None,
-)  # fmt: skip
-"""What vLLM's proxy sends to a prefill engine."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", choices=("nvfp4", "fp8", "bf16"), default="nvfp4")
     parser.add_argument("--tokens", type=int, default=16384 if on_gpu else 512, help="of the prompt")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument(
+        "--devices", nargs=2, metavar=("PREFILL", "DECODE"),
+        help="GPUs of each engine, as CUDA_VISIBLE_DEVICES has them; several for as many ranks: 0,1",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.4, help="of each engine")
     parser.add_argument(
@@ -66,10 +63,13 @@ def run(args: argparse.Namespace) -> int:
     ways: dict[str, dict[str, Any]] = {}
     results: dict[str, Any] = {
         "shape": args.shape, "cache": args.cache, "tokens": tokens, "kv_bytes": kv_bytes,
-        "descriptors": {"rows": blocks, "pages": blocks * layers}, "ways": ways,
+        "devices": args.devices, "ways": ways,
     }  # fmt: skip
+    pieces = {"one": 1, "rows": blocks, "pages": blocks * layers}
     try:
-        results["link"] = read_rate(kv_bytes)
+        rates = read_rates(kv_bytes, list(pieces.values()), args.devices)
+        results["link"] = dict(zip(pieces, rates, strict=True))
+        write(args.json, results)
     except (ImportError, RuntimeError) as error:
         print(f"handover: NIXL alone could not read from another process: {error}")
         return 1
@@ -92,12 +92,8 @@ def run(args: argparse.Namespace) -> int:
     grid = Table(*HEAD, title=title(results))
     for cells in rows(results):
         grid.add_row(*cells)
-    Console(width=100).print(grid)
+    Console(width=120).print(grid)
     return int(bool(failed))
-
-
-class NotMeasured(RuntimeError):
-    """A prompt came another way than the one that is measured; says which."""
 
 
 def token_bytes(shape: str, cache: str) -> int:
@@ -111,57 +107,43 @@ def token_bytes(shape: str, cache: str) -> int:
 def _measure(
     way: str, model: Path, args: argparse.Namespace, kv_bytes: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """{"seconds": to the first token, of each repeat}, and "prefill_seconds" of the other engine."""
-    pool: dict[str, Any] = dict(kv_cache_memory_bytes=POOL * kv_bytes)
-    if way == "computed":
-        with Engine(model, args.cache, **settings, **pool) as engine:
-            return {"seconds": _computed(engine, args.tokens, args.repeats)}
+    """{"seconds": to the first token, of each repeat}; of a hand-over as `_handed_over` says."""
+    settings = settings | dict(kv_cache_memory_bytes=POOL * kv_bytes)
+    if way in CONNECTORS:
+        with start_pair(model, args.cache, CONNECTORS[way], args.devices, **settings) as pair:
+            return _handed_over(pair, args.tokens, args.repeats)
     if way == "host":
-        tier = dict(
+        settings["kv_cache_memory_bytes"] = TIER_POOL * kv_bytes
+        settings["kv_transfer_config"] = dict(
             kv_connector="XLayerConnector", kv_role="kv_both",
             kv_connector_extra_config={"cpu_bytes_to_use": (args.repeats + 4) * kv_bytes},
         )  # fmt: skip
-        pool = dict(kv_cache_memory_bytes=TIER_POOL * kv_bytes)
-        with Engine(model, args.cache, **settings, **pool, kv_transfer_config=tier) as engine:
-            return {"seconds": _restored(engine, args.tokens, args.repeats)}
-    with _pair(model, args.cache, CONNECTORS[way], **settings, **pool) as (prefill, decode):
-        return _handed_over(prefill, decode, args.tokens, args.repeats)
+    environment, settings = on_devices(args.devices and args.devices[1], settings)
+    with Engine(model, args.cache, environment, LIMIT_SECONDS, **settings) as engine:
+        ask = _restored if way == "host" else _computed
+        return {"seconds": ask(engine, args.tokens, args.repeats)}
 
 
-@contextlib.contextmanager
-def _pair(model: Path, cache: str, connector: str, **settings: Any) -> Iterator[tuple[Engine, Engine]]:
-    """A prefill and a decode engine."""
-    transfer = dict(kv_connector=connector, kv_role="kv_both", kv_load_failure_policy="recompute")
-    with contextlib.ExitStack() as stack:
-        engines = []
-        for _ in range(2):
-            # Held, so that nobody else is given it before the engine binds it: both set SO_REUSEADDR.
-            holder = stack.enter_context(socket.socket())
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            holder.bind(("", 0))
-            environment = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(holder.getsockname()[1])}
-            engine = Engine(model, cache, environment, kv_transfer_config=transfer, **settings)
-            engines.append(stack.enter_context(engine))
-        yield engines[0], engines[1]
-
-
-def _handed_over(prefill: Engine, decode: Engine, tokens: int, repeats: int) -> dict[str, Any]:
-    report: dict[str, Any] = {"seconds": [], "prefill_seconds": []}
-    # The first: the engines meet, and kernels are loaded.
-    for prompt in prompts("handover", 1 + repeats, tokens, decode.about["vocabulary"]):
-        there = prefill.generate([prompt], 1, [ASK_TO_PREFILL])
-        here = decode.generate([prompt], 1, [_to_read(there.handed_over[0])])
+def _handed_over(pair: Pair, tokens: int, repeats: int) -> dict[str, Any]:
+    """Seconds of each repeat: until the first token of a prompt that is read, until the prefill engine had
+    computed it, and until that token once the prompt is on the device; and what NIXL was given a prompt."""
+    report: dict[str, list[float]] = {"seconds": [], "prefill_seconds": [], "cached_seconds": []}
+    for engine in (pair.prefill, pair.decode):
+        engine.call(shuffle_free_blocks)
+    before = 0.0
+    for repeat, prompt in enumerate(
+        prompts("handover", 1 + repeats, tokens, pair.decode.about["vocabulary"])
+    ):
+        there, here = pair.hand_over([prompt], 1)
         _expect("read", here.cached[0], tokens)
+        again = pair.decode.generate([prompt], 1)
+        if repeat == 0:  # the engines have met, and kernels are loaded
+            before = pair.decode.call(histogram_sum, DESCRIPTORS)
+            continue
         report["seconds"].append(here.seconds)
         report["prefill_seconds"].append(there.seconds)
-    return {name: seconds[1:] for name, seconds in report.items()}
-
-
-def _to_read(said: dict[str, Any] | None) -> dict[str, Any]:
-    """What the decode engine is given, without what it would report in place of the tokens that it read."""
-    if said is None:
-        raise NotMeasured("expected the prefill engine to say where a prompt's KV is, got nothing")
-    return {name: value for name, value in said.items() if name != THEIR_HITS}
+        report["cached_seconds"].append(again.seconds)
+    return report | {"descriptors": (pair.decode.call(histogram_sum, DESCRIPTORS) - before) / repeats}
 
 
 def _computed(engine: Engine, tokens: int, repeats: int) -> list[float]:
@@ -187,7 +169,7 @@ def _expect(what: str, cached: int, tokens: int) -> None:
         raise NotMeasured(f"expected {tokens} tokens to be {what}, got {cached}: the others were computed")
 
 
-HEAD = ("", "first token, ms", "descriptors", "times the link's floor")
+HEAD = ("", "first token, ms", "on the device, ms", "descriptors", "hand-over / floor")
 
 
 def title(results: dict[str, Any]) -> str:
@@ -198,14 +180,26 @@ def title(results: dict[str, Any]) -> str:
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Cells of a line for each way, and of the floor: one read of so many bytes by NIXL alone."""
-    floor = results["kv_bytes"] / results["link"]
-    lines: list[tuple[str, ...]] = [
-        (f"NIXL alone, in one piece ({results['link'] / 1e9:.2f} GB/s)", f"{floor * 1e3:.1f}", "1", "1.0")
-    ]
+    """Cells of a line for NIXL alone, in one piece (the floor) and more, and for each way.
+
+    A hand-over is what a first token takes longer than that of the same prompt once it is on the device.
+    """
+    link = results["link"]
+    floor = results["kv_bytes"] / link["one"]
+    lines: list[tuple[str, ...]] = []
+    for pieces, rate in link.items():
+        seconds = results["kv_bytes"] / rate
+        what = f"NIXL alone, in {'one piece' if pieces == 'one' else pieces} ({rate / 1e9:.2f} GB/s)"
+        lines.append((what, f"{seconds * 1e3:.1f}", "", "", f"{seconds / floor:.1f}"))
     for way, numbers in results["ways"].items():
-        seconds, count = statistics.median(numbers["seconds"]), results["descriptors"].get(way)
-        lines.append(
-            (WAYS[way], f"{seconds * 1e3:.1f}", f"{count:,}" if count else "", f"{seconds / floor:.1f}")
-        )
+        seconds = statistics.median(numbers["seconds"])
+        cells = ["", "", ""]
+        if way in CONNECTORS:
+            cached = statistics.median(numbers["cached_seconds"])
+            cells = [
+                f"{cached * 1e3:.1f}",
+                f"{numbers['descriptors']:,.0f}",
+                f"{(seconds - cached) / floor:.1f}",
+            ]
+        lines.append((WAYS[way], f"{seconds * 1e3:.1f}", *cells))
     return lines

@@ -1,5 +1,6 @@
 """What the demo, the benchmarks and the tests ask of a running engine whose core is in this process."""
 
+import random
 import time
 from typing import Any, NamedTuple
 
@@ -61,6 +62,22 @@ def come_to_rest(llm: Any, seconds: float = 60.0) -> None:
             raise TimeoutError(f"expected all steps and transfers to end within {seconds} s; some have not")
         llm.llm_engine.step()
         time.sleep(0.001)
+
+
+def shuffle_free_blocks(llm: Any, seed: int = 0) -> None:
+    """Lets a running engine give out its free blocks in another order, as after hours of requests.
+
+    Of a new engine a prompt's blocks lie side by side, which whoever moves them may make use of.
+    """
+    queue = core_of(llm).scheduler.kv_cache_manager.block_pool.free_block_queue
+    blocks = queue.popleft_n(queue.num_free_blocks)
+    random.Random(seed).shuffle(blocks)
+    queue.append_n(blocks)
+
+
+def histogram_sum(llm: Any, name: str) -> float:
+    """The sum of one of vLLM's histograms; of an engine with ``disable_log_stats=False``."""
+    return float(sum(metric.sum for metric in llm.get_metrics() if metric.name == name))
 
 
 def empty_device_cache(llm: Any, seconds: float = 60.0) -> None:

@@ -29,7 +29,7 @@ from ..layout import (
     allocation_of,
     negotiate,
 )
-from ..nvfp4 import ScaleOrder
+from ..nvfp4 import KEY_ROTATION, OURS_FIRST, ROTATED_KEYS, ScaleOrder
 from .extension_points import CONNECTOR
 from .plan import PLAN, refusals_of, row_bytes_of, row_groups
 
@@ -166,3 +166,13 @@ def scale_order() -> ScaleOrder:
 
     sm_100 = current_platform.is_cuda() and current_platform.is_device_capability_family(100)
     return ScaleOrder.SWIZZLED if sm_100 else ScaleOrder.LINEAR
+
+
+def key_rotation() -> str | None:
+    """How K is kept in NVFP4 pages on this machine: ours rotate it, vLLM's own kernels (None) do not."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    if capability is not None and capability.major not in OURS_FIRST:
+        return None
+    return KEY_ROTATION if ROTATED_KEYS else None

@@ -1,7 +1,8 @@
 """``vllm-xlayer demo``: the same tasks with several KV caches, in vLLM's real engine, and one table.
 
-Each cache is served by an engine in a process of its own (`demo_engine`), so that memory and
-patches of one cannot touch the next, and Ctrl-C ends whatever runs.
+Each cache is served by an engine in a process of its own (`engine.py`), so that memory and patches of one
+cannot touch the next, and Ctrl-C ends whatever runs. What vLLM and lm_eval say there goes to a file, which is
+shown if the engine fails; the engine says through a pipe what it is doing.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             if setup.name in OPTIONAL and not torch.cuda.is_available():
                 console.print(f"left out: the CPU reference platform has no {setup.kv_cache_dtype} KV cache")
                 continue
-            result = _run_engine(setup, limit, Path(folder))
+            result = _run_engine(setup, limit, Path(folder), console)
             if result is None and setup.name in OPTIONAL:
                 console.print(f"left out: {title} does not run here")
                 continue
@@ -81,8 +83,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_engine(setup: Setup, limit: int, folder: Path) -> dict[str, Any] | None:
-    out = folder / f"{setup.name}.json"
+def _run_engine(setup: Setup, limit: int, folder: Path, console: Console) -> dict[str, Any] | None:
+    """What the engine wrote; None if it failed, with its log and why on stderr."""
+    out, log = folder / f"{setup.name}.json", folder / f"{setup.name}.log"
     command = [sys.executable, "-m", "vllm_xlayer.demo.engine", "--out", str(out), "--limit", str(limit)]
     command += ["--kv-cache-dtype", setup.kv_cache_dtype] + (["--rows"] if setup.rows else [])
     quiet = {
@@ -95,14 +98,39 @@ def _run_engine(setup: Setup, limit: int, folder: Path) -> dict[str, Any] | None
         # The engine core in the same process: one start of Python less.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    # Not in the current folder: `-m` would import a source tree there instead of the installed package.
-    code = subprocess.run(command, env={**quiet, **os.environ}, cwd=folder, check=False).returncode
+    begin = time.perf_counter()
+    code = _follow(command, {**quiet, **os.environ}, log, console)
     if code or not out.exists():
-        print(f"the engine with {' '.join(setup.title.split())} ended with exit code {code}; "
-              f"run it alone to see more: {' '.join(command)}", file=sys.stderr)  # fmt: skip
+        sys.stderr.write(log.read_text(errors="replace"))
+        print(f"the engine with {' '.join(setup.title.split())} ended with exit code {code}, "
+              f"its log is above; alone it is: {' '.join(command)}", file=sys.stderr)  # fmt: skip
         return None
+    console.print(f"done in {time.perf_counter() - begin:.0f} s")
     result: dict[str, Any] = json.loads(out.read_text())
     return result
+
+
+def _follow(command: list[str], environment: dict[str, str], log: Path, console: Console) -> int:
+    """Runs an engine to its end, showing what it says it is doing; its output goes to a file. Exit code."""
+    said, says = os.pipe()
+    with (
+        open(said) as lines,
+        log.open("wb") as output,
+        console.status("starting Python and vLLM") as status,
+        # Not in the current folder: `-m` would import a source tree there instead of the installed package.
+        subprocess.Popen(
+            [*command, "--progress", str(says)], env=environment, cwd=log.parent, stdout=output,
+            stderr=subprocess.STDOUT, pass_fds=[says],
+        ) as process,
+    ):  # fmt: skip
+        os.close(says)
+        try:
+            for line in lines:
+                status.update(line.strip())
+            return process.wait()
+        except BaseException:
+            process.kill()
+            raise
 
 
 def add_identical(results: dict[str, dict[str, Any]]) -> None:

@@ -1,7 +1,11 @@
-"""One engine of the demo: answers the tasks, times the first token, writes one JSON file."""
+"""One engine of the demo: answers the tasks, times the first token, writes one JSON file.
+
+What it is doing it says in a line each, to the file descriptor that it is given.
+"""
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -28,14 +32,23 @@ def main() -> None:
     parser.add_argument("--limit", type=int, required=True)
     parser.add_argument("--kv-cache-dtype", required=True)
     parser.add_argument("--rows", action="store_true", help="serve with XLayerConnector")
+    parser.add_argument("--progress", type=int, default=1, help="file descriptor (default: stdout)")
     args = parser.parse_args()
+    os.set_inheritable(args.progress, args.progress < 3)  # it ends with this process, not with one of vLLM's
 
+    def say(text: str) -> None:
+        os.write(args.progress, f"{text}\n".encode())
+
+    documents = f"{args.limit} documents of each of {len(TASKS)} tasks"
+    say("starting the engine")
     engine = start(args.kv_cache_dtype, args.rows)
     llm = engine.model
     come_to_rest(llm)  # the host tier is pinned
+    say(f"answering {documents}")
     first = evaluate(engine, args.limit)
     result: dict[str, Any] = {**first, **sizes(llm)}
     if args.rows:
+        say(f"answering {documents} again, restored from host memory")
         empty_device_cache(llm)
         before = rows_loaded()
         again = evaluate(engine, args.limit)
@@ -44,6 +57,7 @@ def main() -> None:
         result["restored_tokens"] = rows * result["block_size"]
         same = sum(again["answers"][key] == answer for key, answer in first["answers"].items())
         result["restored_identical"] = [same, len(first["answers"])]
+    say("timing first tokens")
     result["ttft"] = time_to_first_token(llm, args.rows)
     result.update(provenance())
     result["runner"] = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from ..compat.dependence import Patch
-from ..nvfp4 import KV_DTYPES
+from ..nvfp4 import KV_DTYPES, OURS_FIRST
 from .wrapping import wrap
 
 BACKEND = "vllm_xlayer.attention.backend.NVFP4Backend"
@@ -12,8 +12,6 @@ OWN_NAME = "CUSTOM"
 NAMED_BY_VLLM = "TRITON_ATTN"
 """What vLLM names itself for heads of several sizes (Gemma 4) where FlashAttention 4 is missing. It has no
 NVFP4."""
-OURS_FIRST = (8, 9)
-"""Compute capabilities whose users get our kernels unless these refuse. On others vLLM's own come first."""
 
 
 def _not_needed() -> str | None:
