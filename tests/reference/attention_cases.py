@@ -398,18 +398,25 @@ def check_batch(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> None:
                 kept, v[newest] = memory[:, :, tokens[newest] % c.newest].transpose(1, 2)
                 k[newest] = keys_of(c, kept)
         exact, exact_lse = ref.attention(q[rows], k, v, softmax)
-        plain = ref.attention_in(dtype, q[rows], k, v, softmax)
+        plain = ref.attention_in(dtype, *as_given_to_products(c, q[rows], k), v, softmax)
         what = f"request {r} of {length} tokens in {c}"
         assert_accurate(what, out[rows], exact, plain, dtype)
         assert_lse(what, lse[:, rows], exact_lse, rotated_query_error(c, q[rows], k))
+
+
+def as_given_to_products(case: Case, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q and K that plain PyTorch has to multiply: both rotated where K is kept so, float64."""
+    if not case.rotated_keys:
+        return q, k
+    kept, back = (torch.from_numpy(m(case.head_size)) for m in (ref4.kept_keys, ref4.keys_from_kept))
+    return q.double() @ back.T, k @ kept
 
 
 def rotated_query_error(case: Case, q: torch.Tensor, k: torch.Tensor) -> float:
     """The most that rounding rotated queries to fp16 can change a score by. As they come, they fit fp16."""
     if not case.rotated_keys or not len(k):
         return 0.0
-    kept = k @ torch.from_numpy(ref4.kept_keys(case.head_size))
-    rotated = q.double() @ torch.from_numpy(ref4.keys_from_kept(case.head_size)).T
+    rotated, kept = as_given_to_products(case, q, k)
     rotated = rotated.unflatten(1, (case.kv_heads, -1)).abs()
     most = torch.einsum("ihgd,nhd->ihgn", rotated, kept.abs().nan_to_num(0.0)).nan_to_num(0.0).amax()
     return float(most) * case.softmax_scale * 2.0**-12

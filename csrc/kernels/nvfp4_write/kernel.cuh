@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(WRITE_THREADS)
   }
   const bool active = slot >= 0;
   if (!__any_sync(~0u, active)) return;  // else the whole warp stays: its lanes shuffle
-  if (p.rotated_keys) rotate_group<LANES>(x, !is_v, rotation_block(p.page.head_size));
+  if (p.rotated_keys && __any_sync(~0u, !is_v)) rotate_group<LANES>(x, !is_v, rotation_block(p.page.head_size));
   uint32_t inv_bits = float_bits(div_rn(1.0f, global_scale));
   ptx::pin(inv_bits);  // nvcc would divide again after the search
   const Group group = encode_group<CHOICE, LANES>(x, bits_float(inv_bits), lane);
