@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_xlayer.nvfp4 import GROUP, decode, encode
+from vllm_xlayer.nvfp4 import decode, encode
 from vllm_xlayer.provenance import write
 from vllm_xlayer.quality import text
 
@@ -28,7 +28,7 @@ V_SCALE = 1 / 16
 """V's global scale where a checkpoint has none, as the engine's."""
 QUERIES = 256
 """Queries that attend at once: scores of all of them would take gigabytes."""
-NEWEST = (0, 16, 64, 128)
+NEWEST = (0, 64)
 CALIBRATION = 4
 """Windows that give the means."""
 Quantiser = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -44,12 +44,12 @@ def fp8(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
-def rotated(x: torch.Tensor) -> torch.Tensor:
-    """Each group of 16 times a Hadamard matrix, which is its own inverse."""
+def rotated(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Each ``block`` elements times a Hadamard matrix, which is its own inverse."""
     h = torch.ones(1, 1, device=x.device)
-    while len(h) < GROUP:
+    while len(h) < block:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    return (x.unflatten(-1, (-1, GROUP)) @ (h / math.sqrt(GROUP))).flatten(-2)
+    return (x.unflatten(-1, (-1, block)) @ (h / math.sqrt(block))).flatten(-2)
 
 
 @dataclass
@@ -75,14 +75,24 @@ def quantisers(means: Means) -> dict[str, Quantiser]:
     def with_k(keep: Callable[[int, torch.Tensor], torch.Tensor]) -> Quantiser:
         return lambda layer, k, v: (keep(layer, k), nvfp4(v, V_SCALE))
 
+    def rotation(block: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        return lambda layer, k: rotated(nvfp4(rotated(k, block)), block)
+
+    def without_mean(layer: int, k: torch.Tensor) -> torch.Tensor:
+        return nvfp4(k - means.of(layer)) + means.of(layer)
+
+    def without_mean_but_first(layer: int, k: torch.Tensor) -> torch.Tensor:
+        """Models' first token is a sink: its K is no other's, and the mean would make it larger."""
+        return torch.cat((nvfp4(k[:, :, :1]), without_mean(layer, k[:, :, 1:])), 2)
+
     return {
         "NVFP4": with_k(lambda layer, k: nvfp4(k)),
-        "K rotated by 16": with_k(lambda layer, k: rotated(nvfp4(rotated(k)))),
-        "mean of K subtracted": with_k(lambda layer, k: nvfp4(k - means.of(layer)) + means.of(layer)),
-        "both": with_k(
-            lambda layer, k: rotated(nvfp4(rotated(k - means.of(layer)))) + means.of(layer)
-        ),
-    }  # fmt: skip
+        "K rotated by 16": with_k(rotation(16)),
+        "K rotated by 32": with_k(rotation(32)),
+        "K rotated by 64": with_k(rotation(64)),
+        "mean of K subtracted": with_k(without_mean),
+        "mean subtracted, not of a first token": with_k(without_mean_but_first),
+    }
 
 
 class Reader:

@@ -173,7 +173,7 @@ def test_latents_of_kernels_that_were_not_compared_are_refused():
     class Untried(CpuMlaBackend):
         @staticmethod
         def get_name():
-            return "FLASHMLA"
+            return "FLASH_ATTN_MLA"
 
     with pytest.raises(
         NegotiationError,

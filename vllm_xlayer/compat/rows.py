@@ -36,7 +36,7 @@ from .plan import PLAN, refusals_of, row_bytes_of, row_groups
 ROWS = (Layout.BLHNC, Layout.BLNHC)
 """What the connector takes. It asks for the first; the second comes from VLLM_KV_CACHE_LAYOUT only."""
 LATENTS_COMPARED = ("CPU_MLA", "FLASHMLA", "TRITON_MLA")
-"""Backends of latent attention that were seen to answer from rows as from vLLM's own layout: docs/models.md."""
+"""Backends of latent attention that answered from rows as from vLLM's own layout (docs/models.md)."""
 LAYOUT_VARIABLE = "VLLM_KV_CACHE_LAYOUT"
 _OLD_NAMES = {"NHD": "LBNHC", "HND": "LBHNC"}
 
@@ -71,8 +71,8 @@ def _not_compared(layout: Layout, backends: Iterable[type[AttentionBackend]]) ->
         if backend.is_mla() and backend.get_name() not in LATENTS_COMPARED:
             yield Refusal(
                 layout, f"attention backend {backend.__name__}",
-                "its answers from rows of latents (MLA) have not been seen to equal those from vLLM's own layout; "
-                f"they have with --attention-backend {' or '.join(LATENTS_COMPARED[1:])}",
+                "its answers from rows of latents (MLA) were not seen to equal those from vLLM's own layout; "
+                f"they were with --attention-backend {' or '.join(LATENTS_COMPARED[1:])}",
             )  # fmt: skip
 
 
