@@ -66,12 +66,17 @@ def demo_table(results: dict[str, Any]) -> str:
     return f"{table(head, lines)}\n\n{about(last, last['runner'])}"
 
 
+NEWEST = "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=64"
+"""What the quality command calls a cache with newest tokens."""
+
+
 def gain(
     decode: dict[str, Any],
     engine: dict[str, Any],
     load: dict[str, Any],
     offload: dict[str, Any],
     capacity: dict[str, Any],
+    quality: dict[str, Any],
 ) -> str:
     """The first screen: what a user of a Hopper GPU gains."""
     shape = decode["shapes"][0]
@@ -89,6 +94,8 @@ def gain(
     rates = [c["fit"] / c["step_seconds"] for c in (kept, most)]
     first = {kind: milliseconds(statistics.median(offload["engines"]["with"]["restore"][kind]), 0)
              for kind in ("cold", "restored")}  # fmt: skip
+    loss = {row["title"]: row["decode"]["perplexity_change"][0] for row in quality["caches"][1:]}
+    exact, of_fp8 = (f"{100 * loss[title]:.1f} %" for title in (NEWEST, "fp8"))
     return (
         f"- **{capacity['capacity_ratio']:.2f} times the tokens of bf16** in the same memory "
         f"({capacity['shape']} shape, as vLLM counts them).\n"
@@ -101,6 +108,8 @@ def gain(
         f"- **{rates[1] / rates[0]:.1f} times where memory is the limit**: {most['fit']} contexts of "
         f"{load['tokens']:,} tokens fit in {load['kv_bytes'] / 1e9:.0f} GB and decode {rates[1]:,.0f} tokens "
         f"a second; with fp8 {kept['fit']} fit and decode {rates[0]:,.0f}.\n"
+        f"- **Less loss than fp8**: with the newest 64 tokens of a request in 16 bits, answers cost {exact} "
+        f"of perplexity, with fp8 KV {of_fp8} (a small real model; [Accuracy](docs/accuracy.md)).\n"
         f"- **Prompts come back instead of being computed**: just short of {offload['prompt']:,} tokens "
         f"in host memory, the first token takes {first['restored']} ms, {first['cold']} ms if they are "
         "computed.\n\n"

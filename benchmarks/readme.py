@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from . import RESULTS, ROOT, markdown, markdown_models, markdown_tier, quality
+from . import RESULTS, ROOT, markdown, markdown_models, markdown_tier, quality, transforms
 from .plot import copy_plot, decode_plot, quality_plot
 
 DOCUMENTS = (
@@ -32,7 +32,7 @@ QUALITY_PLOT = (RESULTS / "h200-quality.json", RESULTS / "h200-quality.png")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), markdown.demo_table),
     "gain": (
-        tuple(f"h200-{what}.json" for what in ("decode", "engine", "load", "offload", "capacity")),
+        tuple(f"h200-{what}.json" for what in ("decode", "engine", "load", "offload", "capacity", "quality")),
         markdown.gain,
     ),
     "short": (("h200-decode.json",), markdown.short_decode_table),
@@ -44,6 +44,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "capacity": (("h200-capacity.json",), markdown.capacity_table),
     "quality": (("h200-demo.json",), markdown.demo_table),
     "accuracy": (("h200-quality.json",), quality.table),
+    "transforms": (("cpu-transforms.json", "cpu-transforms-demo.json"), transforms.table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
     "traffic": (("h200-traffic.json",), markdown.traffic_section),

@@ -165,6 +165,33 @@ def measure(reader: Reader, windows: list[list[int]], first: int) -> list[dict[s
     return rows
 
 
+def table(*results: dict[str, Any]) -> str:
+    """Markdown: a row a way to keep K, a column a model and number of newest exact tokens."""
+    counts = [(result, newest) for result in results for newest in NEWEST]
+    heads = [f"{_name(result)}, {newest or 'none'} exact" for result, newest in counts]
+    lines = [f"| K and V | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for title in dict.fromkeys(row["title"] for row in results[0]["variants"][1:]):
+        cells = []
+        for result, newest in counts:
+            rows = [row for row in result["variants"] if (row["title"], row["newest"]) == (title, newest)]
+            change = rows[0]["change"] if rows else None
+            mean, low, high = ("" if change is None else f"{100 * x:+.2f}" for x in change or (0, 0, 0))
+            cells.append(f"{mean} % ({low} .. {high})" if mean else "")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    said = "; ".join(
+        f"{_name(result)}: {result['windows']} windows of {result['length']:,} tokens, {result['date']}, "
+        f"commit {result['commit']}"
+        for result in results
+    )
+    return "\n".join(
+        [*lines, "", f"Change of perplexity in the windows' second halves, in brackets 95 %. {said}."]
+    )
+
+
+def _name(result: dict[str, Any]) -> str:
+    return "the demo's model" if result["model"] == "demo" else str(result["model"])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transforms", description=__doc__)
     parser.add_argument("model")
@@ -189,7 +216,12 @@ def main() -> int:
     reader = Reader(folder, "cuda" if torch.cuda.is_available() else "cpu")
     first = args.length // 2
     rows = measure(reader, windows, first)
-    asked = {"model": args.model, "text": args.text, "windows": args.windows, "length": args.length}
+    asked = {
+        "model": Path(args.model).name,
+        "text": [Path(file).name for file in args.text],
+        "windows": args.windows,
+        "length": args.length,
+    }
     write(args.json, {**asked, "first": first, "variants": rows})
     grid = Table(title="Change of perplexity, as decode reads K and V")
     for column in ("K and V", "newest exact", "change", "95 % over windows"):
