@@ -62,6 +62,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
 SECTIONS = (
+    "transforms",
     "engine_qwen",
     "engine_gpt_oss",
     "prefill",

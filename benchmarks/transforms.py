@@ -175,17 +175,23 @@ def table(*results: dict[str, Any]) -> str:
         for result, newest in counts:
             rows = [row for row in result["variants"] if (row["title"], row["newest"]) == (title, newest)]
             change = rows[0]["change"] if rows else None
-            mean, low, high = ("" if change is None else f"{100 * x:+.2f}" for x in change or (0, 0, 0))
-            cells.append(f"{mean} % ({low} .. {high})" if mean else "")
+            if change is None:
+                cells.append("")
+            else:
+                mean, low, high = (f"{100 * x:.2f}" for x in change)
+                cells.append(f"{mean} % ({low} .. {high})")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     said = "; ".join(
         f"{_name(result)}: {result['windows']} windows of {result['length']:,} tokens, {result['date']}, "
         f"commit {result['commit']}"
         for result in results
     )
-    return "\n".join(
-        [*lines, "", f"Change of perplexity in the windows' second halves, in brackets 95 %. {said}."]
+    what = (
+        "What else was tried, in plain PyTorch, which reads K and V as decode does "
+        "(`python -m benchmarks.transforms`):"
     )
+    how = f"Change of perplexity in the windows' second halves, in brackets 95 %. {said}."
+    return "\n".join([what, "", *lines, "", how])
 
 
 def _name(result: dict[str, Any]) -> str:
