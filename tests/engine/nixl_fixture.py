@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 
 import pytest
+import torch
 from model_fixture import ON_GPU
 from vllm import SamplingParams
 
@@ -97,7 +98,10 @@ def add_all(llm, prompts, params, num_tokens):
 
 
 class OtherEngine:
-    """The parent's side. Everything raises if the child does not answer in time."""
+    """The parent's side. Everything raises if the child does not answer in time.
+
+    Where there are two GPUs it has the second one, unless it has several ranks.
+    """
 
     def __init__(self, model, port=None, environment=None, **settings):
         self.port = port or free_port()
@@ -108,7 +112,11 @@ class OtherEngine:
             args=(theirs, str(model), {PORT: str(self.port)} | (environment or {}), settings),
             daemon=False,
         )
-        self.process.start()
+        with pytest.MonkeyPatch.context() as patch:
+            if ON_GPU and torch.cuda.device_count() > 1 and settings.get("tensor_parallel_size", 1) == 1:
+                visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")
+                patch.setenv("CUDA_VISIBLE_DEVICES", visible.split(",")[1])  # before it imports torch
+            self.process.start()
         theirs.close()
         self._answer()
 
@@ -146,7 +154,6 @@ class OtherEngine:
 
 def _serve(pipe, model, environment, settings):
     os.environ.update(environment)
-    import torch
     from vllm import LLM
 
     torch.set_num_threads(1)
