@@ -31,6 +31,11 @@ GPU_SUITES = {
     ),
 }
 """Results file of `benchmarks.suite` -> what it says."""
+SHAPES_SAID = {
+    "qwen3-next": "Qwen3-Next's shape: 4 layers of attention, 12 of a gated delta net, 64 experts a layer",
+    "gpt-oss-20b": "gpt-oss-20b's shape, experts in MXFP4",
+}
+"""Headings of `bench engine` for shapes that are not its first."""
 OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
 
 
@@ -61,12 +66,17 @@ def demo_table(results: dict[str, Any]) -> str:
     return f"{table(head, lines)}\n\n{about(last, last['runner'])}"
 
 
+NEWEST = "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=64"
+"""What the quality command calls a cache with newest tokens."""
+
+
 def gain(
     decode: dict[str, Any],
     engine: dict[str, Any],
     load: dict[str, Any],
     offload: dict[str, Any],
     capacity: dict[str, Any],
+    quality: dict[str, Any],
 ) -> str:
     """The first screen: what a user of a Hopper GPU gains."""
     shape = decode["shapes"][0]
@@ -84,6 +94,8 @@ def gain(
     rates = [c["fit"] / c["step_seconds"] for c in (kept, most)]
     first = {kind: milliseconds(statistics.median(offload["engines"]["with"]["restore"][kind]), 0)
              for kind in ("cold", "restored")}  # fmt: skip
+    loss = {row["title"]: row["decode"]["perplexity_change"][0] for row in quality["caches"][1:]}
+    exact, of_fp8 = (f"{100 * loss[title]:.1f} %" for title in (NEWEST, "fp8"))
     return (
         f"- **{capacity['capacity_ratio']:.2f} times the tokens of bf16** in the same memory "
         f"({capacity['shape']} shape, as vLLM counts them).\n"
@@ -96,6 +108,8 @@ def gain(
         f"- **{rates[1] / rates[0]:.1f} times where memory is the limit**: {most['fit']} contexts of "
         f"{load['tokens']:,} tokens fit in {load['kv_bytes'] / 1e9:.0f} GB and decode {rates[1]:,.0f} tokens "
         f"a second; with fp8 {kept['fit']} fit and decode {rates[0]:,.0f}.\n"
+        f"- **Less loss than fp8**: with the newest 64 tokens of a request in 16 bits, answers cost {exact} "
+        f"of perplexity, with fp8 KV {of_fp8} (a small real model; [Accuracy](docs/accuracy.md)).\n"
         f"- **Prompts come back instead of being computed**: just short of {offload['prompt']:,} tokens "
         f"in host memory, the first token takes {first['restored']} ms, {first['cold']} ms if they are "
         "computed.\n\n"
@@ -138,6 +152,17 @@ def engine_table(results: dict[str, Any]) -> str:
             cells = [f"{c['decodes'][i]['prefill_seconds']:.2f}" for c in results["caches"].values()]
             lines.append((f"prefill {first['requests']} x {first['tokens']:,}, s", cells))
     return _caches(results, lines, engine.bounds(results))
+
+
+def engine_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench engine` for another shape, with its heading."""
+    blocks = ", ".join(f"{name} {cache['block_size']:,}" for name, cache in results["caches"].items())
+    return f"""\
+### {SHAPES_SAID[results["shape"]]}
+
+`vllm-xlayer bench engine --shape {results["shape"]} --starts 1`; tokens a block: {blocks}.
+
+{engine_table(results)}"""
 
 
 def prefill_section(results: dict[str, Any]) -> str:

@@ -1,13 +1,25 @@
-"""The table of model families in docs/models.md, from `benchmarks.models`' results."""
+"""The tables of model families and of latents in docs/models.md, from the results of `benchmarks.models` and
+`benchmarks.latents`."""
 
+from collections.abc import Iterable
 from typing import Any
 
-INTRODUCTION = """### Started and compared
+COMPARED = """*Works*: a prompt was answered from the cache, and with the connector once more from host memory
+alone, with equal tokens and logprobs; wrong blocks of any group were seen to change them."""
+CPU_INTRODUCTION = f"""### Started and compared
 
 `python -m benchmarks.models` starts each of these on the CPU reference platform, as a tiny model with random
-weights, and writes this table. *Works*: a prompt was answered from the cache, and with the connector once
-more from host memory alone, with equal tokens and logprobs. *Not here*: the reference platform has no
-kernels for it, which says nothing of a GPU.
+weights, and writes this table. {COMPARED}
+*Not here*: the reference platform has no kernels for it, which says nothing of a GPU.
+"""
+GPU_INTRODUCTION = f"""### The same on a GPU
+
+In 16 bits, with vLLM's kernels and this package's. {COMPARED}
+"""
+LATENTS_INTRODUCTION = """### Latent attention on a GPU
+
+`python -m benchmarks.latents`, with latents of real width. *In rows*: as in vLLM's own layout, tokens and
+logprobs, cold and cached. *Restored*: from host memory as cached on the device.
 """
 WAYS = ("NVFP4", "XLayerConnector", "both")
 PLATFORM, ABSENT = "CPU reference platform: ", "are not supported for now"
@@ -15,19 +27,62 @@ PLATFORM, ABSENT = "CPU reference platform: ", "are not supported for now"
 
 
 def table(results: dict[str, Any]) -> str:
-    """A row a family; sentences of refusals stand below, each once."""
-    notes: dict[str, int] = {}
-    rows = [INTRODUCTION, f"| | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 1) + "|"]
-    for found in results["families"].values():
-        cells = [_cell(found[way], notes) for way in WAYS]
-        rows.append(f"| {found['family']} | {' | '.join(cells)} |")
-    said = [f"{number}. {sentence}" for sentence, number in notes.items()]
+    """A row a family, from the CPU reference platform."""
+    return _table(CPU_INTRODUCTION, ("family", *WAYS), results["families"].values(), results)
+
+
+def gpu_table(results: dict[str, Any]) -> str:
+    """The same, from a GPU."""
+    return _table(GPU_INTRODUCTION, ("family", *WAYS), results["families"].values(), results)
+
+
+def latents_table(results: dict[str, Any]) -> str:
+    """A row a backend and dtype, from a GPU."""
+    return _table(LATENTS_INTRODUCTION, ("case", "in rows", "restored"), results["cases"].values(), results)
+
+
+def soak_section(results: dict[str, Any]) -> str:
+    """What a soak of speculation counted, from a GPU."""
+    columns = {
+        "requests": "requests", "answers": "answers", "tries": "aborts, resets, failed copies",
+        "rows_loaded": "rows restored", "accepted_drafts": "drafts accepted",
+        "wrong": "wrong", "lost": "lost", "leaked": "leaked",
+    }  # fmt: skip
+    return f"""\
+### Speculation, soaked
+
+`python -m benchmarks.soak`: NVFP4, EAGLE's drafts, a device cache of three requests, a host tier not much
+larger, aborts, resets and failing copies, for {results["seconds"] / 60:.0f} minutes.
+
+| {" | ".join(columns.values())} |
+{"|---:" * len(columns)}|
+| {" | ".join(f"{results[name]:,}" for name in columns)} |
+
+{results["preempted"]:,} answers of preempted requests are not among those compared. From wrong blocks
+{results["noticed"]} of {results["noticed_of"]} answers would have been called wrong.
+
+{_made(results)}"""
+
+
+def _made(results: dict[str, Any]) -> str:
+    """What the numbers were taken on, and when."""
     versions = results["versions"]
-    made = (
+    return (
         f"vLLM {versions['vllm']}, torch {versions['torch']}, {results['hardware']}, {results['date']}, "
         f"commit {results['commit']}."
     )
-    return "\n".join([*rows, "", made, *([""] if said else []), *said])
+
+
+def _table(introduction: str, keys: tuple[str, ...], found: Iterable[dict[str, str]], results: Any) -> str:
+    """Rows with the first key's label; sentences of refusals stand below, each once."""
+    notes: dict[str, int] = {}
+    heads = ["", *keys[1:]]
+    rows = [introduction, f"| {' | '.join(heads)} |".replace("|  |", "| |"), "|---" * len(keys) + "|"]
+    for row in found:
+        cells = [row[keys[0]], *(_cell(row[key], notes) for key in keys[1:])]
+        rows.append(f"| {' | '.join(cells)} |")
+    said = [f"{number}. {sentence}" for sentence, number in notes.items()]
+    return "\n".join([*rows, "", _made(results), *([""] if said else []), *said])
 
 
 def _cell(found: str, notes: dict[str, int]) -> str:

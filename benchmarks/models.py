@@ -1,48 +1,42 @@
-"""Which families of models this package serves: docs/models.md's table, from tiny models on the CPU platform.
+"""Which families of models this package serves: docs/models.md's tables, from tiny models.
 
-    python -m benchmarks.models [family ...] [--seconds 240]
+    python -m benchmarks.models [family ...] [--at-once 8] [--minutes 8]
 
 Starts every family of models.json with random weights in three ways: with NVFP4, with XLayerConnector, and
 with both. A prompt is answered from the device's cache; with the connector, once more after that cache was
-emptied and filled with 0xFF. "Works" means that as many tokens came from the cache, and that tokens and
-logprobs are equal. A refusal at start is quoted. Each family has a process of its own and a time limit;
-results go to results/cpu-models.json as they come, beside those of families that were not named.
+emptied and filled with 0xFF. "Works" means that as many tokens came from the cache, that tokens and logprobs
+are equal, and that a wrong block of any group would have changed them. A refusal at start is quoted. Each
+family has a process of its own and a time limit; on a GPU several may share it. Results go to
+results/cpu-models.json, or gpu-models.json, as they come, beside those of families that were not named.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
+import traceback
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
+from vllm_xlayer.bench.engines import GRAPHS_ONLY
 from vllm_xlayer.provenance import write
 
-from . import RESULTS, ROOT
+from . import RESULTS, ROOT, serving
+from .cases import try_all
+from .model_configs import configs
 
-CONFIGS = ROOT / "benchmarks" / "models.json"
-RESULT, DOCUMENT = RESULTS / "cpu-models.json", ROOT / "docs" / "models.md"
-CONNECTOR = {
-    "kv_transfer_config": {
-        "kv_connector": "XLayerConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"cpu_bytes_to_use": 64 << 20},
-    }
-}
+RESULT = {False: RESULTS / "cpu-models.json", True: RESULTS / "gpu-models.json"}
+"""By whether there is a GPU."""
+DOCUMENT = ROOT / "docs" / "models.md"
 NVFP4 = {"kv_cache_dtype": "nvfp4"}
-WAYS: dict[str, dict[str, Any]] = {"NVFP4": NVFP4, "XLayerConnector": CONNECTOR, "both": NVFP4 | CONNECTOR}
-PROMPT_TOKENS = 700
-"""More than the largest block of models.json."""
-NUM_TOKENS = 8
+WAYS: dict[str, dict[str, Any]] = {
+    "NVFP4": NVFP4,
+    "XLayerConnector": serving.CONNECTOR,
+    "both": NVFP4 | serving.CONNECTOR,
+}
 
 
 @dataclass(frozen=True)
@@ -53,11 +47,15 @@ class Family:
         config: of models.json.
         drafts: what the table says of its speculative decoding.
         speculation: vLLM's settings of that; a drafter of method "eagle" gets its weights here.
+        cache_bytes: of the device's KV cache.
+        graphs: decode runs in CUDA graphs.
     """
 
     config: dict[str, Any]
     drafts: str = ""
     speculation: dict[str, Any] = field(default_factory=dict)
+    cache_bytes: int = 16 << 20
+    graphs: bool = False
 
     @property
     def label(self) -> str:
@@ -68,7 +66,12 @@ class Family:
         from hybrid_fixture import save_hybrid_config
         from model_fixture import save_eagle
 
-        settings = {"dtype": self.config["dtype"], **save_hybrid_config(self.config, folder / "model")}
+        settings = {
+            "dtype": self.config["dtype"], "kv_cache_memory_bytes": self.cache_bytes,
+            **save_hybrid_config(self.config, folder / "model"),
+        }  # fmt: skip
+        if self.graphs:
+            settings |= {"enforce_eager": False, **GRAPHS_ONLY}
         if self.speculation:
             settings["speculative_config"] = dict(self.speculation)
         if self.speculation.get("method") == "eagle":
@@ -77,8 +80,8 @@ class Family:
         return {"model": str(folder / "model"), **settings}
 
 
-def families() -> dict[str, Family]:
-    found = {name: Family(config) for name, config in json.loads(CONFIGS.read_text()).items()}
+def families(gpu: bool = False) -> dict[str, Family]:
+    found = {name: Family(config) for name, config in configs(gpu).items()}
     llama = found["llama"].config
     ngram = dict(method="ngram", prompt_lookup_max=3, prompt_lookup_min=1, num_speculative_tokens=3)
     found["llama_ngram"] = Family(llama, "n-gram drafts", ngram)
@@ -88,125 +91,74 @@ def families() -> dict[str, Family]:
 
 def serve(settings: dict[str, Any]) -> str:
     """What happened to a model served that way, for a cell of the table."""
-    from vllm import LLM
-    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
-    from vllm.distributed.parallel_state import destroy_model_parallel
-
-    llm = None
     try:
-        llm = LLM(
-            skip_tokenizer_init=True,
-            max_model_len=1024,
-            max_num_seqs=4,
-            max_num_batched_tokens=128,
-            kv_cache_memory_bytes=16 << 20,
-            **settings,
-        )
-        return _compare(llm, "kv_transfer_config" in settings)
-    except (ValueError, NotImplementedError) as error:
-        return f"refused: {_sentence(error)}"
+        with serving.started(settings) as llm:
+            prompt = serving.prompt_of()
+            cached = serving.cached_answer(llm, prompt)
+            if "kv_transfer_config" in settings:
+                serving.check_restored(llm, prompt, cached)
+            serving.check_power(llm, prompt, cached)
+            return f"works (blocks of {serving.block_of(llm)})"
     except Exception as error:
-        return f"does not run: {type(error).__name__}: {_sentence(error)}"
-    finally:
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-        ensure_kv_transfer_shutdown()
-        destroy_model_parallel()
+        traceback.print_exc()
+        return serving.cell_of(error)
 
 
-def _compare(llm: Any, has_tier: bool) -> str:
-    """Whether a prompt is answered from the cache, and from the host tier as from the cache."""
-    from hybrid_fixture import answers_and_hits, fill_memory
-    from model_fixture import random_prompts
-
-    from vllm_xlayer.compat.engine import come_to_rest
-
-    fill_memory(llm, 0xFF)
-    prompt = random_prompts([PROMPT_TOKENS])
-    answers_and_hits(llm, prompt, 1)
-    (cached,) = answers_and_hits(llm, prompt, NUM_TOKENS)
-    if cached[2] == 0:
-        return "runs, but nothing was cached"
-    if any(logprob != logprob for logprob in cached[1]):
-        return f"WRONG: cached tokens have no number as logprob: {cached}"
-    if has_tier:
-        come_to_rest(llm)
-        if not llm.reset_prefix_cache():
-            return "runs, but the device's cache could not be emptied"
-        fill_memory(llm, 0xFF)
-        (restored,) = answers_and_hits(llm, prompt, NUM_TOKENS)
-        if restored != cached:
-            return f"WRONG: restored {restored} is not cached {cached}"
-    return f"works (blocks of {llm.llm_engine.vllm_config.cache_config.block_size})"
-
-
-def _sentence(error: BaseException) -> str:
-    """The first line of an error, or what it says was wrong where that is a list of vLLM's."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    said = next((line for line in lines if line.startswith("Value error, ")), lines[0])
-    return said.removeprefix("Value error, ").partition(" [type=")[0]
-
-
-def _try_family(family: Family, answers: Connection) -> None:
+def try_family(family: Family, answers: Connection) -> None:
     """In a process of its own: sends (way, what happened) for each way."""
-    sys.path.insert(0, str(ROOT / "tests" / "engine"))
-    import torch
-
-    torch.set_num_threads(1)  # the models are too small to share among threads
+    serving.prepare()
     with tempfile.TemporaryDirectory() as folder:
         try:
             settings = family.settings(Path(folder))
         except Exception as error:
+            traceback.print_exc()
             for way in WAYS:
-                answers.send((way, f"not tried: {type(error).__name__}: {_sentence(error)}"))
+                answers.send((way, f"not tried: {type(error).__name__}: {serving.sentence(error)}"))
             return
         for way, more in WAYS.items():
             answers.send((way, serve(settings | more)))
 
 
-def try_family(family: Family, seconds: float, run: Any = _try_family) -> dict[str, str]:
-    """Way -> what happened; what was not known in time says so."""
-    context = multiprocessing.get_context("spawn")  # a fork of what torch has threads in may hang
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(family, theirs))
-    process.start()
-    theirs.close()
-    found: dict[str, str] = {}
-    end = time.monotonic() + seconds
-    missing = f"not known after {seconds:g} s"
-    try:
-        while len(found) < len(WAYS) and ours.poll(max(0.0, end - time.monotonic())):
-            way, cell = ours.recv()
-            found[way] = cell
-            print(f"    {way}: {cell}", flush=True)
-    except EOFError:
-        process.join()
-        missing = f"the process died (exit code {process.exitcode})"
-    process.kill()
-    process.join()
-    return {way: found.get(way, missing) for way in WAYS}
-
-
 def main() -> int:
     """Returns 1 if an answer was wrong."""
-    known = families()
+    import torch
+
+    gpu = torch.cuda.is_available()
+    known = families(gpu)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.models", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("families", nargs="*", metavar="family", help=f"some of {', '.join(known)}")
     parser.add_argument("--seconds", type=float, default=240, help="limit for a family (default: 240)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="limit for all (default: none)")
+    parser.add_argument("--at-once", type=int, default=1, help="families at a time (default: 1)")
+    parser.add_argument(
+        "--cache-gib", type=float, default=1 / 64, help="of a device's cache, whose last blocks are used"
+    )
+    parser.add_argument("--graphs", action="store_true", help="decode in CUDA graphs")
+    parser.add_argument("--json", type=Path, default=RESULT[gpu], help="file to write (default: %(default)s)")
+    parser.add_argument("--logs", type=Path, help="folder for what each family's process writes")
     args = parser.parse_args()
     if unknown := set(args.families) - set(known):
         parser.error(f"expected families of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if args.logs:
+        os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     from .readme import rendered
 
-    results = json.loads(RESULT.read_text())["families"] if RESULT.exists() else {}
-    names = args.families or list(known)
-    for i, name in enumerate(names, 1):
-        print(f"{i}/{len(names)} {name}", flush=True)
-        cells = try_family(known[name], args.seconds)
+    results = json.loads(args.json.read_text())["families"] if args.json.exists() else {}
+
+    def finished(name: str, cells: dict[str, str]) -> None:
         results[name] = {"family": known[name].label, **cells}
-        write(RESULT, {"families": {name: results[name] for name in known if name in results}})
+        write(args.json, {"families": {name: results[name] for name in known if name in results}})
+
+    size = int(args.cache_gib * 2**30)
+    tried = {
+        name: replace(known[name], cache_bytes=size, graphs=args.graphs) for name in args.families or known
+    }
+    try_all(
+        tried, try_family, list(WAYS), finished,
+        seconds=args.seconds, at_once=args.at_once, total_seconds=60 * args.minutes, logs=args.logs,
+    )  # fmt: skip
     DOCUMENT.write_text(rendered(DOCUMENT.read_text()))
     return int(any("WRONG" in cell for cells in results.values() for cell in cells.values()))
 

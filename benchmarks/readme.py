@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from . import RESULTS, ROOT, markdown, markdown_models, markdown_tier, quality
+from . import RESULTS, ROOT, markdown, markdown_models, markdown_tier, quality, transforms
 from .plot import copy_plot, decode_plot, quality_plot
 
 DOCUMENTS = (
@@ -32,16 +32,19 @@ QUALITY_PLOT = (RESULTS / "h200-quality.json", RESULTS / "h200-quality.png")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), markdown.demo_table),
     "gain": (
-        tuple(f"h200-{what}.json" for what in ("decode", "engine", "load", "offload", "capacity")),
+        tuple(f"h200-{what}.json" for what in ("decode", "engine", "load", "offload", "capacity", "quality")),
         markdown.gain,
     ),
     "short": (("h200-decode.json",), markdown.short_decode_table),
     "decode": (("h200-decode.json",), markdown.decode_table),
     "engine": (("h200-engine.json",), markdown.engine_table),
+    "engine_qwen": (("h200-engine-qwen3-next.json",), markdown.engine_section),
+    "engine_gpt_oss": (("h200-engine-gpt-oss-20b.json",), markdown.engine_section),
     "write": (("h200-write.json",), markdown.write_table),
     "capacity": (("h200-capacity.json",), markdown.capacity_table),
     "quality": (("h200-demo.json",), markdown.demo_table),
     "accuracy": (("h200-quality.json",), quality.table),
+    "transforms": (("cpu-transforms.json", "cpu-transforms-demo.json"), transforms.table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
     "traffic": (("h200-traffic.json",), markdown.traffic_section),
@@ -52,10 +55,27 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "settings": ((), markdown.settings),
     "resources": (("resources.json",), markdown.resources),
     "models": (("cpu-models.json",), markdown_models.table),
+    "models_gpu": (("gpu-models.json",), markdown_models.gpu_table),
+    "soak": (("h200-soak.json",), markdown_models.soak_section),
+    "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
-SECTIONS = ("prefill", "load", "traffic", "copy", "pacing", "offload", "models")
+SECTIONS = (
+    "transforms",
+    "engine_qwen",
+    "engine_gpt_oss",
+    "prefill",
+    "load",
+    "traffic",
+    "copy",
+    "pacing",
+    "offload",
+    "models",
+    "models_gpu",
+    "latents",
+    "soak",
+)
 """Nothing is shown for these, not even a heading, until their results are there."""
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_xlayer.nvfp4 import GROUP, decode, encode
+from vllm_xlayer.nvfp4 import decode, encode
 from vllm_xlayer.provenance import write
 from vllm_xlayer.quality import text
 
@@ -28,7 +28,7 @@ V_SCALE = 1 / 16
 """V's global scale where a checkpoint has none, as the engine's."""
 QUERIES = 256
 """Queries that attend at once: scores of all of them would take gigabytes."""
-NEWEST = (0, 16, 64, 128)
+NEWEST = (0, 64)
 CALIBRATION = 4
 """Windows that give the means."""
 Quantiser = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -44,12 +44,12 @@ def fp8(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
-def rotated(x: torch.Tensor) -> torch.Tensor:
-    """Each group of 16 times a Hadamard matrix, which is its own inverse."""
+def rotated(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Each ``block`` elements times a Hadamard matrix, which is its own inverse."""
     h = torch.ones(1, 1, device=x.device)
-    while len(h) < GROUP:
+    while len(h) < block:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    return (x.unflatten(-1, (-1, GROUP)) @ (h / math.sqrt(GROUP))).flatten(-2)
+    return (x.unflatten(-1, (-1, block)) @ (h / math.sqrt(block))).flatten(-2)
 
 
 @dataclass
@@ -75,14 +75,24 @@ def quantisers(means: Means) -> dict[str, Quantiser]:
     def with_k(keep: Callable[[int, torch.Tensor], torch.Tensor]) -> Quantiser:
         return lambda layer, k, v: (keep(layer, k), nvfp4(v, V_SCALE))
 
+    def rotation(block: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        return lambda layer, k: rotated(nvfp4(rotated(k, block)), block)
+
+    def without_mean(layer: int, k: torch.Tensor) -> torch.Tensor:
+        return nvfp4(k - means.of(layer)) + means.of(layer)
+
+    def without_mean_but_first(layer: int, k: torch.Tensor) -> torch.Tensor:
+        """Models' first token is a sink: its K is no other's, and the mean would make it larger."""
+        return torch.cat((nvfp4(k[:, :, :1]), without_mean(layer, k[:, :, 1:])), 2)
+
     return {
         "NVFP4": with_k(lambda layer, k: nvfp4(k)),
-        "K rotated by 16": with_k(lambda layer, k: rotated(nvfp4(rotated(k)))),
-        "mean of K subtracted": with_k(lambda layer, k: nvfp4(k - means.of(layer)) + means.of(layer)),
-        "both": with_k(
-            lambda layer, k: rotated(nvfp4(rotated(k - means.of(layer)))) + means.of(layer)
-        ),
-    }  # fmt: skip
+        "K rotated by 16": with_k(rotation(16)),
+        "K rotated by 32": with_k(rotation(32)),
+        "K rotated by 64": with_k(rotation(64)),
+        "mean of K subtracted": with_k(without_mean),
+        "mean subtracted, not of a first token": with_k(without_mean_but_first),
+    }
 
 
 class Reader:
@@ -155,6 +165,39 @@ def measure(reader: Reader, windows: list[list[int]], first: int) -> list[dict[s
     return rows
 
 
+def table(*results: dict[str, Any]) -> str:
+    """Markdown: a row a way to keep K, a column a model and number of newest exact tokens."""
+    counts = [(result, newest) for result in results for newest in NEWEST]
+    heads = [f"{_name(result)}, {newest or 'none'} exact" for result, newest in counts]
+    lines = [f"| K and V | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for title in dict.fromkeys(row["title"] for row in results[0]["variants"][1:]):
+        cells = []
+        for result, newest in counts:
+            rows = [row for row in result["variants"] if (row["title"], row["newest"]) == (title, newest)]
+            change = rows[0]["change"] if rows else None
+            if change is None:
+                cells.append("")
+            else:
+                mean, low, high = (f"{100 * x:.2f}" for x in change)
+                cells.append(f"{mean} % ({low} .. {high})")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    said = "; ".join(
+        f"{_name(result)}: {result['windows']} windows of {result['length']:,} tokens, {result['date']}, "
+        f"commit {result['commit']}"
+        for result in results
+    )
+    what = (
+        "What else was tried, in plain PyTorch, which reads K and V as decode does "
+        "(`python -m benchmarks.transforms`):"
+    )
+    how = f"Change of perplexity in the windows' second halves, in brackets 95 %. {said}."
+    return "\n".join([what, "", *lines, "", how])
+
+
+def _name(result: dict[str, Any]) -> str:
+    return "the demo's model" if result["model"] == "demo" else str(result["model"])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transforms", description=__doc__)
     parser.add_argument("model")
@@ -179,7 +222,12 @@ def main() -> int:
     reader = Reader(folder, "cuda" if torch.cuda.is_available() else "cpu")
     first = args.length // 2
     rows = measure(reader, windows, first)
-    asked = {"model": args.model, "text": args.text, "windows": args.windows, "length": args.length}
+    asked = {
+        "model": Path(args.model).name,
+        "text": [Path(file).name for file in args.text],
+        "windows": args.windows,
+        "length": args.length,
+    }
     write(args.json, {**asked, "first": first, "variants": rows})
     grid = Table(title="Change of perplexity, as decode reads K and V")
     for column in ("K and V", "newest exact", "change", "95 % over windows"):

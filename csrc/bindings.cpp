@@ -8,10 +8,11 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
   m.def(
       "reshape_and_cache_nvfp4(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
       "Tensor k_scale, Tensor v_scale, int scale_order, int scale_choice, Tensor(b!)? newest=None, "
-      "Tensor? newest_slots=None) -> ()");
+      "Tensor? newest_slots=None, bool rotated_keys=False) -> ()");
   m.def(
       "gather_nvfp4(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seqlens, "
-      "Tensor k_scale, Tensor v_scale, Tensor(a!) k_out, Tensor(b!) v_out, int scale_order) -> ()");
+      "Tensor k_scale, Tensor v_scale, Tensor(a!) k_out, Tensor(b!) v_out, int scale_order, "
+      "bool rotated_keys=False) -> ()");
   m.def(
       "nvfp4_attention_schedule(Tensor seq_lens, Tensor(a!) schedule, int q_len, int num_q_heads, "
       "int num_kv_heads, int head_size, int window, int parts, int split_units, "
@@ -21,7 +22,8 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
       "Tensor(d!) schedule, Tensor k_scale, Tensor v_scale, Tensor(a!) out, Tensor(b!)? lse, Tensor? sinks, "
       "Tensor(c!) workspace, float scale, int q_len, int window, float soft_cap, int scale_order, "
       "int parts, int split_units, Tensor? newest=None, Tensor? newest_rows=None, "
-      "Tensor? newest_from=None, Tensor? query_starts=None, int usual_q_len=0) -> ()");
+      "Tensor? newest_from=None, Tensor? query_starts=None, int usual_q_len=0, "
+      "bool rotated_keys=False) -> ()");
   m.def(
       "newest_step(Tensor query_starts, Tensor seq_lens, Tensor rows, Tensor slot_mapping, Tensor(a!) state, "
       "Tensor(b!) newest_slots, Tensor(c!) newest_from, int newest_tokens) -> ()");

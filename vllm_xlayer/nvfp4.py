@@ -2,7 +2,7 @@
 
 Format (one K or V vector of one token and KV head, ``head_size`` D a multiple of 16):
 D/2 bytes of packed e2m1 (the low nibble is the even element) and D/16 bytes of e4m3
-block scales. value = e2m1 * block scale * global scale.
+block scales. value = e2m1 * block scale * global scale. This package's backends keep K rotated (``rotate``).
 
 A page is one layer's part of a block of N tokens and H heads, dense:
 
@@ -12,6 +12,7 @@ vLLM sees a page as (H, N, C) bytes with C = 2 * (D/2 + D/16): the shape says th
 the bytes inside are ordered as above.
 """
 
+import functools
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -202,6 +203,50 @@ def decode(
     values = table[nibbles.long()].unflatten(-1, (-1, GROUP)) * e4m3_decode(scale).unsqueeze(-1)
     factor = torch.as_tensor(global_scale, dtype=torch.float32, device=data.device)
     return (values.flatten(-2) * factor).to(dtype)
+
+
+OURS_FIRST = (8, 9)
+"""Compute capabilities whose users get our kernels unless these refuse. On others vLLM's own come first."""
+
+ROTATED_KEYS = True
+"""Whether this package's backends keep K rotated. vLLM's own never do."""
+KEY_ROTATION = "hadamard 32"
+"""Names the rotation where engines compare what shapes their pages. Another rotation needs another name."""
+
+
+def rotation_block(head_size: int) -> int:
+    """Elements of a head that are rotated together: 32, or 16 where 32 does not divide the head size."""
+    return 32 if head_size % 32 == 0 else 16
+
+
+def rotate(k: torch.Tensor) -> torch.Tensor:
+    """K [..., D] as it is kept, float32 [..., D], bit for bit as the ops make it.
+
+    Each block of n = ``rotation_block(D)`` elements becomes H k / 4, H the Hadamard matrix of order n (1 and
+    -1 in Sylvester's order, H H = n I). It spreads a channel that is larger than the others over its
+    block: the error of NVFP4 in q . k falls (docs/accuracy.md), for queries that become H q * 4 / n.
+    """
+    x, apart = k.float(), 1
+    while apart < rotation_block(k.shape[-1]):
+        a, b = x.unflatten(-1, (-1, 2, apart)).unbind(-2)
+        x = torch.stack((a + b, a - b), -2).flatten(-3)
+        apart *= 2
+    return x / 4
+
+
+def rotate_back(kept: torch.Tensor) -> torch.Tensor:
+    """K [..., D] from what ``rotate`` made of it, rounded to kept's dtype once."""
+    n = rotation_block(kept.shape[-1])
+    return (kept.unflatten(-1, (-1, n)) @ _back(n, kept.dtype, kept.device)).flatten(-2)
+
+
+@functools.cache
+def _back(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[n, n]: H * 4 / n."""
+    h = torch.ones(1, 1)
+    while len(h) < n:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    return (h * 4 / n).to(device, dtype)
 
 
 class Counts(NamedTuple):

@@ -126,7 +126,8 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
                            int64_t split_units, const std::optional<Tensor>& newest,
                            const std::optional<Tensor>& newest_rows,
                            const std::optional<Tensor>& newest_from,
-                           const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
+                           const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                               bool rotated_keys) {
   check_device("q", q, "kv_cache", kv_cache);
   check_device("block_table", block_table, "kv_cache", kv_cache);
   check_device("seq_lens", seq_lens, "kv_cache", kv_cache);
@@ -208,6 +209,7 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   p.scale = float(scale);
   p.soft_cap = float(soft_cap);
   p.v_order = scale_order_of(scale_order, page.head_size);
+  p.rotated_keys = rotated_keys;
   p.schedule = static_cast<int32_t*>(schedule.data_ptr());
   return p;
 }
@@ -266,11 +268,12 @@ void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Te
                                int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                const std::optional<Tensor>& newest_rows,
                                const std::optional<Tensor>& newest_from,
-                               const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
+                               const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                               bool rotated_keys) {
   const Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
             q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from,
-            query_starts, usual_q_len);
+            query_starts, usual_q_len, rotated_keys);
   check_indices(p, kv_cache.size(0), q.size(0));
   if (newest) check_newest_indices(p, newest->size(0));
   torch::stable::parallel_for(0, int64_t(p.num_requests) * p.page.heads, 1,
@@ -346,11 +349,12 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                 const std::optional<Tensor>& newest_rows,
                                 const std::optional<Tensor>& newest_from,
-                                const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
+                                const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                               bool rotated_keys) {
   Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
             q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from,
-            query_starts, usual_q_len);
+            query_starts, usual_q_len, rotated_keys);
   check_head_size(p.page.head_size);
   const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
   const Workspace needed = workspace_of(p, p.num_requests, p.max_blocks * p.page.block_size);

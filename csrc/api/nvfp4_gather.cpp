@@ -14,7 +14,7 @@ namespace {
 
 Nvfp4GatherParams check(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                         const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
-                        const Tensor& k_out, const Tensor& v_out, int64_t scale_order) {
+                        const Tensor& k_out, const Tensor& v_out, int64_t scale_order, bool rotated_keys) {
   check_device("block_table", block_table, "kv_cache", kv_cache);
   check_device("seq_starts", seq_starts, "kv_cache", kv_cache);
   check_device("cu_seqlens", cu_seqlens, "kv_cache", kv_cache);
@@ -68,6 +68,7 @@ Nvfp4GatherParams check(const Tensor& kv_cache, const Tensor& block_table, const
   p.num_tokens = k_out.size(0);
   p.dtype = float_dtype(k_out);
   p.v_order = scale_order_of(scale_order, page.head_size);
+  p.rotated_keys = rotated_keys;
   return p;
 }
 
@@ -98,9 +99,10 @@ void check_indices(const Nvfp4GatherParams& p, int64_t num_blocks) {
 
 void gather_nvfp4_cpu(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                       const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
-                      const Tensor& k_out, const Tensor& v_out, int64_t scale_order) {
+                      const Tensor& k_out, const Tensor& v_out, int64_t scale_order, bool rotated_keys) {
   const Nvfp4GatherParams p =
-      check(kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, scale_order);
+      check(kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, scale_order,
+            rotated_keys);
   check_indices(p, kv_cache.size(0));
   const int64_t tokens = p.cu_seqlens[p.num_requests];
   if (tokens == 0) return;
@@ -115,9 +117,10 @@ void gather_nvfp4_cpu(const Tensor& kv_cache, const Tensor& block_table, const T
 #if defined(XLAYER_WITH_CUDA)
 void gather_nvfp4_cuda(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                        const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
-                       const Tensor& k_out, const Tensor& v_out, int64_t scale_order) {
+                       const Tensor& k_out, const Tensor& v_out, int64_t scale_order, bool rotated_keys) {
   const Nvfp4GatherParams p =
-      check(kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, scale_order);
+      check(kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, scale_order,
+            rotated_keys);
   if (p.num_tokens == 0 || p.num_requests == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
   check_cuda("gather_nvfp4", launch_nvfp4_gather(p, current_stream(kv_cache)));

@@ -15,7 +15,7 @@ namespace {
 Nvfp4WriteParams check(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                        const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
                        int64_t scale_order, int64_t scale_choice, const std::optional<Tensor>& newest,
-                       const std::optional<Tensor>& newest_slots) {
+                       const std::optional<Tensor>& newest_slots, bool rotated_keys) {
   check_device("key", key, "kv_cache", kv_cache);
   check_device("value", value, "kv_cache", kv_cache);
   check_device("slot_mapping", slot_mapping, "kv_cache", kv_cache);
@@ -71,6 +71,7 @@ Nvfp4WriteParams check(const Tensor& key, const Tensor& value, const Tensor& kv_
   p.v_scale = static_cast<const float*>(v_scale.data_ptr());
   p.v_order = scale_order_of(scale_order, page.head_size);
   p.choice = scale_choice_of(scale_choice);
+  p.rotated_keys = rotated_keys;
   return p;
 }
 
@@ -80,9 +81,9 @@ void reshape_and_cache_nvfp4_cpu(const Tensor& key, const Tensor& value, const T
                                  const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
                                  int64_t scale_order, int64_t scale_choice,
                                  const std::optional<Tensor>& newest,
-                                 const std::optional<Tensor>& newest_slots) {
+                                 const std::optional<Tensor>& newest_slots, bool rotated_keys) {
   const Nvfp4WriteParams p = check(key, value, kv_cache, slot_mapping, k_scale, v_scale, scale_order,
-                                   scale_choice, newest, newest_slots);
+                                   scale_choice, newest, newest_slots, rotated_keys);
   const int64_t slots = kv_cache.size(0) * p.page.block_size;
   for (int64_t i = 0; i < p.num_slots; ++i) {
     STD_TORCH_CHECK(p.slots[i] >= -1 && p.slots[i] < slots, "slot_mapping: expected -1 or slots below ",
@@ -107,9 +108,9 @@ void reshape_and_cache_nvfp4_cuda(const Tensor& key, const Tensor& value, const 
                                   const Tensor& slot_mapping, const Tensor& k_scale, const Tensor& v_scale,
                                   int64_t scale_order, int64_t scale_choice,
                                   const std::optional<Tensor>& newest,
-                                  const std::optional<Tensor>& newest_slots) {
+                                  const std::optional<Tensor>& newest_slots, bool rotated_keys) {
   const Nvfp4WriteParams p = check(key, value, kv_cache, slot_mapping, k_scale, v_scale, scale_order,
-                                   scale_choice, newest, newest_slots);
+                                   scale_choice, newest, newest_slots, rotated_keys);
   if (p.num_slots == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
   check_cuda("reshape_and_cache_nvfp4", launch_nvfp4_write(p, current_stream(kv_cache)));

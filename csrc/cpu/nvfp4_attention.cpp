@@ -98,7 +98,13 @@ std::vector<Row> make_rows(const Nvfp4AttentionParams& p, int r, int h) {
     for (int g = 0; g < group; ++g) {
       Row row = {int64_t(queries.begin) + i, h * group + g, first, last, {}, {}, -INF, 0.0};
       const T* q = static_cast<const T*>(p.q) + row.token * p.q_stride_t + row.head * p.q_stride_h;
-      for (int d = 0; d < p.page.head_size; ++d) row.q.push_back(to_float(q[d]));
+      std::vector<float> query;
+      for (int d = 0; d < p.page.head_size; ++d) query.push_back(to_float(q[d]));
+      const int block = rotation_block(p.page.head_size);
+      for (int d = 0; p.rotated_keys && d < p.page.head_size; d += block) {
+        rotate_block(&query[size_t(d)], block, rotation_back(block));
+      }
+      row.q.assign(query.begin(), query.end());
       row.sum.assign(size_t(p.page.head_size), 0.0);
       if (p.sinks != nullptr) {
         row.maximum = p.sinks[row.head];

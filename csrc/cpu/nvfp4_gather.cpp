@@ -38,6 +38,28 @@ void gather_token(const Page& page, const uint8_t* page_bytes, bool is_v, int n,
   }
 }
 
+// A token's K that was kept rotated.
+template <typename T>
+void gather_rotated(const Page& page, const uint8_t* page_bytes, int n, float global_scale, T* out,
+                    int64_t stride_h) {
+  const int block = rotation_block(page.head_size);
+  for (int h = 0; h < page.heads; ++h) {
+    const uint8_t* data = page_bytes + page.data_offset(false, h, n);
+    const uint8_t* scales = page_bytes + page.scale_base(false, h);
+    for (int first = 0; first < page.head_size; first += block) {
+      float x[MAX_ROTATION_BLOCK];
+      for (int i = 0; i < block; ++i) {
+        const int d = first + i;
+        const uint32_t nibble = d % 2 == 0 ? data[d / 2] & 15u : data[d / 2] >> 4;
+        const float scale = e4m3_decode(scales[page.scale_index(ScaleOrder::LINEAR, n, d / GROUP)]);
+        x[i] = e2m1_decode(nibble) * scale * global_scale;
+      }
+      rotate_block(x, block, rotation_back(block));
+      for (int i = 0; i < block; ++i) out[h * stride_h + first + i] = from_float<T>(x[i]);
+    }
+  }
+}
+
 template <typename T>
 void gather(const Nvfp4GatherParams& p, const T* k_table, const T* v_table, int64_t begin, int64_t end) {
   T* k_out = static_cast<T*>(p.k_out);
@@ -50,7 +72,12 @@ void gather(const Nvfp4GatherParams& p, const T* k_table, const T* v_table, int6
     const int64_t block = p.block_table[r * p.block_table_stride + position / p.page.block_size];
     const int n = int(position % p.page.block_size);
     const uint8_t* page = p.cache + block * p.block_stride;
-    gather_token(p.page, page, false, n, ScaleOrder::LINEAR, k_table, k_out + t * p.k_stride_t, p.k_stride_h);
+    if (p.rotated_keys) {
+      gather_rotated(p.page, page, n, *p.k_scale, k_out + t * p.k_stride_t, p.k_stride_h);
+    } else {
+      gather_token(p.page, page, false, n, ScaleOrder::LINEAR, k_table, k_out + t * p.k_stride_t,
+                   p.k_stride_h);
+    }
     gather_token(p.page, page, true, n, p.v_order, v_table, v_out + t * p.v_stride_t, p.v_stride_h);
   }
 }

@@ -105,6 +105,13 @@ def test_a_named_backend_is_obeyed():
         choose(selector(head_size=512), selected="CUSTOM")
 
 
+def test_triton_may_be_named_by_vllm_itself(caplog_vllm):
+    assert choose(selector(), selected="TRITON_ATTN") == (BACKEND, [])
+    assert "TRITON_ATTN has no kernels for --kv-cache-dtype nvfp4" in caplog_vllm.text
+    assert choose(selector(head_size=512), selected="TRITON_ATTN") == (FLASHINFER, [None])
+    assert choose(selector("auto"), selected="TRITON_ATTN") == (FLASHINFER, ["TRITON_ATTN"])
+
+
 def test_latent_attention_is_vllms():
     assert choose(selector(use_mla=True)) == (FLASHINFER, [None])
 

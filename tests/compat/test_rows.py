@@ -173,9 +173,12 @@ def test_latents_of_kernels_that_were_not_compared_are_refused():
     class Untried(CpuMlaBackend):
         @staticmethod
         def get_name():
-            return "FLASHMLA"
+            return "FLASH_ATTN_MLA"
 
-    with pytest.raises(NegotiationError, match=r"attention backend Untried: .* have not been compared"):
+    with pytest.raises(
+        NegotiationError,
+        match=r"attention backend Untried: .* with --attention-backend FLASHMLA or TRITON_MLA",
+    ):
         rows.negotiate_rows(config_with(Untried), planned(LATENTS, "BLHNC"))
 
 

@@ -29,7 +29,10 @@ struct WriteArgs {
   const int64_t* slots;
   int64_t num_slots;
   const float *k_scale, *v_scale;
-  int64_t swizzled, lanes, wide;
+  int64_t swizzled, lanes, wide, rotated_keys;
+  void* newest;
+  const int64_t* newest_slots;
+  int64_t newest_tokens;
 };
 
 // The kernel, best of 9, for bf16.
@@ -51,6 +54,10 @@ extern "C" void run_nvfp4_write(const WriteArgs* a) {
   p.v_scale = a->v_scale;
   p.v_order = a->swizzled ? ScaleOrder::SWIZZLED : ScaleOrder::LINEAR;
   p.choice = ScaleChoice::BEST_OF_9;
+  p.rotated_keys = a->rotated_keys != 0;
+  p.newest = a->newest;
+  p.newest_slots = a->newest_slots;
+  p.newest_tokens = int(a->newest_tokens);
   const WriteLaunch launch = write_launch(p, int(a->lanes));
   simt::launch(launch.blocks, WRITE_THREADS, 0, [&] {
     if (a->lanes == 1) {

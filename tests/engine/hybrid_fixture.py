@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from model_fixture import random_prompts, save_random_model
+from model_fixture import ON_GPU, random_prompts, save_random_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-CONFIGS = json.loads((Path(__file__).parents[2] / "benchmarks" / "models.json").read_text())
+from benchmarks.model_configs import configs
+
+CONFIGS = configs(gpu=ON_GPU)
 
 
 def save_hybrid(name: str, folder: Path) -> Path:
@@ -63,7 +65,10 @@ def check_against_transformers(folder: Path, prompts, found, atol: float | None)
 
     Without atol, of a 16-bit model: within twice of what transformers itself is off in that precision.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "time_step_min"):  # transformers' Nemotron-H takes no smaller time steps; vLLM's any
+        config.time_step_min = 1e-30
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation="eager")
     answered = [(prompt, tokens) for prompt, (tokens, _) in zip(prompts, found, strict=True)]
     rounded = [_logprobs(model, *answer) for answer in answered] if atol is None else []
     model.float()
@@ -94,11 +99,36 @@ def layer_tensors(llm, layer: str) -> list[torch.Tensor]:
 
 
 def fill_memory(llm, byte: int) -> None:
-    """Overwrite all of the cache's memory, padding and rows' ends included."""
-    for layers in groups(llm):
+    """Overwrite all of the cache's memory, padding and rows' ends included.
+
+    On a GPU block 0, which nobody owns, stays as vLLM allocates it: kernels read it for what a window has
+    left behind, and multiply it by 0.
+    """
+    wait_for_device()
+    layers = [layer for group in groups(llm) for layer in group]
+    for layer in layers:
+        tensor = layer_tensors(llm, layer)[0]
+        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        memory.set_(tensor.untyped_storage()).fill_(byte)
+    if ON_GPU:
         for layer in layers:
-            storage = layer_tensors(llm, layer)[0].untyped_storage()
-            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(byte)
+            for tensor in layer_tensors(llm, layer):
+                tensor[0].zero_()
+    wait_for_device()
+
+
+def wait_for_device() -> None:
+    """The engine's steps may run on another stream than what a test does to its cache."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def last_blocks_first(llm) -> None:
+    """Blocks are handed out from the end of an idle engine's memory, where offsets are largest."""
+    from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
+
+    pool = engine_core(llm).scheduler.kv_cache_manager.block_pool
+    pool.free_block_queue = FreeKVCacheBlockQueue(pool.blocks[:0:-1])
 
 
 def cached_blocks(llm, group: int) -> Iterator[int]:
@@ -111,7 +141,8 @@ def cached_blocks(llm, group: int) -> Iterator[int]:
 
 
 def corrupt_group(llm, group: int) -> int:
-    """Change what every cached block of a group holds; returns how many."""
+    """Change what every cached block of a group holds, or change it back; returns how many."""
+    wait_for_device()
     blocks = list(cached_blocks(llm, group))
     for layer in groups(llm)[group]:
         for tensor in layer_tensors(llm, layer):
@@ -121,6 +152,7 @@ def corrupt_group(llm, group: int) -> int:
                     page.bitwise_xor_(8)  # of NVFP4: a sign of every other element, an exponent of each scale
                 else:
                     page.neg_()
+    wait_for_device()
     return len(blocks)
 
 

@@ -16,7 +16,7 @@ class PageOracle:
 
     It follows pages, not requests: of every layer and slot it keeps the key and value last written there. A
     row holds a better copy of what is in a page, never another content, so each token that attention takes
-    from a row must equal, bit for bit, what was last written where the block table has that token.
+    from a row must equal what was last written where the block table has that token.
 
     Attributes:
         wrong: descriptions of tokens that were another content than their page's.
@@ -59,7 +59,9 @@ class PageOracle:
         positions = start + changed
         slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
         got = torch.stack((keys[:, changed], values[:, changed])).permute(2, 0, 1, 3)
-        differs = (got != self.written[layer][slots]).flatten(1).any(1)
+        # K is kept rotated, here in float32: to its rounding.
+        same = torch.isclose(got, self.written[layer][slots], rtol=1e-4, atol=1e-5)
+        differs = (~same).flatten(1).any(1)
         self.counts["read"] += len(changed)
         self.counts["attended"] += 1
         for position in positions[differs].tolist():

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from reference.nvfp4_ref import keys_from_kept
 
 pytestmark = pytest.mark.usefixtures("reference_platform")
 
@@ -266,7 +267,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, 
 def decode_nvfp4(page, scales):
     """K and V of one page, float64 [N, H, D] each, straight from the format's description.
 
-    page: uint8 (H, N, C), dense: [K data][K scale][V data][V scale], scales linear.
+    page: uint8 (H, N, C), dense: [K data][K scale][V data][V scale], scales linear. K is kept rotated.
     """
     data_bytes = KV_HEADS * BLOCK * HEAD_SIZE // 2
     half = data_bytes + KV_HEADS * BLOCK * HEAD_SIZE // 16
@@ -277,6 +278,7 @@ def decode_nvfp4(page, scales):
         block_scales = part[data_bytes:].view(torch.float8_e4m3fn).double()
         values = groups * block_scales.view(KV_HEADS, BLOCK, HEAD_SIZE // 16, 1) * scale.double()
         decoded.append(values.flatten(2).transpose(0, 1))
+    decoded[0] = decoded[0] @ torch.from_numpy(keys_from_kept(HEAD_SIZE))
     return decoded
 
 
@@ -316,7 +318,7 @@ def test_nvfp4_mixed_batch(settings):
 def test_debug_says_what_the_global_scales_do_not_suit(monkeypatch, caplog_vllm):
     """Once, of tokens that are written only, and only where it is asked for."""
     key, value = torch.ones(5, KV_HEADS, HEAD_SIZE), torch.full((5, KV_HEADS, HEAD_SIZE), 1e-3)
-    key[1, 0, 0] = 3000.0
+    key[1, 0] = 3000.0  # 24,000 in one element of what is kept, as this is a row of its matrix
     key[4] = torch.inf  # padding
     slots = torch.tensor([0, 1, 2, 3, -1])
     layer = types.SimpleNamespace(layer_name="a", _k_scale=torch.tensor(1.0), _v_scale=torch.tensor(1.0))

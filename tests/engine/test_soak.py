@@ -95,7 +95,8 @@ class Soak:
                 continue
             self.did["damaged"] += 1
 
-    def run(self, seconds, enough):
+    def act(self, seconds, enough=lambda: True):
+        """Does things at random for so long, and on until there were enough of them."""
         actions = [(self.add, 6), (self.step, 12), (self.abort, 2), (self.reset, 1), (self.copy_errors, 1)]
         actions += [(self.damage, 1), (self.reset_tiers, 0.1)]
         choices, weights = zip(*actions, strict=True)
@@ -106,6 +107,9 @@ class Soak:
                 self.step()
             else:
                 self.rng.choices(choices, weights)[0]()
+
+    def run(self, seconds, enough):
+        self.act(seconds, enough)
         self.answered(finish(self.llm))
         compare({}, {name: self.answers[which] for name, which in self.running.items()})  # lost
 

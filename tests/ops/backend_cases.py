@@ -160,7 +160,7 @@ def check_case(case: Case, impl, device: torch.device, exact_softmax: bool) -> N
             ops.gather_nvfp4(
                 kv_cache, block_table[r : r + 1].to(device), torch.zeros(1, dtype=torch.int32, device=device),
                 torch.tensor([0, quantised], dtype=torch.int32, device=device),
-                layer._k_scale, layer._v_scale, *dense,
+                layer._k_scale, layer._v_scale, *dense, rotated_keys=nvfp4.ROTATED_KEYS,
             )  # fmt: skip
             if r >= case.decodes:  # the workspace holds 16-bit values: round as it does
                 dense = [d.to(case.dtype) for d in dense]

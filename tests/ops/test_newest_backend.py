@@ -136,6 +136,7 @@ class Machine:
         ops.gather_nvfp4(
             self.cache, self.table[row : row + 1], torch.zeros(1, dtype=torch.int32),
             torch.tensor([0, end], dtype=torch.int32), self.layer._k_scale, self.layer._v_scale, *dense,
+            rotated_keys=nvfp4.ROTATED_KEYS,
         )  # fmt: skip
         for tile in range(0, end, 16):
             positions = range(tile, min(tile + 16, end))

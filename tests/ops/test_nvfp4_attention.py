@@ -38,6 +38,20 @@ def test_head_sizes_and_groups(device, head_size, group, dtype):
     check_case(Case(AROUND_PAGES_AND_UNITS, head_size=head_size, group=group, dtype=dtype), device)
 
 
+@pytest.mark.parametrize("newest", [0, 64])
+@pytest.mark.parametrize(("q_len", "group"), [(1, 1), (1, 16), (3, 4)])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_rotated_keys(device, head_size, q_len, group, newest):
+    """Pages and newest tokens hold rotated K; queries are those of K as it was."""
+    for dtype in DTYPES:
+        case = Case(
+            AROUND_PAGES_AND_UNITS, q_len, group=group, head_size=head_size, newest=newest, dtype=dtype,
+            rotated_keys=True,
+        )  # fmt: skip
+        check_case(case, device)
+        check_case(replace(case, outliers=True, first_logit=14.0, k_scale=0.25), device)
+
+
 @pytest.mark.parametrize("q_len", [1, 2, 4, 8])
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("head_size", [64, 128, 256])

@@ -137,6 +137,34 @@ def test_ragged_requests(device, dtype, head_size, order):
     assert (untouched == 7.0).all()
 
 
+@pytest.mark.parametrize("head_size", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_rotated_keys_come_out_as_they_were(device, head_size, heads):
+    """K is rotated back; V, and a page written without rotation, are as ever."""
+    pool = make_pool(device, blocks=3, heads=heads, head_size=head_size)
+    k_exact, v_exact = fill(pool, ScaleOrder.LINEAR)
+    back = torch.from_numpy(ref.keys_from_kept(head_size))
+    exact = torch.as_tensor(k_exact).double() @ back * 0.5
+    table, ends = int32([[2, 0, 1]], device), int32([0, 45], device)
+    positions = [2 * 16 + i for i in range(2, 16)] + [*range(16)] + [16 + i for i in range(15)]
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        out = torch.full((2, 46, heads, head_size), 7.0, dtype=dtype, device=device)
+        ops.gather_nvfp4(
+            pool.cache, table, int32([2], device), ends, scalar(0.5, device), scalar(1.0, device), *out,
+            rotated_keys=True,
+        )  # fmt: skip
+        assert (out[:, 45] == 7.0).all()
+        assert torch.equal(out[1, :45].cpu(), expected_output(v_exact[positions], 1.0, dtype))
+        results[dtype] = out[0, :45].cpu()
+    # 31 additions in float32, of terms that are at most the largest element.
+    largest = float(torch.as_tensor(k_exact).abs().max())
+    error = (results[torch.float32].double() - exact[positions]).abs().max()
+    assert error <= 64 * 2.0**-24 * largest
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(results[dtype], results[torch.float32].to(dtype))
+
+
 def test_reading_with_the_wrong_order_is_wrong(device):
     """The order matters: V read linearly from swizzled pages differs, K does not."""
     pool = make_pool(device, blocks=1, head_size=128)

@@ -127,6 +127,80 @@ def test_few_tokens_at_a_time_give_the_same_bytes_as_many(device, dtype, head_si
     assert torch.equal(many.raw, few.raw)
 
 
+@pytest.mark.parametrize("head_size", [16, 64, 80, 96, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [21, 700], ids=["few", "many"])  # the CUDA kernel has a form for each
+def test_rotated_keys(device, head_size, dtype, tokens):
+    """Pages hold K times the matrix of the definition, V as ever; the newest tokens' memory, too."""
+    generator = torch.Generator().manual_seed(head_size)
+    pool = make_pool(device, head_size=head_size, blocks=48)
+    # Eighths up to 8: sums of 32 are exact, and their quarters numbers of every dtype or a rounding away.
+    x = torch.randint(-64, 65, (2, tokens, pool.heads, head_size), generator=generator) / 8
+    key, value = x.to(dtype).to(device)
+    slots = torch.randperm(48 * 16, generator=generator)[:tokens]
+    newest = torch.full((tokens, 2, pool.heads, 16, head_size), torch.nan, dtype=dtype, device=device)
+    ops.reshape_and_cache_nvfp4(
+        key, value, pool.cache, slots.to(device), scalar(0.37, device), scalar(1.9, device),
+        scale_choice=ScaleChoice.AMAX_6, newest=newest, rotated_keys=True,
+        newest_slots=torch.arange(0, 16 * tokens, 16, device=device) + 5,
+    )  # fmt: skip
+    kept = x[0].double().numpy() @ ref.kept_keys(head_size)
+    start = pool.layer * pool.page_bytes
+    expected = np.full((48, pool.page_bytes), POISON, np.uint8)
+    for is_v, source, scale in ((False, torch.from_numpy(kept), 0.37), (True, x[1], 1.9)):
+        nibbles, scales = ref.encode_amax_6(groups_of(source, scale))
+        nibbles, scales = (y.reshape(tokens, pool.heads, -1) for y in (nibbles, scales))
+        for t, slot in enumerate(slots.tolist()):
+            put_token(expected[slot // 16], pool, is_v, slot % 16, nibbles[t], scales[t], False)
+    assert np.array_equal(pool.raw[:, start : start + pool.page_bytes].cpu().numpy(), expected)
+    assert torch.equal(newest[:, 0, :, 5].cpu(), torch.from_numpy(kept).to(dtype))
+    assert torch.equal(newest[:, 1, :, 5].cpu(), x[1].to(dtype))
+    assert newest[:, :, :, [*range(5), *range(6, 16)]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotated_keys_equal_the_torch_codec_bit_for_bit(device, dtype):
+    """Also where sums of float32 are rounded; and a NaN or Inf takes its whole block, no other."""
+    generator = torch.Generator().manual_seed(3)
+    pool = make_pool(device, head_size=128, blocks=9)
+    key = torch.randn(9 * 16, pool.heads, 128, generator=generator)
+    key *= torch.logspace(-3, 2, 9 * 16).view(-1, 1, 1) * torch.logspace(-2, 2, 128)
+    key[3, 1, 40], key[4, 0, 127] = torch.nan, torch.inf
+    key = key.to(dtype).to(device)
+    one = scalar(1.0, device)
+    slots = torch.arange(9 * 16, device=device)
+    ops.reshape_and_cache_nvfp4(key, key, pool.cache, slots, one, one, rotated_keys=True)
+    views = nvfp4.page_views(pool.cache)
+    data, scales = nvfp4.encode(nvfp4.rotate(key.cpu()))
+    assert torch.equal(views.k_data.transpose(1, 2).flatten(0, 1).cpu(), data)
+    assert torch.equal(views.k_scale.transpose(1, 2).flatten(0, 1).cpu(), scales)
+    kept = nvfp4.decode(data, scales)
+    assert kept[3, 1, 32:64].isnan().all() and kept.isnan().sum() == 32
+    assert (kept[4, 0, 96:].abs() == 2688).all() and (kept[4].abs() == 2688).sum() == 32
+
+
+def test_rotation_lowers_the_error_of_scores_where_large_channels_meet(device):
+    """What it is for: channels that are large in a model's K are large in its queries, too, and NVFP4's error
+    is in proportion to the value. Rotated, it is spread over channels of which most count for little."""
+    generator = torch.Generator().manual_seed(29)
+    pool = make_pool(device, head_size=64, blocks=16)
+    key = torch.randn(256, 2, 64, generator=generator)
+    query = torch.randn(64, 64, generator=generator)
+    sizes = torch.randn(64, generator=generator).exp()
+    key, query = key * sizes, query * sizes
+    key = key.to(device)
+    one, slots, errors = scalar(1.0, device), torch.arange(256, device=device), []
+    for rotated in (False, True):
+        out = torch.empty(2, 256, 2, 64, device=device)
+        ops.reshape_and_cache_nvfp4(key, key, pool.cache, slots, one, one, rotated_keys=rotated)
+        table = torch.arange(16, dtype=torch.int32, device=device)[None]
+        starts = torch.tensor([0], dtype=torch.int32, device=device)
+        ends = torch.tensor([0, 256], dtype=torch.int32, device=device)
+        ops.gather_nvfp4(pool.cache, table, starts, ends, one, one, *out, rotated_keys=rotated)
+        errors.append(float(((out[0] - key).cpu() @ query.T).square().mean()))
+    assert errors[1] < errors[0] / 1.5, errors
+
+
 # NVFP4.md's table on Gaussian data; 2^20 values put the standard error of these below 1e-4.
 @pytest.mark.parametrize(
     ("choice", "rmse"),

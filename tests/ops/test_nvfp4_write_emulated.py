@@ -102,8 +102,10 @@ def test_extremes(choice):
 @pytest.mark.parametrize("head_size", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("wide", [True, False], ids=["wide", "narrow"])
 @pytest.mark.parametrize("heads", [1, 3, 8])
-def test_kernel_writes_every_byte_as_the_cpu_does(lanes, head_size, wide, heads):
-    """Skipped slots, tokens past the slot mapping, cross-layer pages, NaN and Inf, both scale orders."""
+@pytest.mark.parametrize("rotated", [False, True], ids=["K as it is", "K rotated"])
+def test_kernel_writes_every_byte_as_the_cpu_does(lanes, head_size, wide, heads, rotated):
+    """Skipped slots, tokens past the slot mapping, cross-layer pages, NaN and Inf, both scale orders; and the
+    newest tokens' memory."""
     generator = torch.Generator().manual_seed(head_size)
     order = ScaleOrder(head_size % 64 == 0 and heads != 3)
     tokens, padding, pad = 13, 3, 16 if wide else 3
@@ -115,6 +117,13 @@ def test_kernel_writes_every_byte_as_the_cpu_does(lanes, head_size, wide, heads)
     slots[[2, 7]] = -1
     scales = scalar(0.37, CPU), scalar(1.9, CPU)
     expected, pool = (make_pool(CPU, heads=heads, head_size=head_size, block_size=32) for _ in range(2))
-    ops.reshape_and_cache_nvfp4(key, value, expected.cache, slots, *scales, order, ScaleChoice.BEST_OF_9)
-    emulated.write(pool, key, value, slots, *scales, order, lanes, wide)
+    expected_newest, newest = (torch.full((3, 2, heads, 16, head_size), -7.0).bfloat16() for _ in range(2))
+    places = torch.randperm(3 * 16, generator=generator)[:tokens]
+    places[[2, 3, 7]] = -1
+    how = dict(rotated_keys=rotated, newest_slots=places)
+    ops.reshape_and_cache_nvfp4(
+        key, value, expected.cache, slots, *scales, order, ScaleChoice.BEST_OF_9, expected_newest, **how
+    )
+    emulated.write(pool, key, value, slots, *scales, order, lanes, wide, newest=newest, **how)
     assert torch.equal(pool.raw, expected.raw)
+    assert torch.equal(newest.nan_to_num(9.0), expected_newest.nan_to_num(9.0))

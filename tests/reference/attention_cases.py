@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from reference import attention_ref as ref
+from reference import nvfp4_ref as ref4
 from reference.pools import Pool, make_pool, scalar
 
 from vllm_xlayer import ops
@@ -52,6 +53,8 @@ class Case:
     """Places of a row of unquantised newest tokens; 0: there is no such memory. Which of a request's tokens
     are read from there is drawn; their pages are poisoned, and so is every place that no token is read from.
     """
+    rotated_keys: bool = False
+    """What is in pages and among the newest is rotated K."""
     split_units: int = 0
     seed: int = 0
 
@@ -176,6 +179,7 @@ class Batch:
             newest_from=self.newest_from,
             query_starts=self.query_starts,
             usual_q_len=usual,
+            rotated_keys=c.rotated_keys,
         )
 
     def run(self, workspace: ops.AttentionWorkspace | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +205,12 @@ class Batch:
         shape = (c.kv_heads, c.block_size, c.head_size)
         k = ref.dequantise_pages(pages, *shape, False, False) * c.k_scale
         v = ref.dequantise_pages(pages, *shape, True, c.order == ScaleOrder.SWIZZLED) * c.v_scale
-        return torch.from_numpy(k), torch.from_numpy(v)
+        return keys_of(c, torch.from_numpy(k)), torch.from_numpy(v)
+
+
+def keys_of(case: Case, kept: torch.Tensor) -> torch.Tensor:
+    """K of what a case keeps of it, float64 [..., D]."""
+    return kept @ torch.from_numpy(ref4.keys_from_kept(case.head_size)) if case.rotated_keys else kept
 
 
 def make_batch(case: Case, device: torch.device) -> Batch:
@@ -331,6 +340,7 @@ def _towards_first_tokens(case: Case, pages: np.ndarray, table: np.ndarray) -> t
     blocks = table[:, 0].clip(0)  # a request without tokens has none, and no query that sees any
     shape = (case.kv_heads, case.block_size, case.head_size)
     k = ref.dequantise_pages(pages[blocks], *shape, False, False)[:, 0] * case.k_scale
+    k = keys_of(case, torch.from_numpy(k)).numpy()
     along = np.nan_to_num(k) / np.maximum(np.nan_to_num((k * k).sum(-1, keepdims=True)), 1e-9)
     rows = torch.from_numpy(along * case.first_logit / case.softmax_scale).float()
     return rows.repeat_interleave(case.group, 1).repeat_interleave(torch.tensor(case.queries), 0)
@@ -362,8 +372,8 @@ def assert_accurate(
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-def assert_lse(what: str, got: torch.Tensor, exact: torch.Tensor) -> None:
-    bounds = {"rtol": FLOAT32_ERROR, "atol": LSE_ERROR, "equal_nan": True}
+def assert_lse(what: str, got: torch.Tensor, exact: torch.Tensor, query_error: float = 0.0) -> None:
+    bounds = {"rtol": FLOAT32_ERROR, "atol": LSE_ERROR + query_error, "equal_nan": True}
     torch.testing.assert_close(got.double(), exact, **bounds, msg=lambda m: f"{what}, LSE: {m}")
 
 
@@ -385,12 +395,31 @@ def check_batch(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> None:
             newest = tokens // TILE * TILE >= batch.newest_from[r].item()
             if newest.any():
                 memory = batch.newest.cpu()[int(batch.newest_rows[r])].double()
-                k[newest], v[newest] = memory[:, :, tokens[newest] % c.newest].transpose(1, 2)
+                kept, v[newest] = memory[:, :, tokens[newest] % c.newest].transpose(1, 2)
+                k[newest] = keys_of(c, kept)
         exact, exact_lse = ref.attention(q[rows], k, v, softmax)
-        plain = ref.attention_in(dtype, q[rows], k, v, softmax)
+        plain = ref.attention_in(dtype, *as_given_to_products(c, q[rows], k), v, softmax)
         what = f"request {r} of {length} tokens in {c}"
         assert_accurate(what, out[rows], exact, plain, dtype)
-        assert_lse(what, lse[:, rows], exact_lse)
+        assert_lse(what, lse[:, rows], exact_lse, rotated_query_error(c, q[rows], k))
+
+
+def as_given_to_products(case: Case, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q and K that plain PyTorch has to multiply: both rotated where K is kept so, float64."""
+    if not case.rotated_keys:
+        return q, k
+    kept, back = (torch.from_numpy(m(case.head_size)) for m in (ref4.kept_keys, ref4.keys_from_kept))
+    return q.double() @ back.T, k @ kept
+
+
+def rotated_query_error(case: Case, q: torch.Tensor, k: torch.Tensor) -> float:
+    """The most that rounding rotated queries to fp16 can change a score by. As they come, they fit fp16."""
+    if not case.rotated_keys or not len(k):
+        return 0.0
+    rotated, kept = as_given_to_products(case, q, k)
+    rotated = rotated.unflatten(1, (case.kv_heads, -1)).abs()
+    most = torch.einsum("ihgd,nhd->ihgn", rotated, kept.abs().nan_to_num(0.0)).nan_to_num(0.0).amax()
+    return float(most) * case.softmax_scale * 2.0**-12
 
 
 def check_case(case: Case, device: torch.device) -> None:

@@ -31,7 +31,7 @@ FIELDS = [
     ("window", INT), ("swizzled", INT), ("parts", INT), ("split_units", INT), ("late_copies", INT),
     ("warps", INT),
     ("newest", POINTER), ("newest_rows", POINTER), ("newest_from", POINTER), ("newest_tokens", INT),
-    ("query_starts", POINTER), ("usual_q_len", INT),
+    ("query_starts", POINTER), ("usual_q_len", INT), ("rotated_keys", INT),
 ]  # fmt: skip
 
 
@@ -41,7 +41,8 @@ WRITE_FIELDS = [
     ("key_stride_t", INT), ("key_stride_h", INT), ("value_stride_t", INT), ("value_stride_h", INT),
     ("cache", POINTER), ("block_stride", INT), ("heads", INT), ("block_size", INT), ("head_size", INT),
     ("slots", POINTER), ("num_slots", INT), ("k_scale", POINTER), ("v_scale", POINTER),
-    ("swizzled", INT), ("lanes", INT), ("wide", INT),
+    ("swizzled", INT), ("lanes", INT), ("wide", INT), ("rotated_keys", INT),
+    ("newest", POINTER), ("newest_slots", POINTER), ("newest_tokens", INT),
 ]  # fmt: skip
 
 
@@ -105,6 +106,7 @@ class EmulatedBatch(Batch):
             *(None if t is None else t.data_ptr() for t in (self.newest, self.newest_rows, self.newest_from)),
             c.newest,
             None if self.query_starts is None else self.query_starts.data_ptr(), c.usual_q_len,
+            c.rotated_keys,
         )  # fmt: skip
         assert library("nvfp4_attention").run_nvfp4_attention(ctypes.byref(args)) == 0
 
@@ -147,12 +149,17 @@ def write(
     order: ScaleOrder,
     lanes: int,
     wide: bool,
+    rotated_keys: bool = False,
+    newest: torch.Tensor | None = None,
+    newest_slots: torch.Tensor | None = None,
 ) -> None:
     """The writer's kernel with ``lanes`` threads a group, best of 9, bf16. ``wide``: 16-byte loads."""
     args = WriteArgs(
         key.data_ptr(), value.data_ptr(), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         pool.cache.data_ptr(), pool.cache.stride(0), pool.heads, pool.block_size, pool.head_size,
         slots.data_ptr(), slots.shape[0], k_scale.data_ptr(), v_scale.data_ptr(),
-        int(order), lanes, wide,
+        int(order), lanes, wide, rotated_keys,
+        *(None if t is None else t.data_ptr() for t in (newest, newest_slots)),
+        1 if newest is None else newest.shape[3],
     )  # fmt: skip
     library("nvfp4_write").run_nvfp4_write(ctypes.byref(args))

@@ -86,6 +86,21 @@ def encode_amax_6(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def kept_keys(head_size: int) -> np.ndarray:
+    """[D, D] float64: what a row K is multiplied by before it is quantised, where keys are rotated.
+
+    Blocks of 32 elements (of 16 where 32 does not divide D) of (-1)^(bits that i and j share) / 4.
+    """
+    n = 32 if head_size % 32 == 0 else 16
+    shared = [[bin(i & j).count("1") for j in range(n)] for i in range(n)]
+    return np.kron(np.eye(head_size // n), np.where(np.array(shared) % 2, -0.25, 0.25))
+
+
+def keys_from_kept(head_size: int) -> np.ndarray:
+    """[D, D] float64: what a kept row is multiplied by to be K."""
+    return np.linalg.inv(kept_keys(head_size))
+
+
 def data_byte(heads: int, block_size: int, head_size: int, is_v: bool, h: int, n: int, i: int) -> int:
     """Where byte i (elements 2i and 2i + 1) of token n, head h lies in a page."""
     half_page = heads * block_size * (head_size // 2 + head_size // GROUP)

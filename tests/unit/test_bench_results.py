@@ -56,19 +56,19 @@ TRAFFIC = {
 }  # fmt: skip
 
 
-def engine_results(**steps):
-    """Results of `bench engine` with these steps (64 x 8192, 1 x 16384) and warm starts, in seconds."""
+def engine_results(shape="llama-3.1-8b", second=(1, 16384), **steps):
+    """Results of `bench engine` with these steps (64 x 8192, then second) and warm starts, in seconds."""
     caches = {
         name: {
-            "runner": "V2", "start_seconds": 40.0, "start_again_seconds": start,
+            "runner": "V2", "block_size": 16, "start_seconds": 40.0, "start_again_seconds": start,
             "decodes": [
                 {"requests": 64, "tokens": 8192, "step_seconds": batch},
-                {"requests": 1, "tokens": 16384, "step_seconds": one},
+                {"requests": second[0], "tokens": second[1], "step_seconds": one},
             ],
         }
         for name, (batch, one, start) in steps.items()
     }  # fmt: skip
-    return {**ABOUT, "shape": "llama-3.1-8b", "caches": caches}
+    return {**ABOUT, "shape": shape, "caches": caches}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,14 @@ def test_bounds(module, results, kept):
     found = module.bounds(results)
     assert [b.kept for b in found] == kept
     assert [str(b).rpartition(": ")[2] for b in found] == ["kept" if k else "missed" for k in kept]
+
+
+@pytest.mark.parametrize("shape", ["qwen3-next", "gpt-oss-20b"])
+def test_other_shapes_may_not_be_slower_than_fp8(shape):
+    results = engine_results(shape, (16, 65536), fp8=(0.01, 0.02, 7.0), nvfp4=(0.0099, 0.0201, 8.0))
+    assert [bound.kept for bound in engine.bounds(results)] == [True, False, True]
+    shown = markdown.engine_section(results)
+    assert markdown.SHAPES_SAID[shape] in shown and "| decode step 16 x 65,536, ms | 20.00 | 20.10 |" in shown
 
 
 def test_what_is_just_over_a_bound_does_not_read_as_kept():

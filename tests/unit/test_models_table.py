@@ -1,53 +1,90 @@
 """The table of model families: what hangs or dies becomes a row, and each sentence is said once."""
 
+import json
 import os
 import time
 
 import pytest
 
-from benchmarks import models
-from benchmarks.markdown_models import table
+from benchmarks import cases, models, serving
+from benchmarks.markdown_models import gpu_table, latents_table, table
+from benchmarks.model_configs import configs
 
 LLAMA = models.Family({"architectures": ["LlamaForCausalLM"]}, "n-gram drafts")
+QUESTIONS = ("first", "second")
+ABOUT = {"versions": {"vllm": "1", "torch": "2"}, "hardware": "a CPU", "date": "today", "commit": "abc"}
 
 
-def hang(family, answers):
-    answers.send(("NVFP4", "works"))
+def hang(case, answers):
+    answers.send(("first", "works"))
     time.sleep(600)
 
 
-def die(family, answers):
-    answers.send(("NVFP4", "works"))
+def die(case, answers):
+    answers.send(("first", "works"))
     os._exit(9)
 
 
-def answer_all(family, answers):
-    for way in models.WAYS:
-        answers.send((way, f"{family.label}, {way}"))
+def answer_all(case, answers):
+    print(f"said by {case}")
+    for question in QUESTIONS:
+        answers.send((question, f"{case}, {question}"))
+
+
+def misbehave(case, answers):
+    {"hang": hang, "die": die}.get(case, answer_all)(case, answers)
 
 
 @pytest.mark.parametrize(
     ("run", "missing"), [(hang, "not known after 5 s"), (die, "the process died (exit code 9)")]
 )
-def test_a_family_that_does_not_answer_is_a_row(run, missing):
+def test_a_case_that_does_not_answer_says_so(run, missing):
     begin = time.monotonic()
-    found = models.try_family(LLAMA, 5, run)
-    assert found == {"NVFP4": "works", "XLayerConnector": missing, "both": missing}
+    assert cases.try_case("", run, QUESTIONS, 5) == {"first": "works", "second": missing}
     assert time.monotonic() - begin < 60
 
 
-def test_a_family_that_answers_says_what_it_said():
-    label = "LlamaForCausalLM, n-gram drafts"
-    assert models.try_family(LLAMA, 60, answer_all) == {way: f"{label}, {way}" for way in models.WAYS}
+def test_several_at_once_and_the_others_go_on(tmp_path):
+    found, begin = {}, time.monotonic()
+    named = {name: name for name in ("hang", "die", "a", "b")}
+    cases.try_all(
+        named, misbehave, QUESTIONS, found.__setitem__, seconds=10, at_once=4, logs=tmp_path / "logs"
+    )
+    assert time.monotonic() - begin < 60
+    assert list(found)[-1] == "hang" and found["hang"]["second"] == "not known after 10 s"
+    assert found["die"]["second"] == "the process died (exit code 9)"
+    assert found["a"] == {"first": "a, first", "second": "a, second"}
+    assert (tmp_path / "logs" / "b.log").read_text() == "said by b\n"
+
+
+def test_what_is_not_begun_in_time_is_not_tried():
+    found = {}
+    cases.try_all({"a": "a"}, answer_all, QUESTIONS, found.__setitem__, seconds=20, total_seconds=0)
+    assert found == {"a": dict.fromkeys(QUESTIONS, "not tried: no time left")}
+
+
+def test_a_family_is_named_by_what_it_is():
+    assert LLAMA.label == "LlamaForCausalLM, n-gram drafts"
+
+
+def test_gpus_get_their_sizes_and_no_other_key():
+    cpu, gpu = configs(gpu=False), configs(gpu=True)
+    assert cpu["qwen3_next"]["head_dim"] == 64 and gpu["qwen3_next"]["head_dim"] == 256
+    assert cpu["llama"]["dtype"] == "float32"
+    assert {config["dtype"] for config in gpu.values()} == {"bfloat16"}
+    assert all("gpu" not in config for config in [*cpu.values(), *gpu.values()])
 
 
 def test_an_error_is_one_sentence():
-    assert models._sentence(ValueError("a | b\nc")) == "a | b"
-    assert models._sentence(ValueError()) == ""
+    assert serving.sentence(ValueError("a | b\nc")) == "a | b"
+    assert serving.sentence(ValueError()) == ""
     listed = (
         "1 validation error for VllmConfig\n  Value error, no MLA [type=value_error, input_value=ArgsKwargs"
     )
-    assert models._sentence(ValueError(listed)) == "no MLA"
+    assert serving.sentence(ValueError(listed)) == "no MLA"
+    assert serving.cell_of(ValueError("no")) == "refused: no"
+    assert serving.cell_of(RuntimeError("no")) == "does not run: RuntimeError: no"
+    assert serving.cell_of(serving.Finding("WRONG: 1")) == "WRONG: 1"
 
 
 def test_sentences_stand_below_the_table_once():
@@ -58,9 +95,25 @@ def test_sentences_stand_below_the_table_once():
         "both": "does not run: ValueError: Model architectures ['X'] are not supported for now. Supported: Y",
     }
     families = {"a": {"family": "A", **refused}, "b": {"family": "B", **mixed}}
-    about = {"versions": {"vllm": "1", "torch": "2"}, "hardware": "a CPU", "date": "today", "commit": "abc"}
-    lines = table({**about, "families": families}).splitlines()
+    lines = table({**ABOUT, "families": families}).splitlines()
+    assert "| | NVFP4 | XLayerConnector | both |" in lines
     assert "| A | refused (1) | refused (1) | refused (1) |" in lines
     assert "| B | works (blocks of 16) | not here (2) | not in this vLLM |" in lines
     assert lines[-2:] == ["1. no / such pages", "2. no kernels"]
     assert "vLLM 1, torch 2, a CPU, today, commit abc." in lines
+
+
+def test_a_gpus_tables_are_shown_once_there_are_results(tmp_path, monkeypatch):
+    from benchmarks import readme
+
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    text = "".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in ("models_gpu", "latents"))
+    assert readme.rendered(text) == text
+    models_found = ABOUT | {"families": {"a": {"family": "A", **dict.fromkeys(models.WAYS, "works")}}}
+    equal = {"case": "FLASHMLA, auto", "in rows": "equal", "restored": "equal"}
+    latents_found = ABOUT | {"cases": {"a": equal}}
+    (tmp_path / "gpu-models.json").write_text(json.dumps(models_found))
+    (tmp_path / "gpu-latents.json").write_text(json.dumps(latents_found))
+    shown = readme.rendered(text)
+    assert gpu_table(models_found) in shown and latents_table(latents_found) in shown
+    assert "| FLASHMLA, auto | equal | equal |" in shown and readme.rendered(shown) == shown

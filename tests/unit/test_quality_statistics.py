@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vllm_xlayer.nvfp4 import ScaleChoice, count_groups, decode, encode
+from vllm_xlayer.nvfp4 import ScaleChoice, count_groups, decode, encode, rotate
 from vllm_xlayer.quality.statistics import Sums, best_exponent, combine, squared_error
 
 HEADS, HEAD_SIZE = 2, 32
@@ -98,3 +98,22 @@ def test_few_huge_values_do_not_decide():
 def test_nothing_seen_is_no_division_by_zero():
     found = combine([result_of(torch.zeros(4, HEADS, HEAD_SIZE))])
     assert found["rmse"] == 0 and found["mean_share"] == 0 and not math.isnan(found["std"])
+
+
+def test_what_fits_is_judged_of_keys_as_they_are_kept():
+    """Moments are those of K itself; saturation and errors those of what pages hold."""
+    x = tokens(50)
+    x[3, 0, 5] = 6000.0  # rotated, 1,500 in all of its block
+    plain, kept = (combine([_sums(x, rotated).result()]) for rotated in (False, True))
+    assert (plain["saturated"], kept["saturated"]) == (1, 0)
+    for name in ("largest", "std", "mean_share", "groups"):
+        assert plain[name] == kept[name], name
+    expected = rotate(x)
+    error = (decode(*encode(expected)) - expected).norm() / expected.norm()
+    assert kept["rmse"] == pytest.approx(float(error), rel=1e-5)
+
+
+def _sums(x, rotated):
+    sums = Sums(1.0, BEST, rotated)
+    sums.add(x)
+    return sums

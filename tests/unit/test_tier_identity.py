@@ -147,6 +147,7 @@ SHAPES_KV = {
     "skipped_layers": {"cache_config.kv_cache_dtype_skip_layers": ["0"]},
     "scale_choice": {},  # below
     "kv_scales": {},  # below
+    "key_rotation": {},  # below
     "backend": {"attention_config.backend": "TRITON_ATTN"},
     "backend_per_kind": {"attention_config.backend_per_kind": {"full": "TRITON_ATTN"}},
     "context_parallel": {"parallel_config.cp_kv_cache_interleave_size": 16},
@@ -183,6 +184,22 @@ def test_each_thing_that_shapes_kv_is_in_the_digest(tmp_path, changes):
     folder = save(tmp_path / "model", DATA)
     assert of(folder).digest == of(folder).digest
     assert of(folder, **changes).digest != of(folder).digest
+
+
+@pytest.mark.parametrize(
+    ("capability", "rotated"), [(9, True), (8, True), (10, False), (12, False), (None, True)]
+)
+def test_rows_of_rotated_keys_are_not_those_of_kernels_that_do_not_rotate(
+    tmp_path, monkeypatch, capability, rotated
+):
+    """Ours rotate K; those that vLLM prefers on newer GPUs do not. 16-bit rows are the same everywhere."""
+    folder = save(tmp_path / "model", DATA)
+    here, plain = of(folder, **NVFP4).digest, of(folder).digest
+    device = None if capability is None else SimpleNamespace(major=capability)
+    there = SimpleNamespace(is_cuda=lambda: capability is not None, get_device_capability=lambda: device)
+    monkeypatch.setattr("vllm.platforms.current_platform", there)
+    assert (of(folder, **NVFP4).digest == here) is rotated
+    assert of(folder).digest == plain
 
 
 STATES = {

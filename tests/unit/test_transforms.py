@@ -7,8 +7,9 @@ import torch
 
 from benchmarks import transforms
 from benchmarks.transforms import Means, Reader, nvfp4, quantisers, rotated
+from vllm_xlayer.nvfp4 import rotate, rotate_back
 
-N, HEADS, KV_HEADS, D = 40, 4, 2, 32
+N, HEADS, KV_HEADS, D = 40, 4, 2, 64
 
 
 @pytest.fixture
@@ -48,12 +49,20 @@ def test_a_query_sees_its_newest_tokens_as_they_are(reader, newest):
 
 def test_the_rotation_keeps_lengths_and_undoes_itself():
     x = heads(KV_HEADS, 5)
-    torch.testing.assert_close(rotated(rotated(x)), x)
-    torch.testing.assert_close(rotated(x).norm(dim=-1), x.norm(dim=-1))
-    assert (rotated(x) - x).abs().max() > 0.5
-    one = torch.zeros(1, 16)
+    for block in (16, 32, 64):
+        torch.testing.assert_close(rotated(rotated(x, block), block), x)
+        torch.testing.assert_close(rotated(x, block).norm(dim=-1), x.norm(dim=-1))
+        assert (rotated(x, block) - x).abs().max() > 0.5
+    one = torch.zeros(1, 32)
     one[0, 3] = 1
-    assert torch.equal(rotated(one).abs(), torch.full((1, 16), 0.25))
+    assert torch.equal(rotated(one, 16).abs(), torch.tensor([[0.25] * 16 + [0.0] * 16]))
+
+
+def test_the_rotation_by_32_is_the_caches():
+    """As the experiment makes it, and as the writer does."""
+    x = heads(KV_HEADS, 9)
+    torch.testing.assert_close(rotated(x, 32) * 2**0.5, rotate(x))
+    torch.testing.assert_close(rotate_back(rotate(x)), x)
 
 
 def test_every_way_keeps_k_and_v_about_as_they_are():
@@ -69,3 +78,16 @@ def test_every_way_keeps_k_and_v_about_as_they_are():
         assert float((kept_v - v).norm() / v.norm()) < 0.12
     assert errors["NVFP4"] == float((nvfp4(k) - k).norm() / k.norm())
     assert max(errors.values()) < 0.12 and errors["mean of K subtracted"] < errors["NVFP4"] / 2
+
+
+def test_the_table_has_a_column_a_model_and_number_of_exact_tokens():
+    change = [0.011, 0.009, 0.013]
+    variants = [
+        dict(title=title, newest=n, change=change) for title, n in (("exact", 0), ("fp8", 0), ("a", 0))
+    ]
+    variants.append(dict(title="a", newest=64, change=[0.004, 0.003, 0.005]))
+    result = dict(model="m", windows=6, length=1024, date="d", commit="c", variants=variants)
+    lines = transforms.table(result, result | {"model": "demo"}).splitlines()
+    assert lines[2].split(" | ")[1:4] == ["m, none exact", "m, 64 exact", "the demo's model, none exact"]
+    assert lines[4] == "| fp8 | 1.10 % (0.90 .. 1.30) |  | 1.10 % (0.90 .. 1.30) |  |"
+    assert lines[5].startswith("| a | 1.10 % (0.90 .. 1.30) | 0.40 % (0.30 .. 0.50) |")

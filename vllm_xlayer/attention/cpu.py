@@ -35,7 +35,16 @@ from vllm_xlayer import ops
 from vllm_xlayer.attention.backend import DensePages
 from vllm_xlayer.attention.newest import NewestBatch, allocate, make_planner, write_arguments
 from vllm_xlayer.config import Config
-from vllm_xlayer.nvfp4 import GROUP, KV_DTYPES, ScaleOrder, count_groups, scale_choice_of
+from vllm_xlayer.nvfp4 import (
+    GROUP,
+    KV_DTYPES,
+    ROTATED_KEYS,
+    ScaleOrder,
+    count_groups,
+    rotate,
+    rotate_back,
+    scale_choice_of,
+)
 from vllm_xlayer.ops.newest import TILE
 
 logger = init_logger(__name__)
@@ -197,6 +206,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
                 layer._v_scale,
                 ScaleOrder.LINEAR,
                 self.scale_choice,
+                rotated_keys=ROTATED_KEYS,
                 **write_arguments(layer, self.newest, len(slot_mapping)),
             )
             return
@@ -208,7 +218,8 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
 
     def _say_what_does_not_fit(self, layer: AttentionLayer, key: torch.Tensor, value: torch.Tensor) -> None:
         """Warns, once for K and once for V, of groups that the global scale does not suit."""
-        for name, x, scale in (("K", key, float(layer._k_scale)), ("V", value, float(layer._v_scale))):
+        kept = rotate(key) if ROTATED_KEYS else key
+        for name, x, scale in (("K", kept, float(layer._k_scale)), ("V", value, float(layer._v_scale))):
             for problem, count in count_groups(x, scale)._asdict().items():
                 if count and (name, problem) not in self._said:
                     self._said.add((name, problem))
@@ -272,6 +283,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
                 keys,
                 values,
                 ScaleOrder.LINEAR,
+                ROTATED_KEYS,
             )
             return keys.transpose(0, 1), values.transpose(0, 1)
         block_size = kv_cache.shape[2]
@@ -291,7 +303,9 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         tokens = torch.arange(start, start + keys.shape[1])
         at = torch.nonzero(tokens // TILE * TILE >= batch.begin[request]).squeeze(1)
         row = self.newest[batch.rows[request]][:, :, tokens[at] % self.newest.shape[3]]
-        keys[:, at], values[:, at] = row[0].float(), row[1].float()
+        newest_keys = row[0].float()
+        keys[:, at] = rotate_back(newest_keys) if ROTATED_KEYS else newest_keys
+        values[:, at] = row[1].float()
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int

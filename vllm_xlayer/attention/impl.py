@@ -12,7 +12,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from .. import ops
 from ..config import Config
-from ..nvfp4 import ScaleOrder, scale_choice_of
+from ..nvfp4 import ROTATED_KEYS, ScaleOrder, rotate_back, scale_choice_of
 from .decode import DecodeBatch
 from .metadata import DevicePiece, NewestKeys, NVFP4Metadata
 from .newest import NewestBatch, allocate, write_arguments
@@ -100,7 +100,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         ops.reshape_and_cache_nvfp4(
             key, value, kv_cache, slot_mapping, layer._k_scale, layer._v_scale,
-            ScaleOrder.LINEAR, self.scale_choice,
+            ScaleOrder.LINEAR, self.scale_choice, rotated_keys=ROTATED_KEYS,
             **write_arguments(layer, self.newest, len(slot_mapping)),
         )  # fmt: skip
 
@@ -130,7 +130,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             sinks=self.sinks, query_starts=batch.query_starts, usual_q_len=batch.usual_q_len,
             newest=None if newest is None else self.newest,
             newest_rows=None if newest is None else newest.rows[:n],
-            newest_from=None if newest is None else newest.begin[:n],
+            newest_from=None if newest is None else newest.begin[:n], rotated_keys=ROTATED_KEYS,
         )  # fmt: skip
 
     def _prefill(self, layer, query, key, value, kv_cache, attn_metadata: NVFP4Metadata, output) -> None:
@@ -139,7 +139,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             k, v = k_ws[: piece.num_keys], v_ws[: piece.num_keys]
             ops.gather_nvfp4(
                 kv_cache, piece.block_table, piece.seq_starts, piece.cu_k, layer._k_scale, layer._v_scale,
-                k, v, ScaleOrder.LINEAR,
+                k, v, ScaleOrder.LINEAR, ROTATED_KEYS,
             )  # fmt: skip
             if piece.newest is not None and self.newest is not None:
                 put_newest(piece.newest, self.newest, k, v)
@@ -169,11 +169,13 @@ def put_newest(tokens: NewestKeys, memory: torch.Tensor, k: torch.Tensor, v: tor
     """Puts tokens as they were over their dequantised K and V [keys, H, D], where the rows have them.
 
     Args:
-        memory: [rows, 2, H, places, D].
+        memory: [rows, 2, H, places, D], K and V as the writer keeps them.
     """
     held = tokens.held[:, None, None]
     for part, out in ((0, k), (1, v)):
         newest = memory[tokens.rows, part, :, tokens.places]
+        if out is k and ROTATED_KEYS:
+            newest = rotate_back(newest)
         out.index_copy_(0, tokens.keys, torch.where(held, newest, out[tokens.keys]))
 
 

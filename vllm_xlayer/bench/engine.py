@@ -14,17 +14,20 @@ from rich.table import Table
 
 from ..provenance import write
 from .bounds import SHAPE, Bound
-from .engines import CACHES, GRAPHS_ONLY, SHAPES, Engine, goes_on, prompts, write_model
+from .engines import CACHES, GRAPHS_ONLY, SETTINGS, SHAPES, Engine, goes_on, prompts, write_model
 
-DECODES = ((64, 8192), (1, 16384))
-"""Requests, tokens of each."""
+DECODES: dict[str, dict[tuple[int, int], float]] = {
+    SHAPE: {(64, 8192): 0.70, (1, 16384): 1.0},
+    "qwen3-next": {(64, 8192): 1.0, (16, 65536): 1.0},
+    "gpt-oss-20b": {(64, 8192): 1.0, (16, 65536): 1.0},
+}
+"""Shape -> requests, tokens of each -> what a step with nvfp4 may take of one with fp8. Other shapes are
+asked the first one's, without a bound."""
 STEPS = 128
 """Decode steps timed, on top of the first tokens."""
 START_SECONDS = 3.0
 """What nvfp4 may start later than fp8."""
 STEP_MS = 11.5
-RATIOS = {(64, 8192): 0.70, (1, 16384): 1.0}
-"""Requests, tokens -> what a step with nvfp4 may take of one with fp8."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs an engine for each cache, prints the table, writes the JSON. Returns 1 if an engine failed."""
-    decodes = [(max(1, n // args.scale), tokens // args.scale) for n, tokens in DECODES]
+    full_size = DECODES.get(args.shape, DECODES[SHAPE])
+    decodes = [(max(1, n // args.scale), tokens // args.scale) for n, tokens in full_size]
     settings = dict(
         max_model_len=2 * max(tokens for _, tokens in decodes), max_num_seqs=max(n for n, _ in decodes),
-        gpu_memory_utilization=args.gpu_memory_utilization, **GRAPHS_ONLY,
+        gpu_memory_utilization=args.gpu_memory_utilization, **GRAPHS_ONLY, **SETTINGS.get(args.shape, {}),
     )  # fmt: skip
     caches: dict[str, Any] = {}
     results = {"shape": args.shape, "steps": STEPS, "caches": caches}
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(engine: Engine, decodes: list[tuple[int, int]]) -> dict[str, Any]:
     """Decode steps of one engine."""
-    report: dict[str, Any] = {key: engine.about[key] for key in ("start_seconds", "runner")}
+    report: dict[str, Any] = {key: engine.about[key] for key in ("start_seconds", "runner", "block_size")}
     report["decodes"] = []
     for requests, tokens in decodes:
         asked = prompts(f"{requests} x {tokens}", requests, tokens, engine.about["vocabulary"])
@@ -100,17 +104,18 @@ def rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def bounds(results: dict[str, Any]) -> list[Bound]:
     """Of nvfp4, where both it and fp8 were measured at full size."""
     nvfp4, fp8 = (results["caches"].get(name) for name in ("nvfp4", "fp8"))
-    if results["shape"] != SHAPE or nvfp4 is None or fp8 is None:
+    ratios = DECODES.get(results["shape"], {})
+    if not ratios or nvfp4 is None or fp8 is None:
         return []
     found = []
     for ours, theirs in zip(nvfp4["decodes"], fp8["decodes"], strict=True):
         batch = (ours["requests"], ours["tokens"])
         what = "decode step {} x {:,}".format(*batch)
-        if batch == DECODES[0]:
+        if results["shape"] == SHAPE and batch == next(iter(ratios)):
             found.append(Bound(f"nvfp4, {what}", ours["step_seconds"] * 1e3, STEP_MS, " ms"))
-        if batch in RATIOS:
+        if batch in ratios:
             ratio = ours["step_seconds"] / theirs["step_seconds"]
-            found.append(Bound(f"nvfp4 / fp8, {what}", ratio, RATIOS[batch]))
+            found.append(Bound(f"nvfp4 / fp8, {what}", ratio, ratios[batch]))
     if "start_again_seconds" in nvfp4 and "start_again_seconds" in fp8:
         later = nvfp4["start_again_seconds"] - fp8["start_again_seconds"]
         found.append(Bound("nvfp4 - fp8, start again", later, START_SECONDS, " s"))

@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import ops
-from ..nvfp4 import ScaleChoice, content_bytes
+from ..nvfp4 import ROTATED_KEYS, ScaleChoice, content_bytes
 from ..provenance import write
 from .timing import copy_rate, graph_seconds
 
@@ -78,7 +78,14 @@ def _writers(inputs: torch.Tensor, slots: list[torch.Tensor]) -> dict[str, list[
         caches = torch.zeros(shape, dtype=torch.uint8, device="cuda")
         return [
             lambda x=x, cache=cache, slot=slot: ops.reshape_and_cache_nvfp4(  # type: ignore[misc]
-                x[0], x[1], cache, slot, one, one, scale_choice=choice
+                x[0],
+                x[1],
+                cache,
+                slot,
+                one,
+                one,
+                scale_choice=choice,
+                rotated_keys=ROTATED_KEYS,
             )
             for x, cache, slot in zip(inputs, caches, slots, strict=True)
         ]

@@ -29,14 +29,14 @@ from ..layout import (
     allocation_of,
     negotiate,
 )
-from ..nvfp4 import ScaleOrder
+from ..nvfp4 import KEY_ROTATION, OURS_FIRST, ROTATED_KEYS, ScaleOrder
 from .extension_points import CONNECTOR
 from .plan import PLAN, refusals_of, row_bytes_of, row_groups
 
 ROWS = (Layout.BLHNC, Layout.BLNHC)
 """What the connector takes. It asks for the first; the second comes from VLLM_KV_CACHE_LAYOUT only."""
-LATENTS_COMPARED = ("CPU_MLA",)
-"""Backends of latent attention that were seen to answer from rows as from vLLM's own layout."""
+LATENTS_COMPARED = ("CPU_MLA", "FLASHMLA", "TRITON_MLA")
+"""Backends of latent attention that answered from rows as from vLLM's own layout (docs/models.md)."""
 LAYOUT_VARIABLE = "VLLM_KV_CACHE_LAYOUT"
 _OLD_NAMES = {"NHD": "LBNHC", "HND": "LBHNC"}
 
@@ -71,7 +71,8 @@ def _not_compared(layout: Layout, backends: Iterable[type[AttentionBackend]]) ->
         if backend.is_mla() and backend.get_name() not in LATENTS_COMPARED:
             yield Refusal(
                 layout, f"attention backend {backend.__name__}",
-                "rows of latents (MLA) have not been compared with vLLM's own layout on its kernels yet",
+                "its answers from rows of latents (MLA) were not seen to equal those from vLLM's own layout; "
+                f"they were with --attention-backend {' or '.join(LATENTS_COMPARED[1:])}",
             )  # fmt: skip
 
 
@@ -166,3 +167,13 @@ def scale_order() -> ScaleOrder:
 
     sm_100 = current_platform.is_cuda() and current_platform.is_device_capability_family(100)
     return ScaleOrder.SWIZZLED if sm_100 else ScaleOrder.LINEAR
+
+
+def key_rotation() -> str | None:
+    """How K is kept in NVFP4 pages on this machine: ours rotate it, vLLM's own kernels (None) do not."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    if capability is not None and capability.major not in OURS_FIRST:
+        return None
+    return KEY_ROTATION if ROTATED_KEYS else None

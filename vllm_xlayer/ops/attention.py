@@ -141,6 +141,7 @@ def nvfp4_paged_attention(
     newest_from: torch.Tensor | None = None,
     query_starts: torch.Tensor | None = None,
     usual_q_len: int | None = None,
+    rotated_keys: bool = False,
 ) -> None:
     """Attend from the last ``q_len`` tokens of each request to the request's tokens in an NVFP4 cache.
 
@@ -167,7 +168,7 @@ def nvfp4_paged_attention(
         sinks: float32 [Hq] or None: a logit a head that takes part in the softmax but has no value.
         lse: float32 [Hq, T] or None; last dimension dense. Written: natural logarithm of the sum of
             exp(score), the sink's term included.
-        scale_order: the ``ScaleOrder`` the pages were written with.
+        scale_order, rotated_keys: as the pages were written, and ``newest``.
         newest: (rows, 2, H, n, D) of q's dtype, dense, or None: memory of each running request's newest
             tokens, as in ``reshape_and_cache_nvfp4``. Token p of request r is read from place p % n of its
             row there, and not from its page, where p // 16 * 16 >= newest_from[r].
@@ -213,6 +214,7 @@ def nvfp4_paged_attention(
         newest_from,
         query_starts,
         usual_q_len or q_len,
+        rotated_keys,
     )
 
 

@@ -29,6 +29,7 @@ def reshape_and_cache_nvfp4(
     scale_choice: int = ScaleChoice.BEST_OF_9,
     newest: torch.Tensor | None = None,
     newest_slots: torch.Tensor | None = None,
+    rotated_keys: bool = False,
 ) -> None:
     """Quantise new tokens and write them into their slots of one layer's NVFP4 cache.
 
@@ -47,9 +48,10 @@ def reshape_and_cache_nvfp4(
             request's newest n tokens as they are, K and then V. Written in place.
         newest_slots: int64 [t] with ``newest``: row * n + place of each token, or -1 to leave it out, as
             ``newest_step`` makes them.
+        rotated_keys: keep K rotated (``nvfp4.rotate``), in pages and among the newest.
 
     A NaN makes its group of 16 elements NaN; Inf and values beyond 2688 * global scale become +-2688 *
-    global scale. Neither changes another group.
+    global scale. Neither changes another group. (In rotated K all of the block that is rotated together.)
     """
     require_cuda_build("reshape_and_cache_nvfp4", key, value, kv_cache)
     load()
@@ -62,7 +64,7 @@ def reshape_and_cache_nvfp4(
             )
     torch.ops.vllm_xlayer.reshape_and_cache_nvfp4(
         key, value, kv_cache, slot_mapping, k_scale, v_scale, int(scale_order), int(scale_choice), newest,
-        newest_slots,
+        newest_slots, rotated_keys,
     )  # fmt: skip
 
 
@@ -76,6 +78,7 @@ def gather_nvfp4(
     k_out: torch.Tensor,
     v_out: torch.Tensor,
     scale_order: int = ScaleOrder.LINEAR,
+    rotated_keys: bool = False,
 ) -> None:
     """Dequantise tokens of one layer's NVFP4 cache into dense K and V.
 
@@ -90,18 +93,20 @@ def gather_nvfp4(
         k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
         k_out: [T, H, D] bfloat16, float16 or float32; D dense, rows start at multiples of 16 bytes.
         v_out: as k_out, same shape and dtype.
-        scale_order: the ``ScaleOrder`` the pages were written with.
+        scale_order, rotated_keys: as the pages were written. ``k_out`` is K itself, not rotated.
 
     The result is exact for a global scale of 1 (e2m1 * e4m3 fits both 16-bit types); else the exact product
-    is multiplied by the global scale in float32 and rounded to the output's dtype.
+    is multiplied by the global scale in float32 and rounded to the output's dtype. K that was kept rotated is
+    rotated back in float32 before that.
     """
     require_cuda_build("gather_nvfp4", kv_cache, k_out, v_out)
     load()
     if debug() and kv_cache.is_cuda:
         _check_gather_indices(kv_cache, block_table, seq_starts, cu_seqlens, k_out.shape[0])
     torch.ops.vllm_xlayer.gather_nvfp4(
-        kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, int(scale_order)
-    )
+        kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, int(scale_order),
+        rotated_keys,
+    )  # fmt: skip
 
 
 def _check_gather_indices(

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 
 from ..compat.dependence import Patch
-from ..nvfp4 import KV_DTYPES
+from ..nvfp4 import KV_DTYPES, OURS_FIRST
 from .wrapping import wrap
 
 BACKEND = "vllm_xlayer.attention.backend.NVFP4Backend"
 OWN_NAME = "CUSTOM"
 """The member of AttentionBackendEnum that vLLM leaves to plugins: it asks for our backend."""
-OURS_FIRST = (8, 9)
-"""Compute capabilities whose users get our kernels unless these refuse. On others vLLM's own come first."""
+NAMED_BY_VLLM = "TRITON_ATTN"
+"""What vLLM names itself for heads of several sizes (Gemma 4) where FlashAttention 4 is missing. It has no
+NVFP4."""
 
 
 def _not_needed() -> str | None:
@@ -31,12 +32,15 @@ def select_nvfp4_backend(original, cls, selected_backend, attn_selector_config, 
     """The class path of the backend for a layer: as vLLM says for all but NVFP4.
 
     For NVFP4 on compute capability 8.x and 9.0 it is ours, and vLLM's where ours refuses; elsewhere vLLM's,
-    and ours where that refuses. A backend that the user names is obeyed, CUSTOM being ours. On 10.x vLLM's
-    pages hold their scales in another order: there it is asked alone.
+    and ours where that refuses. A backend that is named is obeyed, CUSTOM being ours; not
+    TRITON_ATTN, which cannot serve NVFP4 and may be vLLM's own choice. On 10.x vLLM's pages hold their scales
+    in another order: there it is asked alone.
 
     Raises:
         ValueError: neither serves the layer; with the reasons of both.
     """
+    if selected_backend is not None and selected_backend.name == NAMED_BY_VLLM:
+        selected_backend = _not_triton(selected_backend, attn_selector_config)
     name = None if selected_backend is None else selected_backend.name
     config, capability = attn_selector_config, cls.get_device_capability()
 
@@ -53,6 +57,17 @@ def select_nvfp4_backend(original, cls, selected_backend, attn_selector_config, 
     if name is not None:
         return ours() if name == OWN_NAME else theirs()
     return _first_of(*((ours, theirs) if capability.major in OURS_FIRST else (theirs, ours)))
+
+
+def _not_triton(selected_backend, config):
+    """The backend that was named, or None where that is Triton's and cannot serve the layer."""
+    if config.kv_cache_dtype not in KV_DTYPES:
+        return selected_backend
+    from vllm.logger import init_logger
+
+    said = "%s has no kernels for --kv-cache-dtype %s: the backend is chosen as if none were named."
+    init_logger(__name__).warning_once(said, NAMED_BY_VLLM, config.kv_cache_dtype)
+    return None
 
 
 def _first_of(preferred: Callable[[], str], other: Callable[[], str]) -> str:

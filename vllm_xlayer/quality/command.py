@@ -197,7 +197,8 @@ def _measure(
     files = {cache.title: out for cache, out in zip(caches, outs, strict=True) if out is not None}
     if not files:
         return None
-    what = {name: getattr(args, name) for name in ("model", "text", "length", "chunk", "batch", "extra")}
+    what = {name: getattr(args, name) for name in ("text", "length", "chunk", "batch", "extra")}
+    what = {"model": Path(args.model).name if Path(args.model).is_dir() else args.model} | what
     return what | results.compare(reference, files, args.first, args.length)
 
 

@@ -8,6 +8,7 @@ from vllm import SamplingParams, TokensPrompt
 
 from ..config import Config
 from ..kv_scales import NONE, scales_of
+from ..nvfp4 import ROTATED_KEYS
 from .statistics import Sums, combine
 
 WINDOWS = 8
@@ -32,7 +33,10 @@ def install(model: torch.nn.Module) -> None:
     settings = Config.load()
     for name, layer in _layers(model).items():
         scales = scales_of(name, NONE, settings.kv_scales)
-        _SEEN[name] = {w: Sums(scale, settings.scale_choice) for w, scale in zip("KV", scales, strict=True)}
+        _SEEN[name] = {
+            which: Sums(scale, settings.scale_choice, which == "K" and ROTATED_KEYS)
+            for which, scale in zip("KV", scales, strict=True)
+        }
 
         def look(layer, args, name):
             for which, x in zip("KV", args[1:3], strict=True):

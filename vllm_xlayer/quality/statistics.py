@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..nvfp4 import GROUP, ScaleChoice, count_groups, decode, encode
+from ..nvfp4 import GROUP, ScaleChoice, count_groups, decode, encode, rotate
 
 SAMPLE_TOKENS = 1024
 """Of each layer, on which errors are computed; all tokens count for the rest."""
@@ -40,8 +40,9 @@ def best_exponent(errors: Mapping[int, float]) -> int:
 class Sums:
     """Running sums of one layer's K or V."""
 
-    def __init__(self, global_scale: float, choice: ScaleChoice) -> None:
-        self.global_scale, self.choice = global_scale, choice
+    def __init__(self, global_scale: float, choice: ScaleChoice, rotated: bool = False) -> None:
+        """rotated: what fits a scale, and what is lost, is that of K as it is kept (`nvfp4.rotate`)."""
+        self.global_scale, self.choice, self.rotated = global_scale, choice, rotated
         self.values = self.tokens = self.groups = self.saturated = self.underflowed = 0
         self.largest = self.total = self.squares = 0.0
         self.channels: torch.Tensor | None = None
@@ -57,13 +58,14 @@ class Sums:
         self.squares += float(exact.square().sum())
         sums = exact.sum(0)
         self.channels = sums if self.channels is None else self.channels + sums
-        counts = count_groups(x, self.global_scale)
+        kept = rotate(x) if self.rotated else x
+        counts = count_groups(kept, self.global_scale)
         self.groups += x.numel() // GROUP
         self.saturated += counts.saturated
         self.underflowed += counts.underflowed
         missing = SAMPLE_TOKENS - sum(map(len, self.sample))
         if missing > 0:
-            self.sample.append(x[:missing].clone())
+            self.sample.append(kept[:missing].clone())
 
     def result(self) -> dict[str, Any]:
         """Sums that add up over ranks, and the largest value."""

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../nvfp4/codec.cuh"
+#include "../nvfp4/rotate.cuh"
 
 namespace xlayer {
 
@@ -68,6 +69,7 @@ struct Nvfp4AttentionParams {
   float soft_cap;        // 0: none
   int window;            // a query sees itself and window - 1 before it; 0: all
   ScaleOrder v_order;
+  bool rotated_keys;     // K is kept as rotate.cuh says; so is the newest tokens'
 
   // CUDA only.
   int32_t* schedule;   // see Schedule

@@ -30,6 +30,17 @@ __device__ __forceinline__ void decode_chunk(uint32_t word, uint8_t scale, float
   }
 }
 
+// A chunk of K, rotated back with the other or the other three of its block, which are in the neighbouring lanes.
+__device__ __forceinline__ void rotate_back(float (&x)[CHUNK], int block) {
+  const int lane = threadIdx.x % 32;
+  butterflies<CHUNK>(x);
+  butterfly_of_lanes(x, 1, 3u << (lane & ~1));
+  if (block == 32) butterfly_of_lanes(x, 2, 15u << (lane & ~3));  // a head is a multiple of four chunks then
+  const float factor = rotation_back(block);
+#pragma unroll
+  for (int i = 0; i < CHUNK; ++i) x[i] *= factor;
+}
+
 __device__ __forceinline__ void store_chunk(float* out, const float (&x)[CHUNK]) {
   reinterpret_cast<float4*>(out)[0] = make_float4(x[0], x[1], x[2], x[3]);
   reinterpret_cast<float4*>(out)[1] = make_float4(x[4], x[5], x[6], x[7]);
@@ -78,6 +89,7 @@ __global__ void __launch_bounds__(GATHER_WARPS * 32) nvfp4_gather_kernel(const N
 
   const int chunks_per_head = p.page.head_size / CHUNK;
   const int chunks = p.page.heads * chunks_per_head;
+  const int block_of_rotation = rotation_block(p.page.head_size);
 #pragma unroll 2
   for (int c = threadIdx.x % 32; c < chunks; c += 32) {
     const int h = c / chunks_per_head;
@@ -92,6 +104,7 @@ __global__ void __launch_bounds__(GATHER_WARPS * 32) nvfp4_gather_kernel(const N
     const uint8_t v_s = __ldg(page + p.page.scale_base(true, h) + p.page.scale_index(p.v_order, n, s));
     float x[CHUNK];
     decode_chunk(k_word, k_s, k_global, x);
+    if (p.rotated_keys) rotate_back(x, block_of_rotation);
     store_chunk(static_cast<T*>(p.k_out) + token * p.k_stride_t + h * p.k_stride_h + j * CHUNK, x);
     decode_chunk(v_word, v_s, v_global, x);
     store_chunk(static_cast<T*>(p.v_out) + token * p.v_stride_t + h * p.v_stride_h + j * CHUNK, x);

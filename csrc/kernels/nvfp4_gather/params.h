@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../nvfp4/codec.cuh"
+#include "../nvfp4/rotate.cuh"
 
 namespace xlayer {
 
@@ -26,6 +27,7 @@ struct Nvfp4GatherParams {
   int64_t num_tokens;  // T; tokens at and after cu_seqlens[R] are left as they are
   Dtype dtype;
   ScaleOrder v_order;
+  bool rotated_keys;  // as they were written; k_out is K itself
 };
 
 }  // namespace xlayer

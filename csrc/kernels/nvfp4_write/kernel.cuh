@@ -42,6 +42,21 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
 // The elements of a group that this thread of LANES has, into x. `wide`: p is 16-byte aligned.
 template <int LANES, typename T>
 __device__ __forceinline__ void load_group(const T* p, int lane, bool wide, float (&x)[GROUP / LANES]) {
@@ -60,28 +75,40 @@ __device__ __forceinline__ void load_group(const T* p, int lane, bool wide, floa
   for (int i = 0; i < GROUP / LANES; ++i) x[i] = to_float(raw[i]);
 }
 
-// This thread's part of a group, as it is, to the token's place among the newest.
+// A group of K as it is kept: rotated with the other of its block, whose threads are the next or the last LANES
+// of the warp. All lanes of the warp are here.
+template <int LANES>
+__device__ __forceinline__ void rotate_group(float (&x)[GROUP / LANES], bool is_k, int block) {
+  float y[GROUP / LANES];
+#pragma unroll
+  for (int i = 0; i < GROUP / LANES; ++i) y[i] = x[i];
+#pragma unroll
+  for (int apart = 1; apart < LANES; apart *= 2) butterfly_of_lanes(y, apart, ~0u);
+  butterflies<GROUP / LANES>(y);
+  if (block == 2 * GROUP) butterfly_of_lanes(y, LANES, ~0u);
+#pragma unroll
+  for (int i = 0; i < GROUP / LANES; ++i) x[i] = is_k ? y[i] * KEPT_KEY : x[i];
+}
+
+// This thread's part of a group to the token's place among the newest.
 template <int LANES, typename T>
 __device__ __forceinline__ void store_newest(const Nvfp4WriteParams& p, int64_t token, bool is_v, int h,
-                                             int s, int lane) {
+                                             int s, int lane, const float (&x)[GROUP / LANES]) {
   const int64_t slot = p.newest_slots[token];
   if (slot < 0) return;
-  const T* in = static_cast<const T*>(is_v ? p.value : p.key) +
-                token * (is_v ? p.value_stride_t : p.key_stride_t) +
-                h * (is_v ? p.value_stride_h : p.key_stride_h) + s * GROUP + lane * (GROUP / LANES);
   const int64_t row = slot / p.newest_tokens;
   T* out = static_cast<T*>(p.newest) +
-           newest_offset(p.page, p.newest_tokens, row, is_v, h, slot - row * p.newest_tokens) + s * GROUP +
-           lane * (GROUP / LANES);
-  constexpr int WORDS = GROUP / LANES * int(sizeof(T)) / 8;
-  T raw[GROUP / LANES];
+           newest_offset(p.page, p.newest_tokens, row, is_v, h, slot - row * p.newest_tokens) + s * GROUP;
+  alignas(16) T y[GROUP / LANES];
 #pragma unroll
-  for (int i = 0; i < GROUP / LANES; ++i) raw[i] = in[i];  // in the cache: load_group was there
+  for (int i = 0; i < GROUP / LANES; ++i) y[i] = from_float<T>(x[i]);
+  if constexpr (LANES == 1) {
+    constexpr int WORDS = GROUP * int(sizeof(T)) / 16;
 #pragma unroll
-  for (int i = 0; i < WORDS; ++i) {
-    uint2 word;
-    memcpy(&word, reinterpret_cast<const char*>(raw) + 8 * i, 8);
-    reinterpret_cast<uint2*>(out)[i] = word;
+    for (int i = 0; i < WORDS; ++i) reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(y)[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < GROUP / LANES; ++i) out[i * LANES + lane] = y[i];
   }
 }
 
@@ -114,12 +141,13 @@ __global__ void __launch_bounds__(WRITE_THREADS)
   }
   const bool active = slot >= 0;
   if (!__any_sync(~0u, active)) return;  // else the whole warp stays: its lanes shuffle
+  if (p.rotated_keys && __any_sync(~0u, !is_v)) rotate_group<LANES>(x, !is_v, rotation_block(p.page.head_size));
   uint32_t inv_bits = float_bits(div_rn(1.0f, global_scale));
   ptx::pin(inv_bits);  // nvcc would divide again after the search
   const Group group = encode_group<CHOICE, LANES>(x, bits_float(inv_bits), lane);
 
   // A branch that all threads take or none: the writer waits for memory, and one variant is enough.
-  if (p.newest != nullptr && active) store_newest<LANES, T>(p, token, is_v, h, s, lane);
+  if (p.newest != nullptr && active) store_newest<LANES, T>(p, token, is_v, h, s, lane, x);
 
   const auto block = int64_t(__umul64hi(uint64_t(slot), launch.inv_block_size));  // for slot * N < 2^64
   const int n = int(slot - block * p.page.block_size);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../nvfp4/codec.cuh"
+#include "../nvfp4/rotate.cuh"
 
 namespace xlayer {
 
@@ -18,13 +19,14 @@ struct Nvfp4WriteParams {
   Page page;
   const int64_t* slots;  // [num_slots] block * N + offset; negative: skip
   int64_t num_slots;     // <= T: no token beyond is read
-  void* newest;                 // [rows][2: K, V][H][newest_tokens][D] of dtype, dense, or null
+  void* newest;                 // [rows][2: K, V][H][newest_tokens][D] of dtype, dense, or null; K as it is quantised
   const int64_t* newest_slots;  // [num_slots] row * newest_tokens + place; negative: to the page only
   int newest_tokens;
   const float* k_scale;  // [1] global decode scale
   const float* v_scale;  // [1]
   ScaleOrder v_order;
   ScaleChoice choice;
+  bool rotated_keys;  // see rotate.cuh
 };
 
 }  // namespace xlayer

@@ -32,4 +32,5 @@ inline float2 __bfloat1622float2(__nv_bfloat162 a) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {emulated_float_to_bf16(a), emulated_float_to_bf16(b)};
 }
+inline __nv_bfloat16 __float2bfloat16_rn(float a) { return {emulated_float_to_bf16(a)}; }
 inline float __bfloat162float(__nv_bfloat16 x) { return emulated_bf16_to_float(x.bits); }

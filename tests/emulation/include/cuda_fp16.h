@@ -6,6 +6,7 @@
 
 using __half = _Float16;
 inline float __half2float(__half x) { return float(x); }
+inline __half __float2half_rn(float a) { return __half(a); }
 
 struct __half2_raw {
   uint16_t x, y;

@@ -6,7 +6,16 @@ from typing import Any
 import torch
 
 from ... import ops
-from ...nvfp4 import content_bytes, decode, encode, page_bytes, page_views
+from ...nvfp4 import (
+    ROTATED_KEYS,
+    content_bytes,
+    decode,
+    encode,
+    page_bytes,
+    page_views,
+    rotate,
+    rotate_back,
+)
 from ...ops.newest import TILE
 from ..inputs import Calls, Inputs
 
@@ -40,20 +49,21 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None, newest_tokens: int = 0)
     def call(table: torch.Tensor) -> None:
         ops.nvfp4_paged_attention(
             inputs.q, cache, table, inputs.seq_lens, workspace, one, one, inputs.out,
-            scale=s.head_size**-0.5, q_len=s.q_len, query_starts=starts, usual_q_len=usual, **newest,
+            scale=s.head_size**-0.5, q_len=s.q_len, query_starts=starts, usual_q_len=usual,
+            rotated_keys=ROTATED_KEYS, **newest,
         )  # fmt: skip
 
     return [partial(call, table) for table in inputs.tables]
 
 
-def nvfp4_cache(inputs: Inputs, kv: torch.Tensor | None) -> torch.Tensor:
+def nvfp4_cache(inputs: Inputs, kv: torch.Tensor | None, rotated: bool = ROTATED_KEYS) -> torch.Tensor:
     """(blocks, heads, tokens, 9D/8) bytes that hold ``kv``; random ones where that is None."""
     s = inputs.shape
     pages = inputs.pages(page_bytes(s.num_kv_heads, s.block_size, s.head_size))
     cache = pages.unflatten(-1, (s.num_kv_heads, s.block_size, content_bytes(s.head_size)))
     if kv is None:
         return cache.random_(0, 0x60)  # any byte below 0x7F is a positive block scale
-    data, scale = encode(kv.float())
+    data, scale = encode(_written(kv) if rotated else kv.float())
     views = page_views(cache)
     parts = ((views.k_data, data[:, 0]), (views.k_scale, scale[:, 0]),
              (views.v_data, data[:, 1]), (views.v_scale, scale[:, 1]))  # fmt: skip
@@ -75,7 +85,7 @@ def newest_arguments(
     newest = torch.randn(size, dtype=inputs.q.dtype, device=device)
     begin = [-(-max(0, length - places) // TILE) * TILE for length in s.lens]
     if kv is not None:
-        views, pages = page_views(cache), kept(kv).to(newest.dtype)
+        views, pages = page_views(cache), decode(*encode(_written(kv))).to(newest.dtype)
         for r, (first, length) in enumerate(zip(begin, s.lens, strict=True)):
             for token in range(first, length):
                 block, row = inputs.tables[0][r, token // s.block_size], token % s.block_size
@@ -89,4 +99,16 @@ def newest_arguments(
 
 def kept(kv: torch.Tensor) -> torch.Tensor:
     """K and V after a round trip through NVFP4."""
+    read = decode(*encode(_written(kv)))
+    return torch.stack((rotate_back(read[:, 0]), read[:, 1]), 1) if ROTATED_KEYS else read
+
+
+def kept_as_it_is(kv: torch.Tensor) -> torch.Tensor:
+    """The same where K is not rotated."""
     return decode(*encode(kv.float()))
+
+
+def _written(kv: torch.Tensor) -> torch.Tensor:
+    """K and V [blocks, 2, ...] as pages hold them, before they are quantised."""
+    exact = kv.float()
+    return torch.stack((rotate(exact[:, 0]), exact[:, 1]), 1) if ROTATED_KEYS else exact

@@ -1,0 +1,185 @@
+"""Whether latent attention (DeepSeek) answers from rows as from vLLM's own layout: docs/models.md's table.
+
+    python -m benchmarks.latents [case ...] [--at-once 6] [--minutes 5]
+
+For each backend and dtype of a KV cache, a tiny model with latents of real width. "In rows": an engine
+without a connector answers prompts, cold and cached, with VLLM_KV_CACHE_LAYOUT=BLHNC as another one did with
+LBHNC, in equal tokens and logprobs. "Restored": with XLayerConnector a prompt is answered from the host tier
+as from the device's cache. XLayerConnector refuses backends that are not in `compat.rows.LATENTS_COMPARED`;
+here it takes each, so that whoever adds one there has seen it compared. Results go to
+results/cpu-latents.json, or gpu-latents.json.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from vllm_xlayer.provenance import write
+
+from . import RESULTS, serving
+from .cases import try_all
+from .model_configs import configs
+
+RESULT = {False: RESULTS / "cpu-latents.json", True: RESULTS / "gpu-latents.json"}
+"""By whether there is a GPU."""
+QUESTIONS = ("in rows", "restored")
+MODEL = "deepseek_v2"
+BLOCK = 64
+"""Tokens of a block, which each backend takes; FlashMLA takes no other."""
+LENGTHS = (1, 63, 64, 65, 130, 300, 700)
+LAYOUT_VARIABLE = "VLLM_KV_CACHE_LAYOUT"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A backend of vLLM's, None for the platform's choice, and the dtype of the KV cache."""
+
+    backend: str | None
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.backend or 'the platform'}, {self.dtype}"
+
+    def settings(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+        """Saves the model in a folder; what LLM() is told of it."""
+        from hybrid_fixture import save_hybrid_config
+
+        save_hybrid_config(config, folder / "model")
+        named = {} if self.backend is None else {"attention_config": {"backend": self.backend}}
+        return dict(
+            model=str(folder / "model"), dtype=config["dtype"], kv_cache_dtype=self.dtype, block_size=BLOCK,
+            **named,
+        )  # fmt: skip
+
+
+def cases(gpu: bool) -> dict[str, Case]:
+    """Those that vLLM lists for compute capability 9.0, whether or not it takes them."""
+    if not gpu:
+        return {"cpu_mla": Case(None, "auto")}
+    pairs = (
+        ("FLASH_ATTN_MLA", "auto"), ("FLASHMLA", "auto"), ("FLASHMLA", "fp8"), ("FLASHINFER_MLA", "auto"),
+        ("TRITON_MLA", "auto"), ("TRITON_MLA", "fp8"),
+    )  # fmt: skip
+    return {f"{backend}-{dtype}".lower(): Case(backend, dtype) for backend, dtype in pairs}
+
+
+def rows_as_own_layout(settings: dict[str, Any]) -> str:
+    """Whether an engine answers from rows as from vLLM's own layout, each without a connector."""
+    found = {}
+    try:
+        for layout in ("LBHNC", "BLHNC"):
+            os.environ[LAYOUT_VARIABLE] = layout
+            with serving.started(settings) as llm:
+                _check_layout(llm, layout)
+                found[layout] = [answer for n in LENGTHS for answer in _cold_and_cached(llm, n)]
+                backend = _backend_of(llm)
+    except Exception as error:
+        traceback.print_exc()
+        return serving.cell_of(error)
+    finally:
+        os.environ.pop(LAYOUT_VARIABLE, None)
+    for own, rows in zip(found["LBHNC"], found["BLHNC"], strict=True):
+        if rows != own:
+            return f"WRONG: {backend} answers from rows {rows}, from vLLM's own layout {own}"
+    return f"equal ({backend}, {len(LENGTHS)} prompts, cold and cached)"
+
+
+def _cold_and_cached(llm: Any, tokens: int) -> list[serving.Answer]:
+    prompt = serving.prompt_of(tokens)
+    cold = serving.answer_to(llm, prompt)
+    if any(logprob != logprob for logprob in cold[1]):
+        raise serving.Finding(f"WRONG: a cold prompt of {tokens} tokens has no number as logprob: {cold}")
+    cached = [serving.cached_answer(llm, prompt)] if tokens > BLOCK else []
+    return [cold, *cached]
+
+
+def _check_layout(llm: Any, layout: str) -> None:
+    from vllm_xlayer.compat.engine import core_of
+
+    resolved = core_of(llm).scheduler.kv_cache_config.kv_cache_layout
+    if resolved != layout:
+        raise serving.Finding(f"not compared: vLLM resolved layout {resolved} where {layout} was set")
+
+
+def _backend_of(llm: Any) -> str:
+    from vllm_xlayer.compat import rows
+
+    (backend,) = rows.backends_of(llm.llm_engine.vllm_config)
+    return backend.get_name()
+
+
+def restored_as_cached(settings: dict[str, Any]) -> str:
+    """Whether XLayerConnector restores latents, of whichever backend."""
+    from vllm_xlayer.compat import rows
+
+    backend = settings.get("attention_config", {}).get("backend")
+    rows.LATENTS_COMPARED = (*rows.LATENTS_COMPARED, *filter(None, [backend]))
+    try:
+        with serving.started(settings | serving.CONNECTOR) as llm:
+            prompt = serving.prompt_of()
+            cached = serving.cached_answer(llm, prompt)
+            serving.check_restored(llm, prompt, cached)
+            serving.check_power(llm, prompt, cached)
+            return "equal"
+    except Exception as error:
+        traceback.print_exc()
+        return serving.cell_of(error)
+
+
+def try_case(case: Case, answers: Connection) -> None:
+    """In a process of its own: sends (question, what was found)."""
+    import torch
+
+    serving.prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = case.settings(Path(folder), configs(torch.cuda.is_available())[MODEL])
+        answers.send(("in rows", rows_as_own_layout(settings)))
+        answers.send(("restored", restored_as_cached(settings)))
+
+
+def main() -> int:
+    """Returns 1 if an answer was wrong."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    known = cases(gpu)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.latents",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"some of {', '.join(known)}")
+    parser.add_argument("--seconds", type=float, default=240, help="limit for a case (default: 240)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="limit for all (default: none)")
+    parser.add_argument("--at-once", type=int, default=1, help="cases at a time (default: 1)")
+    parser.add_argument("--json", type=Path, default=RESULT[gpu], help="file to write (default: %(default)s)")
+    parser.add_argument("--logs", type=Path, help="folder for what each case's process writes")
+    args = parser.parse_args()
+    if unknown := set(args.cases) - set(known):
+        parser.error(f"expected cases of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if args.logs:
+        os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+    results = json.loads(args.json.read_text())["cases"] if args.json.exists() else {}
+
+    def finished(name: str, found: dict[str, str]) -> None:
+        results[name] = {"case": known[name].label, **found}
+        write(args.json, {"cases": {name: results[name] for name in known if name in results}})
+
+    tried = {name: known[name] for name in args.cases or known}
+    try_all(
+        tried, try_case, QUESTIONS, finished,
+        seconds=args.seconds, at_once=args.at_once, total_seconds=60 * args.minutes, logs=args.logs,
+    )  # fmt: skip
+    return int(any("WRONG" in answer for found in results.values() for answer in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

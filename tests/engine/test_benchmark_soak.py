@@ -1,0 +1,31 @@
+"""`benchmarks.soak` on the CPU platform, for seconds; it runs for half an hour on a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.soak import TIE, Right
+
+RIGHT = Right([1, 2, 3], [1.0, TIE / 2, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fits"),
+    [([1, 2, 3], True), ([1, 2, 4], False), ([2, 2, 3], False), ([1, 9, 9], True)],
+    ids=["equal", "another", "another at once", "another where two were as likely"],
+)
+def test_an_answer_fits_up_to_a_tie(tokens, fits):
+    assert RIGHT.fits(tokens) is fits
+
+
+def test_soak_for_seconds(reference_platform, tmp_path):
+    found = tmp_path / "soak.json"
+    command = [sys.executable, "-m", "benchmarks.soak", "--minutes", "0.05", "--json", str(found)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = json.loads(found.read_text())
+    assert counted["wrong"] == counted["lost"] == counted["leaked"] == 0
+    assert min(counted[name] for name in ("answers", "tries", "accepted_drafts", "noticed")) > 0
