@@ -1,6 +1,7 @@
 """An engine in a process of its own, told by hand what to do; the other one is this process's.
 
-Forked from a server that has imported vLLM once, so that tests can kill engines and start others quickly.
+Forked from a server that has imported vLLM once, so that tests can kill engines and start others quickly; on
+a GPU, which a process that was forked cannot use where its parent has, each imports it anew.
 """
 
 import multiprocessing
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 
 import pytest
+import torch
+from model_fixture import ON_GPU
 from vllm import SamplingParams
 
 CONNECTOR = "XLayerNixlConnector"
@@ -26,12 +29,22 @@ PREFILL = dict(
 """What vLLM's proxy sends to a prefill engine."""
 ANSWER_SECONDS = 600
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["nixl_preload"])
+ON_DEVICE = (
+    dict(dtype="bfloat16", gpu_memory_utilization=0.2, enforce_eager=True)
+    if ON_GPU
+    else dict(dtype="bfloat16")
+)
+"""Settings of an engine that shares its device with others."""
+
+_context = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
+if not ON_GPU:
+    _context.set_forkserver_preload(["nixl_preload"])
 
 
 def begin_import():
     """Starts the server, so that it imports while this process makes its own engine."""
+    if ON_GPU:
+        return
     here = os.path.dirname(__file__)
     path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     if here not in path:
@@ -85,7 +98,10 @@ def add_all(llm, prompts, params, num_tokens):
 
 
 class OtherEngine:
-    """The parent's side. Everything raises if the child does not answer in time."""
+    """The parent's side. Everything raises if the child does not answer in time.
+
+    Where there are two GPUs it has the second one, unless it has several ranks.
+    """
 
     def __init__(self, model, port=None, environment=None, **settings):
         self.port = port or free_port()
@@ -96,7 +112,11 @@ class OtherEngine:
             args=(theirs, str(model), {PORT: str(self.port)} | (environment or {}), settings),
             daemon=False,
         )
-        self.process.start()
+        with pytest.MonkeyPatch.context() as patch:
+            if ON_GPU and torch.cuda.device_count() > 1 and settings.get("tensor_parallel_size", 1) == 1:
+                visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")
+                patch.setenv("CUDA_VISIBLE_DEVICES", visible.split(",")[1])  # before it imports torch
+            self.process.start()
         theirs.close()
         self._answer()
 
@@ -134,7 +154,6 @@ class OtherEngine:
 
 def _serve(pipe, model, environment, settings):
     os.environ.update(environment)
-    import torch
     from vllm import LLM
 
     torch.set_num_threads(1)

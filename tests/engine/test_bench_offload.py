@@ -1,10 +1,15 @@
 """What `bench offload` takes from an engine is what it says: first tokens, what they wait for, copies."""
 
 import pytest
+from faults import live_connector
 
+from benchmarks.beside_loads import host_seconds, set_loads
 from vllm_xlayer.bench.first_token import SPANS, TURNS, restores
-from vllm_xlayer.bench.offload import BESIDE, WORKER, decodes
-from vllm_xlayer.bench.tier_worker import tier
+from vllm_xlayer.bench.offload import BESIDE, WORKER, decodes, steps
+from vllm_xlayer.bench.tier_worker import row_copies, tier
+from vllm_xlayer.connector.copy import transfers
+from vllm_xlayer.connector.copy.choice import Way
+from vllm_xlayer.ops import CopyMethod
 
 pytestmark = pytest.mark.anywhere
 COPY = ("asked", "submitted", "told")
@@ -50,3 +55,20 @@ def test_decoding_beside_copies(llm):
     assert copied["alone"] == 0 and all(copied[name] > 0 for name in BESIDE)
     assert all(found[name]["seconds"][0] > 0 for name in copied)
     assert tier(llm)["stored"] >= found["rows_stored"] > 0
+
+
+def test_loads_are_copied_as_a_case_says(llm, monkeypatch):
+    """Those of the tier, and those beside steps, in whichever round."""
+    monkeypatch.setattr(transfers, "BATCH_BYTES", dict(transfers.BATCH_BYTES))
+    monkeypatch.setattr(transfers, "IDLE_BATCH_BYTES", 0)
+    row_copies.cache_clear()
+    load = live_connector().connector_worker.worker._load
+    for method, mib in (("KERNEL", 8), ("ENGINE", 128)):
+        llm.collective_rpc(set_loads, args=(method, mib))
+        steps(llm, [[1, 2, 3] * 20], 4, True, "loads")
+        beside = row_copies(True, tier(llm)["row_bytes"], load.src.device)
+        assert load._method == beside._direction._method == CopyMethod[method]
+        assert transfers.BATCH_BYTES[Way.H2D] == transfers.IDLE_BATCH_BYTES == mib << 20
+        (seconds,) = llm.collective_rpc(host_seconds)
+        assert seconds > 0
+    row_copies.cache_clear()

@@ -5,8 +5,9 @@ import pytest
 pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
 
 from faults import TALLY, Copies, compare, core_of, finish, live_connector
-from model_fixture import ON_GPU, random_prompts, vllm_greedy
+from model_fixture import random_prompts, vllm_greedy
 from nixl_fixture import (
+    ON_DEVICE,
     OtherEngine,
     add_all,
     blocks_in_use,
@@ -19,14 +20,14 @@ from nixl_fixture import (
 from vllm_xlayer.compat.engine import empty_device_cache
 from vllm_xlayer.connector.host.accounts import check_accounts
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="the prefill engine's settings are the CPU platform's")
+pytestmark = pytest.mark.anywhere
 
 NUM_TOKENS = 8
 PROMPTS = random_prompts([100, 33, 200])
 ROWS = [-(-len(prompt) // 16) for prompt in PROMPTS]
 WHOLE_ROWS = sum(len(prompt) // 16 for prompt in PROMPTS)
 NOT_HANDED_OVER = [None] * len(PROMPTS)
-SETTINGS = dict(skip_tokenizer_init=True, max_model_len=512, seed=0, dtype="bfloat16")
+SETTINGS = dict(skip_tokenizer_init=True, max_model_len=512, seed=0, **ON_DEVICE)
 BOTH = dict(
     kv_connector="MultiConnector", kv_role="kv_both", kv_load_failure_policy="recompute",
     kv_connector_extra_config={"connectors": [

@@ -4,25 +4,38 @@ import types
 from typing import NamedTuple
 
 import pytest
+import torch
 
 pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
 
 from faults import finish, live_connector
 from model_fixture import ON_GPU, random_prompts, vllm_greedy
-from nixl_fixture import OtherEngine, add_all, blocks_in_use, end_leases, free_port, side_channel, transfer
+from nixl_fixture import (
+    ON_DEVICE,
+    OtherEngine,
+    add_all,
+    blocks_in_use,
+    end_leases,
+    free_port,
+    side_channel,
+    transfer,
+)
 
 pytestmark = [
-    pytest.mark.skipif(ON_GPU, reason="the other engine's settings are the CPU platform's"),
+    pytest.mark.anywhere,
+    pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs"),
     pytest.mark.timeout(400, func_only=True),
 ]
 
 NUM_TOKENS = 8
 PROMPTS = random_prompts([97, 33, 193])
 BLOCKS = [-(-len(prompt) // 16) for prompt in PROMPTS]
-SETTINGS = dict(
-    skip_tokenizer_init=True, max_model_len=512, seed=0, dtype="float32", kv_cache_memory_bytes=4 << 20,
+SETTINGS = ON_DEVICE | dict(
+    skip_tokenizer_init=True, max_model_len=512, seed=0, dtype="float32", kv_cache_memory_bytes=8 << 20,
     kv_transfer_config=transfer(kv_lease_duration=20),
 )  # fmt: skip
+CACHES = ["auto"] if ON_GPU else ["auto", "nvfp4"]
+"""On a GPU NVFP4 needs 16 bits: see `engines`."""
 WAYS = {"two ranks to one": ("two", "one"), "one rank to two": ("one", "two")}
 
 
@@ -112,7 +125,7 @@ def read_as_vllm_does(_, on):
 # These here.
 
 
-@pytest.fixture(scope="module", params=["auto", "nvfp4"])
+@pytest.fixture(scope="module", params=CACHES)
 def engines(request, make_llm, tiny_llama):
     """Computed in 32 bits: ranks add up in another order, and in 16 bits tokens would show it."""
     settings = SETTINGS | dict(kv_cache_dtype=request.param)

@@ -37,7 +37,7 @@ def make_prompts(llm: Any, count: int, tokens: int, seed: int) -> list[list[int]
     return [[(31 * i + 7 * n + seed) % vocabulary for i in range(tokens)] for n in range(count)]
 
 
-def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
+def restores(llm: Any, tokens: int, repeats: int, turns: int = TURNS) -> dict[str, Any]:
     """Seconds to the first token: prompts that are new, on the device, and in the host tier only; what they
     were spent on (`spans`); and the link's rate after every turn.
 
@@ -67,7 +67,7 @@ def restores(llm: Any, tokens: int, repeats: int) -> dict[str, Any]:
     first_tokens("cold")
     come_to_rest(llm)
     before = tier(llm)["loaded"]
-    for _ in range(TURNS):
+    for _ in range(turns):
         loaded = tier(llm)["loaded"]
         first_tokens("cached")
         come_to_rest(llm)
