@@ -44,7 +44,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "capacity": (("h200-capacity.json",), markdown.capacity_table),
     "quality": (("h200-demo.json",), markdown.demo_table),
     "accuracy": (("h200-quality.json",), quality.table),
-    "transforms": (("cpu-transforms.json", "cpu-transforms-demo.json"), transforms.table),
+    "transforms": (("cpu-transforms.json",), transforms.table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
     "traffic": (("h200-traffic.json",), markdown.traffic_section),

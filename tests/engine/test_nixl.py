@@ -226,11 +226,13 @@ class TestTheOtherEngine:
         handed_over = hand_over(pair)
         pair.prefill.stop(signal.SIGSTOP)
         TALLY["tries"] += 1
-        with monkeypatch.context() as patch:
-            patch.setattr(pair.worker.reads, "timeout", 1.0)
-            pair.check(handed_over, computed=True)
-        pair.check_failures()
-        pair.prefill.go_on()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(pair.worker.reads, "timeout", 1.0)
+                pair.check(handed_over, computed=True)
+            pair.check_failures()
+        finally:  # else all tests after this one wait for it
+            pair.prefill.go_on()
         pair.settle()
         pair.check_prefill_keeps_nothing(pair.prefill)
         pair.check(hand_over(pair))
