@@ -1,7 +1,7 @@
 // K may be kept rotated: every block of 32 elements of a head (of 16, where 32 does not divide the head size)
-// times a Hadamard matrix, before it is quantised. That spreads a channel that is larger than the others over
-// its block, so that the grids of its groups are used up; queries rotated alike give the same scores.
-// docs/accuracy.md has what it gains.
+// times a Hadamard matrix, before it is quantised; queries rotated alike give the same scores. NVFP4's error is
+// in proportion to the value, and channels that are large in K are large in the queries: rotated, the error is
+// spread over the block. docs/accuracy.md has what that gains.
 //
 //   kept K = H k / 4      query = H q * r      k = H (kept K) * r      r = 4 / n, n the block: H H = n I
 //
@@ -21,13 +21,13 @@ XLAYER_HD constexpr int rotation_block(int head_size) { return head_size % 32 ==
 // r above.
 XLAYER_HD constexpr float rotation_back(int block) { return 4.0f / float(block); }
 
-// Butterflies of elements FROM, 2 * FROM, ... and N / 2 apart, among N that one thread has.
-template <int N, int FROM = 1>
+// Butterflies of elements 1, 2, 4, ... and N / 2 apart, among N that one thread has.
+template <int N>
 XLAYER_HD void butterflies(float* x) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
-  for (int apart = FROM; apart < N; apart *= 2) {
+  for (int apart = 1; apart < N; apart *= 2) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
