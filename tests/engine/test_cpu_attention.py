@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference.nvfp4_ref import keys_from_kept
 
-pytestmark = pytest.mark.usefixtures("reference_platform")
+pytestmark = pytest.mark.usefixtures("reference_platform", "pages_alone")
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 6, 2, 32, 16
 SCALE = 0.3

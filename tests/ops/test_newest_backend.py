@@ -35,7 +35,6 @@ class Machine:
         monkeypatch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(PLACES))
         monkeypatch.setattr(newest, "explain_refusal", lambda config: None)
         monkeypatch.setattr(newest, "num_rows", lambda config: ROWS)
-        monkeypatch.setattr("vllm_xlayer.attention.metadata.explain_v2_refusal", lambda config: None)
         self.case, self.rng = case, np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.impl = cpu_impl(case)

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ..ops.newest import TILE
 from .decode import DecodeBatch, DecodePlanner, limits
-from .newest import NewestBatch, explain_v2_refusal, make_planner
+from .newest import NewestBatch, make_planner
 from .plan import Piece, newest_candidates, plan_pieces
 
 logger = init_logger(__name__)
@@ -152,7 +152,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             )
         # With speculative decoding vLLM knows only an upper bound of the lengths on the host.
         self._lens_exact_on_host = vllm_config.speculative_config is None
-        self._newest = make_planner(vllm_config, layer_names, device, explain_v2_refusal)
+        self._newest = make_planner(vllm_config, layer_names, device)
         self._planner: DecodePlanner | None = None
         self._decode_len = _decode_query_len(vllm_config)
         if shape := _decode_shape(vllm_config, kv_cache_spec):

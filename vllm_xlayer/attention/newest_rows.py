@@ -120,6 +120,8 @@ def expect_v2_starts() -> None:
 
 def start_on_v2(table: Any, places: int, place: int, running: Iterable[int]) -> None:
     """A request was put into a place of a runner's table; see `RunnerRows`."""
+    if not _num_rows:  # no layer keeps newest tokens: another KV cache, or they are off
+        return
     rows = _rows
     if not isinstance(rows, RunnerRows) or rows.table is not table:
         rows = RunnerRows(table, places, min(places, _num_rows))

@@ -16,7 +16,7 @@ def tell_start(original, states, req_id, *args, **kwargs):
 
 
 def _not_needed() -> str | None:
-    return None if Config.load().newest_tokens else "VLLM_XLAYER_NEWEST_TOKENS is 0"
+    return "VLLM_XLAYER_NEWEST_TOKENS is 0" if Config.load().newest_tokens == 0 else None
 
 
 def _apply() -> None:
@@ -31,7 +31,7 @@ def _apply() -> None:
 PATCH = Patch(
     feature="newest tokens in 16 bits",
     owner="vllm.v1.worker.gpu.states:RequestState",
-    why="a request could read another's newest tokens, so VLLM_XLAYER_NEWEST_TOKENS is refused",
+    why="a request could read another's newest tokens, so none are kept, and asking for them is refused",
     how="is told of each request that is put into a place of model runner V2's table",
     remove_when="vLLM tells attention backends when a row's request is another one",
     methods={"add_request": "self req_id"},
@@ -61,7 +61,7 @@ def _apply_to_hybrids() -> None:
 HYBRIDS = Patch(
     feature="newest tokens in 16 bits, of hybrids",
     owner="vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState",
-    why="nobody says which requests a hybrid's step has, so VLLM_XLAYER_NEWEST_TOKENS is refused",
+    why="nobody says which requests a hybrid's step has, so none are kept, and asking for them is refused",
     how="takes the places of a batch's requests while their metadata is built",
     remove_when="vLLM gives CommonAttentionMetadata.req_idx to hybrids, too",
     methods={"prepare_attn": "self input_batch"},
