@@ -103,9 +103,12 @@ class Step:
 
 
 def make_impl(**settings):
+    from vllm.config import VllmConfig, set_current_vllm_config
+
     from vllm_xlayer.attention.cpu import CpuReferenceImpl
 
-    return CpuReferenceImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, **settings)
+    with set_current_vllm_config(VllmConfig()):
+        return CpuReferenceImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, **settings)
 
 
 @pytest.mark.parametrize(
