@@ -115,7 +115,8 @@ def bench(monkeypatch, tmp_path):
 
 
 def test_all_ways(bench, capsys):
-    code, results, engines = bench("--repeats", "2", "--cache", "bf16")
+    ways = ["rows", "pages", "computed", "host"]
+    code, results, engines = bench("--repeats", "2", "--cache", "bf16", "--ways", *ways)
     assert code == 0 and results["problems"] == {}
     (length,) = results["lengths"]
     assert length["kv_bytes"] == TOKENS * 4 * 2 * 128 * 2 * 2
@@ -141,6 +142,12 @@ def test_all_ways(bench, capsys):
     assert prefill.orders != decode.orders, "blocks side by side there are not side by side here"
     read = [params["of"] for _, params in decode.asked if params]
     assert read == [prompt for prompt, _ in prefill.asked]
+
+
+def test_the_ring_of_each_way(bench):
+    _, _, engines = bench("--ways", "rows", "rows-large", "pages", "--repeats", "1")
+    rings = [engine.settings["kv_transfer_config"]["kv_connector_extra_config"] for engine in engines]
+    assert rings == [{}] * 2 + [{"staging_bytes": 1 << 30}] * 2 + [{}] * 2
 
 
 def test_one_start_for_all_lengths(bench):

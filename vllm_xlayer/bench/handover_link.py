@@ -140,15 +140,15 @@ def _rate(agent: Any, name: str, kind: str, target: Any, address: int, count: in
     starts = np.random.default_rng(count).permutation(count).astype(np.uint64) * np.uint64(size)
     descriptors = np.zeros((count, 3), np.uint64)  # the last column is the device's number
     descriptors[:, 1] = size
-    both = []
-    for base in (target.data_ptr(), address):
-        descriptors[:, 0] = starts + np.uint64(base)
-        both.append(agent.get_xfer_descs(descriptors, kind))
+    descriptors[:, 0] = starts + np.uint64(target.data_ptr())
+    here = agent.get_xfer_descs(descriptors, kind)
+    descriptors[:, 0] = starts + np.uint64(address)
+    theirs = agent.get_xfer_descs(descriptors, kind)
     target.zero_()
     target[:1].item()  # on a GPU, waits for it
     best, end = float("inf"), time.perf_counter() + ENOUGH_SECONDS
     for _ in range(READS):
-        best = min(best, _read(agent, *both, name))
+        best = min(best, _read(agent, here, theirs, name))
         if time.perf_counter() > end:
             break
     if not bool((target[: size * count] == 1).all()):

@@ -80,15 +80,20 @@ def start_pair(
     cache: str,
     connector: str,
     devices: list[str] | None = None,
+    extra: dict[str, Any] | None = None,
     wait: bool = True,
     **settings: Any,
 ) -> Iterator[Pair]:
     """Both start at the same time.
 
     devices: of the prefill engine and of the decode engine, as `on_devices` takes them.
+    extra: the connector's own settings.
     wait: until both have started; else `Pair.wait` must be called first.
     """
-    transfer = dict(kv_connector=connector, kv_role="kv_both", kv_load_failure_policy="recompute")
+    transfer = dict(
+        kv_connector=connector, kv_role="kv_both", kv_load_failure_policy="recompute",
+        kv_connector_extra_config=extra or {},
+    )  # fmt: skip
     with contextlib.ExitStack() as stack:
         engines = []
         either: list[str | None] = [*devices] if devices else [None, None]

@@ -9,10 +9,16 @@ from ..compat.engine import empty_device_cache, histogram_sum, shuffle_free_bloc
 from .engines import GRAPHS_ONLY, Answer, Engine, Prompt, prompts
 from .handover_pair import CORE_HERE, LIMIT_SECONDS, NotMeasured, Pair, on_devices, start_pair
 
-CONNECTORS = {"rows": "XLayerNixlConnector", "pages": "NixlConnector"}
-"""How a prompt is read: a descriptor a block, or vLLM's, one a block and layer."""
+LARGE_RING = 1 << 30
+CONNECTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rows": ("XLayerNixlConnector", {}),
+    "rows-large": ("XLayerNixlConnector", {"staging_bytes": LARGE_RING}),
+    "pages": ("NixlConnector", {}),
+}
+"""How a prompt is read: a descriptor a block, or vLLM's, one a block and layer; with the connector's settings."""
 WAYS = {
     "rows": "read as rows",
+    "rows-large": f"read as rows, staging_bytes {LARGE_RING >> 20:,} MiB",
     "pages": "read as pages (vLLM's NixlConnector)",
     "computed": "computed here",
     "host": "restored from host memory",
@@ -43,7 +49,8 @@ def start(
         gpu_memory_utilization=gpu_memory_utilization, **GRAPHS_ONLY,
     )  # fmt: skip
     if way in CONNECTORS:
-        return start_pair(model, cache, CONNECTORS[way], devices, wait=False, **settings)
+        connector, extra = CONNECTORS[way]
+        return start_pair(model, cache, connector, devices, extra, wait=False, **settings)
     environment, settings = on_devices(devices[1] if devices else None, settings)
     if way == "host":
         settings["kv_transfer_config"] = dict(
