@@ -15,7 +15,7 @@ CONNECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "rows-large": ("XLayerNixlConnector", {"staging_bytes": LARGE_RING}),
     "pages": ("NixlConnector", {}),
 }
-"""How a prompt is read: a descriptor a block, or vLLM's, one a block and layer; with the connector's settings."""
+"""How a prompt is read: a descriptor a block, or vLLM's, one a block and layer. With the settings."""
 WAYS = {
     "rows": "read as rows",
     "rows-large": f"read as rows, staging_bytes {LARGE_RING >> 20:,} MiB",
