@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", nargs="+", type=int, default=[16384 if on_gpu else 512], help="of each prompt"
     )
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="none for NIXL alone")
     parser.add_argument(
         "--devices", nargs=2, metavar=("PREFILL", "DECODE"),
         help="GPUs of each engine, as CUDA_VISIBLE_DEVICES has them; several for as many ranks: 0,1",
