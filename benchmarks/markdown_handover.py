@@ -18,7 +18,7 @@ def section(results: dict[str, Any]) -> str:
     steps = results["steps"]
     parts = [_engines(results["devices"])]
     answers = [
-        f"{step['cache']} {step['same']} of {step['answers']} ({step['computed']} prompts were computed again)"
+        f"{step['cache']} {step['same']} of {step['answers']} ({step['computed']} prompts computed again)"
         for step in steps.values()
         if "answers" in step
     ]

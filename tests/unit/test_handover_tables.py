@@ -21,7 +21,7 @@ def test_answers_and_times():
     steps = {"answers, bf16": answers, "times, nvfp4": times()}
     text = section(ABOUT | {"devices": ["0,1", "0"], "steps": steps})
     assert "Prefill engine on GPU 0,1, decode engine on GPU 0" in text
-    assert "bf16 95 of 96 (1 prompts were computed again)" in text
+    assert "bf16 95 of 96 (1 prompts computed again)" in text
     lines = [line for line in text.splitlines() if line.startswith("| nvfp4")]
     # The median of each; the hand-over is their difference, the floor 6e8 / 3e11 s.
     assert lines == [
