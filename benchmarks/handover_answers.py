@@ -4,6 +4,7 @@ engine, and by one engine alone: scores, and how many answers are the same."""
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lm_eval.api.model import LM
 from transformers import AutoTokenizer
 
+from vllm_xlayer.bench.engines import end_when_told
 from vllm_xlayer.bench.handover_pair import Pair, start_pair
 from vllm_xlayer.compat.engine import histogram_sum, shuffle_free_blocks
 from vllm_xlayer.demo import model_path
@@ -70,7 +72,12 @@ def measure(pair: Pair, limit: int) -> dict[str, Any]:
 
     for engine in (pair.prefill, pair.decode):
         engine.call(shuffle_free_blocks)
-    first, then = (evaluate(Engines(ask), limit) for ask in (alone, handed_over))
+    found = []
+    for what, ask in {"one engine alone": alone, "handed over": handed_over}.items():
+        began = time.monotonic()
+        found.append(evaluate(Engines(ask), limit))
+        print(f"{what}: {len(found[-1]['answers'])} answers in {time.monotonic() - began:.1f} s", flush=True)
+    first, then = found
     return {
         "scores": {"alone": first["scores"], "handed over": then["scores"]},
         "same": sum(then["answers"][key] == answer for key, answer in first["answers"].items()),
@@ -87,13 +94,17 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=32, help="documents of each task")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
+    end_when_told()
     kv_bytes = GPU_BYTES if torch.cuda.is_available() else CPU_BYTES
-    settings = dict(
+    settings: dict[str, Any] = dict(
         load_format="auto", dtype="bfloat16", max_model_len=2560, max_num_seqs=BATCH, enforce_eager=True,
         gpu_memory_utilization=0.3, kv_cache_memory_bytes=kv_bytes,
     )  # fmt: skip
+    began = time.monotonic()
     with start_pair(model_path(), args.cache, "XLayerNixlConnector", args.devices, **settings) as pair:
+        print(f"{args.cache}: both engines have started in {time.monotonic() - began:.1f} s", flush=True)
         found = measure(pair, args.limit)
+        pair.end()
     args.json.write_text(json.dumps(found | {"cache": args.cache} | provenance(), indent=2) + "\n")
     print(f"{args.cache}: {found['same']} of {found['answers']} answers are one engine's, "
           f"{found['computed']} prompts were computed")  # fmt: skip

@@ -10,7 +10,16 @@ import re
 import sys
 from collections.abc import Callable
 
-from . import RESULTS, ROOT, markdown, markdown_models, markdown_tier, quality, transforms
+from . import (
+    RESULTS,
+    ROOT,
+    markdown,
+    markdown_handover,
+    markdown_models,
+    markdown_tier,
+    quality,
+    transforms,
+)
 from .plot import copy_plot, decode_plot, quality_plot
 
 DOCUMENTS = (
@@ -21,7 +30,16 @@ DOCUMENTS = (
     ROOT / "docs/reliability.md",
     ROOT / "csrc/kernels/nvfp4_attention/NOTES.md",
     ROOT / "docs/models.md",
+    ROOT / "docs/prefill-decode.md",
 )
+HANDOVERS = {
+    "handover": "h200-handover.json",
+    "handover_x2": "h200-x2-handover.json",
+    "handover_x2_answers": "h200-x2-handover-answers.json",
+    "handover_2to1": "h200-x2-handover-2to1.json",
+    "handover_1to2": "h200-x2-handover-1to2.json",
+}
+"""Marker -> results file of `benchmarks.handover`."""
 PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
 COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
@@ -59,6 +77,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "soak": (("h200-soak.json",), markdown_models.soak_section),
     "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
+    **{name: ((file,), markdown_handover.section) for name, file in HANDOVERS.items()},
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
 SECTIONS = (
@@ -75,6 +94,7 @@ SECTIONS = (
     "models_gpu",
     "latents",
     "soak",
+    *HANDOVERS,
 )
 """Nothing is shown for these, not even a heading, until their results are there."""
 

@@ -11,6 +11,11 @@ from pathlib import Path
 
 # Before vLLM is imported: one of its libraries starts compilers in the background, of kernels for GPUs.
 os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
+# Engines of several ranks: no all-reduce of vLLM's that asks for NVLink multicast, which a program can put a
+# host's GPUs out of service with. FlashInfer's does whatever NCCL's and PyTorch's own variables say.
+os.environ.setdefault("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
+os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+os.environ.setdefault("VLLM_FLASHINFER_ALLREDUCE_BACKEND", "trtllm")
 
 import pytest
 import torch

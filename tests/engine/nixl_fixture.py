@@ -27,7 +27,9 @@ PREFILL = dict(
     remote_host=None, remote_port=None,
 )  # fmt: skip
 """What vLLM's proxy sends to a prefill engine."""
-ANSWER_SECONDS = 600
+ANSWER_SECONDS = 60 if ON_GPU else 600
+START_SECONDS = 120 if ON_GPU else 600
+"""Of another engine. A GPU is lent for minutes: what hangs there must not take the others' time."""
 
 ON_DEVICE = (
     dict(dtype="bfloat16", gpu_memory_utilization=0.2, enforce_eager=True)
@@ -118,7 +120,7 @@ class OtherEngine:
                 patch.setenv("CUDA_VISIBLE_DEVICES", visible.split(",")[1])  # before it imports torch
             self.process.start()
         theirs.close()
-        self._answer()
+        self._answer(START_SECONDS)
 
     def prefill(self, prompt) -> dict:
         """Computes a prompt; what vLLM's proxy hands to the decode engine."""
@@ -140,9 +142,9 @@ class OtherEngine:
         self.process.kill()
         self.process.join()
 
-    def _answer(self):
-        if not self.pipe.poll(ANSWER_SECONDS):
-            raise TimeoutError(f"the other engine did not answer in {ANSWER_SECONDS} s")
+    def _answer(self, seconds=ANSWER_SECONDS):
+        if not self.pipe.poll(seconds):
+            raise TimeoutError(f"the other engine did not answer in {seconds} s")
         answer = self.pipe.recv()
         if isinstance(answer, str) and answer.startswith("Traceback"):
             raise RuntimeError(answer)

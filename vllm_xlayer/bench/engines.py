@@ -78,6 +78,13 @@ GRAPHS_ONLY = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_
 """Settings with which an engine starts in a fraction of the time: no torch.compile, graphs for decode."""
 SAMPLER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 """FlashInfer's sampler is compiled at the first start on a machine: minutes that are not the cache's."""
+NO_MULTICAST = {
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
+}
+"""For engines of several ranks: vLLM's all-reduces without NVLink multicast, which a host that others share
+may forbid. FlashInfer's asks for it whatever NCCL_NVLS_ENABLE and TORCH_SYMM_MEM_DISABLE_MULTICAST say."""
 WARM_STEPS = 8
 """Decode steps before the timed ones."""
 Prompt = list[int]
@@ -97,6 +104,12 @@ def goes_on(cache: str, failed: list[str]) -> Iterator[None]:
     except EngineFailed as error:
         print(f"{cache}: {error}, see above", file=sys.stderr)
         failed.append(cache)
+
+
+def end_when_told() -> None:
+    """On SIGTERM, too, `with` blocks end what they have started: engines are in groups of their own, which
+    nobody else would end where one hangs."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def write_model(folder: Path, shape: str, layers: int | None = None) -> Path:
@@ -140,7 +153,7 @@ class Engine:
     It computes only while `generate` runs, so that several can share a GPU and be timed in turn.
 
     Raises:
-        EngineFailed: from the constructor and from `generate`.
+        EngineFailed: from the constructor or `wait`, and from `generate`.
     """
 
     def __init__(
@@ -149,14 +162,19 @@ class Engine:
         cache: str,
         environment: dict[str, str] | None = None,
         limit: float | None = None,
+        wait: bool = True,
         **settings: Any,
     ) -> None:
         """
         environment: variables of its process, besides this one's.
         limit: seconds in which it must start, and answer; None for no limit.
+        wait: until it has started; else `wait` must be called before it is asked anything, so that several
+            start at the same time.
         settings: vLLM's, besides the cache's and those that a model without weights needs.
         """
         self._limit = limit
+        self.due: float | None = None
+        """When all further answers must have come (time.monotonic), in place of the limit of each."""
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
         job = dict(model=str(model), load_format="dummy", skip_tokenizer_init=True) | CACHES[cache] | settings
@@ -165,11 +183,17 @@ class Engine:
         self._process.start()
         self._pid = self._process.pid
         there.close()
+        self.about: dict[str, Any] = {}
+        """start_seconds, runner, capacity (tokens of KV), block_size, vocabulary; once it has started"""
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until it has started."""
         try:
-            self.about: dict[str, Any] = self._receive()
-            """start_seconds, runner, capacity (tokens of KV), block_size, vocabulary"""
+            self.about = self._receive()
         except BaseException:
-            self._end()
+            self.end()
             raise
 
     def generate(
@@ -207,10 +231,11 @@ class Engine:
         self._pipe.close()  # it ends when nobody can ask any more
         if kind is None:
             self._process.join(60)
-        self._end()
+        self.end()
 
-    def _end(self) -> None:
-        """Ends the process and those that vLLM started from it, which would keep the GPU's memory."""
+    def end(self) -> None:
+        """Ends the process and those that vLLM started from it, which would keep the GPU's memory; at once,
+        where the `with` block lets it end by itself, which takes seconds."""
         pid, self._pid = self._pid, None
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -220,22 +245,23 @@ class Engine:
 
     def _receive(self) -> Any:
         # Not the pipe alone: vLLM's own processes may hold its other end open.
-        if not wait([self._pipe, self._process.sentinel], self._limit):
-            self._end()
-            raise EngineFailed(f"expected the engine to start or to answer within {self._limit:g} s")
+        limit = self._limit if self.due is None else max(0.0, self.due - time.monotonic())
+        if not wait([self._pipe, self._process.sentinel], limit):
+            self.end()
+            raise EngineFailed(f"expected the engine to start or to answer within {limit:.0f} s")
         try:
             if self._pipe.poll():
                 return self._pipe.recv()
         except (EOFError, ConnectionResetError):
             pass
-        self._end()
+        self.end()
         raise EngineFailed(f"the engine ended with exit code {self._process.exitcode}")
 
 
 def _serve(pipe: Connection, job: dict[str, Any], environment: dict[str, str]) -> None:
     """The engine's process: one LLM, asked until the other end of the pipe is closed."""
     os.setsid()  # one group with all that vLLM starts
-    os.environ.update(SAMPLER | os.environ | environment)
+    os.environ.update(SAMPLER | NO_MULTICAST | os.environ | environment)
     from vllm import LLM
 
     begin = time.perf_counter()
@@ -302,7 +328,7 @@ def run_engine(
     out = folder / "out.json"
     out.unlink(missing_ok=True)
     module, name = function.split(":")
-    env = SAMPLER | os.environ | (environment or {})
+    env = SAMPLER | NO_MULTICAST | os.environ | (environment or {})
     if core_here:
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     code = (

@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import random
 import time
 import traceback
 import uuid
@@ -12,43 +11,62 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 READS = 5
-SECONDS = 60.0
+ENOUGH_SECONDS = 2.0
+"""After so long no further read is begun: over a slow link one says enough."""
+READ_SECONDS = 20.0
 """For a read, before it counts as hung."""
-START_SECONDS = 120.0
-"""For a process to import torch and NIXL, and to offer memory or to read it."""
+START_SECONDS = 60.0
+"""For a process to import torch and NIXL, and to offer memory or to be ready to read it."""
 
 
-def read_rates(nbytes: int, pieces: list[int], devices: list[str] | None = None) -> list[float]:
-    """Bytes a second, the best of READS, for each number of equal pieces that they are read in.
-
-    Args:
-        devices: of the process that is read from and of the one that reads, as CUDA_VISIBLE_DEVICES; None
-            for whatever is visible. Where there is no GPU the memory is the host's.
+class Link:
+    """Two processes with registered memory: one offers, the other reads. They end with the `with` block.
 
     Raises:
-        RuntimeError: a read failed or did not end; says what NIXL said.
+        ImportError: from `wait`; NIXL is missing.
+        RuntimeError: from `wait` and `rate`; a process or a read failed or did not end; says what NIXL said.
     """
-    context = multiprocessing.get_context("spawn")
-    ends = [context.Pipe() for _ in "12"]
-    first = [device.split(",")[0] for device in devices] if devices else [None, None]
-    works: list[tuple[Callable[..., None], tuple[list[int], ...]]] = [(_offer, ()), (_fetch, (pieces,))]
-    processes = [
-        context.Process(target=work, args=(ends[i][1], nbytes, first[i], *more), daemon=True)
-        for i, (work, more) in enumerate(works)
-    ]
-    (offers, _), (fetches, _) = ends
-    try:
-        for process, (_, theirs) in zip(processes, ends, strict=True):
+
+    def __init__(self, nbytes: int, devices: list[str] | None = None) -> None:
+        """Starts them, without waiting.
+
+        nbytes: the most that is to be read.
+        devices: of the process that is read from and of the one that reads, as CUDA_VISIBLE_DEVICES; None
+            for whatever is visible. Where there is no GPU the memory is the host's.
+        """
+        context = multiprocessing.get_context("spawn")
+        ends = [context.Pipe() for _ in "12"]
+        first = [device.split(",")[0] for device in devices] if devices else [None, None]
+        works: list[Callable[..., None]] = [_offer, _fetch]
+        self._processes = [
+            context.Process(target=work, args=(theirs, nbytes, device), daemon=True)
+            for work, (_, theirs), device in zip(works, ends, first, strict=True)
+        ]
+        self._offers, self._fetches = (ours for ours, _ in ends)
+        for process, (_, theirs) in zip(self._processes, ends, strict=True):
             process.start()
             theirs.close()
-        fetches.send(_answer(offers, START_SECONDS, "offer memory"))
-        rates: list[float] = _answer(fetches, START_SECONDS + len(pieces) * READS * SECONDS, "read it")
-        return rates
-    finally:
-        for end, _ in ends:
+
+    def wait(self) -> None:
+        """Until the one can read from the other."""
+        self._fetches.send(_answer(self._offers, START_SECONDS, "offer memory"))
+        _answer(self._fetches, START_SECONDS, "be ready to read it")
+
+    def rate(self, nbytes: int, pieces: int) -> float:
+        """Bytes a second, the best of READS, read in so many equal pieces."""
+        self._fetches.send((nbytes, pieces))
+        seconds = ENOUGH_SECONDS + 2 * READ_SECONDS  # preparing the pieces takes its time, too
+        rate: float = _answer(self._fetches, seconds, f"read {nbytes} bytes in {pieces} pieces")
+        return rate
+
+    def __enter__(self) -> "Link":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for end in (self._offers, self._fetches):
             end.close()  # they end then
-        for process in processes:
-            process.join(10)
+        for process in self._processes:
+            process.join(5)
             process.kill()
 
 
@@ -57,7 +75,7 @@ def _answer(pipe: Connection, seconds: float, what: str) -> Any:
         if not pipe.poll(seconds):
             raise RuntimeError(f"expected a process to {what} in {seconds:g} s")
         said = pipe.recv()
-    except EOFError as error:
+    except (EOFError, ConnectionResetError) as error:
         raise RuntimeError("a process ended, see above") from error
     if isinstance(said, Exception):
         raise said
@@ -73,6 +91,8 @@ def _memory(nbytes: int, value: int, device: str | None) -> tuple[Any, Any, str]
 
     on_gpu = torch.cuda.is_available()
     memory = torch.full((nbytes,), value, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
+    if on_gpu:
+        torch.cuda.synchronize()  # NIXL reads past torch's streams
     agent = nixl_agent(str(uuid.uuid4()), nixl_agent_config(backends=["UCX"]))
     agent.register_memory(memory)
     return memory, agent, "VRAM" if on_gpu else "DRAM"
@@ -83,7 +103,7 @@ def _tells(pipe: Connection) -> Any:
     """Lets the other process raise what is raised here; ends quietly once it has closed the pipe."""
     try:
         yield
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionResetError, BrokenPipeError):
         pass
     except ImportError as error:
         pipe.send(ImportError(str(error)))
@@ -99,25 +119,41 @@ def _offer(pipe: Connection, nbytes: int, device: str | None) -> None:
         pipe.recv()
 
 
-def _fetch(pipe: Connection, nbytes: int, device: str | None, pieces: list[int]) -> None:
-    """The process that reads."""
+def _fetch(pipe: Connection, nbytes: int, device: str | None) -> None:
+    """The process that reads, whatever it is told to until the pipe is closed."""
     with _tells(pipe):
         target, agent, kind = _memory(nbytes, 0, device)
         metadata, address = pipe.recv()
         name = agent.add_remote_agent(metadata)
-        rates = []
-        for count in pieces:
-            size = nbytes // count
-            # In any order: side by side NIXL would make one descriptor of many.
-            starts = random.Random(count).sample(range(0, size * count, size), count)
-            here = agent.get_xfer_descs([(target.data_ptr() + at, size, 0) for at in starts], kind)
-            theirs = agent.get_xfer_descs([(address + at, size, 0) for at in starts], kind)
-            target.zero_()
-            best = min(_read(agent, here, theirs, name) for _ in range(READS))
-            if not bool((target[: size * count] == 1).all()):
-                raise RuntimeError("expected the other process's bytes, got others")
-            rates.append(size * count / best)
-        pipe.send(rates)
+        pipe.send("ready")
+        while True:
+            asked, count = pipe.recv()
+            pipe.send(_rate(agent, name, kind, target[:asked], address, count))
+
+
+def _rate(agent: Any, name: str, kind: str, target: Any, address: int, count: int) -> float:
+    """Bytes a second of a read into a tensor, in so many pieces."""
+    import numpy as np
+
+    size = target.numel() // count
+    # In any order: side by side NIXL would make one descriptor of many.
+    starts = np.random.default_rng(count).permutation(count).astype(np.uint64) * np.uint64(size)
+    descriptors = np.zeros((count, 3), np.uint64)  # the last column is the device's number
+    descriptors[:, 1] = size
+    descriptors[:, 0] = starts + np.uint64(target.data_ptr())
+    here = agent.get_xfer_descs(descriptors, kind)
+    descriptors[:, 0] = starts + np.uint64(address)
+    theirs = agent.get_xfer_descs(descriptors, kind)
+    target.zero_()
+    target[:1].item()  # on a GPU, waits for it
+    best, end = float("inf"), time.perf_counter() + ENOUGH_SECONDS
+    for _ in range(READS):
+        best = min(best, _read(agent, here, theirs, name))
+        if time.perf_counter() > end:
+            break
+    if not bool((target[: size * count] == 1).all()):
+        raise RuntimeError("expected the other process's bytes, got others")
+    return size * count / best
 
 
 def _read(agent: Any, here: Any, theirs: Any, name: str) -> float:
@@ -125,10 +161,10 @@ def _read(agent: Any, here: Any, theirs: Any, name: str) -> float:
     handle = agent.initialize_xfer("READ", here, theirs, name)
     begin = time.perf_counter()
     state = agent.transfer(handle)
-    while state == "PROC" and time.perf_counter() - begin < SECONDS:
+    while state == "PROC" and time.perf_counter() - begin < READ_SECONDS:
         state = agent.check_xfer_state(handle)
     seconds = time.perf_counter() - begin
     if state != "DONE":
-        raise RuntimeError(f"expected a read to be DONE within {SECONDS:g} s, got {state}")
+        raise RuntimeError(f"expected a read to be DONE within {READ_SECONDS:g} s, got {state}")
     agent.release_xfer_handle(handle)
     return seconds

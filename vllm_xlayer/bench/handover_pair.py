@@ -9,9 +9,11 @@ from typing import Any
 
 from .engines import Answer, Engine, Prompt
 
-LIMIT_SECONDS = 240.0
+LIMIT_SECONDS = 120.0
 """For an engine to start, or to answer."""
 PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
+CORE_HERE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""So that `Engine.call` sees an engine's core."""
 THEIR_HITS = "remote_prefill_cached_tokens"
 """Tokens that the prefill engine had in its cache; vLLM's decode engine reports them as its own."""
 ASK_TO_PREFILL: dict[str, Any] = dict(
@@ -27,10 +29,20 @@ class NotMeasured(RuntimeError):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two engines that are running."""
+    """Two engines."""
 
     prefill: Engine
     decode: Engine
+
+    def wait(self) -> None:
+        """Until both have started."""
+        for engine in (self.prefill, self.decode):
+            engine.wait()
+
+    def end(self) -> None:
+        """At once."""
+        for engine in (self.prefill, self.decode):
+            engine.end()
 
     def hand_over(self, prompts: list[Prompt], tokens: int) -> tuple[Answer, Answer]:
         """Prompts that one computes and the other reads; what each answered, the second ``tokens`` tokens.
@@ -64,10 +76,24 @@ def on_devices(devices: str | None, settings: dict[str, Any]) -> tuple[dict[str,
 
 @contextlib.contextmanager
 def start_pair(
-    model: Path, cache: str, connector: str, devices: list[str] | None = None, **settings: Any
+    model: Path,
+    cache: str,
+    connector: str,
+    devices: list[str] | None = None,
+    extra: dict[str, Any] | None = None,
+    wait: bool = True,
+    **settings: Any,
 ) -> Iterator[Pair]:
-    """devices: of the prefill engine and of the decode engine, as `on_devices` takes them."""
-    transfer = dict(kv_connector=connector, kv_role="kv_both", kv_load_failure_policy="recompute")
+    """Both start at the same time.
+
+    devices: of the prefill engine and of the decode engine, as `on_devices` takes them.
+    extra: the connector's own settings.
+    wait: until both have started; else `Pair.wait` must be called first.
+    """
+    transfer = dict(
+        kv_connector=connector, kv_role="kv_both", kv_load_failure_policy="recompute",
+        kv_connector_extra_config=extra or {},
+    )  # fmt: skip
     with contextlib.ExitStack() as stack:
         engines = []
         either: list[str | None] = [*devices] if devices else [None, None]
@@ -78,10 +104,13 @@ def start_pair(
             holder.bind(("", 0))
             environment, own = on_devices(theirs, settings)
             environment[PORT] = str(holder.getsockname()[1])
-            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that `Engine.call` sees its core
+            environment |= CORE_HERE
             engine = Engine(
-                model, cache, environment, LIMIT_SECONDS,
+                model, cache, environment, LIMIT_SECONDS, wait=False,
                 kv_transfer_config=transfer, disable_log_stats=False, **own,
             )  # fmt: skip
             engines.append(stack.enter_context(engine))
-        yield Pair(*engines)
+        pair = Pair(*engines)
+        if wait:
+            pair.wait()
+        yield pair

@@ -1,0 +1,69 @@
+"""Markdown of `benchmarks.handover`'s results: answers, and times beside the link's floor."""
+
+import statistics
+from typing import Any
+
+from vllm_xlayer.bench.handover_ways import CONNECTORS, WAYS
+
+from .markdown import about, milliseconds, table
+
+HEAD = [
+    "cache, tokens (MB)", "", "NIXL alone, in one piece", "first token, ms", "once on the device, ms",
+    "hand-over, ms", "times the floor", "descriptors",
+]  # fmt: skip
+
+
+def section(results: dict[str, Any]) -> str:
+    """A sentence of answers, a table of times, and what was not measured."""
+    steps = results["steps"]
+    parts = [_engines(results["devices"])]
+    answers = [
+        f"{step['cache']} {step['same']} of {step['answers']} ({step['computed']} prompts computed again)"
+        for step in steps.values()
+        if "answers" in step
+    ]
+    if answers:
+        parts.append(f"Answers to lm_eval's questions that are one engine's alone: {', '.join(answers)}.")
+    lines = [
+        line for step in steps.values() for length in step.get("lengths", ()) for line in _lines(step, length)
+    ]
+    if lines:
+        parts.append(table(HEAD, lines))
+    problems = [
+        f"{name}: {text}"
+        for name, step in steps.items()
+        for text in (*step.get("problems", {}).values(), *([step["problem"]] if "problem" in step else ()))
+    ]
+    if problems:
+        parts.append("Not measured: " + "; ".join(problems) + ".")
+    return "\n\n".join([*parts, about(results)])
+
+
+def _engines(devices: list[str] | None) -> str:
+    if devices is None:
+        return "Both engines on one GPU:"
+    prefill, decode = devices
+    return f"Prefill engine on GPU {prefill}, decode engine on GPU {decode}:"
+
+
+def _lines(step: dict[str, Any], length: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """One for each way."""
+    nbytes, link = length["kv_bytes"], length["link"]
+    what = f"{step['cache']}, {length['tokens']:,} ({nbytes / 1e6:,.0f})"
+    floor = nbytes / link["one"] if "one" in link else None
+    alone = f"{milliseconds(floor, 1)} ms ({link['one'] / 1e9:,.0f} GB/s)" if floor else "-"
+    lines = []
+    for way, numbers in length["ways"].items():
+        seconds = statistics.median(numbers["seconds"])
+        cells = ["", "", "", ""]
+        if way in CONNECTORS:
+            cached = statistics.median(numbers["cached_seconds"])
+            took = seconds - cached
+            cells = [
+                milliseconds(cached, 1),
+                milliseconds(took, 1),
+                f"{took / floor:.2f}" if floor else "-",
+                f"{numbers['descriptors']:,.0f}",
+            ]
+        lines.append((what, [WAYS[way], alone, milliseconds(seconds, 1), *cells]))
+    return lines
