@@ -195,8 +195,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       const int q_len = queries_of(p, request).count;
       const int units = key_range(p.seq_lens[request], q_len, p.window, C::UNIT_TOKENS).units;
       const int tiles_per_head = row_tiles(q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
-      const int line = NEWEST ? (begins[request + 1] - begins[request]) / (p.page.heads * tiles_per_head)
-                              : line_units(units, p.split_units);
+      int line = line_units(units, p.split_units);
+      if constexpr (NEWEST) {  // longer, as the schedule has it. Without the maximum nvcc spills registers.
+        line = max(line, (begins[request + 1] - begins[request]) / (p.page.heads * tiles_per_head));
+      }
       const int within = position - begins[request];
       Run run;
       run.request = request;
