@@ -202,13 +202,16 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         if m.causal is not True:
             raise NotImplementedError("--kv-cache-dtype nvfp4: expected causal attention, got non-causal")
         starts = m.query_start_loc_cpu[: m.num_reqs + 1].numpy().astype(np.int64)
+        newest = None if self._newest is None else self._newest.plan(m)
         first, decode = 0, None
         if self._planner is not None:
             first, _, tokens, _ = split_decodes_and_prefills(m, self._decode_len)
             if tokens > 0:
                 query_lens = np.diff(starts[: first + 1])
-                decode = self._planner.plan(query_lens, m.query_start_loc, m.seq_lens, m.block_table_tensor)
-        newest = None if self._newest is None else self._newest.plan(m)
+                decode = self._planner.plan(
+                    query_lens, m.query_start_loc, m.seq_lens, m.block_table_tensor,
+                    None if newest is None else newest.begin,
+                )  # fmt: skip
         seq_lens = np.empty(0, dtype=np.int64)
         if first < m.num_reqs:
             known = m.seq_lens_cpu_upper_bound if self._lens_exact_on_host else None
