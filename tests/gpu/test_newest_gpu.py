@@ -40,6 +40,8 @@ print("REPORT" + json.dumps({
 GRAPHS = dict(compilation_config=dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY"))
 """Decode in full graphs, with layers that are not compiled: they round as eager ones do."""
 EAGER = dict(enforce_eager=True)
+SETTINGS = dict(qwen3_next=dict(additional_config=dict(gdn_prefill_backend="triton")))
+"""Of a model: FlashInfer would be compiled first."""
 
 
 def run(folder: Path, model: str, newest_tokens: int = 0, **settings) -> dict[str, list]:
@@ -49,7 +51,8 @@ def run(folder: Path, model: str, newest_tokens: int = 0, **settings) -> dict[st
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
     command = [
-        sys.executable, "-c", SCRIPT, str(ENGINE_TESTS), str(folder / "model"), model, json.dumps(settings)
+        sys.executable, "-c", SCRIPT, str(ENGINE_TESTS), str(folder / "model"), model,
+        json.dumps(settings | SETTINGS.get(model, {})),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
