@@ -30,7 +30,7 @@ class Question:
 ENGINES = ("--caches", "nvfp4", "fp8", "stock-nvfp4")
 QUESTIONS = (
     Question("decode", 300, ("--peers", "fa3", "flashinfer", "int4", "turboquant")),
-    Question("engine", 420, (*ENGINES, "nvfp4-newest", "--starts", "1")),
+    Question("engine", 420, (*ENGINES, "nvfp4-pages", "--starts", "1")),
     Question("traffic", 580, (*ENGINES, "--requests", "128")),
     Question("offload", 420),
     Question("capacity", 150),

@@ -14,7 +14,8 @@ from typing import Any
 CACHES = {
     "fp8": "fp8",
     "NVFP4": "nvfp4",
-    **{f"NVFP4, newest {n} exact": f"nvfp4,VLLM_XLAYER_NEWEST_TOKENS={n}" for n in (16, 32, 64, 128)},
+    "NVFP4, pages alone": "nvfp4,VLLM_XLAYER_NEWEST_TOKENS=0",
+    **{f"NVFP4, newest {n} exact": f"nvfp4,VLLM_XLAYER_NEWEST_TOKENS={n}" for n in (16, 32, 128)},
     "NVFP4, vLLM's": "nvfp4,VLLM_PLUGINS=",
     "int4, a scale a token and head": "int4_per_token_head",
     "TurboQuant, 4 bits": "turboquant_4bit_nc",

@@ -25,9 +25,10 @@ VARIABLES = {
     "scale_choice": ("best_of_9", "how the writer picks block scales: best_of_9, amax_6 or four_over_six"),
     "kv_scales": ("none", "a file of global scales, which `vllm-xlayer quality --calibrate` writes"),
     "newest_tokens": (
-        "0",
+        "64 where they can be",
         "16, 32, 64 or 128: so many of a running request's newest tokens are kept in the model's dtype, too, "
-        "and attention reads those instead of their NVFP4 pages; 0: off",
+        "and attention reads those instead of their NVFP4 pages, or the start is refused where they cannot "
+        "be; 0: off",
     ),
 }
 """Fields of Config -> default and meaning, for people. The variable is PREFIX and the name in capitals."""
@@ -49,7 +50,8 @@ class Config:
     gather_workspace_bytes: int = 256 << 20
     scale_choice: ScaleChoice = ScaleChoice.BEST_OF_9
     kv_scales: Path | None = None
-    newest_tokens: int = 0
+    newest_tokens: int | None = None
+    """None: what `attention.newest.newest_tokens_of` says."""
 
     @classmethod
     def load(cls, env: Mapping[str, str] | None = None) -> "Config":

@@ -74,10 +74,20 @@ void take_query_starts(Nvfp4AttentionParams& p, const std::optional<Tensor>& que
   p.query_starts = static_cast<const int32_t*>(query_starts->data_ptr());
 }
 
+// int32, one a request.
+void check_requests(const char* name, const Tensor& tensor, const Tensor& seq_lens) {
+  check_device(name, tensor, "seq_lens", seq_lens);
+  check_dtype(name, tensor, {ScalarType::Int});
+  check_rank(name, tensor, 1, "(requests)");
+  check_dense(name, tensor);
+  check_size(name, tensor, 0, seq_lens.size(0), "the requests of seq_lens");
+}
+
 Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                         int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                         int64_t window, int64_t parts, int64_t split_units,
-                                        const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
+                                        const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                        const std::optional<Tensor>& newest_from) {
   check_device("schedule", schedule, "seq_lens", seq_lens);
   check_dtype("seq_lens", seq_lens, {ScalarType::Int});
   check_dtype("schedule", schedule, {ScalarType::Int});
@@ -86,6 +96,10 @@ Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& sc
       check_shape(q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units);
   check_schedule(schedule, seq_lens.size(0), p);
   take_query_starts(p, query_starts, usual_q_len, seq_lens);
+  if (newest_from) {
+    check_requests("newest_from", *newest_from, seq_lens);
+    p.newest_from = static_cast<const int32_t*>(newest_from->data_ptr());
+  }
   p.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
   p.num_requests = int(seq_lens.size(0));
   p.schedule = static_cast<int32_t*>(schedule.data_ptr());
@@ -107,15 +121,6 @@ void check_sizes_of_q(const Tensor& q, const Tensor& out, const std::optional<Te
   if (lse) check_size("lse", *lse, 0, q.size(1), "the heads of q");
   if (lse) check_size("lse", *lse, 1, q.size(0), "the tokens of q");
   if (sinks) check_size("sinks", *sinks, 0, q.size(1), "the heads of q");
-}
-
-// int32, one a request.
-void check_requests(const char* name, const Tensor& tensor, int64_t requests, const Tensor& kv_cache) {
-  check_device(name, tensor, "kv_cache", kv_cache);
-  check_dtype(name, tensor, {ScalarType::Int});
-  check_rank(name, tensor, 1, "(requests)");
-  check_dense(name, tensor);
-  check_size(name, tensor, 0, requests, "the requests of seq_lens");
 }
 
 Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
@@ -175,8 +180,8 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   check_newest_pair("newest_from", newest_from, newest);
   if (newest) {
     check_newest("q", q, *newest, page);
-    check_requests("newest_rows", *newest_rows, R, kv_cache);
-    check_requests("newest_from", *newest_from, R, kv_cache);
+    check_requests("newest_rows", *newest_rows, seq_lens);
+    check_requests("newest_from", *newest_from, seq_lens);
     p.newest = newest->data_ptr();
     p.newest_rows = static_cast<const int32_t*>(newest_rows->data_ptr());
     p.newest_from = static_cast<const int32_t*>(newest_from->data_ptr());
@@ -255,9 +260,10 @@ void check_newest_indices(const Nvfp4AttentionParams& p, int64_t rows) {
 void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                   int64_t window, int64_t parts, int64_t split_units,
-                                   const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
+                                  const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                  const std::optional<Tensor>& newest_from) {
   check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, window, parts,
-                     split_units, query_starts, usual_q_len);
+                     split_units, query_starts, usual_q_len, newest_from);
 }
 
 void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
@@ -331,10 +337,11 @@ Workspace workspace_of(const Nvfp4AttentionParams& p, int64_t requests, int64_t 
 void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                    int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                    int64_t window, int64_t parts, int64_t split_units,
-                                    const std::optional<Tensor>& query_starts, int64_t usual_q_len) {
+                                   const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                   const std::optional<Tensor>& newest_from) {
   const Nvfp4AttentionParams p = check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads,
                                                     head_size, window, parts, split_units, query_starts,
-                                                    usual_q_len);
+                                                    usual_q_len, newest_from);
   check_head_size(p.page.head_size);
   if (p.num_requests == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(seq_lens.get_device_index());

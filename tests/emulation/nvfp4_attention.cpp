@@ -36,17 +36,21 @@ void run(Nvfp4AttentionParams p) {
 }  // namespace
 }  // namespace xlayer::attention
 
-// The schedule alone, for one query token, no window and no fixed split.
-extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, int64_t requests, int64_t unit,
-                                   int64_t head_tiles, int64_t parts, int32_t* schedule) {
+// The schedule alone, for a query head a KV head. newest_from: null without newest tokens.
+extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, const int32_t* newest_from, int64_t requests,
+                                   int64_t unit, int64_t heads, int64_t parts, int64_t q_len, int64_t window,
+                                   int64_t split_units, int32_t* schedule) {
   using namespace xlayer::attention;
   simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
     xlayer::Nvfp4AttentionParams p = {};
     p.seq_lens = seq_lens;
+    p.newest_from = newest_from;
     p.schedule = schedule;
     p.num_requests = int(requests);
-    p.q_len = 1;
-    p.page.heads = p.num_q_heads = int(head_tiles);
+    p.q_len = int(q_len);
+    p.window = int(window);
+    p.split_units = int(split_units);
+    p.page.heads = p.num_q_heads = int(heads);
     schedule_kernel(p, int(unit), 8, int(parts));
   });
 }

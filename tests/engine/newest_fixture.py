@@ -1,71 +1,13 @@
-"""What tests of unquantised newest tokens share: an oracle, a random life of requests, random drafts."""
+"""What tests of unquantised newest tokens share: a random life of requests, what may go wrong, drafts."""
 
 import random
+import time
 from collections import Counter
 from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
 from model_fixture import VOCAB, random_prompts
-
-BLOCK = 16
-
-
-class PageOracle:
-    """Wraps the attention's writes and reads: what is read from a row is what was last written to the page.
-
-    It follows pages, not requests: of every layer and slot it keeps the key and value last written there. A
-    row holds a better copy of what is in a page, never another content, so each token that attention takes
-    from a row must equal what was last written where the block table has that token.
-
-    Attributes:
-        wrong: descriptions of tokens that were another content than their page's.
-        counts: "read", tokens taken from rows; "attended", requests and layers of all steps.
-    """
-
-    def __init__(self, monkeypatch) -> None:
-        from vllm_xlayer.attention.cpu import CpuReferenceImpl
-
-        self.written: dict[str, torch.Tensor] = {}  # layer -> [slots, 2, H, D]
-        self.wrong: list[str] = []
-        self.counts: Counter[str] = Counter()
-        self.now: tuple[str, torch.Tensor] = ("", torch.empty(0))
-        write, read = CpuReferenceImpl.do_kv_cache_update, CpuReferenceImpl._read
-        put = CpuReferenceImpl._put_newest
-
-        def writes(impl, layer, key, value, kv_cache, slot_mapping):
-            shape = (kv_cache.shape[0] * BLOCK, 2, *key.shape[1:])
-            pages = self.written.setdefault(layer.layer_name, torch.full(shape, torch.nan))
-            tokens = torch.nonzero(slot_mapping >= 0).squeeze(1)
-            pages[slot_mapping[tokens]] = torch.stack((key[tokens], value[tokens]), 1).float()
-            return write(impl, layer, key, value, kv_cache, slot_mapping)
-
-        def reads(impl, layer, kv_cache, blocks, start, stop):
-            self.now = (layer.layer_name, blocks.long())
-            return read(impl, layer, kv_cache, blocks, start, stop)
-
-        def puts(impl, batch, request, start, keys, values):
-            before = keys.clone()
-            put(impl, batch, request, start, keys, values)
-            self._check(start, before, keys, values)
-
-        monkeypatch.setattr(CpuReferenceImpl, "do_kv_cache_update", writes)
-        monkeypatch.setattr(CpuReferenceImpl, "_read", reads)
-        monkeypatch.setattr(CpuReferenceImpl, "_put_newest", puts)
-
-    def _check(self, start, before, keys, values) -> None:
-        layer, blocks = self.now
-        changed = (keys != before).any(-1).any(0).nonzero().squeeze(1)
-        positions = start + changed
-        slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
-        got = torch.stack((keys[:, changed], values[:, changed])).permute(2, 0, 1, 3)
-        # K is kept rotated, here in float32: to its rounding.
-        same = torch.isclose(got, self.written[layer][slots], rtol=1e-4, atol=1e-5)
-        differs = (~same).flatten(1).any(1)
-        self.counts["read"] += len(changed)
-        self.counts["attended"] += 1
-        for position in positions[differs].tolist():
-            self.wrong.append(f"{layer}: token {position} of {start + keys.shape[1]}")
 
 
 class Life:
@@ -159,6 +101,111 @@ class Life:
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
         self.running.add(name)
+
+
+HAPPENS = ("aborted", "preempted", "reset", "cached", "finished")
+"""What must have happened in a search."""
+LEAST_LIVES, MOST_LIVES = 3, 60
+
+
+def live(llm, oracle, seconds: float, seed: int = 0):
+    """Lives one after the other until something is wrong, or the time is over and all has happened.
+
+    Returns the last one's seed, and what all of them counted.
+    """
+    counts, end = None, time.monotonic() + seconds
+    while not oracle.wrong and (
+        time.monotonic() < end
+        or seed < LEAST_LIVES
+        or (seed < MOST_LIVES and min(counts[what] for what in HAPPENS) == 0)
+    ):
+        life = Life(llm, seed)
+        life.begin()
+        for _ in range(150):
+            life.step()
+            if oracle.wrong:
+                break
+        life.end()
+        counts, seed = life.counts if counts is None else counts + life.counts, seed + 1
+    return seed - 1, counts
+
+
+def no_reset_on_reuse(monkeypatch):
+    _count_only(monkeypatch, lambda name, seen: name in seen)
+
+
+def no_reset_on_resumption(monkeypatch):
+    _count_only(monkeypatch, lambda name, seen: name not in seen)
+
+
+def _count_only(monkeypatch, counts):
+    """Starts are counted only of requests for which counts(name, names seen before) is true."""
+    from vllm_xlayer.attention import newest_rows
+
+    start, start_on_v2, seen = newest_rows.NamedRows.start, newest_rows.start_on_v2, set()
+
+    def mutated(rows, names):
+        for name in list(names):
+            before = rows.starts.copy()
+            start(rows, [name])
+            if not counts(name, seen):
+                rows.starts[:] = before
+            seen.add(name)
+
+    def mutated_on_v2(table, places, place, running):
+        before = newest_rows.rows_in_use()
+        starts = None if before is None else before.starts.copy()
+        start_on_v2(table, places, place, running)
+        name = next(name for name, its in table.req_id_to_index.items() if its == place)
+        if before is newest_rows.rows_in_use() and not counts(name, seen):
+            before.starts[:] = starts
+        seen.add(name)
+
+    monkeypatch.setattr(newest_rows.NamedRows, "start", mutated)
+    monkeypatch.setattr(newest_rows, "start_on_v2", mutated_on_v2)
+
+
+def no_reset_after_a_prefix_hit(monkeypatch):
+    """As if a request had itself written what was found in the cache."""
+
+    def before(state, row, first):
+        if state[row, 0] < 0:
+            state[row, 0], state[row, 1] = 0, first
+
+    _before_each_step(monkeypatch, before)
+
+
+def no_reset_after_a_rejected_draft(monkeypatch):
+    """As if rejected drafts had not been written over older tokens."""
+
+    def before(state, row, first):
+        state[row, 1] = min(int(state[row, 1]), first)
+
+    _before_each_step(monkeypatch, before)
+
+
+def _before_each_step(monkeypatch, change):
+    """change(state, row, the request's first token of the step) for each request, before it is planned."""
+    from vllm_xlayer.attention.newest import ops
+
+    step = ops.newest_step
+
+    def mutated(starts, lens, rows, slot_mapping, state, *others):
+        for first, row in zip((lens - starts.diff()).tolist(), rows.tolist(), strict=True):
+            if row >= 0:
+                change(state, row, first)
+        return step(starts, lens, rows, slot_mapping, state, *others)
+
+    monkeypatch.setattr(ops, "newest_step", mutated)
+
+
+MUTATIONS = (
+    no_reset_on_reuse,
+    no_reset_on_resumption,
+    no_reset_after_a_prefix_hit,
+    no_reset_after_a_rejected_draft,
+)
+"""Each leaves out one thing that keeps rows right; they take a monkeypatch."""
 
 
 def allow_drafts(monkeypatch) -> None:

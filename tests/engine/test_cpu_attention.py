@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference.nvfp4_ref import keys_from_kept
 
-pytestmark = pytest.mark.usefixtures("reference_platform")
+pytestmark = pytest.mark.usefixtures("reference_platform", "pages_alone")
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 6, 2, 32, 16
 SCALE = 0.3
@@ -103,9 +103,12 @@ class Step:
 
 
 def make_impl(**settings):
+    from vllm.config import VllmConfig, set_current_vllm_config
+
     from vllm_xlayer.attention.cpu import CpuReferenceImpl
 
-    return CpuReferenceImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, **settings)
+    with set_current_vllm_config(VllmConfig()):
+        return CpuReferenceImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, **settings)
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_nvfp4_4over6_says_how_scales_are_picked(make_llm, tiny_llama, monkeypat
     assert by_name == answers("nvfp4")
 
 
-def test_nvfp4_prefix_hit_equals_a_chunk_boundary(make_llm, tiny_llama):
+def test_nvfp4_prefix_hit_equals_a_chunk_boundary(make_llm, tiny_llama, pages_alone):
     """64 tokens from the cache, whether an earlier request or an earlier chunk wrote them."""
     (prompt,) = random_prompts([100], seed=1)
     chunked = make_llm(tiny_llama, kv_cache_dtype="nvfp4", max_num_batched_tokens=64, max_num_seqs=4)

@@ -4,11 +4,11 @@ NEWEST_TOKENS_SECONDS=600 pytest tests/engine/test_newest_tokens.py is the long 
 """
 
 import os
-import time
 
 import pytest
 from model_fixture import random_prompts, vllm_greedy
-from newest_fixture import Life, PageOracle, accepted, allow_drafts, draft_at_random
+from newest_fixture import HAPPENS, MUTATIONS, accepted, allow_drafts, draft_at_random, live
+from newest_oracles import PageOracle
 
 pytestmark = pytest.mark.usefixtures("reference_platform")
 
@@ -41,32 +41,6 @@ def oracle(monkeypatch):
     return PageOracle(monkeypatch)
 
 
-HAPPENS = ("aborted", "preempted", "reset", "cached", "finished")
-LEAST_LIVES, MOST_LIVES = 3, 60
-
-
-def live(llm, oracle, seconds: float, seed: int = 0):
-    """Lives one after the other until something is wrong, or the time is over and all has happened.
-
-    Returns the last one's seed, and what all of them counted.
-    """
-    counts, end = None, time.monotonic() + seconds
-    while not oracle.wrong and (
-        time.monotonic() < end
-        or seed < LEAST_LIVES
-        or (seed < MOST_LIVES and min(counts[what] for what in HAPPENS) == 0)
-    ):
-        life = Life(llm, seed)
-        life.begin()
-        for _ in range(150):
-            life.step()
-            if oracle.wrong:
-                break
-        life.end()
-        counts, seed = life.counts if counts is None else counts + life.counts, seed + 1
-    return seed - 1, counts
-
-
 def test_no_row_has_another_content(llm, oracle):
     """Rows and blocks reused, prompts found in the cache, chunks, preempted and aborted requests, drafts."""
     accepted.clear()
@@ -77,76 +51,8 @@ def test_no_row_has_another_content(llm, oracle):
     assert min(counts[what] for what in HAPPENS) > 0, counts
 
 
-def no_reset_on_reuse(monkeypatch):
-    _count_only(monkeypatch, lambda name, seen: name in seen)
-
-
-def no_reset_on_resumption(monkeypatch):
-    _count_only(monkeypatch, lambda name, seen: name not in seen)
-
-
-def _count_only(monkeypatch, counts):
-    """Starts are counted only of requests for which counts(name, names seen before) is true."""
-    from vllm_xlayer.attention.newest_rows import NamedRows
-
-    start, seen = NamedRows.start, set()
-
-    def mutated(rows, names):
-        for name in list(names):
-            before = rows.starts.copy()
-            start(rows, [name])
-            if not counts(name, seen):
-                rows.starts[:] = before
-            seen.add(name)
-
-    monkeypatch.setattr(NamedRows, "start", mutated)
-
-
-def no_reset_after_a_prefix_hit(monkeypatch):
-    """As if a request had itself written what was found in the cache."""
-
-    def before(state, row, first):
-        if state[row, 0] < 0:
-            state[row, 0], state[row, 1] = 0, first
-
-    _before_each_step(monkeypatch, before)
-
-
-def no_reset_after_a_rejected_draft(monkeypatch):
-    """As if rejected drafts had not been written over older tokens."""
-
-    def before(state, row, first):
-        state[row, 1] = min(int(state[row, 1]), first)
-
-    _before_each_step(monkeypatch, before)
-
-
-def _before_each_step(monkeypatch, change):
-    """change(state, row, the request's first token of the step) for each request, before it is planned."""
-    from vllm_xlayer.attention.newest import ops
-
-    step = ops.newest_step
-
-    def mutated(starts, lens, rows, slot_mapping, state, *others):
-        for first, row in zip((lens - starts.diff()).tolist(), rows.tolist(), strict=True):
-            if row >= 0:
-                change(state, row, first)
-        return step(starts, lens, rows, slot_mapping, state, *others)
-
-    monkeypatch.setattr(ops, "newest_step", mutated)
-
-
 @pytest.mark.parametrize("llm", [NGRAM], ids=["drafts"], indirect=True)
-@pytest.mark.parametrize(
-    "mutation",
-    [
-        no_reset_on_reuse,
-        no_reset_on_resumption,
-        no_reset_after_a_prefix_hit,
-        no_reset_after_a_rejected_draft,
-    ],
-    ids=lambda mutation: mutation.__name__,
-)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_the_search_finds(llm, oracle, monkeypatch, mutation):
     """Each thing that keeps rows right, left out: the test above would fail."""
     mutation(monkeypatch)

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from backend_cases import CASES, check_case, make_impl
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("pages_alone")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -9,6 +9,7 @@ from reference.pools import make_pool, scalar
 from test_bad_input import BAD_CACHES, CPU, B, D, H, N
 
 from vllm_xlayer import ops
+from vllm_xlayer.ops import attention
 
 
 def attend(**arguments) -> None:
@@ -186,6 +187,8 @@ def test_attention_checks_only_the_blocks_it_reads():
         ({"num_q_heads": 0}, "query heads a KV head, got 0 query heads for 2 KV heads"),
         ({"head_size": 72}, "head_size: expected a multiple of 16 up to 256, got 72"),
         ({"head_size": 272}, "head_size: expected a multiple of 16 up to 256, got 272"),
+        ({"newest_from": torch.zeros(2)}, "newest_from: expected int32, got float32"),
+        ({"newest_from": int32(0)}, "newest_from: expected size 2 in dimension 0 .*requests of seq_lens"),
         ({"window": -1}, "window: expected 0 to"),
         ({"parts": 0}, "parts: expected 1 to"),
         ({"split_units": -1}, "split_units: expected 0 to"),
@@ -196,6 +199,16 @@ def test_attention_schedule(change, message):
     with pytest.raises(RuntimeError, match=message):
         schedule(**{**arguments, **change})
     assert (arguments["schedule"] == -9).all()
+
+
+def test_debug_mode_checks_whose_schedule_it_is():
+    with_newest, without = int32(2, 1, 1, 1), int32(2, 1, 1, 0)
+    attention.check_schedule(with_newest, int32(0))
+    attention.check_schedule(without, None)
+    with pytest.raises(RuntimeError, match="schedule: expected one made without newest_from, got one with"):
+        attention.check_schedule(with_newest, None)
+    with pytest.raises(RuntimeError, match="schedule: expected one made with newest_from, got one without"):
+        attention.check_schedule(without, int32(0))
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ token's exact or dequantised value, according to a model of what each place of a
 replaced by torch attention, as in test_nvfp4_backend.
 """
 
+import inspect
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,7 +36,6 @@ class Machine:
         monkeypatch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(PLACES))
         monkeypatch.setattr(newest, "explain_refusal", lambda config: None)
         monkeypatch.setattr(newest, "num_rows", lambda config: ROWS)
-        monkeypatch.setattr("vllm_xlayer.attention.metadata.explain_v2_refusal", lambda config: None)
         self.case, self.rng = case, np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.impl = cpu_impl(case)
@@ -179,6 +179,31 @@ def test_what_is_read_as_it_was(monkeypatch, case, seed):
         if batch:
             machine.step(sorted(batch, key=lambda one: one[2] > 1), padding=int(rng.integers(0, 3)))
     assert machine.exact_reads > 40
+
+
+def test_schedule_and_attention_have_the_same_newest_tokens(monkeypatch):
+    told = {"nvfp4_attention_schedule": [], "nvfp4_paged_attention": []}
+
+    def listen(name: str) -> None:
+        op = getattr(ops, name)
+
+        def called(*args, **kwargs):
+            first = inspect.signature(op).bind(*args, **kwargs).arguments["newest_from"]
+            told[name].append((first.data_ptr(), len(first)))
+            op(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, called)
+
+    for name in told:
+        listen(name)
+    machine = Machine(monkeypatch, CASES[0], 0)
+    for row in range(3):
+        machine.start(row, 0)
+    machine.step([(row, 0, 40) for row in range(3)])
+    machine.step([(0, 40, 1), (2, 40, 1), (1, 40, 20)], padding=1)
+    machine.step([(row, machine.length[row], 1) for row in range(3)])
+    scheduled, attended = told.values()
+    assert scheduled == attended and [count for _, count in attended] == [2, 3]
 
 
 def test_a_start_that_is_not_told_is_seen(monkeypatch):

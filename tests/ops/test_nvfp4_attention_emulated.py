@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from reference.attention_cases import SHARP, Case, check_batch, make_batch
-from reference.emulated import emulated, schedule_of, why_not
+from reference.emulated import emulated, why_not
 
 from vllm_xlayer.nvfp4 import ScaleOrder
 
@@ -108,6 +108,14 @@ def test_newest_tokens_of_many_rows(q_len, group):
         check(Case((1, 64, 130), q_len, group=group, head_size=head_size, kv_heads=1, newest=32))
 
 
+@pytest.mark.parametrize("parts", [2, 5, 11, 17, 23, 40])
+def test_parts_end_beside_newest_tokens(parts):
+    """Before, among and after what newest tokens add to a line, of which nothing is attended to."""
+    case = Case((700, 40, 64, 0, 1000, 130), newest=64, group=1)
+    check(case, parts=parts)
+    check(replace(case, newest=256, q_len=2, window=300), parts=parts, late_copies=False)
+
+
 def test_newest_tokens_beside_all_else():
     check(Case((1, 40, 0, 300), 3, soft_cap=5.0, sinks=True, k_scale=0.013, v_scale=20.0, newest=64))
     check(Case((17, 700), newest=48, block_size=48, split_units=2, order=ScaleOrder.SWIZZLED))
@@ -136,24 +144,6 @@ def test_equal_lengths(length, parts):
     check(Case((length,) * 4, kv_heads=2, group=2), parts=parts)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "unit", "expected"),
-    [
-        ([8192] * 64, 64, (128, 512)),  # 528 parts of 125 units would cut 500 of 512 lines
-        ([1024] * 256, 64, (64, 512)),  # four whole lines each
-        ([8192] * 16, 256, (32, 128)),  # sixteen warps: a line each
-        ([65536], 256, (16, 128)),  # a sixteenth of a line each
-        ([8192] * 63 + [8000], 64, (125, 525)),  # not all alike
-        ([8192] * 58, 64, (113, 526)),  # a whole line would be an eighth more
-        ([100] * 4, 64, (2, 32)),  # no part below 128 tokens
-    ],
-    ids=str,
-)
-def test_parts_of_equal_lengths_are_whole_lines(lengths, unit, expected):
-    """For eight KV heads on 132 multiprocessors: (units of a part, parts)."""
-    assert schedule_of(lengths, 8, 528 if unit == 64 else 132, unit) == expected
-
-
 @pytest.mark.parametrize("late_copies", [True, False], ids=["late copies", "early copies"])
 @pytest.mark.parametrize("parts", [1, 2, 7, 40])
 def test_ring_and_schedule(parts, late_copies):
@@ -162,10 +152,11 @@ def test_ring_and_schedule(parts, late_copies):
     check(Case((1000, 1, 2500), kv_heads=2), parts=parts, late_copies=late_copies)
 
 
+@pytest.mark.parametrize("newest", [0, 64])
 @pytest.mark.parametrize("split_units", [1, 3, 1000])
-def test_fixed_split(split_units):
+def test_fixed_split(split_units, newest):
     """The same bits alone, in a batch, and with any number of thread blocks."""
-    case = Case((300, 65, 0, 500), split_units=split_units, sinks=True)
+    case = Case((300, 65, 0, 500), split_units=split_units, sinks=True, newest=newest)
     batch = make_batch(case, CPU)
     out, lse = emulated(batch, parts=5).run()
     check_batch(batch, out, lse)

@@ -13,6 +13,8 @@ from backend_cases import CASES, Case, check_case, make_impl
 
 pytest.importorskip("vllm")
 
+pytestmark = pytest.mark.usefixtures("pages_alone")
+
 
 def torch_attend(impl):
     """What FlashAttention does, in torch: bottom-right aligned causal mask, window, soft cap, LSE."""

@@ -157,7 +157,9 @@ class Batch:
     def launch(self, workspace: ops.AttentionWorkspace, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         c = self.case
         usual = c.usual_q_len if c.q_lens else None
-        ops.nvfp4_attention_schedule(self.seq_lens, workspace, c.q_len, c.window, self.query_starts, usual)
+        ops.nvfp4_attention_schedule(
+            self.seq_lens, workspace, c.q_len, c.window, self.query_starts, usual, self.newest_from
+        )
         ops.nvfp4_paged_attention(
             self.q,
             self.pool.cache,

@@ -111,17 +111,46 @@ class EmulatedBatch(Batch):
         assert library("nvfp4_attention").run_nvfp4_attention(ctypes.byref(args)) == 0
 
 
-def schedule_of(lengths: list[int], heads: int, parts: int, unit: int) -> tuple[int, int]:
-    """(units of a part, parts) of a batch with so many KV heads, as the schedule kernel cuts it.
+@dataclass(frozen=True)
+class Schedule:
+    """How the schedule kernel cuts a batch.
 
-    parts: to aim for. unit: tokens.
+    Attributes:
+        chunk: units of a part.
+        total: units of the whole line.
+        begins: [R + 1], where on it each request's units begin, and ``total``.
     """
+
+    chunk: int
+    parts: int
+    total: int
+    counts_newest: int
+    begins: list[int]
+
+
+def schedule_of(
+    lengths: list[int],
+    heads: int,
+    parts: int,
+    unit: int,
+    newest_from: list[int] | None = None,
+    q_len: int = 1,
+    window: int = 0,
+    split_units: int = 0,
+) -> Schedule:
+    """Of a batch with a query head for each of so many KV heads. parts: to aim for. unit: tokens."""
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    newest = None if newest_from is None else torch.tensor(newest_from, dtype=torch.int32)
     schedule = torch.empty(5 + len(lengths) * (1 + heads), dtype=torch.int32)
     run = library("nvfp4_attention").run_nvfp4_schedule
-    run.argtypes = [POINTER, INT, INT, INT, INT, POINTER]
-    run(seq_lens.data_ptr(), len(lengths), unit, heads, parts, schedule.data_ptr())
-    return int(schedule[0]), int(schedule[1])
+    run.argtypes = [POINTER, POINTER, INT, INT, INT, INT, INT, INT, INT, POINTER]
+    newest_at = None if newest is None else newest.data_ptr()
+    run(
+        seq_lens.data_ptr(), newest_at, len(lengths), unit, heads, parts, q_len, window, split_units,
+        schedule.data_ptr(),
+    )  # fmt: skip
+    chunk, made, total, counts_newest, *begins = schedule[: 5 + len(lengths)].tolist()
+    return Schedule(chunk, made, total, counts_newest, begins)
 
 
 def emulated(batch: Batch, **how: object) -> EmulatedBatch:

@@ -76,7 +76,7 @@ def test_every_variable_is_described():
         "gather_workspace_bytes": "256 MiB",
         "scale_choice": "best_of_9",
         "kv_scales": "none",
-        "newest_tokens": "0",
+        "newest_tokens": "64 where they can be",
     }
     assert {name: default for name, (default, _) in VARIABLES.items()} == defaults
     assert Config() == Config.load({})

@@ -33,7 +33,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_xlayer import ops
 from vllm_xlayer.attention.backend import DensePages
-from vllm_xlayer.attention.newest import NewestBatch, allocate, make_planner, write_arguments
+from vllm_xlayer.attention.newest import (
+    NewestBatch,
+    allocate,
+    make_planner,
+    newest_tokens_of,
+    write_arguments,
+)
 from vllm_xlayer.config import Config
 from vllm_xlayer.nvfp4 import (
     GROUP,
@@ -177,7 +183,8 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         self.soft_cap = logits_soft_cap or None
         self.sinks = sinks
         self.newest: torch.Tensor | None = None
-        self.config = get_current_vllm_config() if self.is_nvfp4 and settings.newest_tokens else None
+        config = get_current_vllm_config() if self.is_nvfp4 else None
+        self.config = config if config is not None and newest_tokens_of(config) else None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Reserves the memory of the newest tokens, before the KV cache takes what is left."""

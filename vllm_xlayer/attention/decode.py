@@ -103,6 +103,7 @@ class DecodePlanner:
         query_starts: torch.Tensor,
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
+        newest_from: torch.Tensor | None = None,
     ) -> DecodeBatch:
         """The batch of the first n requests.
 
@@ -112,6 +113,7 @@ class DecodePlanner:
             query_starts: int32 [R + 1], on the device as all that follows, R >= n.
             seq_lens: int32 [R].
             block_table: int32 [R, M].
+            newest_from: int32 [R], if layers have newest tokens in 16 bits: which (``NewestBatch.begin``).
         """
         n, q_len = len(query_lens), int(query_lens.max())
         lens, starts, tokens, usual = seq_lens[:n], None, n * q_len, q_len
@@ -119,6 +121,7 @@ class DecodePlanner:
         if (query_lens[:there] != q_len).any():
             starts, tokens = query_starts[: n + 1], int(query_lens.sum())
             usual = -(-tokens // there)
+        newest = None if newest_from is None else newest_from[:n]
         for window, workspace in self._workspaces.items():
-            ops.nvfp4_attention_schedule(lens, workspace, q_len, window, starts, usual)
+            ops.nvfp4_attention_schedule(lens, workspace, q_len, window, starts, usual, newest)
         return DecodeBatch(n, q_len, lens, block_table[:n], self._workspaces, tokens, starts, usual)

@@ -15,7 +15,7 @@ from ..config import Config
 from ..nvfp4 import ROTATED_KEYS, ScaleOrder, rotate_back, scale_choice_of
 from .decode import DecodeBatch
 from .metadata import DevicePiece, NewestKeys, NVFP4Metadata
-from .newest import NewestBatch, allocate, write_arguments
+from .newest import NewestBatch, allocate, newest_tokens_of, write_arguments
 
 
 class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
@@ -63,7 +63,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self.scale_choice = scale_choice_of(kv_cache_dtype, settings.scale_choice)
         self.capacity = self._workspace_tokens(config, settings.gather_workspace_bytes)
         self.newest: torch.Tensor | None = None
-        self.config = config if settings.newest_tokens else None
+        self.config = config if newest_tokens_of(config) else None
 
     def _kernels(self):
         """(attend, merge), see `flash`: imported only where there is a GPU."""

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ..ops.newest import TILE
 from .decode import DecodeBatch, DecodePlanner, limits
-from .newest import NewestBatch, explain_v2_refusal, make_planner
+from .newest import NewestBatch, make_planner
 from .plan import Piece, newest_candidates, plan_pieces
 
 logger = init_logger(__name__)
@@ -152,7 +152,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             )
         # With speculative decoding vLLM knows only an upper bound of the lengths on the host.
         self._lens_exact_on_host = vllm_config.speculative_config is None
-        self._newest = make_planner(vllm_config, layer_names, device, explain_v2_refusal)
+        self._newest = make_planner(vllm_config, layer_names, device)
         self._planner: DecodePlanner | None = None
         self._decode_len = _decode_query_len(vllm_config)
         if shape := _decode_shape(vllm_config, kv_cache_spec):
@@ -202,13 +202,16 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         if m.causal is not True:
             raise NotImplementedError("--kv-cache-dtype nvfp4: expected causal attention, got non-causal")
         starts = m.query_start_loc_cpu[: m.num_reqs + 1].numpy().astype(np.int64)
+        newest = None if self._newest is None else self._newest.plan(m)
         first, decode = 0, None
         if self._planner is not None:
             first, _, tokens, _ = split_decodes_and_prefills(m, self._decode_len)
             if tokens > 0:
                 query_lens = np.diff(starts[: first + 1])
-                decode = self._planner.plan(query_lens, m.query_start_loc, m.seq_lens, m.block_table_tensor)
-        newest = None if self._newest is None else self._newest.plan(m)
+                decode = self._planner.plan(
+                    query_lens, m.query_start_loc, m.seq_lens, m.block_table_tensor,
+                    None if newest is None else newest.begin,
+                )  # fmt: skip
         seq_lens = np.empty(0, dtype=np.int64)
         if first < m.num_reqs:
             known = m.seq_lens_cpu_upper_bound if self._lens_exact_on_host else None

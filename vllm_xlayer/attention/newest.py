@@ -8,7 +8,7 @@ Nothing stale is read as long as every start of a request in a row is counted, a
 (`RequestRows.starts`): what a row holds is then followed from the lengths of each step (``ops.newest_step``).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,19 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from .. import ops
 from ..config import Config
 from ..ops.newest import JUST_STARTED
-from .newest_rows import NO_ROW, RequestRows, have_rows, rows_in_use, starts_on_v2_are_told
+from .newest_rows import (
+    NO_ROW,
+    RequestRows,
+    batches_of_hybrids_are_told,
+    have_rows,
+    rows_in_use,
+    starts_on_v2_are_told,
+)
 
 logger = init_logger(__name__)
 
+USUAL_TOKENS = 64
+"""Kept where the user names no number, and nothing speaks against it: fewer lose more (docs/accuracy.md)."""
 MEMORY_SHARE = 0.025
 """Of the device's memory, that newest tokens take at most. vLLM lets 1,024 requests run on a large GPU: 64
 tokens of each would be 6 % of an H200, for a model with 8 KV heads of 128 in 32 layers."""
@@ -107,27 +116,28 @@ class NewestPlanner:
         return tensor
 
 
-def make_planner(
-    config: VllmConfig,
-    layer_names: list[str],
-    device: torch.device,
-    explain_runner: Callable[[VllmConfig], str | None] = lambda config: None,
-) -> NewestPlanner | None:
-    """A planner for the layers of an NVFP4 KV cache group, if the user asked for newest tokens.
+def make_planner(config: VllmConfig, layer_names: list[str], device: torch.device) -> NewestPlanner | None:
+    """A planner for the layers of an NVFP4 KV cache group, if newest tokens are kept.
 
-    Says what their memory takes. ``explain_runner`` says why the runner's rows cannot be followed, or None.
+    Says what their memory takes, or what keeps them from being kept.
 
     Raises:
-        ValueError: in this configuration rows could be mistaken for others'.
+        ValueError: the user asked for them, and in this configuration rows could be mistaken for others'.
     """
-    places = Config.load().newest_tokens
+    asked, places = Config.load().newest_tokens, newest_tokens_of(config)
+    if asked != 0 and (refusal := explain_refusal(config)):
+        if asked is not None:
+            raise ValueError(
+                f"VLLM_XLAYER_NEWEST_TOKENS={places}: {refusal}, or VLLM_XLAYER_NEWEST_TOKENS=0, which reads "
+                "all tokens from their NVFP4 pages"
+            )
+        logger.info_once(
+            "NVFP4 KV cache: all tokens are read from their pages, which costs accuracy. To keep the newest "
+            "%d of each running request in 16 bits, too: %s",
+            USUAL_TOKENS, refusal,
+        )  # fmt: skip
     if not places:
         return None
-    if refusal := explain_runner(config) or explain_refusal(config):
-        raise ValueError(
-            f"VLLM_XLAYER_NEWEST_TOKENS={places}: {refusal}, or VLLM_XLAYER_NEWEST_TOKENS=0, which reads all "
-            "tokens from their NVFP4 pages"
-        )
     kept = num_rows(config)
     have_rows(kept)
     scheduler, captured = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size or 0
@@ -147,8 +157,20 @@ def make_planner(
     )
 
 
+def newest_tokens_of(config: VllmConfig) -> int:
+    """Tokens that a row holds, 0 if none are kept: what the user asked for, or ``USUAL_TOKENS`` where
+    nothing speaks against it."""
+    asked = Config.load().newest_tokens
+    if asked is not None:
+        return asked
+    return 0 if explain_refusal(config) else USUAL_TOKENS
+
+
 def explain_refusal(config: VllmConfig) -> str | None:
-    """What to turn off for newest tokens, or None."""
+    """What to change for newest tokens, or None."""
+    runs_on_gpu = config.device_config.device_type != "cpu"
+    if runs_on_gpu and (refusal := _explain_v2_refusal(config)):
+        return refusal
     speculation, parallel = config.speculative_config, config.parallel_config
     if speculation is not None and speculation.method not in DRAFTS_WITHOUT_LAYERS:
         return (
@@ -167,17 +189,17 @@ def explain_refusal(config: VllmConfig) -> str | None:
     return None
 
 
-def explain_v2_refusal(config: VllmConfig) -> str | None:
+def _explain_v2_refusal(config: VllmConfig) -> str | None:
     """Why the rows of model runner V2 cannot be followed, or None."""
     if not config.use_v2_model_runner:
         return (
             "expected model runner V2, whose requests have rows, got V1: set VLLM_USE_V2_MODEL_RUNNER=1 "
             "where it serves the model"
         )
-    if config.model_config.is_hybrid:
+    if config.model_config.is_hybrid and not batches_of_hybrids_are_told():
         return (
-            "expected a model without states, of whose requests model runner V2 tells the rows, got a "
-            "hybrid: serve another model"
+            "expected to be told a step's requests, got a hybrid, for which this vLLM's runner is another "
+            "(`vllm-xlayer doctor` says what is missing): use a vLLM that is supported"
         )
     if not starts_on_v2_are_told():
         return (
@@ -193,7 +215,7 @@ def num_rows(config: VllmConfig) -> int:
     model, parallel = config.model_config, config.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
     assert isinstance(model.dtype, torch.dtype)
-    row_bytes = heads * 2 * Config.load().newest_tokens * model.get_head_size() * model.dtype.itemsize
+    row_bytes = heads * 2 * newest_tokens_of(config) * model.get_head_size() * model.dtype.itemsize
     most = int(MEMORY_SHARE * current_platform.get_device_total_memory()) // row_bytes
     return min(config.scheduler_config.max_num_seqs, max(1, most))
 
@@ -203,7 +225,7 @@ def allocate(config: VllmConfig, num_kv_heads: int, head_size: int, dtype: torch
 
     It starts as NaN: whoever reads a place that nobody wrote notices.
     """
-    shape = (num_rows(config), 2, num_kv_heads, Config.load().newest_tokens, head_size)
+    shape = (num_rows(config), 2, num_kv_heads, newest_tokens_of(config), head_size)
     return torch.full(shape, torch.nan, dtype=dtype, device=config.device_config.device)
 
 

@@ -67,12 +67,12 @@ CACHES: dict[str, dict[str, Any]] = {
     "bf16": {"kv_cache_dtype": "auto"},
     "fp8": {"kv_cache_dtype": "fp8"},
     "nvfp4": {"kv_cache_dtype": "nvfp4"},
-    "nvfp4-newest": {"kv_cache_dtype": "nvfp4"},
+    "nvfp4-pages": {"kv_cache_dtype": "nvfp4"},
     "stock-nvfp4": {"kv_cache_dtype": "nvfp4", "attention_config": {"backend": "FLASHINFER"}},
 }
 """Name of a KV cache -> vLLM's settings. "nvfp4" is this package's; vLLM's own, with FlashInfer's kernels,
 has to be named where this package is installed."""
-ENVIRONMENT = {"nvfp4-newest": {"VLLM_XLAYER_NEWEST_TOKENS": "64"}}
+ENVIRONMENT = {"nvfp4-pages": {"VLLM_XLAYER_NEWEST_TOKENS": "0"}}
 """Name of a KV cache -> variables that belong to it."""
 GRAPHS_ONLY = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 """Settings with which an engine starts in a fraction of the time: no torch.compile, graphs for decode."""

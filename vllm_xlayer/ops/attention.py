@@ -93,14 +93,15 @@ def nvfp4_attention_schedule(
     window: int = 0,
     query_starts: torch.Tensor | None = None,
     usual_q_len: int | None = None,
+    newest_from: torch.Tensor | None = None,
 ) -> None:
     """Write the split-KV schedule of a batch into ``workspace.schedule``; once for all its layers.
 
     Runs on the device, so that a captured graph follows the lengths. On the CPU there is nothing to do.
 
     Args:
-        seq_lens: int32 [R], as in ``nvfp4_paged_attention``. q_len, window, query_starts, usual_q_len: as
-            there, and the same values.
+        seq_lens: int32 [R], as in ``nvfp4_paged_attention``. q_len, window, query_starts, usual_q_len,
+            newest_from: as there, and the same values.
     """
     require_cuda_build("nvfp4_attention_schedule", seq_lens)
     load()
@@ -116,6 +117,7 @@ def nvfp4_attention_schedule(
         workspace.split_units,
         query_starts,
         usual_q_len or q_len,
+        newest_from,
     )
 
 
@@ -157,7 +159,7 @@ def nvfp4_paged_attention(
         block_table: int32 [R, M], a request's blocks in order; entries past its tokens, and those of blocks
             that lie wholly before its window, are not read.
         seq_lens: int32 [R], tokens of each request, its q_len new ones included; at most M * N.
-        workspace: for these heads, with the schedule of exactly these seq_lens, q_len and window
+        workspace: for these heads, with the schedule of exactly these seq_lens, q_len, window and newest_from
             (``nvfp4_attention_schedule``).
         k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
         out: as q, not the same memory. Written in place.
@@ -186,6 +188,7 @@ def nvfp4_paged_attention(
     load()
     if debug() and seq_lens.is_cuda:
         _check_indices(kv_cache, block_table, seq_lens, q_len, window)
+        check_schedule(workspace.schedule, newest_from)
         if query_starts is not None:
             _check_query_starts(query_starts, q_len, q.shape[0])
         if newest is not None and newest_rows is not None and newest_from is not None:
@@ -224,6 +227,14 @@ def _check_query_starts(query_starts: torch.Tensor, q_len: int, tokens: int) -> 
     counts = [end - begin for begin, end in itertools.pairwise(starts)]
     if min(starts) < 0 or starts[-1] > tokens or any(not 0 <= count <= q_len for count in counts):
         raise RuntimeError(f"query_starts: expected 0 to {q_len} of {tokens} query tokens each, got {starts}")
+
+
+def check_schedule(schedule: torch.Tensor, newest_from: torch.Tensor | None) -> None:
+    """Debug mode's check that schedule and attention count tokens alike (struct Schedule in params.h)."""
+    made, wanted = bool(schedule[3].item()), newest_from is not None
+    if made != wanted:
+        how = {True: "with", False: "without"}
+        raise RuntimeError(f"schedule: expected one made {how[wanted]} newest_from, got one {how[made]}")
 
 
 def _check_newest_indices(

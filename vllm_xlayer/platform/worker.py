@@ -19,7 +19,6 @@ from vllm_xlayer.attention import newest
 from vllm_xlayer.attention.cpu import CpuReferenceBackend
 from vllm_xlayer.attention.cpu_mla import CpuMlaBackend
 from vllm_xlayer.attention.newest_rows import NamedRows, use_rows
-from vllm_xlayer.config import Config
 
 DEFAULT_KV_CACHE_BYTES = 2 << 30
 """Most KV cache memory taken where the user asked for no size."""
@@ -32,7 +31,7 @@ class CpuReferenceRunner(CPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        rows = newest.num_rows(vllm_config) if Config.load().newest_tokens else 0
+        rows = newest.num_rows(vllm_config) if newest.newest_tokens_of(vllm_config) else 0
         self.request_rows = NamedRows(rows, lambda: self.input_batch.req_ids)
         use_rows(self.request_rows)
 
@@ -117,12 +116,11 @@ class CpuReferenceWorker(CPUWorker):
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: what was asked for, else what full batches can use, capped.
 
-        The memory of newest tokens is part of what was asked for. The parent first runs the model on a full
+        The newest tokens' memory is not part of it, as on GPUs. The parent first runs the model on a full
         batch to compile it. Nothing is compiled here.
         """
         limit = self.cache_config.kv_cache_memory_bytes
         assert limit is not None, "kv_cache_memory_bytes: expected bytes, got None"
-        limit = self._without_newest_tokens(limit)
         if not self.kv_cache_size_is_default:
             return limit
         # Allocating writes every byte: a small model's engine should not wait for gigabytes.
@@ -130,18 +128,3 @@ class CpuReferenceWorker(CPUWorker):
             spec.max_memory_usage_bytes(self.vllm_config) for spec in self.get_kv_cache_spec().values()
         )
         return min(limit, one_request * (self.scheduler_config.max_num_seqs + 1))
-
-    def _without_newest_tokens(self, limit: int) -> int:
-        """What is left of the KV cache's memory beside the newest tokens.
-
-        Raises:
-            ValueError: nothing is.
-        """
-        reserved = newest.reserved_bytes(self.vllm_config)
-        if reserved < limit:
-            return limit - reserved
-        raise ValueError(
-            f"VLLM_XLAYER_NEWEST_TOKENS={Config.load().newest_tokens}: expected less than the {limit} bytes "
-            f"of KV cache memory, got {reserved} for {newest.num_rows(self.vllm_config)} requests: lower "
-            "--max-num-seqs or the variable, or raise --kv-cache-memory-bytes"
-        )

@@ -88,14 +88,6 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
   }
 }
 
-// The first token of a request's newest, at the begin of a tile: from there on nothing is read from pages.
-template <bool NEWEST>
-__device__ __forceinline__ int newest_token(const Nvfp4AttentionParams& p, int request, int seq_len) {
-  if (!NEWEST) return seq_len;
-  const int from = p.newest_from[request];
-  return from < seq_len ? (from + TILE - 1) / TILE * TILE : seq_len;
-}
-
 // This warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, WARPS apart.
 template <class C>
 __device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
@@ -121,8 +113,7 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   const Range keys = key_range(seq_len, queries.count, p.window, C::UNIT_TOKENS);
   const int first_tile = (keys.begin_unit + run.begin) * C::WARPS + warp;
   const int run_end = min((keys.begin_unit + run.end) * C::WARPS, (keys.last + TILE - 1) / TILE);
-  const int last_tile =
-      NEWEST ? min(run_end, (newest_token<NEWEST>(p, run.request, seq_len) + TILE - 1) / TILE) : run_end;
+  const int last_tile = NEWEST ? min(run_end, newest_tile(p, run.request, seq_len)) : run_end;
   const int count =
       ptx::uniform(last_tile > first_tile ? (last_tile - first_tile + C::WARPS - 1) / C::WARPS : 0);
   loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
@@ -204,7 +195,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       const int q_len = queries_of(p, request).count;
       const int units = key_range(p.seq_lens[request], q_len, p.window, C::UNIT_TOKENS).units;
       const int tiles_per_head = row_tiles(q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
-      const int line = line_units(units, p.split_units);
+      int line = line_units(units, p.split_units);
+      if constexpr (NEWEST) {  // longer, as the schedule has it. Without the maximum nvcc spills registers.
+        line = max(line, (begins[request + 1] - begins[request]) / (p.page.heads * tiles_per_head));
+      }
       const int within = position - begins[request];
       Run run;
       run.request = request;
@@ -219,7 +213,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       run.last_part = ptx::uniform((begin + units - 1) / chunk);
       run.starts_inside = begin != run.first_part * chunk;
       run.slot = slot_of(p, part, position != part_begin);
-      attend_run<C, NEWEST>(p, run, state, loader, at, merge);
+      // Nothing, where this part begins among what newest tokens add to the line.
+      if (!NEWEST || run.begin < units) attend_run<C, NEWEST>(p, run, state, loader, at, merge);
       position += advance;
       while (position < part_end && begins[request + 1] <= position) ++request;
     }

@@ -20,10 +20,10 @@ namespace xlayer {
 constexpr int SPLIT_UNIT_TOKENS = 64;  // a fixed split is in these
 
 struct Schedule {
-  // int32 [4 + R + 1 + R * T]: chunk, parts, total, 0; for each request where its units begin, and `total`;
-  // for each request and head tile how many parts have finished, 0 between two launches. T: at most one head
-  // tile for 8 query rows.
-  static constexpr int CHUNK = 0, PARTS = 1, TOTAL = 2, BEGINS = 4;
+  // int32 [4 + R + 1 + R * T]: chunk, parts, total, 1 if newest tokens are counted; for each request where its
+  // units begin, and `total`; for each request and head tile how many parts have finished, 0 between two
+  // launches. T: at most one head tile for 8 query rows.
+  static constexpr int CHUNK = 0, PARTS = 1, TOTAL = 2, NEWEST = 3, BEGINS = 4;
   XLAYER_HD static constexpr int64_t counters(int64_t requests) { return BEGINS + requests + 1; }
   static constexpr int64_t size(int64_t requests, int heads, int rows) {
     return counters(requests) + requests * heads * ((rows + 7) / 8);
@@ -59,7 +59,7 @@ struct Nvfp4AttentionParams {
   // newest_from[r] or later.
   const void* newest;          // [rows][2: K, V][H][newest_tokens][D] of dtype, dense
   const int32_t* newest_rows;  // [R] not read where newest_from is past the request's tokens
-  const int32_t* newest_from;  // [R] tokens
+  const int32_t* newest_from;  // [R] tokens; the schedule's, too, which are to be the same
   int newest_tokens;           // a multiple of 16
 
   const float* k_scale;  // [1] global decode scale

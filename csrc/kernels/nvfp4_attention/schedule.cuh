@@ -8,6 +8,21 @@ namespace xlayer::attention {
 constexpr int SCHEDULE_THREADS = 256;
 constexpr int MIN_TOKENS = 128;  // of a part: below, merging costs more than it spreads
 
+// A tile of newest tokens takes as long as so many of a page: it has 512 bytes a token and head size of 128 in
+// place of 144, and nothing is read ahead of it.
+constexpr int NEWEST_COST = 4;
+
+// Units that a request's newest tokens add to each of its lines, because they cost more. They come after the
+// line's own, at its end as the newest tokens are, and nobody attends to them: a part that has some has fewer
+// others. What is less than a unit is left out. Not with a fixed split, whose parts are the same in any batch.
+__device__ __forceinline__ int newest_units(const Nvfp4AttentionParams& p, int request, const Range& keys,
+                                            int unit) {
+  if (p.newest_from == nullptr || p.split_units > 0) return 0;
+  const int end = (keys.last + TILE - 1) / TILE;
+  const int tiles = end - max(newest_tile(p, request, keys.last), keys.first / TILE);
+  return tiles * (NEWEST_COST - 1) / (unit / TILE);
+}
+
 // Where all lines are equally long: a somewhat larger chunk of which each is so many lines, or so many make a
 // line. Then no part begins or ends in the middle of a line for nothing: what that costs is in NOTES.md.
 __device__ __forceinline__ int whole_lines(int chunk, int line) {
@@ -36,7 +51,8 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     int units = 0;
     if (r < p.num_requests) {
       const int q_len = queries_of(p, r).count;
-      units = q_len > 0 ? line_units(key_range(p.seq_lens[r], q_len, p.window, unit).units, p.split_units) : 0;
+      const Range keys = key_range(p.seq_lens[r], q_len, p.window, unit);
+      units = q_len > 0 ? line_units(keys.units, p.split_units) + newest_units(p, r, keys, unit) : 0;
       if (units > 0) atomicMin(&shortest, units), atomicMax(&longest, units);
       units *= head_tiles_of(p, q_len, tile_rows);
     }
@@ -62,7 +78,7 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     p.schedule[Schedule::CHUNK] = chunk;
     p.schedule[Schedule::PARTS] = (total + chunk - 1) / chunk;
     p.schedule[Schedule::TOTAL] = total;
-    p.schedule[Schedule::BEGINS - 1] = 0;
+    p.schedule[Schedule::NEWEST] = p.newest_from != nullptr;
   }
 }
 

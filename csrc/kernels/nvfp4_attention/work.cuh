@@ -26,6 +26,12 @@ __device__ __forceinline__ int line_units(int units, int split_units) {
   return split_units > 0 ? (units + split_units - 1) / split_units * split_units : units;
 }
 
+// The first of a request's tiles that are read from its newest tokens. If there is none, one past its last tile.
+__device__ __forceinline__ int newest_tile(const Nvfp4AttentionParams& p, int request, int seq_len) {
+  const int from = p.newest_from[request];
+  return ((from < seq_len ? from : seq_len) + TILE - 1) / TILE;
+}
+
 // Head tiles: a KV head's q_len * group query rows, TILE_ROWS at a time.
 __host__ __device__ inline int row_tiles(int q_len, int group, int tile_rows) {
   return (q_len * group + tile_rows - 1) / tile_rows;

@@ -43,8 +43,10 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None, newest_tokens: int = 0)
     )
     starts = inputs.starts if s.q_lens else None
     usual = -(-sum(s.queries) // len(s.lens))  # as the backend has it
-    ops.nvfp4_attention_schedule(inputs.seq_lens, workspace, s.q_len, 0, starts, usual)
     newest: dict[str, Any] = newest_arguments(inputs, cache, kv, newest_tokens) if newest_tokens else {}
+    ops.nvfp4_attention_schedule(
+        inputs.seq_lens, workspace, s.q_len, 0, starts, usual, newest.get("newest_from")
+    )
 
     def call(table: torch.Tensor) -> None:
         ops.nvfp4_paged_attention(

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
 from ... import kv_scales
+from ...attention.newest import newest_tokens_of
 from ...compat.rows import key_rotation
 from ...config import Config
 from ...layout import RowDescriptor
@@ -117,7 +118,7 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
     if str(cache.cache_dtype) in KV_DTYPES:  # so that what others have on disk stays valid
         settings["kv_scales"] = kv_scales.digest(Config.load().kv_scales)
         settings["key_rotation"] = key_rotation()
-        if newest_tokens := Config.load().newest_tokens:  # others' stays valid here, too
+        if newest_tokens := newest_tokens_of(vllm_config):  # others' stays valid here, too
             settings["newest_tokens"] = newest_tokens
     return settings
 
