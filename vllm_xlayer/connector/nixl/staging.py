@@ -17,8 +17,8 @@ Peer = tuple[str, int]
 
 
 POLL_SECONDS, QUIET_SECONDS = 2e-3, 0.5e-3
-"""How long a poll stays at most, and how long while nothing comes: 16 MiB take 0.05 ms over NVLink and 0.35 ms
-over a 400 Gbit/s link."""
+"""How long a poll stays at most, and how long while nothing comes: 16 MiB take 0.05 ms over NVLink, 0.35 ms
+over 400 Gbit/s."""
 REASONS = ("late", "seal", "lost", "busy")
 """Why a read fails: no answer in time; rows that are not what they must be; the peer or the link is gone; an
 earlier read from that peer has not ended."""
