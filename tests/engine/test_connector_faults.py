@@ -245,6 +245,28 @@ def test_preemption_with_slow_transfers(make_llm, tiny_llama, copies, monkeypatc
     assert preempted
 
 
+@fault("preemption")
+def test_a_reset_that_preempts_running_requests(make_llm, tiny_llama, answers, monkeypatch):
+    """They are back in the same step, with loads that begin in it."""
+    slow_down(monkeypatch, 3)
+    llm = make_llm(tiny_llama, kv_transfer_config=connector())
+    vllm_greedy(llm, PROMPTS, NUM_TOKENS)
+    scheduler = core_of(llm).scheduler
+    for steps in range(3):
+        forget_device_cache(llm)
+        names, outputs = list(map(str, range(len(PROMPTS)))), []
+        add(llm, names, PROMPTS, greedy(NUM_TOKENS))
+        step_until(llm, lambda: under_way(llm, "load"), outputs)
+        step_until(llm, lambda: len(scheduler.running) == len(scheduler.requests), outputs)
+        for _ in range(steps):
+            outputs += llm.llm_engine.step()
+        TALLY["tries"] += len(scheduler.running)
+        llm.reset_prefix_cache(reset_running_requests=True)
+        compare(finish(llm, outputs), dict(zip(names, answers, strict=True)))
+    settle(llm)
+    assert TALLY["tries"]
+
+
 @pytest.mark.parametrize("later", [0, 1, 3])
 @pytest.mark.parametrize("tier_too", [False, True], ids=["device cache", "tier too"])
 @pytest.mark.parametrize("way", DURING["reset_prefix_cache"])

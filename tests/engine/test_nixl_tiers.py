@@ -53,9 +53,9 @@ class Pair:
         self.answers = {f"r{i}": a for i, a in enumerate(vllm_greedy(self.decode, PROMPTS, NUM_TOKENS))}
         self.rows_read, land = 0, self.reads.wire.land
 
-        def spy(peer, buffer, rows):
+        def spy(peer, buffer, rows, begun):
             self.rows_read += len(rows)
-            return land(peer, buffer, rows)
+            return land(peer, buffer, rows, begun)
 
         self.reads.wire.land = spy
 

@@ -96,9 +96,9 @@ def count(_):
     worker = live_connector().connector_worker
     worker.landed, land = [], worker.wire.land
 
-    def spy(peer, buffer, rows):
+    def spy(peer, buffer, rows, begun):
         worker.landed.append((peer[1], len(rows)))
-        return land(peer, buffer, rows)
+        return land(peer, buffer, rows, begun)
 
     worker.wire.land = spy
 

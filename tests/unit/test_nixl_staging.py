@@ -1,9 +1,11 @@
 """Reads into the staging ring, over a wire that fails in every way: no buffer is used again too early."""
 
 import random
+import time
 
 import pytest
 
+from vllm_xlayer.connector.nixl import staging
 from vllm_xlayer.connector.nixl.staging import REASONS, Failure, Row, StagedReads
 
 PEER, OTHER = ("prefill", 0), ("prefill", 1)
@@ -29,7 +31,12 @@ class FakeWire:
         self.now = 0.0
         self.states, self.buffers, self.landed, self.released = {}, {}, [], []
         self.bad_row = None
-        self.dead = False
+        self.dead, self.fast = False, False
+        self.begun = []
+
+    def begin(self):
+        self.begun.append(len(self.begun))
+        return self.begun[-1]
 
     def capacity(self, peer):
         return CAPACITY
@@ -41,7 +48,7 @@ class FakeWire:
         assert not writing, f"buffer {buffer} may still be written by {writing}"
         assert 0 < len(rows) <= CAPACITY
         handle = len(self.states)
-        self.states[handle], self.buffers[handle] = "PROC", buffer
+        self.states[handle], self.buffers[handle] = "DONE" if self.fast else "PROC", buffer
         return handle
 
     def state(self, handle):
@@ -53,7 +60,8 @@ class FakeWire:
         self.released.append(handle)
         return True
 
-    def land(self, peer, buffer, rows):
+    def land(self, peer, buffer, rows, begun):
+        assert begun in self.begun
         self.landed += rows
         bad = any(row.remote == self.bad_row for row in rows)
         return FakeLanding("torn" if bad else None)
@@ -92,6 +100,43 @@ def test_more_rows_than_the_ring_holds_all_land_once(reads, wire):
     assert poll_until_over(reads, wire) == {"a": None, "b": None}
     assert sorted(wire.landed) == sorted(rows(19) + rows(3, start=100))
     assert sorted(reads.free) == [0, 1] and not reads.reads
+
+
+def test_a_poll_stays_while_rows_come(reads, wire, monkeypatch):
+    """Else the ring would be all that a step of the engine can bring."""
+    monkeypatch.setattr(staging, "POLL_SECONDS", 60.0)
+    monkeypatch.setattr(staging, "QUIET_SECONDS", 30.0)
+    wire.fast = True
+    reads.add("a", PEER, rows(100 * CAPACITY))
+    assert reads.poll() == {"a": None} and wire.landed == rows(100 * CAPACITY)
+
+
+def test_a_poll_does_not_wait_for_rows_that_do_not_come(reads, wire, monkeypatch):
+    monkeypatch.setattr(staging, "POLL_SECONDS", 60.0)
+    reads.add("a", PEER, rows(1))
+    begin = time.monotonic()
+    assert reads.poll() == {}
+    assert time.monotonic() - begin < 20
+
+
+def test_a_poll_ends_while_rows_come_and_come(reads, wire, monkeypatch):
+    """Steps of other requests wait for it."""
+    monkeypatch.setattr(staging, "QUIET_SECONDS", 30.0)
+    wire.fast = True
+    reads.add("a", PEER, rows(100_000 * CAPACITY))
+    begin = time.monotonic()
+    assert reads.poll() == {} and 0 < len(wire.landed) < 100_000 * CAPACITY
+    assert time.monotonic() - begin < 20
+
+
+def test_rows_land_after_what_was_launched_before_their_read(reads, wire, monkeypatch):
+    landed = []
+    land = wire.land
+    monkeypatch.setattr(wire, "land", lambda *args: landed.append(args[-1]) or land(*args))
+    reads.add("a", PEER, rows(3 * CAPACITY))
+    reads.add("b", PEER, rows(1))
+    poll_until_over(reads, wire)
+    assert sorted(landed) == [0, 0, 0, 1]
 
 
 def test_a_row_that_is_not_what_was_sealed_fails_its_request_only(reads, wire):

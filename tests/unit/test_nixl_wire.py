@@ -1,8 +1,11 @@
 """Descriptors of peers: given back once, and not while a transfer may use them."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from vllm_xlayer.connector.nixl.reshard import Move
 from vllm_xlayer.connector.nixl.staging import Row, StagedReads
 from vllm_xlayer.connector.nixl.wire import BUFFERS, NixlWire, RemotePool
 
@@ -88,6 +91,18 @@ def test_a_landing_on_a_cpu_does_not_look_for_a_gpu(wire, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looked for a GPU"))
     wire.add_peer(PEER, remote())
     wire.ring[0, :ROW] = 7
-    landing = wire.land(PEER, 0, [Row(0, 2, 0, 0)])
+    landing = wire.land(PEER, 0, [Row(0, 2, 0, 0)], wire.begin())
     assert landing.done() and landing.problem() is None
     assert wire.pool[2].eq(7).all() and wire.pool[[0, 1, 3]].eq(0).all()
+
+
+def test_rows_of_several_groups_land_by_their_groups_moves(wire):
+    """In one chunk: each row as its own group's layers lie."""
+    half = ROW // 2
+    moves = tuple((Move(start, start, half, 1, half, half),) for start in (0, half))
+    wire.add_peer(PEER, dataclasses.replace(remote(), moves=moves))
+    wire.ring[0, : 3 * ROW] = torch.arange(1, 4, dtype=torch.uint8).repeat_interleave(ROW)
+    wire.land(PEER, 0, [Row(0, 3, 0, 0), Row(1, 0, 1, 0), Row(2, 2, 0, 0)], wire.begin())
+    expected = torch.zeros(4, ROW, dtype=torch.uint8)
+    expected[3, :half], expected[0, half:], expected[2, :half] = 1, 2, 3
+    assert wire.pool.equal(expected)

@@ -25,6 +25,7 @@ DEPENDENCES = (
         methods={"_calc_num_offloadable_tokens": "self req_status num_computed_tokens"},
         attributes=(
             "_jobs", "_req_status", "_block_id_to_pending_jobs", "_chunks_being_loaded", "_mamba_align_size",
+            "_current_batch_load_jobs",
         ),
     ),
     Private(

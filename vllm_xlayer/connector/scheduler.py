@@ -29,7 +29,7 @@ from .host.accounts import check_accounts
 from .host.manager import HostTierManager
 from .item_names import is_by_content
 from .stats.activity import TierActivity, queues
-from .step_news import without_idle
+from .step_news import without_idle, without_reloaded
 from .worker import RowWorkerMetadata
 
 logger = init_logger(__name__)
@@ -189,8 +189,15 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
                 return True
         return False
 
+    def _is_reloaded(self, request_id: str) -> bool:
+        """Whether a preempted request has nothing under way but a load that begins with this step."""
+        status = self._req_status.get(request_id)
+        jobs = status.transfer_jobs if status is not None else set()
+        return bool(jobs) and jobs <= self._current_batch_load_jobs.keys()
+
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        meta = super().build_connector_meta(without_idle(scheduler_output, self._has_news))
+        with_news = without_idle(scheduler_output, self._has_news)
+        meta = super().build_connector_meta(without_reloaded(with_news, self._is_reloaded))
         self._check()
         return meta
 

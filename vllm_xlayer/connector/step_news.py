@@ -46,3 +46,18 @@ def without_idle(output: SchedulerOutput, has_news: Callable[[str, int], bool]) 
         scheduled_cached_reqs=stay,
         num_scheduled_tokens={request: n for request, n in scheduled.items() if request not in gone},
     )
+
+
+def without_reloaded(output: SchedulerOutput, reloaded: Callable[[str], bool]) -> SchedulerOutput:
+    """The step without the preemptions of requests that are back in the same step, after a reset that takes
+    running requests along.
+
+    vLLM sees to it that what a preempted request had under way ends. Of such a request only a new load is,
+    which vLLM before 0.33 takes for a store: it would end the engine.
+
+    Args:
+        reloaded: of a request's id.
+    """
+    preempted = output.preempted_req_ids or set()
+    stay = {request for request in preempted if not reloaded(request)}
+    return output if len(stay) == len(preempted) else replace(output, preempted_req_ids=stay)

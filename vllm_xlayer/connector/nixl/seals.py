@@ -70,6 +70,14 @@ def _odd_numbers(count: int) -> np.ndarray:
     return ((x ^ (x >> np.uint64(31))) | np.uint64(1)).view(np.int64)
 
 
+def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 [n], ready for what is launched next. Does not wait for what the device is doing, as a copy
+    from ordinary memory would."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+
 class SealTable:
     """The seals of a pool's rows: int64 [blocks, 2], which other engines read."""
 
@@ -80,7 +88,6 @@ class SealTable:
 
     def seal(self, blocks: Sequence[int], tags: Sequence[int]) -> None:
         """Seals rows as they are once all work launched so far is done."""
-        for i in range(0, len(blocks), ROWS_AT_ONCE):
-            ids = torch.tensor(blocks[i : i + ROWS_AT_ONCE], device=self.pool.device)
-            tag = torch.tensor(tags[i : i + ROWS_AT_ONCE], device=self.pool.device)
+        all_ids, all_tags = to_device(blocks, self.pool.device), to_device(tags, self.pool.device)
+        for ids, tag in zip(all_ids.split(ROWS_AT_ONCE), all_tags.split(ROWS_AT_ONCE), strict=True):
             self.table[ids] = torch.stack((tag, self.digest(self.pool[ids])), 1)

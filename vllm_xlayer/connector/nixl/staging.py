@@ -16,6 +16,9 @@ Peer = tuple[str, int]
 """(engine id, rank)"""
 
 
+POLL_SECONDS, QUIET_SECONDS = 2e-3, 0.5e-3
+"""How long a poll stays at most, and how long while nothing comes: 16 MiB take 0.05 ms over NVLink, 0.35 ms
+over 400 Gbit/s."""
 REASONS = ("late", "seal", "lost", "busy")
 """Why a read fails: no answer in time; rows that are not what they must be; the peer or the link is gone; an
 earlier read from that peer has not ended."""
@@ -62,8 +65,11 @@ class Wire(Protocol):
     def release(self, handle: Any) -> bool:
         """Lets go of a handle that is final; False where it must be kept, and asked again."""
 
-    def land(self, peer: Peer, buffer: int, rows: Sequence[Row]) -> Landing:
-        """Checks what a buffer holds and copies it into the KV cache."""
+    def begin(self) -> Any:
+        """Called when a read begins, whose blocks nothing uses that is launched later; for `land`."""
+
+    def land(self, peer: Peer, buffer: int, rows: Sequence[Row], begun: Any) -> Landing:
+        """Checks what a buffer holds and copies it into the KV cache. begun: what `begin` returned."""
 
 
 @dataclass
@@ -85,6 +91,7 @@ class Read:
     request: str
     peer: Peer
     rows: Sequence[Row]
+    begun: Any
     waits_since: float
     """When it was added, or had its last chunk."""
     posted: int = 0
@@ -122,15 +129,21 @@ class StagedReads:
 
     def add(self, request: str, peer: Peer, rows: Sequence[Row]) -> None:
         """Reads rows for a request; several peers may be asked for parts of one request."""
-        self.reads.setdefault(request, []).append(Read(request, peer, rows, self.clock()))
+        self.reads.setdefault(request, []).append(Read(request, peer, rows, self.wire.begin(), self.clock()))
         self._post()
 
     def poll(self) -> dict[str, Failure | None]:
-        """Moves everything on. Returns the requests that are over: with their failure, or None."""
-        self._look_at_quarantined()
-        for chunk in list(self.chunks):
-            self._advance(chunk)
-        self._post()
+        """Moves everything on. Returns the requests that are over: with their failure, or None.
+
+        Stays while chunks come: an engine polls once a step, and a step takes as long as dozens of chunks.
+        """
+        begin = last = now = time.monotonic()
+        while now - begin < POLL_SECONDS and now - last < QUIET_SECONDS:
+            came = self._move()
+            if not self.chunks:
+                break
+            now = time.monotonic()
+            last = now if came else last
         over: dict[str, Failure | None] = {}
         for request, reads in list(self.reads.items()):
             failure = next((read.failure for read in reads if read.failure), None)
@@ -143,36 +156,47 @@ class StagedReads:
                 del self.reads[request]
         return over
 
+    def _move(self) -> bool:
+        """Whether a chunk arrived, or has landed."""
+        self._look_at_quarantined()
+        came = [self._advance(chunk) for chunk in list(self.chunks)]
+        self._post()
+        return any(came)
+
     def peers(self) -> set[Peer]:
         """Those whose transfers are under way, or in quarantine."""
         return {chunk.read.peer for chunk in (*self.chunks, *self.quarantined)}
 
-    def _advance(self, chunk: Chunk) -> None:
+    def _advance(self, chunk: Chunk) -> bool:
+        """Whether it arrived, or has landed."""
         if chunk.landing is not None:
-            self._look_at_landing(chunk)
-            return
+            return self._look_at_landing(chunk)
         state = self._state(chunk)
         if state == "DONE":
             self.wire.release(chunk.handle)
             if chunk.read.failure:
                 self._drop(chunk)
-                return
-            chunk.landing = self.wire.land(chunk.read.peer, chunk.buffer, chunk.rows)
+                return True
+            chunk.landing = self.wire.land(chunk.read.peer, chunk.buffer, chunk.rows, chunk.read.begun)
             self._look_at_landing(chunk)
-        elif state != "PROC":
+            return True
+        if state != "PROC":
             self._give_up(chunk.read, Failure("lost", f"the read failed: {state}"))
         elif self.clock() - chunk.posted > self.timeout:
             text = f"expected {len(chunk.rows)} rows within {self.timeout:g} s"
             self._give_up(chunk.read, Failure("late", text))
+        return False
 
-    def _look_at_landing(self, chunk: Chunk) -> None:
+    def _look_at_landing(self, chunk: Chunk) -> bool:
+        """Whether it is over."""
         assert chunk.landing is not None
         if not chunk.landing.done():
-            return
+            return False
         problem = chunk.landing.problem()
         self._drop(chunk)
         if problem:
             self._give_up(chunk.read, Failure("seal", problem))
+        return True
 
     def _give_up(self, read: Read, why: Failure) -> None:
         """No more chunks; those under way go to quarantine, but for such as are landing already."""

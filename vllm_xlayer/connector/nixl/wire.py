@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .reshard import Move, scatter
-from .seals import BYTES, RowDigest
+from .seals import BYTES, RowDigest, to_device
 from .staging import Peer, Row
 
 BUFFERS = 4
@@ -157,11 +157,15 @@ class NixlWire:
             return False
         return True
 
-    def land(self, peer: Peer, buffer: int, rows: Sequence[Row]) -> "PoolLanding":
+    def begin(self) -> torch.cuda.Event | None:
+        return None if self.stream is None else torch.cuda.current_stream(self.pool.device).record_event()
+
+    def land(self, peer: Peer, buffer: int, rows: Sequence[Row], begun: Any) -> "PoolLanding":
         if self.stream is None:
             return self._land(peer, buffer, rows)
-        # After whatever was launched on the blocks' former contents.
-        self.stream.wait_stream(torch.cuda.current_stream(self.pool.device))
+        # Whatever used the blocks' former contents was launched before the read began. Not after a step that
+        # was launched since: rows would wait for all of it.
+        self.stream.wait_event(begun)
         with torch.cuda.stream(self.stream):
             return self._land(peer, buffer, rows)
 
@@ -178,19 +182,19 @@ class NixlWire:
         return PoolLanding(len(rows), wrong, self.stream)
 
     def _into_pool(self, remote: RemotePool, arrived: torch.Tensor, rows: Sequence[Row]) -> None:
-        local = torch.tensor([row.local for row in rows], device=self.pool.device)
+        device = self.pool.device
         if not remote.moves:
-            self.pool.index_copy_(0, local, arrived)
+            self.pool.index_copy_(0, to_device([row.local for row in rows], device), arrived)
             return
-        groups = torch.tensor([row.group for row in rows], device=self.pool.device)
         for group, moves in enumerate(remote.moves):
-            mine = groups == group
-            scatter(arrived[mine], self.pool, local[mine], moves)
+            if mine := [i for i, row in enumerate(rows) if row.group == group]:
+                staged = arrived if len(mine) == len(rows) else arrived[to_device(mine, device)]
+                scatter(staged, self.pool, to_device([rows[i].local for i in mine], device), moves)
 
     def _check(self, arrived: torch.Tensor, table: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """int64 [2]: rows that are sealed for other tokens, and such whose bytes are not those sealed."""
-        seals = table[torch.tensor([row.remote for row in rows], device=table.device)]
-        tags = torch.tensor([row.tag for row in rows], device=table.device)
+        seals = table[to_device([row.remote for row in rows], table.device)]
+        tags = to_device([row.tag for row in rows], table.device)
         stale = seals[:, 0] != tags
         torn = (seals[:, 1] != self.digests[arrived.shape[1]](arrived)) & ~stale
         return torch.stack((stale.sum(), torn.sum()))

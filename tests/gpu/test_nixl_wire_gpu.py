@@ -1,0 +1,113 @@
+"""Rows that arrive on a GPU: they land beside a step that was launched after their read began, and after all
+that was launched before; and whoever seals or lands rows does not wait for the GPU."""
+
+import time
+
+import pytest
+import torch
+
+from vllm_xlayer.connector.nixl.seals import SealTable
+from vllm_xlayer.connector.nixl.staging import Row
+from vllm_xlayer.connector.nixl.wire import BUFFERS, NixlWire, RemotePool
+
+pytestmark = pytest.mark.gpu
+PEER, BLOCKS, ROW_BYTES, SOME = ("prefill", 0), 64, 4096, 40
+LONG = 4_000_000_000
+"""Cycles: some two seconds."""
+SOON = 1.0
+
+
+class FakeAgent:
+    def prep_xfer_dlist(self, *_, **__):
+        return 0
+
+
+@pytest.fixture
+def theirs():
+    """A peer's sealed rows, and their seals: (uint8 [blocks, bytes], int64 [blocks, 2])."""
+    rows = torch.randint(0, 256, (BLOCKS, ROW_BYTES), dtype=torch.uint8, device="cuda")
+    seals = SealTable(rows)
+    seals.seal(list(range(BLOCKS)), [100 + block for block in range(BLOCKS)])
+    return rows, seals.table
+
+
+@pytest.fixture
+def wire(theirs):
+    pool = torch.full((BLOCKS, ROW_BYTES), 0xFF, dtype=torch.uint8, device="cuda")
+    bytes_each = BLOCKS * (ROW_BYTES + 16)
+    ring = torch.empty(BUFFERS, bytes_each, dtype=torch.uint8, device="cuda")
+    wire = NixlWire(FakeAgent(), "VRAM", pool, ring, lambda handle: None)
+    wire.add_peer(PEER, RemotePool("agent", 1, 0, "VRAM", ROW_BYTES, BLOCKS, seals=1))
+    rows, table = theirs
+    start = wire.capacity(PEER) * ROW_BYTES
+    ring[:, : SOME * ROW_BYTES] = rows[:SOME].reshape(-1)
+    ring[:, start : start + table.nbytes] = table.view(torch.uint8).reshape(-1)
+    asked = land(wire, wire.begin())  # kernels are loaded, and pinned memory is there
+    torch.cuda.synchronize()
+    assert asked.done()
+    pool.fill_(0xFF)
+    torch.cuda.synchronize()
+    return wire
+
+
+def land(wire, begun, tag=100):
+    """The first rows, into our last blocks."""
+    rows = [Row(i, BLOCKS - 1 - i, 0, tag + i) for i in range(SOME)]
+    return wire.land(PEER, 0, rows, begun)
+
+
+def check_pool(wire, theirs):
+    torch.cuda.synchronize()
+    assert wire.pool.flip(0)[:SOME].equal(theirs[0][:SOME])
+    assert (wire.pool[: BLOCKS - SOME] == 0xFF).all()
+
+
+def busy():
+    """An event after two seconds of the main stream."""
+    torch.cuda._sleep(LONG)
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def test_rows_land_beside_a_step_that_was_launched_since(wire, theirs):
+    begun = wire.begin()
+    step = busy()
+    begin = time.monotonic()
+    landing = land(wire, begun)
+    while not landing.done() and time.monotonic() - begin < SOON:
+        pass
+    assert landing.done() and not step.query()
+    assert landing.problem() is None
+    check_pool(wire, theirs)
+
+
+def test_rows_land_after_what_was_launched_before(wire, theirs):
+    """Of the blocks' last owner."""
+    before = busy()
+    wire.pool.fill_(7)
+    begin = time.monotonic()
+    landing = land(wire, wire.begin())
+    assert time.monotonic() - begin < SOON, "whoever lands rows waits for nothing"
+    assert not landing.done() and not before.query()
+    torch.cuda.synchronize()
+    assert landing.done() and landing.problem() is None
+    assert wire.pool.flip(0)[:SOME].equal(theirs[0][:SOME])
+
+
+def test_rows_of_another_prompt_are_found(wire):
+    landing = land(wire, wire.begin(), tag=7)
+    torch.cuda.synchronize()
+    assert landing.done() and f"of {SOME} rows {SOME} are sealed for other tokens" in landing.problem()
+
+
+def test_rows_are_sealed_without_waiting(theirs):
+    rows, _ = theirs
+    seals, blocks = SealTable(rows), list(range(BLOCKS))
+    seals.seal(blocks, blocks)
+    torch.cuda.synchronize()
+    step, begin = busy(), time.monotonic()
+    seals.seal(blocks, [1 + block for block in blocks])
+    assert time.monotonic() - begin < SOON and not step.query()
+    torch.cuda.synchronize()
+    assert seals.table[:, 0].tolist() == [1 + block for block in blocks]
