@@ -139,3 +139,26 @@ def test_heads_without_a_decode_kernel(monkeypatch):
     assert len(said) == 1 and "no decode kernel for heads of 48 and 4 query heads" in said[0]
     made = b.build(0, batch([1, 1], [5, 100]))
     assert b.reorder_batch_threshold is None and made.decode is None and made.seq_lens.tolist() == [5, 100]
+
+
+@pytest.mark.parametrize(
+    ("prefilling", "waits"),
+    [([False, True, True], False), ([False, True, False], True), (None, True)],
+    ids=str,
+)
+def test_lengths_under_speculation(monkeypatch, prefilling, waits):
+    """The host's are exact for prompts alone; others' are asked of the device, which is then waited for."""
+    waited, cpu = [], torch.Tensor.cpu
+    step = batch([4, 40, 30], [50, 60, 70])
+    bound = step.seq_lens.clone()
+    if waits:
+        bound += 3  # drafts that may have been rejected
+    else:
+        bound[0] += 3
+    step.seq_lens_cpu_upper_bound = bound
+    step.is_prefilling = None if prefilling is None else torch.tensor(prefilling)
+    made = builder(speculative=3)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (waited.append(tensor), cpu(tensor))[1])
+    metadata = made.build(0, step)
+    assert metadata.seq_lens.tolist() == [60, 70] and bool(waited) is waits
+    assert metadata.decode.seq_lens.tolist() == [50]

@@ -150,8 +150,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
                 f"--kv-cache-dtype nvfp4: expected K and V heads of one size, got {kv_cache_spec.head_size} "
                 f"and {head_size_v} ({layer_names[0]})"
             )
-        # With speculative decoding vLLM knows only an upper bound of the lengths on the host.
-        self._lens_exact_on_host = vllm_config.speculative_config is None
+        self._speculates = vllm_config.speculative_config is not None
         self._newest = make_planner(vllm_config, layer_names, device)
         self._planner: DecodePlanner | None = None
         self._decode_len = _decode_query_len(vllm_config)
@@ -214,9 +213,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
                 )  # fmt: skip
         seq_lens = np.empty(0, dtype=np.int64)
         if first < m.num_reqs:
-            known = m.seq_lens_cpu_upper_bound if self._lens_exact_on_host else None
-            lens = m.seq_lens.cpu() if known is None else known
-            seq_lens = lens[first : m.num_reqs].numpy().astype(np.int64)
+            seq_lens = self._lens_on_host(m, first).numpy().astype(np.int64)
         return NVFP4Metadata(
             num_actual_tokens=m.num_actual_tokens,
             query_starts=starts[first:],
@@ -226,6 +223,15 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             decode=decode,
             newest=newest,
         )
+
+    def _lens_on_host(self, m: CommonAttentionMetadata, first: int) -> torch.Tensor:
+        """Lengths of the requests from the first that is not decoded; waits for the device only where vLLM
+        does not know them: while it speculates, of such as compute no prompt (too many drafts, say)."""
+        known, prefilling = m.seq_lens_cpu_upper_bound, m.is_prefilling
+        computes_prompts = prefilling is not None and bool(prefilling[first : m.num_reqs].all())
+        if self._speculates and not computes_prompts:
+            known = None  # of a request that decodes it counts drafts that the device may have rejected
+        return (m.seq_lens.cpu() if known is None else known)[first : m.num_reqs]
 
 
 def _decode_query_len(vllm_config) -> int:
