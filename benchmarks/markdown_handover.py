@@ -51,7 +51,7 @@ def _lines(step: dict[str, Any], length: dict[str, Any]) -> list[tuple[str, list
     nbytes, link = length["kv_bytes"], length["link"]
     what = f"{step['cache']}, {length['tokens']:,} ({nbytes / 1e6:,.0f})"
     floor = nbytes / link["one"] if "one" in link else None
-    alone = f"{milliseconds(floor, 1)} ms ({link['one'] / 1e9:,.0f} GB/s)" if floor else "-"
+    alone = f"{milliseconds(floor, 1)} ms ({link['one'] / 1e9:.3g} GB/s)" if floor else "-"
     lines = []
     for way, numbers in length["ways"].items():
         seconds = statistics.median(numbers["seconds"])

@@ -34,6 +34,7 @@ DOCUMENTS = (
 )
 HANDOVERS = {
     "handover": "h200-handover.json",
+    "handover_answers": "h200-handover-answers.json",
     "handover_x2": "h200-x2-handover.json",
     "handover_x2_answers": "h200-x2-handover-answers.json",
     "handover_2to1": "h200-x2-handover-2to1.json",
@@ -55,6 +56,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     ),
     "short": (("h200-decode.json",), markdown.short_decode_table),
     "decode": (("h200-decode.json",), markdown.decode_table),
+    "decode_peers": (("h200-decode-peers.json",), markdown.other_peers),
     "engine": (("h200-engine.json",), markdown.engine_table),
     "engine_qwen": (("h200-engine-qwen3-next.json",), markdown.engine_section),
     "engine_gpt_oss": (("h200-engine-gpt-oss-20b.json",), markdown.engine_section),
@@ -62,7 +64,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "capacity": (("h200-capacity.json",), markdown.capacity_table),
     "quality": (("h200-demo.json",), markdown.demo_table),
     "accuracy": (("h200-quality.json",), quality.table),
-    "transforms": (("cpu-transforms.json",), transforms.table),
+    "transforms": (("h200-transforms.json", "h200-transforms-essays.json"), transforms.table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
     "traffic": (("h200-traffic.json",), markdown.traffic_section),

@@ -188,7 +188,7 @@ def _compare(
 
 
 def table(*results: dict[str, Any]) -> str:
-    """Markdown: a row a way to keep K, a column a model and number of newest exact tokens."""
+    """Markdown: a row a way to keep K, a column a text and number of newest exact tokens."""
     counts = [(result, newest) for result in results for newest in NEWEST]
     heads = [f"{_name(result)}, {newest or 'none'} exact" for result, newest in counts]
     lines = [f"| K and V | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
@@ -217,7 +217,7 @@ def table(*results: dict[str, Any]) -> str:
 
 
 def _name(result: dict[str, Any]) -> str:
-    return "the demo's model" if result["model"] == "demo" else str(result["model"])
+    return "the demo's model" if result["model"] == "demo" else ", ".join(result["text"])
 
 
 def main() -> int:

@@ -17,14 +17,14 @@ class Life:
     cache up to a place where another request's row ends.
     """
 
-    def __init__(self, llm, seed: int) -> None:
+    def __init__(self, llm, seed: int, temperature: float = 0.0) -> None:
         from vllm_xlayer.compat.engine import core_of
 
         self.engine = llm.llm_engine
         self.scheduler = core_of(llm).scheduler
         self.preempted: set[tuple[str, int]] = set()
         self.rng = random.Random(seed)
-        self.seed = seed
+        self.seed, self.temperature = seed, temperature
         self.names = 0
         self.running: set[str] = set()
         self.counts: Counter[str] = Counter()
@@ -98,7 +98,9 @@ class Life:
 
         self.names += 1
         name = f"{self.seed}-{self.names}"
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            temperature=self.temperature, seed=self.seed, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
         self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
         self.running.add(name)
 
@@ -108,7 +110,7 @@ HAPPENS = ("aborted", "preempted", "reset", "cached", "finished")
 LEAST_LIVES, MOST_LIVES = 3, 60
 
 
-def live(llm, oracle, seconds: float, seed: int = 0):
+def live(llm, oracle, seconds: float, seed: int = 0, temperature: float = 0.0):
     """Lives one after the other until something is wrong, or the time is over and all has happened.
 
     Returns the last one's seed, and what all of them counted.
@@ -119,7 +121,7 @@ def live(llm, oracle, seconds: float, seed: int = 0):
         or seed < LEAST_LIVES
         or (seed < MOST_LIVES and min(counts[what] for what in HAPPENS) == 0)
     ):
-        life = Life(llm, seed)
+        life = Life(llm, seed, temperature)
         life.begin()
         for _ in range(150):
             life.step()

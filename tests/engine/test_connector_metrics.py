@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,8 +194,16 @@ def test_a_disk_that_fails(make_llm, tiny_llama, tmp_path, monkeypatch, way):
 def test_late_and_off(make_llm, tiny_llama, tmp_path, monkeypatch):
     fill(make_llm, tiny_llama, tmp_path)
     monkeypatch.setattr(tiering, "DEADLINE_SECONDS", -1)
+    read, answered = DiskStore.read, threading.Event()
+
+    def reads(*args):  # not before the next step, however long that takes
+        assert answered.wait(60)
+        return read(*args)
+
+    monkeypatch.setattr(DiskStore, "read", reads)
     llm = start(make_llm, tiny_llama, connector(tmp_path))
     vllm_greedy(llm, PROMPTS[1:2], NUM_TOKENS)
+    answered.set()
     settle(llm)
     assert missed("late", 16 * 6).items() <= nonzero().items()
     llm = start(make_llm, tiny_llama, host_only(cpu_bytes_to_use=ROW - 1))

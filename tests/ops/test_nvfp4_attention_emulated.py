@@ -29,12 +29,13 @@ def test_head_sizes(head_size, dtype):
     check(Case(AROUND, head_size=head_size, dtype=dtype))
 
 
-@pytest.mark.parametrize(("q_len", "group"), [(1, 4), (3, 8)])
+@pytest.mark.parametrize(("q_len", "group"), [(1, 4), (3, 4), (3, 8)])
 @pytest.mark.parametrize("head_size", [64, 80, 96, 112, 128, 192, 256])
 def test_rotated_keys(head_size, q_len, group):
     case = Case(AROUND, q_len, group=group, head_size=head_size, newest=32, rotated_keys=True)
     check(case)
     check(replace(case, dtype=torch.float16, outliers=True, newest=0, first_logit=14.0))
+    check(replace(case, dtype=torch.float16, outliers=True, newest=0, first_logit=14.0, k_scale=0.25))
 
 
 @pytest.mark.parametrize(("q_len", "group"), [(1, 1), (1, 16), (2, 3), (4, 4), (8, 1), (8, 16)], ids=str)

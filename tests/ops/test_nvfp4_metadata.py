@@ -13,6 +13,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_xlayer.attention import metadata
 from vllm_xlayer.attention.metadata import NVFP4MetadataBuilder
 
+pytestmark = pytest.mark.usefixtures("pages_alone")
+
 LAYERS = ["a", "b"]
 
 

@@ -112,27 +112,47 @@ def test_rows_take_a_share_of_the_memory(monkeypatch, gigabytes, rows):
     assert newest.num_rows(config) == rows
 
 
-def test_a_hybrids_batch_is_whose_metadata_is_being_built():
-    """vLLM says the places of a batch's requests to nobody; a wrapper around what builds it does."""
-    from vllm_xlayer.patches.newest import tell_batch
+ON_GPU = SimpleNamespace(
+    device_config=SimpleNamespace(device_type="cuda"), use_v2_model_runner=True,
+    model_config=SimpleNamespace(is_hybrid=False), speculative_config=None,
+    parallel_config=SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1),
+    cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+)  # fmt: skip
 
-    rows = RunnerRows(object(), PLACES, 4)
-    for place in (7, 2):
-        rows.start(place, [7, 2])
-    step = SimpleNamespace(num_reqs=3, req_idx=None)
-    built = []
 
-    def build(states, batch, fails):
-        built.append(rows.rows_of(step).tolist())
-        if fails:
-            raise RuntimeError("no metadata")
+@pytest.mark.parametrize(
+    ("changes", "tokens", "reason"),
+    [
+        ({}, 64, ""),
+        ({"use_v2_model_runner": False}, 0, "got V1"),
+        ({"model_config": SimpleNamespace(is_hybrid=True)}, 0, "got a hybrid"),
+        ({"speculative_config": SimpleNamespace(method="ngram_gpu")}, 64, ""),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, 0, "got eagle"),
+        ({"use_v2_model_runner": False, "device_config": SimpleNamespace(device_type="cpu")}, 64, ""),
+    ],
+    ids=lambda value: str(list(value)) if isinstance(value, dict) else None,
+)
+def test_how_many_are_kept_where_nobody_says(monkeypatch, changes, tokens, reason):
+    """What the user asks for is never less quietly: it is refused with the reason."""
+    config = SimpleNamespace(**(vars(ON_GPU) | changes))
+    monkeypatch.setattr(newest_rows, "_v2_starts_are_told", True)
+    monkeypatch.delenv("VLLM_XLAYER_NEWEST_TOKENS", raising=False)
+    assert newest.newest_tokens_of(config) == tokens
+    assert reason in (newest.explain_refusal(config) or "")
+    said = []
+    monkeypatch.setattr(newest.logger, "info_once", lambda text, *args: said.append(text % args))
+    if not tokens:
+        assert newest.make_planner(config, [], None) is None and reason in said[0]
+        monkeypatch.setenv("VLLM_XLAYER_NEWEST_TOKENS", "16")
+        with pytest.raises(ValueError, match=f"NEWEST_TOKENS=16: .*{reason}"):
+            newest.make_planner(config, [], None)
+    for asked in (16, 0):
+        monkeypatch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(asked))
+        assert newest.newest_tokens_of(config) == asked
 
-    told = SimpleNamespace(idx_mapping_np=np.array([2, 7]))
-    tell_batch(build, None, told, False)
-    with pytest.raises(RuntimeError, match="no metadata"):
-        tell_batch(build, None, told, True)
-    two, seven = (
-        rows.rows_of(SimpleNamespace(num_reqs=1, req_idx=np.array([p]))).tolist()[0] for p in (2, 7)
-    )
-    assert built == [[two, seven, NO_ROW]] * 2 and two != seven
-    assert rows.rows_of(step).tolist() == [NO_ROW] * 3, "what was said is of that batch only"
+
+def test_they_are_not_kept_where_starts_are_not_told(monkeypatch):
+    monkeypatch.setattr(newest_rows, "_v2_starts_are_told", False)
+    monkeypatch.delenv("VLLM_XLAYER_NEWEST_TOKENS", raising=False)
+    assert newest.newest_tokens_of(ON_GPU) == 0
+    assert "told when a request starts" in str(newest.explain_refusal(ON_GPU))

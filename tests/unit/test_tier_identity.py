@@ -81,15 +81,17 @@ def engine(**changes):
         cache_config=SimpleNamespace(
             cache_dtype="auto", prefix_caching_hash_algo="sha256",
             sliding_window=None, kv_cache_dtype_skip_layers=[], use_replayssm=False, prefix_match_unit=None,
+            kv_sharing_fast_prefill=False,
         ),
         parallel_config=SimpleNamespace(
             world_size=2, tensor_parallel_size=2, decode_context_parallel_size=1,
-            prefill_context_parallel_size=1, cp_kv_cache_interleave_size=1,
+            prefill_context_parallel_size=1, cp_kv_cache_interleave_size=1, use_ubatching=False,
         ),
         attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
         mamba_config=SimpleNamespace(
             backend="TRITON", enable_stochastic_rounding=False, stochastic_rounding_philox_rounds=0
         ),
+        device_config=SimpleNamespace(device_type="cpu"),
         lora_config=None, speculative_config=None, additional_config={},
     )  # fmt: skip
     for name, value in changes.items():
@@ -148,6 +150,7 @@ SHAPES_KV = {
     "scale_choice": {},  # below
     "kv_scales": {},  # below
     "key_rotation": {},  # below
+    "newest_tokens": {},  # below
     "backend": {"attention_config.backend": "TRITON_ATTN"},
     "backend_per_kind": {"attention_config.backend_per_kind": {"full": "TRITON_ATTN"}},
     "context_parallel": {"parallel_config.cp_kv_cache_interleave_size": 16},
@@ -295,10 +298,12 @@ def test_versions_environment_and_files_are_in_the_digest(tmp_path, monkeypatch)
         monkeypatch.setenv("VLLM_XLAYER_KV_SCALES", str(path))
         assert of(folder).digest == digests[5]  # other caches do not use them
         scaled.append(of(folder, **NVFP4).digest)
-    for tokens in ("16", "64"):
+    for tokens in ("16", "0"):
         monkeypatch.setenv("VLLM_XLAYER_NEWEST_TOKENS", tokens)
         assert of(folder).digest == digests[5]
         scaled.append(of(folder, **NVFP4).digest)
+    monkeypatch.setenv("VLLM_XLAYER_NEWEST_TOKENS", "64")
+    assert of(folder, **NVFP4).digest == scaled[2]  # as many as there are by themselves
     monkeypatch.setattr(identity, "version", lambda name: "0.0.1")
     digests.append(of(folder).digest)
     (folder / "README.md").write_text("does not matter")

@@ -80,15 +80,19 @@ def test_every_way_keeps_k_and_v_about_as_they_are():
     assert max(errors.values()) < 0.12 and errors["mean of K subtracted"] < errors["NVFP4"] / 2
 
 
-def test_the_table_has_a_column_a_model_and_number_of_exact_tokens():
+def test_the_table_has_a_column_a_text_and_number_of_exact_tokens():
     change = [0.011, 0.009, 0.013]
     variants = [
         dict(title=title, newest=n, change=change, divergence=0.01)
         for title, n in (("exact", 0), ("fp8", 0), ("a", 0))
     ]
     variants.append(dict(title="a", newest=64, change=[0.004, 0.003, 0.005], divergence=0.004))
-    result = dict(model="m", windows=6, length=1024, date="d", commit="c", variants=variants)
+    result = dict(model="m", text=["t.txt"], windows=6, length=1024, date="d", commit="c", variants=variants)
     lines = transforms.table(result, result | {"model": "demo"}).splitlines()
-    assert lines[2].split(" | ")[1:4] == ["m, none exact", "m, 64 exact", "the demo's model, none exact"]
+    assert lines[2].split(" | ")[1:4] == [
+        "t.txt, none exact",
+        "t.txt, 64 exact",
+        "the demo's model, none exact",
+    ]
     assert lines[4] == "| fp8 | 1.10 % (0.90 .. 1.30), 0.0100 |  | 1.10 % (0.90 .. 1.30), 0.0100 |  |"
     assert lines[5].startswith("| a | 1.10 % (0.90 .. 1.30), 0.0100 | 0.40 % (0.30 .. 0.50), 0.0040 |")

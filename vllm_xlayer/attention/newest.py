@@ -23,14 +23,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from .. import ops
 from ..config import Config
 from ..ops.newest import JUST_STARTED
-from .newest_rows import (
-    NO_ROW,
-    RequestRows,
-    batches_of_hybrids_are_told,
-    have_rows,
-    rows_in_use,
-    starts_on_v2_are_told,
-)
+from .newest_rows import NO_ROW, RequestRows, have_rows, rows_in_use, starts_on_v2_are_told
 
 logger = init_logger(__name__)
 
@@ -196,10 +189,10 @@ def _explain_v2_refusal(config: VllmConfig) -> str | None:
             "expected model runner V2, whose requests have rows, got V1: set VLLM_USE_V2_MODEL_RUNNER=1 "
             "where it serves the model"
         )
-    if config.model_config.is_hybrid and not batches_of_hybrids_are_told():
+    if config.model_config.is_hybrid:
         return (
-            "expected to be told a step's requests, got a hybrid, for which this vLLM's runner is another "
-            "(`vllm-xlayer doctor` says what is missing): use a vLLM that is supported"
+            "expected a model without states, of whose requests model runner V2 tells the rows, got a "
+            "hybrid: serve another model"
         )
     if not starts_on_v2_are_told():
         return (

@@ -9,7 +9,6 @@ PATCHES = (
     connectors.PATCH,
     kv_scales.PATCH,
     newest.PATCH,
-    newest.HYBRIDS,
     *item_names.PATCHES,
     *sleep.PATCHES,
 )
