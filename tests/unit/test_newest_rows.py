@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -97,7 +98,6 @@ def test_another_table_has_rows_of_its_own(monkeypatch):
 @pytest.mark.parametrize(("gigabytes", "rows"), [(150, 447), (0.0001, 1), (1000, 1024)])
 def test_rows_take_a_share_of_the_memory(monkeypatch, gigabytes, rows):
     """Of a model with 8 heads of 128 in 32 layers: 64 tokens take 8.4 MB."""
-    import torch
 
     monkeypatch.setenv("VLLM_XLAYER_NEWEST_TOKENS", "64")
     memory = SimpleNamespace(get_device_total_memory=lambda: gigabytes * 1e9)
@@ -156,3 +156,28 @@ def test_they_are_not_kept_where_starts_are_not_told(monkeypatch):
     monkeypatch.delenv("VLLM_XLAYER_NEWEST_TOKENS", raising=False)
     assert newest.newest_tokens_of(ON_GPU) == 0
     assert "told when a request starts" in str(newest.explain_refusal(ON_GPU))
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [None, torch.empty(2, 2, 1, 64, 16), torch.empty(3, 2, 1, 32, 16)],
+    ids=["none", "rows", "places"],
+)
+def test_a_group_with_a_layer_that_has_no_memory_reads_its_pages(monkeypatch, memory):
+    """Its schedule would count on what one of its layers does not read."""
+    monkeypatch.setattr(newest_rows, "_v2_starts_are_told", True)
+    monkeypatch.setattr(newest, "num_rows", lambda config: 3)
+    monkeypatch.delenv("VLLM_XLAYER_NEWEST_TOKENS", raising=False)
+    whole = torch.empty(3, 2, 1, 64, 16)
+    layers = {
+        name: SimpleNamespace(impl=SimpleNamespace(newest=its)) for name, its in (("a", whole), ("b", memory))
+    }
+    compilation = SimpleNamespace(static_forward_context=layers, max_cudagraph_capture_size=0)
+    config = SimpleNamespace(
+        **vars(ON_GPU), compilation_config=compilation,
+        scheduler_config=SimpleNamespace(max_num_seqs=3, max_num_batched_tokens=64),
+    )  # fmt: skip
+    said = []
+    monkeypatch.setattr(newest.logger, "warning", lambda text, *args: said.append(text % args))
+    assert newest.make_planner(config, ["a"], torch.device("cpu")) is not None and not said
+    assert newest.make_planner(config, ["a", "b"], torch.device("cpu")) is None and "in b:" in said[0]

@@ -132,6 +132,13 @@ def make_planner(config: VllmConfig, layer_names: list[str], device: torch.devic
     if not places:
         return None
     kept = num_rows(config)
+    if bare := _layers_without(config, layer_names, kept, places):
+        logger.warning(
+            "NVFP4 KV cache: expected memory for the newest %d tokens of %d requests in each layer, got less "
+            "in %s: %d layers read all tokens from their pages, which costs accuracy",
+            places, kept, bare[0], len(layer_names),
+        )  # fmt: skip
+        return None
     have_rows(kept)
     scheduler, captured = config.scheduler_config, config.compilation_config.max_cudagraph_capture_size or 0
     logger.info(
@@ -148,6 +155,13 @@ def make_planner(config: VllmConfig, layer_names: list[str], device: torch.devic
         places,
         device,
     )
+
+
+def _layers_without(config: VllmConfig, layer_names: list[str], rows: int, places: int) -> list[str]:
+    """Layers without memory for so many rows: a step's schedule counts on all layers of a group."""
+    layers = config.compilation_config.static_forward_context
+    memory = {name: layers[name].impl.newest for name in layer_names}
+    return [name for name, m in memory.items() if m is None or len(m) < rows or m.shape[3] != places]
 
 
 def newest_tokens_of(config: VllmConfig) -> int:
