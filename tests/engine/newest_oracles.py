@@ -73,16 +73,19 @@ class RowOracle:
 
     def __init__(self, monkeypatch) -> None:
         from vllm_xlayer.attention.impl import NVFP4Impl
-        from vllm_xlayer.attention.newest import NewestPlanner
+        from vllm_xlayer.attention.metadata import NVFP4MetadataBuilder
 
+        self.steps: dict[str, tuple] = {}  # layer -> its step's metadata, vLLM's and ours
         self.written: dict[str, torch.Tensor] = {}  # layer -> [slots, 2, H, D]
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
-        write, plan = NVFP4Impl.do_kv_cache_update, NewestPlanner.plan
+        write, build = NVFP4Impl.do_kv_cache_update, NVFP4MetadataBuilder.build
 
-        def plans(planner, step):
-            self.step = step, plan(planner, step)
-            return self.step[1]
+        def builds(builder, *args, **kwargs):
+            made = build(builder, *args, **kwargs)
+            step = kwargs["common_attn_metadata"] if "common_attn_metadata" in kwargs else args[1]
+            self.steps.update(dict.fromkeys(builder.layer_names, (step, made.newest)))
+            return made
 
         def writes(impl, layer, key, value, kv_cache, slot_mapping):
             write(impl, layer, key, value, kv_cache, slot_mapping)
@@ -93,13 +96,15 @@ class RowOracle:
             pages[slot_mapping[tokens]] = torch.stack((key[tokens], value[tokens]), 1).float()
             self._check(layer.layer_name, impl.newest, pages)
 
-        monkeypatch.setattr(NewestPlanner, "plan", plans)
+        monkeypatch.setattr(NVFP4MetadataBuilder, "build", builds)
         monkeypatch.setattr(NVFP4Impl, "do_kv_cache_update", writes)
 
     def _check(self, layer: str, memory: torch.Tensor, pages: torch.Tensor) -> None:
         from vllm_xlayer.nvfp4 import rotate_back
 
-        step, batch = self.step
+        step, batch = self.steps.get(layer, (None, None))
+        if batch is None:
+            return
         n = step.num_reqs
         lens, begin, rows = step.seq_lens[:n], batch.begin[:n], batch.rows[:n].long()
         positions = lens[:, None] - 1 - torch.arange(batch.places, device=lens.device)

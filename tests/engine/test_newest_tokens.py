@@ -6,7 +6,7 @@ NEWEST_TOKENS_SECONDS=600 pytest tests/engine/test_newest_tokens.py is the long 
 import os
 
 import pytest
-from model_fixture import random_prompts, vllm_greedy
+from model_fixture import random_prompts, save_eagle, vllm_greedy
 from newest_fixture import HAPPENS, MUTATIONS, accepted, allow_drafts, draft_at_random, live
 from newest_oracles import PageOracle
 
@@ -19,18 +19,25 @@ SECONDS = float(os.environ.get("NEWEST_TOKENS_SECONDS", "5"))
 NGRAM = dict(method="ngram", num_speculative_tokens=6, prompt_lookup_min=1, prompt_lookup_max=3)
 
 
-@pytest.fixture(scope="module", params=[None, NGRAM], ids=["plain", "drafts"])
-def llm(request, make_llm, tiny_llama):
+EAGLE = dict(method="eagle", num_speculative_tokens=3)
+"""The drafter has a layer of its own, with a KV cache and newest tokens."""
+
+
+@pytest.fixture(scope="module", params=[None, NGRAM, EAGLE], ids=["plain", "drafts", "drafter"])
+def llm(request, make_llm, tiny_llama, tmp_path_factory):
     """A cache of 21 blocks, of which three requests take most: they preempt each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(PLACES))
         allow_drafts(patch)
+        speculation = request.param
+        if speculation is EAGLE:
+            speculation = EAGLE | {"model": str(save_eagle(tmp_path_factory.mktemp("eagle"), 0))}
         with patch.context() as while_made:
             while_made.setattr("vllm_xlayer.attention.newest.num_rows", lambda config: ROWS)
             engine = make_llm(
                 tiny_llama, kv_cache_dtype="nvfp4", num_gpu_blocks_override=21, max_num_seqs=4,
                 max_num_batched_tokens=64, max_model_len=256, enable_prefix_caching=True,
-                speculative_config=request.param,
+                speculative_config=speculation,
             )  # fmt: skip
         draft_at_random(patch)
         yield engine
@@ -51,7 +58,7 @@ def test_no_row_has_another_content(llm, oracle):
     assert min(counts[what] for what in HAPPENS) > 0, counts
 
 
-@pytest.mark.parametrize("llm", [NGRAM], ids=["drafts"], indirect=True)
+@pytest.mark.parametrize("llm", [NGRAM, EAGLE], ids=["drafts", "drafter"], indirect=True)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_the_search_finds(llm, oracle, monkeypatch, mutation):
     """Each thing that keeps rows right, left out: the test above would fail."""

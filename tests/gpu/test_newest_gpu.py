@@ -24,10 +24,10 @@ from model_fixture import random_prompts
 from vllm import LLM
 
 folder = Path(sys.argv[2])
-settings = save_hybrid_config(CONFIGS["llama"] | {"dtype": "bfloat16"}, folder)
+settings = save_hybrid_config(CONFIGS[sys.argv[3]] | {"dtype": "bfloat16"}, folder)
 llm = LLM(str(folder), skip_tokenizer_init=True, max_model_len=512, seed=0, gpu_memory_utilization=0.2,
           kv_cache_memory_bytes=256 << 20, enable_prefix_caching=False, max_num_seqs=8, **settings,
-          **json.loads(sys.argv[3]))
+          **json.loads(sys.argv[4]))
 assert llm.llm_engine.vllm_config.use_v2_model_runner
 others = random_prompts([90, 70, 30, 110, 5, 60, 80, 20, 100, 40], seed=1)
 answers(llm, others, 12)  # leave what is not theirs
@@ -40,16 +40,19 @@ print("REPORT" + json.dumps({
 GRAPHS = dict(compilation_config=dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY"))
 """Decode in full graphs, with layers that are not compiled: they round as eager ones do."""
 EAGER = dict(enforce_eager=True)
+SETTINGS = dict(qwen3_next=dict(additional_config=dict(gdn_prefill_backend="triton")))
+"""Of a model: FlashInfer would be compiled first."""
 
 
-def run(folder: Path, newest_tokens: int = 0, **settings) -> dict[str, list]:
+def run(folder: Path, model: str, newest_tokens: int = 0, **settings) -> dict[str, list]:
     environment = os.environ | {
         "VLLM_XLAYER_NEWEST_TOKENS": str(newest_tokens),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
     command = [
-        sys.executable, "-c", SCRIPT, str(ENGINE_TESTS), str(folder / "model"), json.dumps(settings)
+        sys.executable, "-c", SCRIPT, str(ENGINE_TESTS), str(folder / "model"), model,
+        json.dumps(settings | SETTINGS.get(model, {})),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -69,12 +72,13 @@ def difference(some: dict[str, list], others: dict[str, list]) -> float:
     return sum(differences) / len(differences)
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
-    sixteen_bits = run(tmp_path, **EAGER)
-    pages = run(tmp_path, kv_cache_dtype="nvfp4", **EAGER)
-    newest = run(tmp_path, newest_tokens=128, kv_cache_dtype="nvfp4", **EAGER)
-    graphs = run(tmp_path, newest_tokens=128, kv_cache_dtype="nvfp4", **GRAPHS)
+@pytest.mark.parametrize("model", ["llama", "qwen3_next"])
+def test_what_is_read_is_what_was_written(tmp_path, model):
+    sixteen_bits = run(tmp_path, model, **EAGER)
+    pages = run(tmp_path, model, kv_cache_dtype="nvfp4", **EAGER)
+    newest = run(tmp_path, model, newest_tokens=128, kv_cache_dtype="nvfp4", **EAGER)
+    graphs = run(tmp_path, model, newest_tokens=128, kv_cache_dtype="nvfp4", **GRAPHS)
     lost = difference(pages, sixteen_bits)
-    print("pages", lost, *(difference(way, sixteen_bits) for way in (newest, graphs)))
+    print(model, "pages", lost, *(difference(way, sixteen_bits) for way in (newest, graphs)))
     assert difference(newest, sixteen_bits) < lost / 4
     assert difference(graphs, sixteen_bits) < lost / 4

@@ -17,10 +17,11 @@ SECONDS = float(os.environ.get("NEWEST_TOKENS_SECONDS", "10"))
 """How long requests come and go, for each kind of engine."""
 SCRIPT = """
 import json, sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import newest_fixture
 import pytest
-from model_fixture import llama_config, save_random_model
+from model_fixture import llama_config, save_eagle, save_random_model
 from newest_fixture import live
 from newest_oracles import RowOracle
 from vllm import LLM
@@ -29,12 +30,20 @@ folder, (drafts, mutation, seconds) = sys.argv[2], json.loads(sys.argv[3])
 patch = pytest.MonkeyPatch()
 patch.setattr("vllm_xlayer.attention.newest.num_rows", lambda config: 3)  # for four requests
 save_random_model(llama_config(), folder)
-speculation = dict(method="ngram", num_speculative_tokens=6, prompt_lookup_min=1, prompt_lookup_max=3)
+speculation = {
+    "plain": lambda: None,
+    "drafts": lambda: dict(
+        method="ngram", num_speculative_tokens=6, prompt_lookup_min=1, prompt_lookup_max=3
+    ),
+    "drafter": lambda: dict(
+        method="eagle", num_speculative_tokens=3, model=str(save_eagle(Path(folder + "-eagle"), 0))
+    ),
+}[drafts]()
 llm = LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", kv_cache_dtype="nvfp4", seed=0,
           max_model_len=256, num_gpu_blocks_override=21, max_num_seqs=4, max_num_batched_tokens=64,
           enable_prefix_caching=True, enforce_eager=True,
           gpu_memory_utilization=0.1, kv_cache_memory_bytes=64 << 20,
-          speculative_config=speculation if drafts else None)
+          speculative_config=speculation)
 assert llm.llm_engine.vllm_config.use_v2_model_runner
 oracle = RowOracle(patch)
 if mutation:
@@ -45,7 +54,7 @@ print("REPORT" + json.dumps([seed, counts, oracle.counts, oracle.wrong[:5]]))
 """
 
 
-def search(folder: Path, drafts: bool, mutation: str | None, seconds: float) -> list:
+def search(folder: Path, drafts: str, mutation: str | None, seconds: float) -> list:
     """[the last life's seed, what happened, what was read, what was wrong]"""
     environment = os.environ | {
         "VLLM_XLAYER_NEWEST_TOKENS": "32",
@@ -63,7 +72,7 @@ def search(folder: Path, drafts: bool, mutation: str | None, seconds: float) -> 
     return report
 
 
-@pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])
+@pytest.mark.parametrize("drafts", ["plain", "drafts", "drafter"])
 def test_no_row_has_another_content(tmp_path, drafts):
     seed, happened, counts, wrong = search(tmp_path, drafts, None, SECONDS)
     print(happened, counts)
@@ -83,4 +92,4 @@ def test_no_row_has_another_content(tmp_path, drafts):
 )
 def test_the_search_finds(tmp_path, mutation):
     """Each thing that keeps rows right, left out: the test above would fail."""
-    assert search(tmp_path, True, mutation, seconds=30)[3]
+    assert search(tmp_path, "drafts", mutation, seconds=30)[3]

@@ -112,6 +112,32 @@ def test_rows_take_a_share_of_the_memory(monkeypatch, gigabytes, rows):
     assert newest.num_rows(config) == rows
 
 
+def test_a_hybrids_batch_is_whose_metadata_is_being_built():
+    """vLLM says the places of a batch's requests to nobody; a wrapper around what builds it does."""
+    from vllm_xlayer.patches.newest import tell_batch
+
+    rows = RunnerRows(object(), PLACES, 4)
+    for place in (7, 2):
+        rows.start(place, [7, 2])
+    step = SimpleNamespace(num_reqs=3, req_idx=None)
+    built = []
+
+    def build(states, batch, fails):
+        built.append(rows.rows_of(step).tolist())
+        if fails:
+            raise RuntimeError("no metadata")
+
+    told = SimpleNamespace(idx_mapping_np=np.array([2, 7]))
+    tell_batch(build, None, told, False)
+    with pytest.raises(RuntimeError, match="no metadata"):
+        tell_batch(build, None, told, True)
+    two, seven = (
+        rows.rows_of(SimpleNamespace(num_reqs=1, req_idx=np.array([p]))).tolist()[0] for p in (2, 7)
+    )
+    assert built == [[two, seven, NO_ROW]] * 2 and two != seven
+    assert rows.rows_of(step).tolist() == [NO_ROW] * 3, "what was said is of that batch only"
+
+
 ON_GPU = SimpleNamespace(
     device_config=SimpleNamespace(device_type="cuda"), use_v2_model_runner=True,
     model_config=SimpleNamespace(is_hybrid=False), speculative_config=None,
@@ -125,9 +151,10 @@ ON_GPU = SimpleNamespace(
     [
         ({}, 64, ""),
         ({"use_v2_model_runner": False}, 0, "got V1"),
-        ({"model_config": SimpleNamespace(is_hybrid=True)}, 0, "got a hybrid"),
+        ({"model_config": SimpleNamespace(is_hybrid=True)}, 0, "got a hybrid"),  # whose batches nobody tells
         ({"speculative_config": SimpleNamespace(method="ngram_gpu")}, 64, ""),
-        ({"speculative_config": SimpleNamespace(method="eagle")}, 0, "got eagle"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, 64, ""),
+        ({"speculative_config": SimpleNamespace(method="dflash")}, 0, "got dflash"),
         ({"use_v2_model_runner": False, "device_config": SimpleNamespace(device_type="cpu")}, 64, ""),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else None,

@@ -23,7 +23,14 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from .. import ops
 from ..config import Config
 from ..ops.newest import JUST_STARTED
-from .newest_rows import NO_ROW, RequestRows, have_rows, rows_in_use, starts_on_v2_are_told
+from .newest_rows import (
+    NO_ROW,
+    RequestRows,
+    batches_of_hybrids_are_told,
+    have_rows,
+    rows_in_use,
+    starts_on_v2_are_told,
+)
 
 logger = init_logger(__name__)
 
@@ -32,8 +39,10 @@ USUAL_TOKENS = 64
 MEMORY_SHARE = 0.025
 """Of the device's memory, that newest tokens take at most. vLLM lets 1,024 requests run on a large GPU: 64
 tokens of each would be 6 % of an H200, for a model with 8 KV heads of 128 in 32 layers."""
-DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
-"""Methods of speculation that run no attention of their own."""
+SPECULATION = ("ngram", "ngram_gpu", "suffix", "eagle", "eagle3", "mtp")
+"""Methods of speculation of which is known what their steps write: nothing of their own, or, in the layers of
+a drafter, the tokens of the step that was verified and then drafts, all of which the next step writes
+again."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +188,10 @@ def explain_refusal(config: VllmConfig) -> str | None:
     if runs_on_gpu and (refusal := _explain_v2_refusal(config)):
         return refusal
     speculation, parallel = config.speculative_config, config.parallel_config
-    if speculation is not None and speculation.method not in DRAFTS_WITHOUT_LAYERS:
+    if speculation is not None and speculation.method not in SPECULATION:
         return (
             "expected no speculation, or by one of the methods "
-            f"{', '.join(DRAFTS_WITHOUT_LAYERS)}, got {speculation.method}: choose one of them"
+            f"{', '.join(SPECULATION)}, got {speculation.method}: choose one of them"
         )
     if parallel.use_ubatching:
         return "expected whole batches, got micro-batches: remove --enable-dbo"
@@ -203,10 +212,10 @@ def _explain_v2_refusal(config: VllmConfig) -> str | None:
             "expected model runner V2, whose requests have rows, got V1: set VLLM_USE_V2_MODEL_RUNNER=1 "
             "where it serves the model"
         )
-    if config.model_config.is_hybrid:
+    if config.model_config.is_hybrid and not batches_of_hybrids_are_told():
         return (
-            "expected a model without states, of whose requests model runner V2 tells the rows, got a "
-            "hybrid: serve another model"
+            "expected to be told a step's requests, got a hybrid, for which this vLLM's runner is another "
+            "(`vllm-xlayer doctor` says what is missing): use a vLLM that is supported"
         )
     if not starts_on_v2_are_told():
         return (

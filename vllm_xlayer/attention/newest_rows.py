@@ -4,7 +4,8 @@ Nothing stale is read as long as every start of a request in a row is counted, a
 (`RequestRows.starts`). A request without a row reads its pages.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,13 +99,16 @@ class RunnerRows:
 
     def rows_of(self, step: CommonAttentionMetadata) -> np.ndarray:
         rows = np.full(step.num_reqs, NO_ROW, dtype=np.int32)
-        if step.req_idx is not None:  # a dummy run's may be; padding has none
-            rows[: len(step.req_idx)] = self._row_of[step.req_idx[: step.num_reqs]]
+        places = _batch_of_hybrid if step.req_idx is None else step.req_idx
+        if places is not None:  # a dummy run's may be None; padding has none
+            rows[: len(places)] = self._row_of[places[: step.num_reqs]]
         return rows
 
 
 _rows: RequestRows | None = None
 _v2_starts_are_told = False
+_batches_of_hybrids_are_told = False
+_batch_of_hybrid: np.ndarray | None = None
 _num_rows = 0
 
 
@@ -128,6 +132,29 @@ def start_on_v2(table: Any, places: int, place: int, running: Iterable[int]) -> 
 def starts_on_v2_are_told() -> bool:
     """Whether every start on model runner V2 is told."""
     return _v2_starts_are_told
+
+
+def expect_batches_of_hybrids() -> None:
+    """From now on `batch_of_hybrid` says the requests of every step of a hybrid on model runner V2."""
+    global _batches_of_hybrids_are_told
+    _batches_of_hybrids_are_told = True
+
+
+def batches_of_hybrids_are_told() -> bool:
+    """Whether every step's requests are told for hybrids on model runner V2."""
+    return _batches_of_hybrids_are_told
+
+
+@contextmanager
+def batch_of_hybrid(places: np.ndarray) -> Iterator[None]:
+    """While a hybrid's metadata is built: the places of the step's requests in the runner's table, which
+    vLLM puts into no metadata of theirs."""
+    global _batch_of_hybrid
+    _batch_of_hybrid = places
+    try:
+        yield
+    finally:
+        _batch_of_hybrid = None
 
 
 def have_rows(count: int) -> None:

@@ -9,6 +9,7 @@ PATCHES = (
     connectors.PATCH,
     kv_scales.PATCH,
     newest.PATCH,
+    newest.HYBRIDS,
     *item_names.PATCHES,
     *sleep.PATCHES,
 )

@@ -39,3 +39,33 @@ PATCH = Patch(
     apply=_apply,
     not_needed=_not_needed,
 )
+
+
+def tell_batch(original, states, input_batch, *args, **kwargs):
+    """Calls the original, which builds a hybrid's metadata, and says meanwhile whose they are."""
+    from ..attention.newest_rows import batch_of_hybrid
+
+    with batch_of_hybrid(input_batch.idx_mapping_np):
+        return original(states, input_batch, *args, **kwargs)
+
+
+def _apply_to_hybrids() -> None:
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+    from ..attention.newest_rows import expect_batches_of_hybrids
+
+    wrap(MambaHybridModelState, "prepare_attn", tell_batch, "vllm")
+    expect_batches_of_hybrids()
+
+
+HYBRIDS = Patch(
+    feature="newest tokens in 16 bits, of hybrids",
+    owner="vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState",
+    why="nobody says which requests a hybrid's step has, so none are kept, and asking for them is refused",
+    how="takes the places of a batch's requests while their metadata is built",
+    remove_when="vLLM gives CommonAttentionMetadata.req_idx to hybrids, too",
+    methods={"prepare_attn": "self input_batch"},
+    attributes=("idx_mapping",),
+    apply=_apply_to_hybrids,
+    not_needed=_not_needed,
+)
