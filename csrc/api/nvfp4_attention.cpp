@@ -132,7 +132,7 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
                            const std::optional<Tensor>& newest_rows,
                            const std::optional<Tensor>& newest_from,
                            const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                               bool rotated_keys) {
+                           bool rotated_keys) {
   check_device("q", q, "kv_cache", kv_cache);
   check_device("block_table", block_table, "kv_cache", kv_cache);
   check_device("seq_lens", seq_lens, "kv_cache", kv_cache);
@@ -357,7 +357,7 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 const std::optional<Tensor>& newest_rows,
                                 const std::optional<Tensor>& newest_from,
                                 const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                               bool rotated_keys) {
+                                bool rotated_keys) {
   Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
             q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from,

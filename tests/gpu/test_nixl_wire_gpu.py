@@ -1,8 +1,6 @@
 """Rows that arrive on a GPU: they land beside a step that was launched after their read began, and after all
 that was launched before; and whoever seals or lands rows does not wait for the GPU."""
 
-import time
-
 import pytest
 import torch
 
@@ -13,8 +11,7 @@ from vllm_xlayer.connector.nixl.wire import BUFFERS, NixlWire, RemotePool
 pytestmark = pytest.mark.gpu
 PEER, BLOCKS, ROW_BYTES, SOME = ("prefill", 0), 64, 4096, 40
 LONG = 4_000_000_000
-"""Cycles: some two seconds."""
-SOON = 1.0
+"""Cycles: some two seconds, which the host does not need for what it does meanwhile."""
 
 
 class FakeAgent:
@@ -73,11 +70,10 @@ def busy():
 def test_rows_land_beside_a_step_that_was_launched_since(wire, theirs):
     begun = wire.begin()
     step = busy()
-    begin = time.monotonic()
     landing = land(wire, begun)
-    while not landing.done() and time.monotonic() - begin < SOON:
+    while not landing.done() and not step.query():
         pass
-    assert landing.done() and not step.query()
+    assert not step.query()
     assert landing.problem() is None
     check_pool(wire, theirs)
 
@@ -86,10 +82,8 @@ def test_rows_land_after_what_was_launched_before(wire, theirs):
     """Of the blocks' last owner."""
     before = busy()
     wire.pool.fill_(7)
-    begin = time.monotonic()
     landing = land(wire, wire.begin())
-    assert time.monotonic() - begin < SOON, "whoever lands rows waits for nothing"
-    assert not landing.done() and not before.query()
+    assert not landing.done() and not before.query(), "whoever lands rows waits for nothing"
     torch.cuda.synchronize()
     assert landing.done() and landing.problem() is None
     assert wire.pool.flip(0)[:SOME].equal(theirs[0][:SOME])
@@ -106,8 +100,8 @@ def test_rows_are_sealed_without_waiting(theirs):
     seals, blocks = SealTable(rows), list(range(BLOCKS))
     seals.seal(blocks, blocks)
     torch.cuda.synchronize()
-    step, begin = busy(), time.monotonic()
+    step = busy()
     seals.seal(blocks, [1 + block for block in blocks])
-    assert time.monotonic() - begin < SOON and not step.query()
+    assert not step.query()
     torch.cuda.synchronize()
     assert seals.table[:, 0].tolist() == [1 + block for block in blocks]
