@@ -40,6 +40,11 @@ __device__ __forceinline__ void load_shared(uint32_t at, uint32_t* words) {
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(at));
   }
 }
+__device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+}
 __device__ __forceinline__ uint32_t load_shared_u8(uint32_t at) {
   uint32_t byte;
   asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(at));

@@ -187,6 +187,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
   const LaneOffsets<C> at(ring, p);
   TileLoader<C> loader(p, ring);
   WarpState<C> state;
+  if constexpr (C::SHARED_Q) state.q.at = ptx::shared_address(shared + C::Q_OFFSET) + 16 * lane;
 
   const int32_t* begins = p.schedule + Schedule::BEGINS;
   const int chunk = p.schedule[Schedule::CHUNK];

@@ -92,9 +92,9 @@ class NewestTile {
       }
 #pragma unroll
       for (int n = 0; n < C::NT; ++n) {
-        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], state.q[n][2 * w][0], state.q[n][2 * w][1]);
-        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], state.q[n][2 * w + 1][0],
-                       state.q[n][2 * w + 1][1]);
+        const auto& q = state.q.load(n, w);
+        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], q.b[0], q.b[1]);
+        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], q.b[2], q.b[3]);
       }
     }
     constexpr float TO_PAGES = 1.0f / (UNSCALE * NEWEST_UNIT);

@@ -25,9 +25,43 @@ struct TileMask {
   float soft_cap;        // 0: none
 };
 
+// What Q^T has for eight rows and a word of K, in one lane: its two fragments of even elements, then of odd ones.
+struct QueryWord {
+  uint32_t b[4];
+};
+
+// Q^T fragments: halves, each row times a power of two; of rows n and word w of K.
+template <class C, bool SHARED = C::SHARED_Q>
+struct QueryFragments {
+  QueryWord all[C::NT][C::WORDS];
+
+  __device__ __forceinline__ void store(int n, int w, const QueryWord& q) { all[n][w] = q; }
+  __device__ __forceinline__ void stored() {}
+  __device__ __forceinline__ const QueryWord& load(int n, int w) const { return all[n][w]; }
+};
+
+// In shared memory: the same for all warps, which store some words each. None may still read the last run's.
+template <class C>
+struct QueryFragments<C, true> {
+  uint32_t at;  // this lane's first
+
+  __device__ __forceinline__ void store(int n, int w, const QueryWord& q) {
+    if (w % C::WARPS == int(threadIdx.x / 32)) ptx::store_shared(place(n, w), q.b);
+  }
+  __device__ __forceinline__ void stored() { __syncthreads(); }
+  __device__ __forceinline__ QueryWord load(int n, int w) const {
+    QueryWord q;
+    ptx::load_shared<16>(place(n, w), q.b);
+    return q;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t place(int n, int w) const { return at + (n * C::WORDS + w) * C::Q_WORD; }
+};
+
 template <class C>
 struct WarpState {
-  uint32_t q[C::NT][2 * C::WORDS][2];  // Q^T fragments, halves, each row times a power of two
+  QueryFragments<C> q;
   float out[C::NT][C::M_TILES][4];     // O^T, times UNSCALE^-1
   float factor[C::NT][2];              // logits in base 2 = S^T * factor
   float max[C::NT][2];                 // of the logits in base 2, less HEADROOM; may lag by LAZY
@@ -203,9 +237,9 @@ class Tile {
                                scaled_pair<2, 3>(a.odd, a_scale), scaled_pair<2, 3>(b.odd, b_scale)};
 #pragma unroll
       for (int n = 0; n < C::NT; ++n) {
-        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], state.q[n][2 * w][0], state.q[n][2 * w][1]);
-        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], state.q[n][2 * w + 1][0],
-                       state.q[n][2 * w + 1][1]);
+        const auto& q = state.q.load(n, w);
+        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], q.b[0], q.b[1]);
+        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], q.b[2], q.b[3]);
       }
     }
   }
