@@ -65,7 +65,6 @@ struct WarpState {
   float out[C::NT][C::M_TILES][4];     // O^T, times UNSCALE^-1
   float factor[C::NT][2];              // logits in base 2 = S^T * factor
   float max[C::NT][2];                 // of the logits in base 2, less HEADROOM; may lag by LAZY
-  float limit[C::NT][2];               // S^T beyond which it lags too much
   float sum[C::NT][2];                 // this lane's part
 
   __device__ __forceinline__ void clear() {
@@ -77,7 +76,7 @@ struct WarpState {
         for (int i = 0; i < 4; ++i) out[n][m][i] = 0.0f;
       }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) max[n][j] = EMPTY, limit[n][j] = -INFINITY, sum[n][j] = 0.0f;
+      for (int j = 0; j < 2; ++j) max[n][j] = EMPTY, sum[n][j] = 0.0f;
     }
   }
 };
@@ -170,19 +169,24 @@ class Tile {
 
   __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4],
                                                  uint32_t (&p)[C::NT][2]) {
-    bool grows = false;
+    float x[C::NT][4];
+    exponents(state, s, x);
+    bool lags = false;
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) grows = grows || fmaxf(s[n][j], s[n][2 + j]) > state.limit[n][j];
+      for (int j = 0; j < 2; ++j) lags = lags || fmaxf(x[n][j], x[n][2 + j]) > HEADROOM + LAZY;
     }
-    if (__any_sync(0xFFFFFFFFu, grows)) rescale(state, s);
+    if (__any_sync(0xFFFFFFFFu, lags)) {
+      rescale(state, s);
+      exponents(state, s, x);
+    }
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
       float e[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        e[i] = ptx::exp2_approx(fmaf(s[n][i], state.factor[n][i % 2], -state.max[n][i % 2]));
+        e[i] = ptx::exp2_approx(x[n][i]);
         state.sum[n][i % 2] += e[i];
       }
       p[n][0] = ptx::transpose_8x8(pack(e[0], e[1]));
@@ -191,6 +195,16 @@ class Tile {
   }
 
  private:
+  // Logits in base 2, relative to the maximum: P's exponents.
+  __device__ __forceinline__ static void exponents(const WarpState<C>& state, const float (&s)[C::NT][4],
+                                                   float (&x)[C::NT][4]) {
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] = fmaf(s[n][i], state.factor[n][i % 2], -state.max[n][i % 2]);
+    }
+  }
+
   __device__ __forceinline__ static void multiply_k(const WarpState<C>& state, uint32_t stage,
                                                     const LaneOffsets<C>& at, float (&s)[C::NT][4]) {
     uint32_t words[2][C::WORDS];
@@ -267,7 +281,6 @@ class Tile {
         m = fmaxf(m - HEADROOM, state.max[n][j]);
         const float shrink = ptx::exp2_approx(state.max[n][j] - m);
         state.max[n][j] = m;
-        state.limit[n][j] = __fdividef(m + (HEADROOM + LAZY), state.factor[n][j]);
         state.sum[n][j] *= shrink;
 #pragma unroll
         for (int d = 0; d < C::M_TILES; ++d) {
