@@ -119,6 +119,13 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
       ptx::uniform(last_tile > first_tile ? (last_tile - first_tile + C::WARPS - 1) / C::WARPS : 0);
   const bool has_newest = NEWEST && last_tile < run_end;
   if (!has_newest) loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
+  // Where a block has an SM for itself, nothing else hides that Q, K and V come one after the other.
+  if constexpr (NEWEST && C::WARPS == 16) {
+    const int first_newest = first_tile + count * C::WARPS;
+    if (has_newest && first_newest < run_end) {
+      NewestTile<C>(p, p.newest_rows[run.request], run.kv_head).prefetch(first_newest * TILE);
+    }
+  }
   state.clear();
   load_query(state, p, queries, run.kv_head, run.first_row);
 

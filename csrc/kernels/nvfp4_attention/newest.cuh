@@ -27,6 +27,16 @@ class NewestTile {
         k_unit_(NEWEST_UNIT / *p.k_scale),
         v_unit_(NEWEST_UNIT / *p.v_scale) {}
 
+  // Asks for a tile's K and V, each a run of bytes, 128 a lane and step.
+  __device__ __forceinline__ void prefetch(int first_token) const {
+    constexpr int STEP = 64;  // elements
+    const int first = first_token % p_.newest_tokens * C::D;
+    for (int i = STEP * int(threadIdx.x & 31); i < TILE * C::D; i += 32 * STEP) {
+      ptx::prefetch(k_ + first + i);
+      ptx::prefetch(v_ + first + i);
+    }
+  }
+
   // After the last tile.
   __device__ __forceinline__ static void to_page_unit(WarpState<C>& state) {
 #pragma unroll
