@@ -40,6 +40,11 @@ __device__ __forceinline__ void load_shared(uint32_t at, uint32_t* words) {
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(at));
   }
 }
+__device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+}
 __device__ __forceinline__ uint32_t load_shared_u8(uint32_t at) {
   uint32_t byte;
   asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(at));
@@ -50,6 +55,9 @@ __device__ __forceinline__ uint32_t load_shared_u16(uint32_t at) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=r"(bytes) : "r"(at));
   return bytes;
 }
+
+// Brings a line of global memory to the L2.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Keeps a value in its register: where registers are short, nvcc would compute it anew in every iteration.
 __device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)); }

@@ -51,10 +51,17 @@ struct Config {
   static constexpr bool MERGES_IN_RING = EXACT;
   static constexpr int MERGE_OFFSET = MERGES_IN_RING ? 0 : RING_BYTES;
   static constexpr int MERGE_END = MERGE_OFFSET + MERGE_FLOATS * 4;
-  static constexpr int SHARED_BYTES = MERGE_END > RING_BYTES ? MERGE_END : RING_BYTES;
+  static constexpr int Q_OFFSET = MERGE_END > RING_BYTES ? MERGE_END : RING_BYTES;
+
+  // Large head tiles have their queries in shared memory, once for all warps: 32 registers less, for a block more
+  // on an SM.
+  static constexpr bool SHARED_Q = NT * DP == 256;
+  static constexpr int Q_WORD = 32 * 16;  // bytes: of all lanes, what Q has for a word of K
+  static constexpr int SHARED_BYTES = Q_OFFSET + (SHARED_Q ? NT * WORDS * Q_WORD : 0);
+  static_assert(Q_OFFSET % 16 == 0);
 
   // Thread blocks an SM should hold, by registers (64K) and shared memory (227 KB on sm_90).
-  static constexpr int BLOCKS = (NT * DP <= 128 ? 4 : NT == 4 || D == 192 ? 2 : 3) * 4 / WARPS;
+  static constexpr int BLOCKS = (NT == 4 || D == 192 ? 3 : 4) * 4 / WARPS;
 
   // Which 16-byte chunk of a row chunk c is put at, so that the fragment loads meet no bank twice.
   static XLAYER_HD int k_chunk(int row, int c) {

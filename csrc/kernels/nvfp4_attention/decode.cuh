@@ -88,13 +88,13 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
   }
 }
 
-// This warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, WARPS apart.
+// This warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, WARPS apart: the
+// first that it attends to.
 template <class C>
 __device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
                                               TileMask& mask, int tile, int last_tile) {
   if (tile >= last_tile) return;
   const NewestTile<C> newest(p, p.newest_rows[run.request], run.kv_head);
-  newest.to_newest_unit(state);
 #pragma unroll 1
   for (; tile < last_tile; tile += C::WARPS) {
     mask.first_token = tile * TILE;
@@ -106,7 +106,8 @@ __device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, con
 // A run from its first copy to its result. All threads of the block take part.
 template <class C, bool NEWEST>
 __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
-                                           TileLoader<C>& loader, const LaneOffsets<C>& at, float* shared) {
+                                           TileLoader<C>& loader, const LaneOffsets<C>& at, uint32_t ring,
+                                           float* shared) {
   const int warp = ptx::uniform(threadIdx.x / 32);
   const int seq_len = p.seq_lens[run.request];
   const Queries queries = queries_of(p, run.request);
@@ -116,9 +117,15 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   const int last_tile = NEWEST ? min(run_end, newest_tile(p, run.request, seq_len)) : run_end;
   const int count =
       ptx::uniform(last_tile > first_tile ? (last_tile - first_tile + C::WARPS - 1) / C::WARPS : 0);
-  loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
-#pragma unroll
-  for (int i = 0; i < C::STAGES - 1; ++i) loader.load(i, i * C::STAGE_BYTES);
+  const bool has_newest = NEWEST && last_tile < run_end;
+  if (!has_newest) loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
+  // Where a block has an SM for itself, nothing else hides that Q, K and V come one after the other.
+  if constexpr (NEWEST && C::WARPS == 16) {
+    const int first_newest = first_tile + count * C::WARPS;
+    if (has_newest && first_newest < run_end) {
+      NewestTile<C>(p, p.newest_rows[run.request], run.kv_head).prefetch(first_newest * TILE);
+    }
+  }
   state.clear();
   load_query(state, p, queries, run.kv_head, run.first_row);
 
@@ -140,6 +147,14 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
                                         ? (all_see_to / TILE - first_tile + C::WARPS - 1) / C::WARPS
                                         : 0);
 
+  if (has_newest) {
+    attend_newest(p, run, state, mask, ptx::uniform(first_tile + count * C::WARPS), run_end);
+    // Only now: pages and newest tokens each need all registers.
+    ptx::pin(ring);
+    loader.aim(ring);
+    loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
+  }
+
   uint32_t offset = 0,
            last_offset = (C::STAGES - 1) * C::STAGE_BYTES;  // in the ring: this tile's and the last's stage
   for (int i = 0; i < count; ++i) {
@@ -157,9 +172,6 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   }
   ptx::cp_async_wait<0>();
   __syncwarp();
-  if constexpr (NEWEST) {
-    attend_newest(p, run, state, mask, ptx::uniform(first_tile + count * C::WARPS), run_end);
-  }
   merge_and_store(p, state, run, shared);
 }
 
@@ -182,6 +194,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
   const LaneOffsets<C> at(ring, p);
   TileLoader<C> loader(p, ring);
   WarpState<C> state;
+  if constexpr (C::SHARED_Q) state.q.at = ptx::shared_address(shared + C::Q_OFFSET) + 16 * lane;
 
   const int32_t* begins = p.schedule + Schedule::BEGINS;
   const int chunk = p.schedule[Schedule::CHUNK];
@@ -214,7 +227,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       run.starts_inside = begin != run.first_part * chunk;
       run.slot = slot_of(p, part, position != part_begin);
       // Nothing, where this part begins among what newest tokens add to the line.
-      if (!NEWEST || run.begin < units) attend_run<C, NEWEST>(p, run, state, loader, at, merge);
+      if (!NEWEST || run.begin < units) attend_run<C, NEWEST>(p, run, state, loader, at, ring, merge);
       position += advance;
       while (position < part_end && begins[request + 1] <= position) ++request;
     }

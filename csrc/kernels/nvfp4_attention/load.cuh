@@ -14,9 +14,12 @@ namespace xlayer::attention {
 template <class C>
 class TileLoader {
  public:
-  __device__ __forceinline__ TileLoader(const Nvfp4AttentionParams& p, uint32_t ring) : p_(p) {
+  __device__ __forceinline__ TileLoader(const Nvfp4AttentionParams& p, uint32_t ring) : p_(p) { aim(ring); }
+
+  // Where pieces go in shared memory. If that is said again, it need not stay in registers until then.
+  __device__ __forceinline__ void aim(uint32_t ring) {
     const int lane = threadIdx.x & 31;
-    v_offset_ = uint32_t(p.page.data_bytes() + p.page.scale_bytes());
+    v_offset_ = uint32_t(p_.page.data_bytes() + p_.page.scale_bytes());
 #pragma unroll
     for (int j = 0; j < ADDRESSES; ++j) {
       const int piece = lane + 32 * j;
@@ -35,7 +38,7 @@ class TileLoader {
 
   // count: tiles this warp has (a uniform value), from tile `first_tile` on, WARPS apart. Blocks before that
   // of tile `seen_from`, the first that a query sees, may be anything, also in the table: another is loaded
-  // in their place, and masked.
+  // in their place, and masked. The first tiles are issued.
   __device__ __forceinline__ void start(int request, int kv_head, int first_tile, int count, int seen_from) {
     const int lane = threadIdx.x & 31;
     table_ = p_.block_table + request * p_.block_table_stride;
@@ -52,6 +55,8 @@ class TileLoader {
     v_from_ = k_from_ + v_offset_;
     scale_from_ = p_.cache + (p_.page.data_bytes() + token * C::S) +
                   (is_v ? v_offset_ + SCALE_PIECE * (lane - SCALE_LANES / 2) : SCALE_PIECE * lane);
+#pragma unroll
+    for (int i = 0; i < C::STAGES - 1; ++i) load(i, i * C::STAGE_BYTES);
   }
 
   // Issues tile i (if there is one) into the stage `offset` bytes into the ring, as one group.

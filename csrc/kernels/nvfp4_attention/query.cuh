@@ -70,14 +70,12 @@ __device__ __forceinline__ void load_query(WarpState<C>& state, const Nvfp4Atten
         return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(a * up, b * up)));
       };
       // The order in which Tile::multiply_k takes a word's elements: 0 2 | 4 6, then 1 3 | 5 7.
-      state.q[n][2 * w][0] = pair(e[0], e[2]);
-      state.q[n][2 * w][1] = pair(e[4], e[6]);
-      state.q[n][2 * w + 1][0] = pair(e[1], e[3]);
-      state.q[n][2 * w + 1][1] = pair(e[5], e[7]);
+      state.q.store(n, w, {pair(e[0], e[2]), pair(e[4], e[6]), pair(e[1], e[3]), pair(e[5], e[7])});
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) state.factor[n][j] = common * __shfl_sync(0xFFFFFFFFu, down, 4 * (2 * t + j));
   }
+  state.q.stored();
 }
 
 }  // namespace xlayer::attention

@@ -25,13 +25,46 @@ struct TileMask {
   float soft_cap;        // 0: none
 };
 
+// What Q^T has for eight rows and a word of K, in one lane: its two fragments of even elements, then of odd ones.
+struct QueryWord {
+  uint32_t b[4];
+};
+
+// Q^T fragments: halves, each row times a power of two; of rows n and word w of K.
+template <class C, bool SHARED = C::SHARED_Q>
+struct QueryFragments {
+  QueryWord all[C::NT][C::WORDS];
+
+  __device__ __forceinline__ void store(int n, int w, const QueryWord& q) { all[n][w] = q; }
+  __device__ __forceinline__ void stored() {}
+  __device__ __forceinline__ const QueryWord& load(int n, int w) const { return all[n][w]; }
+};
+
+// In shared memory: the same for all warps, which store some words each. None may still read the last run's.
+template <class C>
+struct QueryFragments<C, true> {
+  uint32_t at;  // this lane's first
+
+  __device__ __forceinline__ void store(int n, int w, const QueryWord& q) {
+    if (w % C::WARPS == int(threadIdx.x / 32)) ptx::store_shared(place(n, w), q.b);
+  }
+  __device__ __forceinline__ void stored() { __syncthreads(); }
+  __device__ __forceinline__ QueryWord load(int n, int w) const {
+    QueryWord q;
+    ptx::load_shared<16>(place(n, w), q.b);
+    return q;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t place(int n, int w) const { return at + (n * C::WORDS + w) * C::Q_WORD; }
+};
+
 template <class C>
 struct WarpState {
-  uint32_t q[C::NT][2 * C::WORDS][2];  // Q^T fragments, halves, each row times a power of two
+  QueryFragments<C> q;
   float out[C::NT][C::M_TILES][4];     // O^T, times UNSCALE^-1
   float factor[C::NT][2];              // logits in base 2 = S^T * factor
   float max[C::NT][2];                 // of the logits in base 2, less HEADROOM; may lag by LAZY
-  float limit[C::NT][2];               // S^T beyond which it lags too much
   float sum[C::NT][2];                 // this lane's part
 
   __device__ __forceinline__ void clear() {
@@ -43,7 +76,7 @@ struct WarpState {
         for (int i = 0; i < 4; ++i) out[n][m][i] = 0.0f;
       }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) max[n][j] = EMPTY, limit[n][j] = -INFINITY, sum[n][j] = 0.0f;
+      for (int j = 0; j < 2; ++j) max[n][j] = EMPTY, sum[n][j] = 0.0f;
     }
   }
 };
@@ -136,19 +169,24 @@ class Tile {
 
   __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4],
                                                  uint32_t (&p)[C::NT][2]) {
-    bool grows = false;
+    float x[C::NT][4];
+    exponents(state, s, x);
+    bool lags = false;
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) grows = grows || fmaxf(s[n][j], s[n][2 + j]) > state.limit[n][j];
+      for (int j = 0; j < 2; ++j) lags = lags || fmaxf(x[n][j], x[n][2 + j]) > HEADROOM + LAZY;
     }
-    if (__any_sync(0xFFFFFFFFu, grows)) rescale(state, s);
+    if (__any_sync(0xFFFFFFFFu, lags)) {
+      rescale(state, s);
+      exponents(state, s, x);
+    }
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
       float e[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        e[i] = ptx::exp2_approx(fmaf(s[n][i], state.factor[n][i % 2], -state.max[n][i % 2]));
+        e[i] = ptx::exp2_approx(x[n][i]);
         state.sum[n][i % 2] += e[i];
       }
       p[n][0] = ptx::transpose_8x8(pack(e[0], e[1]));
@@ -157,6 +195,16 @@ class Tile {
   }
 
  private:
+  // Logits in base 2, relative to the maximum: P's exponents.
+  __device__ __forceinline__ static void exponents(const WarpState<C>& state, const float (&s)[C::NT][4],
+                                                   float (&x)[C::NT][4]) {
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] = fmaf(s[n][i], state.factor[n][i % 2], -state.max[n][i % 2]);
+    }
+  }
+
   __device__ __forceinline__ static void multiply_k(const WarpState<C>& state, uint32_t stage,
                                                     const LaneOffsets<C>& at, float (&s)[C::NT][4]) {
     uint32_t words[2][C::WORDS];
@@ -203,9 +251,9 @@ class Tile {
                                scaled_pair<2, 3>(a.odd, a_scale), scaled_pair<2, 3>(b.odd, b_scale)};
 #pragma unroll
       for (int n = 0; n < C::NT; ++n) {
-        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], state.q[n][2 * w][0], state.q[n][2 * w][1]);
-        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], state.q[n][2 * w + 1][0],
-                       state.q[n][2 * w + 1][1]);
+        const auto& q = state.q.load(n, w);
+        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], q.b[0], q.b[1]);
+        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], q.b[2], q.b[3]);
       }
     }
   }
@@ -233,7 +281,6 @@ class Tile {
         m = fmaxf(m - HEADROOM, state.max[n][j]);
         const float shrink = ptx::exp2_approx(state.max[n][j] - m);
         state.max[n][j] = m;
-        state.limit[n][j] = __fdividef(m + (HEADROOM + LAZY), state.factor[n][j]);
         state.sum[n][j] *= shrink;
 #pragma unroll
         for (int d = 0; d < C::M_TILES; ++d) {
