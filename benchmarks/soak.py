@@ -3,8 +3,8 @@
     python -m benchmarks.soak [--minutes 30] [--seed 0]
 
 Random arrivals of prompts with shared prefixes, aborts, resets and failing copies, on a GPU or on the CPU
-reference platform; accounts are checked after every step. Drafts are EAGLE's, random weights like the
-model's.
+reference platform; accounts are checked after every step. The model is MiMo's, with random weights: a Qwen 2
+that drafts by a layer of its own (MTP).
 
 With NVFP4 a prompt has as many right answers as ways to be computed: what a step computes together is exact
 to each other, what it finds in a cache is quantised. So the model has one layer, where a token's K and V
@@ -167,14 +167,12 @@ def run(folder: Path, seconds: float, seed: int, json: Path) -> int:
     os.environ["VLLM_XLAYER_DEBUG"] = "1"
     serving.prepare()
     from faults import Copies, finish, live_connector, settle, slow_down
-    from model_fixture import llama_config, save_eagle, save_random_model
+    from model_fixture import save_mimo
 
     from vllm_xlayer.compat.engine import core_of, rows_loaded
     from vllm_xlayer.connector.host.accounts import AccountingError
 
-    shape = dict(vocab_size=VOCABULARY, num_hidden_layers=1)
-    model = save_random_model(llama_config(**shape), folder / "model")
-    draft = save_eagle(folder / "draft", 0, vocab_size=VOCABULARY)
+    model = save_mimo(folder / "model", vocab_size=VOCABULARY, num_hidden_layers=1)
     prompts = prompts_with_shared_prefixes()
     with serving.started({"model": str(model), **ENGINE}) as llm:
         right = right_answers(llm, prompts)
@@ -186,7 +184,7 @@ def run(folder: Path, seconds: float, seed: int, json: Path) -> int:
     connector = {"cpu_bytes_to_use": ROWS * row}
     settings = ENGINE | dict(
         model=str(model), num_gpu_blocks_override=BLOCKS, disable_log_stats=False,
-        speculative_config=dict(method="eagle", model=str(draft), num_speculative_tokens=2),
+        speculative_config=dict(method="mtp", num_speculative_tokens=2),
         kv_transfer_config=dict(
             kv_connector="XLayerConnector", kv_role="kv_both", kv_connector_extra_config=connector
         ),

@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     PretrainedConfig,
+    Qwen2Config,
 )
 
 VOCAB = 256
@@ -130,6 +131,34 @@ def save_eagle(folder: Path, seed: int, **overrides) -> Path:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     saved = json.loads((folder / "config.json").read_text())
     saved["architectures"] = ["EagleLlamaForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    return folder
+
+
+def save_mimo(folder: Path, **overrides) -> Path:
+    """A Qwen 2 that predicts a second token by a layer of its own (MTP), as in MiMo's checkpoints: behind
+    a projection of hidden state and token, all in one folder."""
+    layers = overrides.pop("num_hidden_layers", SHAPE["num_hidden_layers"])
+    shape = SHAPE | overrides | {"num_hidden_layers": layers + 1}
+    del shape["head_dim"]  # Qwen 2 has hidden_size / num_attention_heads
+    config = Qwen2Config(**shape)
+    save_random_model(config, folder)
+    size, generator, last = config.hidden_size, torch.Generator().manual_seed(1), f"model.layers.{layers}."
+    mtp = "model.mtp_layers.0."
+    weights = {
+        name.replace(last, mtp): weight for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    weights[mtp + "input_proj.weight"] = torch.randn(size, 2 * size, generator=generator) * (2 * size) ** -0.5
+    for norm in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        weights[mtp + norm + ".weight"] = torch.ones(size)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    saved = json.loads((folder / "config.json").read_text())
+    saved |= {
+        "architectures": ["MiMoForCausalLM"],
+        "num_hidden_layers": layers,
+        "num_nextn_predict_layers": 1,
+    }
+    saved.pop("layer_types", None)  # one for each of the saved layers
     (folder / "config.json").write_text(json.dumps(saved))
     return folder
 

@@ -28,7 +28,7 @@ logger = init_logger(__name__)
 
 WORKER = "vllm_xlayer.platform.worker.CpuReferenceWorker"
 BLOCK_SIZE = 16
-DRAFTERS = ("ngram", "eagle")
+DRAFTERS = ("ngram", "eagle", "mtp")
 """Methods of speculative decoding whose kernels this platform has."""
 NO_GPU = DeviceCapability(0, 0)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", *KV_DTYPES)
