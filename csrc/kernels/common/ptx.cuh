@@ -56,9 +56,6 @@ __device__ __forceinline__ uint32_t load_shared_u16(uint32_t at) {
   return bytes;
 }
 
-// Brings a line of global memory to the L2.
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // Keeps a value in its register: where registers are short, nvcc would compute it anew in every iteration.
 __device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)); }
 

@@ -56,6 +56,10 @@ struct Config {
   // Large head tiles have their queries in shared memory, once for all warps: 32 registers less, for a block more
   // on an SM.
   static constexpr bool SHARED_Q = NT * DP == 256;
+  // Of a run with newest tokens these come before its pages, and where pages are copied to is worked out after them:
+  // the other way round nvcc puts away what the pages' loop then reads in every tile. Smaller tiles have registers
+  // enough, and better begin with the copies of pages.
+  static constexpr bool NEWEST_FIRST = SHARED_Q;
   static constexpr int Q_WORD = 32 * 16;  // bytes: of all lanes, what Q has for a word of K
   static constexpr int SHARED_BYTES = Q_OFFSET + (SHARED_Q ? NT * WORDS * Q_WORD : 0);
   static_assert(Q_OFFSET % 16 == 0);

@@ -88,13 +88,13 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
   }
 }
 
-// This warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, WARPS apart: the
-// first that it attends to.
+// This warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, WARPS apart.
 template <class C>
 __device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
                                               TileMask& mask, int tile, int last_tile) {
   if (tile >= last_tile) return;
   const NewestTile<C> newest(p, p.newest_rows[run.request], run.kv_head);
+  if constexpr (!C::NEWEST_FIRST) newest.to_newest_unit(state);
 #pragma unroll 1
   for (; tile < last_tile; tile += C::WARPS) {
     mask.first_token = tile * TILE;
@@ -117,15 +117,9 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   const int last_tile = NEWEST ? min(run_end, newest_tile(p, run.request, seq_len)) : run_end;
   const int count =
       ptx::uniform(last_tile > first_tile ? (last_tile - first_tile + C::WARPS - 1) / C::WARPS : 0);
-  const bool has_newest = NEWEST && last_tile < run_end;
-  if (!has_newest) loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
-  // Where a block has an SM for itself, nothing else hides that Q, K and V come one after the other.
-  if constexpr (NEWEST && C::WARPS == 16) {
-    const int first_newest = first_tile + count * C::WARPS;
-    if (has_newest && first_newest < run_end) {
-      NewestTile<C>(p, p.newest_rows[run.request], run.kv_head).prefetch(first_newest * TILE);
-    }
-  }
+  const int newest_from = ptx::uniform(first_tile + count * C::WARPS);
+  const bool newest_first = NEWEST && C::NEWEST_FIRST && last_tile < run_end;
+  if (!newest_first) loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
   state.clear();
   load_query(state, p, queries, run.kv_head, run.first_row);
 
@@ -147,9 +141,8 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
                                         ? (all_see_to / TILE - first_tile + C::WARPS - 1) / C::WARPS
                                         : 0);
 
-  if (has_newest) {
-    attend_newest(p, run, state, mask, ptx::uniform(first_tile + count * C::WARPS), run_end);
-    // Only now: pages and newest tokens each need all registers.
+  if (newest_first) {
+    attend_newest(p, run, state, mask, newest_from, run_end);
     ptx::pin(ring);
     loader.aim(ring);
     loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
@@ -172,6 +165,7 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   }
   ptx::cp_async_wait<0>();
   __syncwarp();
+  if constexpr (NEWEST && !C::NEWEST_FIRST) attend_newest(p, run, state, mask, newest_from, run_end);
   merge_and_store(p, state, run, shared);
 }
 

@@ -1,11 +1,12 @@
 // A warp's work on one tile of the newest tokens, which are not quantised: straight from global memory, in a
-// loop of its own before the pages' tiles.
+// loop of its own before the pages' tiles or after them (`NEWEST_FIRST`).
 //
 // Fragments are those of tile.cuh: a lane has of K rows g and g + 8, of V tokens t, t + 4, t + 8 and t + 12, and
 // the same dimensions of them. So Q's fragments, the softmax and the output's order are the same. What differs
 // is the unit. Both leave the global scale to others; but dequantised values are 2^-14 of what they stand for,
 // which would be too small for halves that have all their bits. These are NEWEST_UNIT times it. Scores are
-// brought to the pages' unit, and so is the output after the loop, before which there is none: by powers of two.
+// brought to the pages' unit; the output goes into the other unit before the loop, where there is any, and back
+// after it: powers of two.
 #pragma once
 
 #include "query.cuh"
@@ -27,26 +28,11 @@ class NewestTile {
         k_unit_(NEWEST_UNIT / *p.k_scale),
         v_unit_(NEWEST_UNIT / *p.v_scale) {}
 
-  // Asks for a tile's K and V, each a run of bytes, 128 a lane and step.
-  __device__ __forceinline__ void prefetch(int first_token) const {
-    constexpr int STEP = 64;  // elements
-    const int first = first_token % p_.newest_tokens * C::D;
-    for (int i = STEP * int(threadIdx.x & 31); i < TILE * C::D; i += 32 * STEP) {
-      ptx::prefetch(k_ + first + i);
-      ptx::prefetch(v_ + first + i);
-    }
+  __device__ __forceinline__ static void to_newest_unit(WarpState<C>& state) {
+    scale_out(state, UNSCALE * NEWEST_UNIT);
   }
-
-  // After the last tile.
   __device__ __forceinline__ static void to_page_unit(WarpState<C>& state) {
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-#pragma unroll
-      for (int m = 0; m < C::M_TILES; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) state.out[n][m][i] *= 1.0f / (UNSCALE * NEWEST_UNIT);
-      }
-    }
+    scale_out(state, 1.0f / (UNSCALE * NEWEST_UNIT));
   }
 
   __device__ __forceinline__ void attend(WarpState<C>& state, const TileMask& mask) const {
@@ -61,6 +47,17 @@ class NewestTile {
   }
 
  private:
+  __device__ __forceinline__ static void scale_out(WarpState<C>& state, float by) {
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int m = 0; m < C::M_TILES; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) state.out[n][m][i] *= by;
+      }
+    }
+  }
+
   // Two elements times `unit` as halves; beyond a half's range, its largest.
   __device__ __forceinline__ uint32_t halves(uint32_t pair, float unit) const {
     constexpr float MOST = 65504.0f;

@@ -15,7 +15,6 @@ template <int BYTES>
 void load_shared(uint32_t at, uint32_t* words) {
   std::memcpy(words, simt::shared_at(at, BYTES), BYTES);
 }
-inline void prefetch(const void*) {}
 inline void store_shared(uint32_t at, const uint32_t (&words)[4]) {
   std::memcpy(simt::shared_at(at, 16), words, 16);
 }
