@@ -8,8 +8,8 @@ from vllm_xlayer.bench.handover_ways import CONNECTORS, WAYS
 from .markdown import about, milliseconds, table
 
 HEAD = [
-    "cache, tokens (MB)", "", "NIXL alone, in one piece", "first token, ms", "once on the device, ms",
-    "hand-over, ms", "times the floor", "descriptors",
+    "cache, tokens (MB)", "", "NIXL alone, in one piece", "in as many pieces", "first token, ms",
+    "once on the device, ms", "hand-over, ms", "times one piece", "times as many", "descriptors",
 ]  # fmt: skip
 
 
@@ -50,20 +50,28 @@ def _lines(step: dict[str, Any], length: dict[str, Any]) -> list[tuple[str, list
     """One for each way."""
     nbytes, link = length["kv_bytes"], length["link"]
     what = f"{step['cache']}, {length['tokens']:,} ({nbytes / 1e6:,.0f})"
-    floor = nbytes / link["one"] if "one" in link else None
-    alone = f"{milliseconds(floor, 1)} ms ({link['one'] / 1e9:.3g} GB/s)" if floor else "-"
+    floors = {pieces: nbytes / rate for pieces, rate in link.items()}
     lines = []
     for way, numbers in length["ways"].items():
         seconds = statistics.median(numbers["seconds"])
-        cells = ["", "", "", ""]
+        as_many = way.partition("-")[0]
+        cells = ["", "", "", "", ""]
         if way in CONNECTORS:
             cached = statistics.median(numbers["cached_seconds"])
             took = seconds - cached
             cells = [
                 milliseconds(cached, 1),
                 milliseconds(took, 1),
-                f"{took / floor:.2f}" if floor else "-",
+                *(f"{took / floors[floor]:.2f}" if floor in floors else "-" for floor in ("one", as_many)),
                 f"{numbers['descriptors']:,.0f}",
             ]
-        lines.append((what, [WAYS[way], alone, milliseconds(seconds, 1), *cells]))
+        alone = [_alone(nbytes, floors.get(pieces)) for pieces in ("one", as_many)]
+        lines.append((what, [WAYS[way], *alone, milliseconds(seconds, 1), *cells]))
     return lines
+
+
+def _alone(nbytes: int, seconds: float | None) -> str:
+    if not seconds:
+        return "-"
+    rate = nbytes / seconds / 1e9
+    return f"{milliseconds(seconds, 1)} ms ({f'{rate:,.0f}' if rate >= 1000 else f'{rate:.3g}'} GB/s)"

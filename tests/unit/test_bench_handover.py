@@ -9,7 +9,7 @@ import pytest
 from vllm_xlayer.bench import handover, handover_pair, handover_ways
 from vllm_xlayer.bench.__main__ import main
 from vllm_xlayer.bench.engines import Answer, Engine, EngineFailed
-from vllm_xlayer.compat.engine import empty_device_cache, histogram_sum, shuffle_free_blocks
+from vllm_xlayer.compat.engine import come_to_rest, empty_device_cache, histogram_sum, shuffle_free_blocks
 
 TOKENS = 512
 THEIR_HITS = "remote_prefill_cached_tokens"
@@ -28,7 +28,7 @@ class FakeEngine:
         assert not wait, "engines start at the same time"
         self.settings, self.environment, self.asked = settings, environment, []
         self.about, self.orders, self.known, self.due = {}, [], [], None
-        self.tier, self.ended = [], False
+        self.tier, self.pinned, self.ended = [], False, False
         self.made.append(self)
         self.beside = len(self.running)
 
@@ -42,7 +42,8 @@ class FakeEngine:
         restored = not known and "cpu_bytes_to_use" in str(self.settings) and prompt in self.tier
         self.asked.append((prompt, params))
         self.known.append(prompt)
-        self.tier.append(prompt)
+        if self.pinned:
+            self.tier.append(prompt)
         if params and params["do_remote_decode"]:
             return Answer(2.0, [0], [{"do_remote_decode": False, "of": prompt, THEIR_HITS: 0}])
         read = params is not None and THEIR_HITS not in params and not known and self.reads
@@ -54,6 +55,9 @@ class FakeEngine:
         if function is shuffle_free_blocks:
             assert not self.asked
             return self.orders.append(args)
+        if function is come_to_rest:
+            self.pinned = True
+            return None
         if function is empty_device_cache:
             return self.known.clear()
         assert (function, args) == (histogram_sum, ("vllm:nixl_num_descriptors",))

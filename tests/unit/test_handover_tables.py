@@ -23,10 +23,11 @@ def test_answers_and_times():
     assert "Prefill engine on GPU 0,1, decode engine on GPU 0" in text
     assert "bf16 95 of 96 (1 prompts computed again)" in text
     lines = [line for line in text.splitlines() if line.startswith("| nvfp4")]
-    # The median of each; the hand-over is their difference, the floor 6e8 / 3e11 s.
+    # The median of each; the hand-over is their difference, the floors 6e8 / 3e11 and 6e8 / 2e11 s.
     assert lines == [
-        "| nvfp4, 16,384 (600) | read as rows | 2.0 ms (300 GB/s) | 14.0 | 10.0 | 4.0 | 2.00 | 1,050 |",
-        "| nvfp4, 16,384 (600) | computed here | 2.0 ms (300 GB/s) | 500.0 |  |  |  |  |",
+        "| nvfp4, 16,384 (600) | read as rows | 2.0 ms (300 GB/s) | 3.0 ms (200 GB/s) | 14.0 | 10.0 | 4.0 | "
+        "2.00 | 1.33 | 1,050 |",
+        "| nvfp4, 16,384 (600) | computed here | 2.0 ms (300 GB/s) | - | 500.0 |  |  |  |  |  |",
     ]
     assert "Not measured" not in text and "NVIDIA H200" in text
 
@@ -36,5 +37,5 @@ def test_what_is_missing_is_said():
     stock = times(problems={"pages": "the engine ended with exit code 1"})
     del stock["lengths"][0]["link"]["one"]
     text = section(ABOUT | {"devices": None, "steps": {"times, fp8": late, "times, nvfp4": stock}})
-    assert "Both engines on one GPU" in text and "| 4.0 | - | 1,050 |" in text
+    assert "Both engines on one GPU" in text and "| 4.0 | - | 1.33 | 1,050 |" in text
     assert "times, fp8: not done in 57 s; times, nvfp4: the engine ended with exit code 1." in text

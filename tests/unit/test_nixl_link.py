@@ -34,6 +34,15 @@ def test_a_host_that_does_not_say(tmp_path, monkeypatch):
     assert why_tcp(Link.here({}), FAR) is None
 
 
+def test_reads_over_cuda_ipc_are_the_users_to_refuse():
+    environment = {}
+    link.allow_cuda_ipc_reads(environment)
+    assert environment == {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "y"}
+    environment = {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "n"}
+    link.allow_cuda_ipc_reads(environment)
+    assert environment == {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "n"}
+
+
 def test_this_host(tmp_path, monkeypatch):
     monkeypatch.setattr(link, "RDMA_DEVICES", tmp_path / "infiniband")
     assert not Link.here({}).rdma

@@ -10,11 +10,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ..connector.nixl.link import allow_cuda_ipc_reads
+
 READS = 5
 ENOUGH_SECONDS = 2.0
 """After so long no further read is begun: over a slow link one says enough."""
 READ_SECONDS = 20.0
 """For a read, before it counts as hung."""
+VLLM_THREADS = 4
+"""Of UCX, as vLLM's connector has it by default."""
 START_SECONDS = 60.0
 """For a process to import torch and NIXL, and to offer memory or to be ready to read it."""
 
@@ -93,7 +97,8 @@ def _memory(nbytes: int, value: int, device: str | None) -> tuple[Any, Any, str]
     memory = torch.full((nbytes,), value, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
     if on_gpu:
         torch.cuda.synchronize()  # NIXL reads past torch's streams
-    agent = nixl_agent(str(uuid.uuid4()), nixl_agent_config(backends=["UCX"]))
+        allow_cuda_ipc_reads()
+    agent = nixl_agent(str(uuid.uuid4()), nixl_agent_config(num_threads=VLLM_THREADS))
     agent.register_memory(memory)
     return memory, agent, "VRAM" if on_gpu else "DRAM"
 

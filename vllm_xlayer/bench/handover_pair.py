@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..connector.nixl.link import allow_cuda_ipc_reads
 from .engines import Answer, Engine, Prompt
 
 LIMIT_SECONDS = 120.0
@@ -105,6 +108,9 @@ def start_pair(
             environment, own = on_devices(theirs, settings)
             environment[PORT] = str(holder.getsockname()[1])
             environment |= CORE_HERE
+            if torch.cuda.is_available():
+                # Ours says so itself, vLLM's connector does not: both are measured over the same link.
+                allow_cuda_ipc_reads(environment)
             engine = Engine(
                 model, cache, environment, LIMIT_SECONDS, wait=False,
                 kv_transfer_config=transfer, disable_log_stats=False, **own,

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..compat.engine import empty_device_cache, histogram_sum, shuffle_free_blocks
+from ..compat.engine import come_to_rest, empty_device_cache, histogram_sum, shuffle_free_blocks
 from .engines import GRAPHS_ONLY, Answer, Engine, Prompt, prompts
 from .handover_pair import CORE_HERE, LIMIT_SECONDS, NotMeasured, Pair, on_devices, start_pair
 
@@ -71,6 +71,8 @@ def begin(way: str, engines: Engine | Pair, tokens: int, seconds: float) -> None
     engines.wait()
     _due(engines, seconds)
     for seed, engine in enumerate(_each(engines)):
+        if way == "host":
+            engine.call(come_to_rest)  # its host tier is pinned beside the engine's start
         engine.call(shuffle_free_blocks, seed)
     measure(way, engines, "first", tokens, 1, seconds)
 

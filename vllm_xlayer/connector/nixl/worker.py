@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from ...compat.rows import allocations
 from ...layout import LayoutDescriptor, check_allocation
 from .engine import record_of
-from .link import Link, why_tcp
+from .link import Link, allow_cuda_ipc_reads, why_tcp
 from .record import PROTOCOL, Record, RecordsDiffer, check_records
 from .reshard import CannotReshard, Move, heads_of, moves_between
 from .scheduler import RowNixlMetadata
@@ -52,6 +52,8 @@ class RowNixlWorker(NixlPullConnectorWorker):
         layout: LayoutDescriptor,
         settings: NixlSettings,
     ):
+        if torch.cuda.is_available():
+            allow_cuda_ipc_reads()
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.layout, self.settings = layout, settings
         self.record: Record | None = None
