@@ -48,11 +48,12 @@ def soak_section(results: dict[str, Any]) -> str:
         "rows_loaded": "rows restored", "accepted_drafts": "drafts accepted",
         "wrong": "wrong", "lost": "lost", "leaked": "leaked",
     }  # fmt: skip
+    engines = f" of {results['engines']} engines in all" if "engines" in results else ""
     return f"""\
 ### Speculation, soaked
 
-`python -m benchmarks.soak`: NVFP4, EAGLE's drafts, a device cache of three requests, a host tier not much
-larger, aborts, resets and failing copies, for {results["seconds"] / 60:.0f} minutes.
+`python -m benchmarks.soak`: NVFP4, MTP's drafts, a device cache of three requests, a host tier not much
+larger, aborts, resets and failing copies, for {results["seconds"] / 60:.0f} minutes{engines}.
 
 | {" | ".join(columns.values())} |
 {"|---:" * len(columns)}|

@@ -1,6 +1,6 @@
 """Speculation with NVFP4, a small device cache and a host tier, for minutes: what became of its answers.
 
-    python -m benchmarks.soak [--minutes 30] [--seed 0]
+    python -m benchmarks.soak [--minutes 30] [--engines 1] [--seed 0]
 
 Random arrivals of prompts with shared prefixes, aborts, resets and failing copies, on a GPU or on the CPU
 reference platform; accounts are checked after every step. The model is MiMo's, with random weights: a Qwen 2
@@ -17,8 +17,10 @@ Results go to results/DEVICE-soak.json as they come.
 """
 
 import argparse
+import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -159,7 +161,7 @@ def _name(request: Any) -> str:
     return request.request_id.rpartition("-")[0] or request.request_id
 
 
-def run(folder: Path, seconds: float, seed: int, json: Path) -> int:
+def run(folder: Path, seconds: float, seed: int, result: Path) -> int:
     """Soaks for so long; returns 1 if an answer was wrong or lost, accounts did not balance, or no wrong
     block would have been noticed."""
     import pytest
@@ -204,7 +206,7 @@ def run(folder: Path, seconds: float, seed: int, json: Path) -> int:
                 )
                 counts = dict(tries=tries, rows_loaded=rows_loaded(), accepted_drafts=_accepted(llm))
                 found.update(seconds=round(time.monotonic() - begin, 1), **did, **counts)
-                write(json, found)
+                write(result, found)
                 print(
                     {name: found[name] for name in (*did, *counts, "lost", "leaked", "seconds")}, flush=True
                 )
@@ -224,6 +226,23 @@ def run(folder: Path, seconds: float, seed: int, json: Path) -> int:
     return int(bool(found["wrong"] or found["lost"] or found["leaked"] or not seen))
 
 
+def run_several(folder: Path, minutes: float, seeds: range, result: Path) -> int:
+    """An engine for each seed at the same time, each in a process of its own; adds up what they counted.
+    Returns 1 if one of them did."""
+    files = [folder / f"{seed}.json" for seed in seeds]
+    command = [sys.executable, "-m", "benchmarks.soak", "--minutes", str(minutes)]
+    processes = [
+        subprocess.Popen([*command, "--seed", str(seed), "--json", str(file)])
+        for seed, file in zip(seeds, files, strict=True)
+    ]
+    codes = [process.wait() for process in processes]
+    parts = [json.loads(file.read_text()) for file in files if file.exists()]
+    counts = [name for name, value in parts[0].items() if isinstance(value, int | float) and name != "seed"]
+    summed = {name: sum(part[name] for part in parts) for name in counts}
+    write(result, {"engines": len(parts), "seed": seeds[0], **summed})
+    return int(any(codes))
+
+
 def _accepted(llm: Any) -> int:
     found = {metric.name: metric for metric in llm.get_metrics()}
     return found["vllm:spec_decode_num_accepted_tokens"].value
@@ -233,13 +252,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=30, help="default: 30")
+    parser.add_argument("--minutes", type=float, default=30, help="of each engine (default: 30)")
+    parser.add_argument("--engines", type=int, default=1, help="at the same time (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write (default: results/DEVICE-soak.json)")
     args = parser.parse_args()
-    json = args.json or RESULTS / f"{device()}-soak.json"
+    result = args.json or RESULTS / f"{device()}-soak.json"
     with tempfile.TemporaryDirectory() as folder:
-        return run(Path(folder), 60 * args.minutes, args.seed, json)
+        if args.engines > 1:
+            seeds = range(args.seed, args.seed + args.engines)
+            return run_several(Path(folder), args.minutes, seeds, result)
+        return run(Path(folder), 60 * args.minutes, args.seed, result)
 
 
 if __name__ == "__main__":
