@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+from side_by_side import side_by_side
 
 pytestmark = pytest.mark.gpu
 
@@ -98,8 +101,8 @@ def run(tmp_path, runner: str, newest_tokens: int = 0, **settings) -> dict:
         "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "V2" else "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
-    fixtures = str(Path(__file__).parents[1] / "engine")
-    command = [sys.executable, "-c", SCRIPT, fixtures, str(tmp_path / "model"), json.dumps(settings)]
+    fixtures, model = str(Path(__file__).parents[1] / "engine"), tempfile.mkdtemp(dir=tmp_path)
+    command = [sys.executable, "-c", SCRIPT, fixtures, model, json.dumps(settings)]
     command.append(json.dumps(LENGTHS))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -112,8 +115,8 @@ def run(tmp_path, runner: str, newest_tokens: int = 0, **settings) -> dict:
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "nvfp4"])
 def test_rows_on_both_runners(tmp_path, runner, kv_cache_dtype):
     eager = dict(enforce_eager=True, kv_cache_dtype=kv_cache_dtype)
-    stock = run(tmp_path, runner, **eager)
-    rows = run(tmp_path, runner, **eager, **ROWS)
+    engine = partial(run, tmp_path, runner, **eager)
+    stock, rows = side_by_side(engine, partial(engine, **ROWS))
     page = 2 * 16 * (2 * 128 * 2 if kv_cache_dtype == "auto" else 144)
     assert rows["row_bytes"] == 2 * page
     for i, (shape, strides, offset, size) in enumerate(rows["layers"]):
@@ -136,8 +139,8 @@ def test_rows_on_both_runners(tmp_path, runner, kv_cache_dtype):
 
 def test_nvfp4_with_compilation_and_graphs(tmp_path):
     """Attention stays outside the graphs; everything else may be compiled and captured."""
-    eager = run(tmp_path, "V2", enforce_eager=True, kv_cache_dtype="nvfp4")
-    compiled = run(tmp_path, "V2", kv_cache_dtype="nvfp4")
+    engine = partial(run, tmp_path, "V2", kv_cache_dtype="nvfp4")
+    eager, compiled = side_by_side(partial(engine, enforce_eager=True), engine)
     # Compiled layers round differently, so later tokens may part; the first ones agree.
     assert [a[0] for a in compiled["cold"]] == [a[0] for a in eager["cold"]]
 
@@ -149,13 +152,16 @@ GRAPHS = dict(compilation_config=dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY")
 def test_newest_tokens_are_read_in_graphs_as_without(tmp_path):
     """Captured steps write and read the rows of the requests that run then; and a restored prompt, which has
     none at first, is answered as a cached one."""
-    nvfp4 = dict(kv_cache_dtype="nvfp4", **ROWS)
-    eager = run(tmp_path, "V2", newest_tokens=64, enforce_eager=True, **nvfp4)
-    graphs = run(tmp_path, "V2", newest_tokens=64, **nvfp4, **GRAPHS)
-    without = run(tmp_path, "V2", enforce_eager=True, **nvfp4)
+    pages = partial(run, tmp_path, "V2", kv_cache_dtype="nvfp4", **ROWS)
+    newest = partial(pages, newest_tokens=64)
+    eager, graphs, without, compiled = side_by_side(
+        partial(newest, enforce_eager=True),
+        partial(newest, **GRAPHS),
+        partial(pages, enforce_eager=True),
+        newest,  # piecewise graphs around the attention, too
+    )
     for alone in ("cached alone", "restored alone"):
         assert graphs[alone] == eager[alone] == graphs["cached alone"]
         assert eager[alone] != without[alone], "nobody read a newest token"
-    compiled = run(tmp_path, "V2", newest_tokens=64, **nvfp4)  # piecewise graphs around the attention, too
     assert compiled["restored alone"] == compiled["cached alone"]
     assert [a[0] for a in compiled["cold"]] == [a[0] for a in eager["cold"]]

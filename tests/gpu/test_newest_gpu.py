@@ -8,9 +8,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+from side_by_side import side_by_side
 
 pytestmark = pytest.mark.gpu
 
@@ -51,7 +54,7 @@ def run(folder: Path, model: str, newest_tokens: int = 0, **settings) -> dict[st
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
     command = [
-        sys.executable, "-c", SCRIPT, str(ENGINE_TESTS), str(folder / "model"), model,
+        sys.executable, "-c", SCRIPT, str(ENGINE_TESTS), tempfile.mkdtemp(dir=folder), model,
         json.dumps(settings | SETTINGS.get(model, {})),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
@@ -74,10 +77,14 @@ def difference(some: dict[str, list], others: dict[str, list]) -> float:
 
 @pytest.mark.parametrize("model", ["llama", "qwen3_next"])
 def test_what_is_read_is_what_was_written(tmp_path, model):
-    sixteen_bits = run(tmp_path, model, **EAGER)
-    pages = run(tmp_path, model, kv_cache_dtype="nvfp4", **EAGER)
-    newest = run(tmp_path, model, newest_tokens=128, kv_cache_dtype="nvfp4", **EAGER)
-    graphs = run(tmp_path, model, newest_tokens=128, kv_cache_dtype="nvfp4", **GRAPHS)
+    engine = partial(run, tmp_path, model)
+    newest_tokens = partial(engine, kv_cache_dtype="nvfp4", newest_tokens=128)
+    sixteen_bits, pages, newest, graphs = side_by_side(
+        partial(engine, **EAGER),
+        partial(engine, kv_cache_dtype="nvfp4", **EAGER),
+        partial(newest_tokens, **EAGER),
+        partial(newest_tokens, **GRAPHS),
+    )
     lost = difference(pages, sixteen_bits)
     print(model, "pages", lost, *(difference(way, sixteen_bits) for way in (newest, graphs)))
     assert difference(newest, sixteen_bits) < lost / 4
