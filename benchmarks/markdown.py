@@ -77,6 +77,7 @@ def gain(
     offload: dict[str, Any],
     capacity: dict[str, Any],
     quality: dict[str, Any],
+    handover: dict[str, Any],
 ) -> str:
     """The first screen: what a user of a Hopper GPU gains."""
     shape = decode["shapes"][0]
@@ -96,6 +97,10 @@ def gain(
              for kind in ("cold", "restored")}  # fmt: skip
     loss = {row["title"]: row["decode"]["perplexity_change"][0] for row in quality["caches"][1:]}
     exact, of_fp8 = (f"{100 * loss[title]:.1f} %" for title in ("nvfp4", "fp8"))
+    read = handover["steps"]["times, nvfp4"]["lengths"][0]
+    ways = {
+        name: milliseconds(statistics.median(way["seconds"]), 0) for name, way in read["ways"].items()
+    } | {"computed": milliseconds(read["ways"]["rows"]["prefill_seconds"], 0)}
     return (
         f"- **{capacity['capacity_ratio']:.2f} times the tokens of bf16** in the same memory "
         f"({capacity['shape']} shape, as vLLM counts them; newest tokens in 16 bits take at most 2.5 % "
@@ -113,7 +118,10 @@ def gain(
         "model; each request's newest 64 tokens are kept in 16 bits, too: [Accuracy](docs/accuracy.md)).\n"
         f"- **Prompts come back instead of being computed**: just short of {offload['prompt']:,} tokens "
         f"in host memory, the first token takes {first['restored']} ms, {first['cold']} ms if they are "
-        "computed.\n\n"
+        "computed.\n"
+        f"- **Prompts come from another GPU**: {read['tokens']:,} tokens that an engine beside it has computed, "
+        f"in {ways['computed']} ms, give an engine their first token in {ways['rows']} ms, in {ways['pages']} ms "
+        "by vLLM's own pages.\n\n"
         f"{decode['hardware']}; how it was measured, and where it is not faster: [Measured](#measured)."
     )
 

@@ -51,7 +51,10 @@ QUALITY_PLOT = (RESULTS / "h200-quality.json", RESULTS / "h200-quality.png")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), markdown.demo_table),
     "gain": (
-        tuple(f"h200-{what}.json" for what in ("decode", "engine", "load", "offload", "capacity", "quality")),
+        tuple(
+            f"h200-{what}.json"
+            for what in ("decode", "engine", "load", "offload", "capacity", "quality", "x2-handover")
+        ),
         markdown.gain,
     ),
     "short": (("h200-decode.json",), markdown.short_decode_table),
