@@ -32,10 +32,11 @@ __device__ __forceinline__ int whole_lines(int chunk, int line) {
   return whole - chunk <= chunk / 16 ? whole : chunk;
 }
 
-// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. parts: to
-// aim for.
+// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. line_heads: KV
+// heads that have lines of their own, all or (pages.cuh) one for all. parts: to aim for.
 __global__ void __launch_bounds__(SCHEDULE_THREADS)
-    schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int parts) {
+    schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int line_heads,
+                    int parts) {
   __shared__ int sums[SCHEDULE_THREADS / 32];
   __shared__ int shortest, longest;  // line of a request and head tile, in units
   if (threadIdx.x == 0) shortest = INT32_MAX, longest = 0;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
       const Range keys = key_range(p.seq_lens[r], q_len, p.window, unit);
       units = q_len > 0 ? line_units(keys.units, p.split_units) + newest_units(p, r, keys, unit) : 0;
       if (units > 0) atomicMin(&shortest, units), atomicMax(&longest, units);
-      units *= head_tiles_of(p, q_len, tile_rows);
+      units *= line_heads * row_tiles(q_len, p.num_q_heads / p.page.heads, tile_rows);
     }
     int sum = units;  // inclusive prefix sum over the block
     for (int i = 1; i < 32; i *= 2) {

@@ -1,0 +1,65 @@
+// Shape of the decode kernel for pages of 16 tokens (pages.cuh), and where things are in its shared memory.
+#pragma once
+
+#include "tile.cuh"
+
+namespace xlayer::attention {
+
+// HEADS: of the page, each of which has a warp; one more warp loads. Heads of 128, head tiles of 8 rows.
+template <int HEADS>
+struct PageConfig : Config<128, 1, HEADS> {
+  using Base = Config<128, 1, HEADS>;
+  static constexpr int PAGE_TOKENS = TILE;
+  static constexpr int THREADS = 32 * (HEADS + 1);
+  static constexpr int UNIT_TOKENS = TILE;
+  static constexpr int TILE_STEP = 1;
+  static constexpr bool LINE_OF_ALL_HEADS = true;
+  static constexpr int STAGES = 5;  // pages in flight or in use a block
+  static constexpr int BLOCKS = 16 / HEADS;
+
+  // A stage is a page as it is (../nvfp4/page.cuh).
+  static constexpr int HEAD_DATA = TILE * Base::ROW, HEAD_SCALES = TILE * Base::S;
+  static constexpr int K_SCALE = HEADS * HEAD_DATA;
+  static constexpr int V_DATA = K_SCALE + HEADS * HEAD_SCALES;
+  static constexpr int V_SCALE = V_DATA + HEADS * HEAD_DATA;
+  static constexpr int STAGE_BYTES = V_SCALE + HEADS * HEAD_SCALES;
+  static_assert(STAGE_BYTES % 128 == 0);  // stages are aligned as the first is
+  static constexpr int BARRIERS = STAGES * STAGE_BYTES;
+  static constexpr int SHARED_BYTES = BARRIERS + 2 * 8 * STAGES;
+
+  // Nothing is swizzled: rows of K and V are 64 bytes, one after the other. Rows 2t and 2t + 1 of S^T are tokens
+  // next to each other, so eight lanes read 128 bytes of K in a row: no bank twice. Of V, sixteen lanes read 32
+  // bytes of each of four tokens. Two of these are even and two odd: no bank more than twice, and no order has
+  // fewer, since a lane's four neighbours in t have the same dimensions.
+  static XLAYER_HD constexpr int v_token(int t, int i) { return (2 * t | t >> 1) ^ (i & 1); }
+  static XLAYER_HD constexpr int v_rows_on(int i) { return i / 2 * 8; }
+  static XLAYER_HD constexpr int token_of_row(int row) { return (row & 8) | v_token(row >> 1 & 3, row & 1); }
+};
+
+// Shared addresses of what a lane reads of the ring's first stage.
+template <int HEADS>
+struct LaneOffsets<PageConfig<HEADS>> {
+  using C = PageConfig<HEADS>;
+  static constexpr int V_GROUPS = 1;
+  uint32_t k_data, k_scale[1], v_data[2], v_scale[2];
+  const Shifts shifts;
+
+  __device__ __forceinline__ uint32_t v_row(int i) const { return v_data[i % 2]; }
+  __device__ __forceinline__ uint32_t v_row_scale(int, int i) const { return v_scale[i % 2]; }
+
+  __device__ __forceinline__ LaneOffsets(uint32_t ring, const Nvfp4AttentionParams& p, int head)
+      : shifts{p.two, p.sixteen} {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int token = C::token_of_row(g);
+    k_data = ring + head * C::HEAD_DATA + token * C::ROW + 16 * t;
+    k_scale[0] = ring + C::K_SCALE + head * C::HEAD_SCALES + token * C::S + 2 * t;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int n = C::v_token(t, i);
+      v_data[i] = ring + C::V_DATA + head * C::HEAD_DATA + n * C::ROW + 8 * g;
+      v_scale[i] = ring + C::V_SCALE + head * C::HEAD_SCALES + p.page.scale_index(p.v_order, n, g);
+    }
+  }
+};
+
+}  // namespace xlayer::attention
