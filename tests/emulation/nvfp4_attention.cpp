@@ -29,7 +29,9 @@ void run(Nvfp4AttentionParams p) {
   // NaN: nothing is read that was not written.
   std::vector<float> out(slots * C::TILE_ROWS * C::DP, NAN), ml(slots * C::TILE_ROWS * 2, NAN);
   const int rows = p.q_len * (p.num_q_heads / p.page.heads);
-  std::vector<int32_t> schedule(Schedule::size(p.num_requests, p.page.heads, rows), -1);
+  // parts: of four warps, of which a block of pages' warps takes the place of heads / 4.
+  const int parts = p.parts * heads_of_line / 4;
+  std::vector<int32_t> schedule(Schedule::size(p.num_requests, p.page.heads, rows, parts, heads_of_line > 1), -1);
   p.partial_out = out.data();
   p.partial_ml = ml.data();
   p.schedule = schedule.data();

@@ -89,8 +89,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-#if XLAYER_HAS_BULK_COPY
-// A barrier in shared memory (8 bytes), whose phases end when `arrivals` came and all bytes that were expected.
+// Where XLAYER_HAS_BULK_COPY: a barrier in shared memory (8 bytes), whose phases end when `arrivals` came and all bytes that were expected.
 // Its phases alternate between parity 0 and 1. What was written before an arrival is seen after the wait.
 __device__ __forceinline__ void barrier_init(uint32_t at, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
@@ -124,7 +123,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int byt
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
-#endif
 
 // c += a * b, 16 x 8 x 16, halves with float sums.
 __device__ __forceinline__ void mma_16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

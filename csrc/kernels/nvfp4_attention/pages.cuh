@@ -122,7 +122,7 @@ __device__ __forceinline__ void attend_pages(const Nvfp4AttentionParams& p, uint
       if (lane == 0) ptx::barrier_arrive(stage.read());
       stage.advance();
     }
-    store_result(p, state, run, tiles.queries, head);
+    WarpResult<C>(p, run, tiles.queries, head).store(state);
   });
 }
 

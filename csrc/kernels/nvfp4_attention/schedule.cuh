@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
   __syncthreads();
   int32_t* begins = p.schedule + Schedule::BEGINS;
   int32_t* counters = p.schedule + Schedule::counters(p.num_requests);
-  const int counted = p.num_requests * head_tiles_of(p, p.q_len, tile_rows);
+  const int groups = line_heads < p.page.heads ? parts * p.page.heads : 0;  // of parts: warp_result.cuh
+  const int counted = p.num_requests * head_tiles_of(p, p.q_len, tile_rows) + groups;
   for (int i = threadIdx.x; i < counted; i += SCHEDULE_THREADS) counters[i] = 0;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int total = 0;

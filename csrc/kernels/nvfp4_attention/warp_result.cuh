@@ -1,5 +1,9 @@
-// A warp's results of a run, straight from its registers: the output, or a partial result and, where it is the
-// last of its line, what all parts' results come to.
+// A warp's results of a run, straight from its registers: the output, or a partial result and, if it is the last
+// one, what all of the line come to.
+//
+// Where a line has many parts, as a long request beside short ones has, one warp would read for long while no other
+// has anything left to do. So the parts of a line are merged in groups, and then the groups: each time by the warp
+// that comes last. The bits do not depend on who that is.
 #pragma once
 
 #include "combine.cuh"
@@ -7,132 +11,143 @@
 
 namespace xlayer::attention {
 
-// Where a part's partial result of a run is, a head at a time.
-template <class C>
-__device__ __forceinline__ int64_t head_slot(int64_t slot, int head) {
-  return slot * C::WARPS + head;
-}
-
-// A lane's rows are 2t and 2t + 1, and of each it has D / 8 dimensions from g * D / 8 on. Those from d on.
-template <class C, int N>
-__device__ __forceinline__ void take_out(const WarpState<C>& state, int j, int d, float (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = state.out[0][(d + i) / 2][j + 2 * (i % 2)];
-}
-
-// Of a lane's two rows.
-template <class C>
-__device__ __forceinline__ void store_rows(const Nvfp4AttentionParams& p, const WarpState<C>& state, const Run& run,
-                                           const Queries& queries, int head, const float (&max)[2],
-                                           const float (&sum)[2]) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int rows = queries.count * (p.num_q_heads / C::WARPS) - run.first_row;
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const int row = 2 * t + j;
-    if (row >= rows) continue;
-    const OutputRow to = output_row(p, queries.begin, head, run.first_row + row);
-    const float factor = finish_row(p, to, max[j], sum[j], g == 0);
-#pragma unroll
-    for (int d = 0; d < C::D / 8; d += 8) {
-      float x[8];
-      take_out(state, j, d, x);
-      store_out(p, to, g * (C::D / 8) + d, x, factor);
-    }
-  }
+// Parts of a line that one warp merges, of so many.
+__device__ __forceinline__ int parts_of_group(int parts) {
+  constexpr int FEW = 6;  // at once
+  if (parts <= FEW) return parts;
+  int size = 3;
+  while (size * size < parts) ++size;
+  return size;
 }
 
 template <class C>
-__device__ __forceinline__ void store_partial(const Nvfp4AttentionParams& p, const WarpState<C>& state, int64_t slot,
-                                              const float (&sum)[2]) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    float* out = p.partial_out + (slot * ROWS + 2 * t + j) * C::D + g * (C::D / 8);
-#pragma unroll
-    for (int d = 0; d < C::D / 8; d += 4) {
-      float x[4];
-      take_out(state, j, d, x);
-      *reinterpret_cast<float4*>(out + d) = make_float4(x[0], x[1], x[2], x[3]);
-    }
-  }
-  if (g == 0) {
-    *reinterpret_cast<float4*>(p.partial_ml + (slot * ROWS + 2 * t) * 2) =
-        make_float4(state.max[0][0], sum[0], state.max[0][1], sum[1]);
-  }
-}
+class WarpResult {
+  static constexpr int DIMS = C::D / 8;  // of a row, that a lane has: from g * DIMS on, of rows 2t and 2t + 1
+  static constexpr int TOGETHER = 4;     // parts read at a time: their latencies overlap
 
-// The other parts' results and this one's, added up in the order of the parts: in `state`, `max` and `sum`.
-template <class C>
-__device__ __forceinline__ void combine_warp(const Nvfp4AttentionParams& p, WarpState<C>& state, const Run& run,
-                                             int head, float (&max)[2], float (&sum)[2]) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int count = run.last_part - run.first_part + 1;
-  const auto first_row = [&](int i) {
-    const int64_t slot = slot_of(p, run.first_part + i, i == 0 && run.starts_inside);
-    return head_slot<C>(slot, head) * ROWS + 2 * t;
-  };
-  const auto max_and_sum = [&](int i) {
-    return *reinterpret_cast<const float4*>(p.partial_ml + 2 * first_row(min(i, count - 1)));
-  };
-  max[0] = max[1] = EMPTY;
-  for (int i = g; i < count; i += 8) {
-    const float4 other = max_and_sum(i);
-    max[0] = fmaxf(max[0], other.x), max[1] = fmaxf(max[1], other.z);
-  }
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) {
-      max[j] = fmaxf(max[j], __shfl_xor_sync(0xFFFFFFFFu, max[j], lanes));
-    }
-    sum[j] = 0.0f;
-  }
-  state.clear();
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    const float4 other = max_and_sum(i);
-    const float weight[2] = {exp2f(other.x - max[0]), exp2f(other.z - max[1])};
-    sum[0] += other.y * weight[0], sum[1] += other.w * weight[1];
+ public:
+  __device__ __forceinline__ WarpResult(const Nvfp4AttentionParams& p, const Run& run, const Queries& queries, int head)
+      : p_(p),
+        run_(run),
+        head_(head),
+        first_query_(queries.begin),
+        rows_(queries.count * (p.num_q_heads / C::WARPS) - run.first_row) {}
+
+  __device__ __forceinline__ void store(const WarpState<C>& state) const {
+    const int parts = run_.last_part - run_.first_part + 1, group = parts_of_group(parts);
+    const int part = int(run_.slot / 2) - run_.first_part;  // of the line's
+    const int64_t at = place(part);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float* out = p.partial_out + (first_row(i) + j) * C::D + g * (C::D / 8);
+      float sum = state.sum[0][j], x[DIMS];
 #pragma unroll
-      for (int d = 0; d < C::D / 8; d += 4) {
-        const float4 y = *reinterpret_cast<const float4*>(out + d);
-        state.out[0][d / 2][j] += y.x * weight[j], state.out[0][d / 2][2 + j] += y.y * weight[j];
-        state.out[0][d / 2 + 1][j] += y.z * weight[j], state.out[0][d / 2 + 1][2 + j] += y.w * weight[j];
+      for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+#pragma unroll
+      for (int d = 0; d < DIMS; ++d) x[d] = state.out[0][d / 2][j + 2 * (d % 2)];
+      run_.whole() ? store_row(j, x, state.max[0][j], sum) : store_partial(at, j, x, state.max[0][j], sum);
+    }
+    if (run_.whole()) return;
+    int32_t* lines = p_.schedule + Schedule::counters(p_.num_requests);
+    const int tiles = head_tiles_of(p_, p_.q_len, C::TILE_ROWS);
+    if (group < parts) {
+      const int first = part / group * group, count = min(group, parts - first);
+      if (count > 1) {
+        // Its second part, which is of no other line's group (the first may end another line).
+        const int64_t second = run_.first_part + first + 1;
+        int32_t* groups = lines + int64_t(p_.num_requests) * tiles;
+        if (!comes_last(groups + second * C::WARPS + head_, count)) return;
+        merge(first, 1, count, false);
       }
     }
+    const int step = group < parts ? group : 1, count = (parts + step - 1) / step;
+    if (!comes_last(lines + int64_t(run_.request) * tiles + run_.head_tile * C::WARPS + head_, count)) return;
+    merge(0, step, count, true);
   }
-}
 
-// `state` is not needed any more.
-template <class C>
-__device__ __forceinline__ void store_result(const Nvfp4AttentionParams& p, WarpState<C>& state, const Run& run,
-                                             const Queries& queries, int head) {
-  float max[2], sum[2];
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    max[j] = state.max[0][j], sum[j] = state.sum[0][j];
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) sum[j] += __shfl_xor_sync(0xFFFFFFFFu, sum[j], lanes);
+ private:
+  // Where the first row of a part's partial result is.
+  __device__ __forceinline__ int64_t place(int part) const {
+    const int64_t slot = slot_of(p_, run_.first_part + part, part == 0 && run_.starts_inside);
+    return (slot * C::WARPS + head_) * ROWS;
   }
-  if (!run.whole()) {
-    store_partial(p, state, head_slot<C>(run.slot, head), sum);
+
+  // Whether all others have come before, after which their results can be read.
+  __device__ __forceinline__ static bool comes_last(int32_t* counter, int count) {
     __syncwarp();
     int before = 0;
-    int32_t* counter = p.schedule + Schedule::counters(p.num_requests) +
-                       int64_t(run.request) * head_tiles_of(p, p.q_len, C::TILE_ROWS) + run.head_tile * C::WARPS + head;
-    const int others = run.last_part - run.first_part;
     if ((threadIdx.x & 31) == 0) {
       before = ptx::add_acq_rel(counter, 1);
-      if (before == others) *counter = 0;  // for the next layer
+      if (before == count - 1) *counter = 0;  // for the next layer
     }
-    if (ptx::uniform(__shfl_sync(0xFFFFFFFFu, before, 0)) != others) return;
-    combine_warp(p, state, run, head, max, sum);
+    const bool last = ptx::uniform(__shfl_sync(0xFFFFFFFFu, before, 0)) == count - 1;
+    __syncwarp();
+    return last;
   }
-  store_rows(p, state, run, queries, head, max, sum);
-}
+
+  // `count` partial results, `step` parts apart, in order: to the output, or to the first one's place.
+  __device__ __forceinline__ void merge(int first, int step, int count, bool to_output) const {
+    const int g = int(threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    const auto at = [&](int i) { return place(first + min(i, count - 1) * step); };
+#pragma unroll 1
+    for (int j = 0; j < 2; ++j) {
+      const int row = 2 * t + j;
+      const auto max_and_sum = [&](int i) { return *reinterpret_cast<const float2*>(p_.partial_ml + 2 * (at(i) + row)); };
+      float max = EMPTY, sum = 0.0f, x[DIMS] = {};
+      for (int base = 0; base < count; base += 8) max = fmaxf(max, max_and_sum(base + g).x);
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFFu, max, lanes));
+#pragma unroll 1
+      for (int base = 0; base < count; base += TOGETHER) {
+        float2 ml[TOGETHER];
+        float4 y[TOGETHER][DIMS / 4];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {  // beyond the last: that one again, times 0
+          ml[i] = max_and_sum(base + i);
+          const float* out = p_.partial_out + (at(base + i) + row) * C::D + g * DIMS;
+#pragma unroll
+          for (int d = 0; d < DIMS / 4; ++d) y[i][d] = *reinterpret_cast<const float4*>(out + 4 * d);
+        }
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+          const float weight = base + i < count ? exp2f(ml[i].x - max) : 0.0f;
+          sum += ml[i].y * weight;
+#pragma unroll
+          for (int d = 0; d < DIMS / 4; ++d) {
+            x[4 * d] += y[i][d].x * weight, x[4 * d + 1] += y[i][d].y * weight;
+            x[4 * d + 2] += y[i][d].z * weight, x[4 * d + 3] += y[i][d].w * weight;
+          }
+        }
+      }
+      __syncwarp();  // all lanes have read maxima and sums
+      to_output ? store_row(j, x, max, sum) : store_partial(place(first), j, x, max, sum);
+    }
+  }
+
+  __device__ __forceinline__ void store_row(int j, const float (&x)[DIMS], float max, float sum) const {
+    const int g = int(threadIdx.x & 31) >> 2, row = 2 * (threadIdx.x & 3) + j;
+    if (row >= rows_) return;
+    const OutputRow to = output_row(p_, first_query_, head_, run_.first_row + row);
+    const float factor = finish_row(p_, to, max, sum, g == 0);
+#pragma unroll
+    for (int d = 0; d < DIMS; d += 8) {
+      float eight[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) eight[i] = x[d + i];
+      store_out(p_, to, g * DIMS + d, eight, factor);
+    }
+  }
+
+  __device__ __forceinline__ void store_partial(int64_t at, int j, const float (&x)[DIMS], float max, float sum) const {
+    const int g = int(threadIdx.x & 31) >> 2, row = 2 * (threadIdx.x & 3) + j;
+    float4* out = reinterpret_cast<float4*>(p_.partial_out + (at + row) * C::D + g * DIMS);
+#pragma unroll
+    for (int d = 0; d < DIMS / 4; ++d) out[d] = make_float4(x[4 * d], x[4 * d + 1], x[4 * d + 2], x[4 * d + 3]);
+    if (g == 0) *reinterpret_cast<float2*>(p_.partial_ml + 2 * (at + row)) = make_float2(max, sum);
+  }
+
+  const Nvfp4AttentionParams& p_;
+  const Run& run_;
+  const int head_, first_query_, rows_;
+};
 
 }  // namespace xlayer::attention
