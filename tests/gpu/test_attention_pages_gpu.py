@@ -1,7 +1,7 @@
 """nvfp4_paged_attention with pages of 16 tokens and a warp a KV head, which an sm_90 has.
 
-Other GPUs run the same batches through the kernels that they have. Batches of few requests would run through thread
-blocks of sixteen warps: these have enough.
+Other GPUs run the same batches through the kernels that they have. Batches of few requests would run through
+thread blocks of sixteen warps: these have enough.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
 
 AROUND = (0, 1, 15, 16, 17, 31, 33, 80, 129, 500)
-RAGGED = tuple(30 + i * i % 2900 for i in range(50)) + (9000,)
+RAGGED = (*(30 + i * i % 2900 for i in range(50)), 9000)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 8])

@@ -1,7 +1,7 @@
 """The decode kernel with a warp a KV head and whole pages a copy, without a GPU, against float64 attention.
 
-The cases are those of test_nvfp4_attention_emulated.py that this kernel takes: heads of 128, pages of 16 tokens, 4
-or 8 KV heads, head tiles of 8 rows.
+The cases are those of test_nvfp4_attention_emulated.py that this kernel takes: heads of 128, pages of 16
+tokens, 4 or 8 KV heads, head tiles of 8 rows.
 """
 
 from dataclasses import replace

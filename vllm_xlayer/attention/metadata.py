@@ -156,7 +156,9 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         self._decode_len = _decode_query_len(vllm_config)
         if shape := _decode_shape(vllm_config, kv_cache_spec):
             self.reorder_batch_threshold = self._decode_len
-            self._planner = self._make_planner(vllm_config, shape, kv_cache_spec.block_size, layer_names, device)
+            self._planner = self._make_planner(
+                vllm_config, shape, kv_cache_spec.block_size, layer_names, device
+            )
         else:
             logger.warning_once(
                 "NVFP4 KV cache: no decode kernel for heads of %d and %d query heads a KV head: decode is "

@@ -30,7 +30,7 @@ class AttentionWorkspace:
     parts: tuple[int, ...]
     """Parts to cut a batch into, for 1, 2, ... query tokens a request."""
     block_size: int
-    """Tokens of a page; 0: not known. There is a faster kernel for pages of 16 tokens, for some heads and GPUs."""
+    """Tokens of a page; 0: not known. On sm_90 some heads have a kernel for pages of 16 tokens."""
     schedule: torch.Tensor
     """int32 [entries]: where requests begin, and which of their parts have finished"""
     partial: torch.Tensor
@@ -83,7 +83,8 @@ class AttentionWorkspace:
             block_size=block_size,
             schedule=torch.zeros(
                 5 + max_requests * (1 + counters) + (4 * max(parts) if block_size else 0),
-                dtype=torch.int32, device=device,
+                dtype=torch.int32,
+                device=device,
             ),
             partial=torch.empty(floats, dtype=torch.float32, device=device),
         )
@@ -168,8 +169,8 @@ def nvfp4_paged_attention(
         block_table: int32 [R, M], a request's blocks in order; entries past its tokens, and those of blocks
             that lie wholly before its window, are not read.
         seq_lens: int32 [R], tokens of each request, its q_len new ones included; at most M * N.
-        workspace: for these heads and pages, with the schedule of exactly these seq_lens, q_len, window and newest_from
-            (``nvfp4_attention_schedule``).
+        workspace: for these heads and pages, with the schedule of exactly these seq_lens, q_len, window and
+            newest_from (``nvfp4_attention_schedule``).
         k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
         out: as q, not the same memory. Written in place.
         scale: what q . k is multiplied by (usually D**-0.5), positive.
