@@ -30,7 +30,8 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
   m.def("nvfp4_attention_parts(Tensor like, int head_size, int rows) -> int");
   m.def(
       "nvfp4_attention_workspace_size(Tensor like, int requests, int max_tokens, int q_len, "
-      "int num_q_heads, int num_kv_heads, int head_size, int parts, int split_units, int block_size=0) -> int");
+      "int num_q_heads, int num_kv_heads, int head_size, int parts, int split_units, int block_size=0) -> "
+      "int");
   m.def("copy_blocks(Tensor src, Tensor(a!) dst, Tensor src_ids, Tensor dst_ids, int method) -> ()");
 }
 

@@ -56,7 +56,7 @@ void check_seq_lens(const Tensor& seq_lens) {
 
 void check_schedule(const Tensor& schedule, int64_t requests, const Nvfp4AttentionParams& p) {
   const int64_t needed = Schedule::size(requests, p.page.heads, p.q_len * (p.num_q_heads / p.page.heads),
-                                       p.parts, p.schedule_page > 0);
+                                        p.parts, p.schedule_page > 0);
   check_rank("schedule", schedule, 1, "(entries)");
   check_dense("schedule", schedule);
   STD_TORCH_CHECK(schedule.size(0) >= needed, "schedule: expected at least ", needed, " entries for ",
@@ -131,10 +131,9 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
                            const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
                            int64_t q_len, int64_t window, double soft_cap, int64_t scale_order, int64_t parts,
                            int64_t split_units, const std::optional<Tensor>& newest,
-                           const std::optional<Tensor>& newest_rows,
-                           const std::optional<Tensor>& newest_from,
-                           const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                           bool rotated_keys, int64_t block_size) {
+                           const std::optional<Tensor>& newest_rows, const std::optional<Tensor>& newest_from,
+                           const std::optional<Tensor>& query_starts, int64_t usual_q_len, bool rotated_keys,
+                           int64_t block_size) {
   check_device("q", q, "kv_cache", kv_cache);
   check_device("block_table", block_table, "kv_cache", kv_cache);
   check_device("seq_lens", seq_lens, "kv_cache", kv_cache);
@@ -173,8 +172,9 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   check_size("q", q, 2, page.head_size, "the head size of kv_cache");
   Nvfp4AttentionParams p =
       check_shape(q_len, q.size(1), page.heads, page.head_size, window, parts, split_units, block_size);
-  STD_TORCH_CHECK(block_size == 0 || block_size == page.block_size, "block_size: expected 0 (not known to the ",
-                  "schedule) or ", page.block_size, ", the tokens of a page of kv_cache, got ", block_size);
+  STD_TORCH_CHECK(block_size == 0 || block_size == page.block_size,
+                  "block_size: expected 0 (not known to the ", "schedule) or ", page.block_size,
+                  ", the tokens of a page of kv_cache, got ", block_size);
   take_query_starts(p, query_starts, usual_q_len, seq_lens);
   if (!query_starts) check_size("q", q, 0, R * q_len, "the requests of seq_lens times q_len");
   check_size("block_table", block_table, 0, R, "the requests of seq_lens");
@@ -343,9 +343,9 @@ void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedul
                                    int64_t window, int64_t parts, int64_t split_units,
                                    const std::optional<Tensor>& query_starts, int64_t usual_q_len,
                                    const std::optional<Tensor>& newest_from, int64_t block_size) {
-  const Nvfp4AttentionParams p = check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads,
-                                                    head_size, window, parts, split_units, query_starts,
-                                                    usual_q_len, newest_from, block_size);
+  const Nvfp4AttentionParams p =
+      check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, window, parts,
+                         split_units, query_starts, usual_q_len, newest_from, block_size);
   check_head_size(p.page.head_size);
   if (p.num_requests == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(seq_lens.get_device_index());
@@ -392,7 +392,8 @@ int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_
 
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
-                                            int64_t head_size, int64_t parts, int64_t split_units, int64_t block_size) {
+                                            int64_t head_size, int64_t parts, int64_t split_units,
+                                            int64_t block_size) {
   const Nvfp4AttentionParams p =
       check_shape(q_len, num_q_heads, num_kv_heads, head_size, 0, parts, split_units, block_size);
   check_head_size(p.page.head_size);

@@ -31,16 +31,15 @@ void run(Nvfp4AttentionParams p) {
   const int rows = p.q_len * (p.num_q_heads / p.page.heads);
   // parts: of four warps, of which a block of pages' warps takes the place of heads / 4.
   const int parts = p.parts * heads_of_line / 4;
-  std::vector<int32_t> schedule(Schedule::size(p.num_requests, p.page.heads, rows, parts, heads_of_line > 1), -1);
+  std::vector<int32_t> schedule(Schedule::size(p.num_requests, p.page.heads, rows, parts, heads_of_line > 1),
+                                -1);
   p.partial_out = out.data();
   p.partial_ml = ml.data();
   p.schedule = schedule.data();
   simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
     schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.page.heads / heads_of_line, p.parts);
   });
-  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
-    decode<C>(p);
-  });
+  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] { decode<C>(p); });
   for (int64_t i = Schedule::counters(p.num_requests); i < int64_t(schedule.size()); ++i) {
     if (schedule[i] > 0) simt::fail("a counter is not 0 after the launch");  // -1: never used
   }
@@ -51,8 +50,8 @@ void run(Nvfp4AttentionParams p) {
 
 // The schedule alone, for a query head a KV head. newest_from: null without newest tokens.
 extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, const int32_t* newest_from, int64_t requests,
-                                   int64_t unit, int64_t heads, int64_t line_heads, int64_t parts, int64_t q_len, int64_t window,
-                                   int64_t split_units, int32_t* schedule) {
+                                   int64_t unit, int64_t heads, int64_t line_heads, int64_t parts,
+                                   int64_t q_len, int64_t window, int64_t split_units, int32_t* schedule) {
   using namespace xlayer::attention;
   simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
     xlayer::Nvfp4AttentionParams p = {};
@@ -92,8 +91,8 @@ struct Args {
   int64_t usual_q_len, rotated_keys;
 };
 
-// Tile rows are chosen as launch.cu does; warps: 4, 16 where there is such a kernel, or 1 for the kernel with a warp
-// a KV head. Returns 1 where there is no kernel.
+// Tile rows are chosen as launch.cu does; warps: 4, 16 where there is such a kernel, or 1 for the kernel with
+// a warp a KV head. Returns 1 where there is no kernel.
 extern "C" int run_nvfp4_attention(const Args* a) {
   using namespace xlayer::attention;
   xlayer::Nvfp4AttentionParams p = {};

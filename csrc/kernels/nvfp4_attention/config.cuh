@@ -63,8 +63,9 @@ struct Config {
   // Thread blocks an SM should hold, by registers (64K) and shared memory (227 KB on sm_90).
   static constexpr int BLOCKS = (NT == 4 || D == 192 ? 3 : 4) * 4 / WARPS;
 
-  // Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k =
-  // 2t, 2t + 1, 2t + 8, 2t + 9), meets the four tokens of V that the lane has, which are loaded without conflicts.
+  // Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k
+  // = 2t, 2t + 1, 2t + 8, 2t + 9), meets the four tokens of V that the lane has, which are loaded without
+  // conflicts.
   static XLAYER_HD constexpr int token_of_row(int row) {
     return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2);
   }
@@ -72,7 +73,7 @@ struct Config {
   // V's token i of lanes t is token v_token + v_rows_on of the tile.
   static XLAYER_HD constexpr int v_token(int t, int) { return t; }
   static XLAYER_HD constexpr int v_rows_on(int i) { return 4 * i; }
-  static constexpr int TILE_STEP = WARPS;  // from a warp's tile to its next
+  static constexpr int TILE_STEP = WARPS;           // from a warp's tile to its next
   static constexpr bool LINE_OF_ALL_HEADS = false;  // each KV head has its own
 
   // Which 16-byte chunk of a row chunk c is put at, so that the fragment loads meet no bank twice.

@@ -134,7 +134,8 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
                                         : 0);
 
   if (has_newest) {
-    attend_newest(p, run.request, run.kv_head, state, mask, ptx::uniform(first_tile + count * C::WARPS), run_end);
+    attend_newest(p, run.request, run.kv_head, state, mask, ptx::uniform(first_tile + count * C::WARPS),
+                  run_end);
     // Only now: pages and newest tokens each need all registers.
     ptx::pin(ring);
     loader.aim(ring);
@@ -182,7 +183,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
   WarpState<C> state;
   if constexpr (C::SHARED_Q) state.q.at = ptx::shared_address(shared + C::Q_OFFSET) + 16 * lane;
 
-  for_each_run<C, NEWEST>(p, [&](const Run& run) { attend_run<C, NEWEST>(p, run, state, loader, at, ring, merge); });
+  for_each_run<C, NEWEST>(
+      p, [&](const Run& run) { attend_run<C, NEWEST>(p, run, state, loader, at, ring, merge); });
   store_empty_requests<C>(p);
 }
 

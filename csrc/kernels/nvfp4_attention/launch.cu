@@ -70,7 +70,8 @@ const Variant* find_pages(const Nvfp4AttentionParams& p) {
     }
     int device = 0, major = 0;
     if (cudaGetDevice(&device) == cudaSuccess &&
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9) {
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        major == 9) {
       return &v;
     }
   }

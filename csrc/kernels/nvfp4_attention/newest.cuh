@@ -163,8 +163,8 @@ class NewestTile {
   const float k_unit_, v_unit_;
 };
 
-// A warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, TILE_STEP apart: the
-// first that it attends to.
+// A warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, TILE_STEP apart:
+// the first that it attends to.
 template <class C>
 __device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, int request, int kv_head,
                                               WarpState<C>& state, TileMask& mask, int tile, int last_tile) {

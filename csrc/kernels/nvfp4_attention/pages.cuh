@@ -1,11 +1,11 @@
 // Decode attention for pages that are one tile of every KV head: 16 tokens, dense, by bulk copies.
 //
-// A line of the schedule is a request (and head tile) with all its KV heads, a unit is a page. A thread block has
-// a warp a KV head and one that loads: it copies whole pages, one instruction each, into a ring of stages that all
-// the others read, each its own head's tile. They never meet: a stage has a barrier that says that its page is
-// there, and one that says that all warps have read it. So the loading warp is in the next run while the others
-// finish this one. No results are merged within a block; those of several parts are, as elsewhere, by whoever
-// comes last, but each warp for its own head.
+// A line of the schedule is a request (and head tile) with all its KV heads, a unit is a page. A thread block
+// has a warp a KV head and one that loads: it copies whole pages, one instruction each, into a ring of stages
+// that all the others read, each its own head's tile. They never meet: a stage has a barrier that says that
+// its page is there, and one that says that all warps have read it. So the loading warp is in the next run
+// while the others finish this one. No results are merged within a block; those of several parts are, as
+// elsewhere, by whoever comes last, but each warp for its own head.
 #pragma once
 
 #include "newest.cuh"
@@ -35,8 +35,8 @@ __device__ __forceinline__ RunTiles tiles_of(const Nvfp4AttentionParams& p, cons
   return r;
 }
 
-// A place in the ring, which goes around: the next stage to be filled, or to be read. Kept as addresses, so that
-// there is nothing to be multiplied.
+// A place in the ring, which goes around: the next stage to be filled, or to be read. Kept as addresses, so
+// that there is nothing to be multiplied.
 template <class C>
 class Stage {
  public:
@@ -71,8 +71,8 @@ __device__ __forceinline__ void load_pages(const Nvfp4AttentionParams& p, uint32
       ptx::barrier_wait(stage.read(), stage.parity() ^ 1);
       if (lane == 0) {
         ptx::barrier_arrive_and_expect(stage.filled(), C::STAGE_BYTES);
-        ptx::bulk_copy(ring + stage.offset(), p.cache + uint64_t(block) * uint32_t(p.block_stride), C::STAGE_BYTES,
-                       stage.filled());
+        ptx::bulk_copy(ring + stage.offset(), p.cache + uint64_t(block) * uint32_t(p.block_stride),
+                       C::STAGE_BYTES, stage.filled());
       }
       __syncwarp();
       stage.advance();

@@ -27,10 +27,10 @@ struct PageConfig : Config<128, 1, HEADS> {
   static constexpr int BARRIERS = STAGES * STAGE_BYTES;
   static constexpr int SHARED_BYTES = BARRIERS + 2 * 8 * STAGES;
 
-  // Nothing is swizzled: rows of K and V are 64 bytes, one after the other. Rows 2t and 2t + 1 of S^T are tokens
-  // next to each other, so eight lanes read 128 bytes of K in a row: no bank twice. Of V, sixteen lanes read 32
-  // bytes of each of four tokens. Two of these are even and two odd: no bank more than twice, and no order has
-  // fewer, since a lane's four neighbours in t have the same dimensions.
+  // Nothing is swizzled: rows of K and V are 64 bytes, one after the other. Rows 2t and 2t + 1 of S^T are
+  // tokens next to each other, so eight lanes read 128 bytes of K in a row: no bank twice. Of V, sixteen
+  // lanes read 32 bytes of each of four tokens. Two of these are even and two odd: no bank more than twice,
+  // and no order has fewer, since a lane's four neighbours in t have the same dimensions.
   static XLAYER_HD constexpr int v_token(int t, int i) { return (2 * t | t >> 1) ^ (i & 1); }
   static XLAYER_HD constexpr int v_rows_on(int i) { return i / 2 * 8; }
   static XLAYER_HD constexpr int token_of_row(int row) { return (row & 8) | v_token(row >> 1 & 3, row & 1); }

@@ -18,14 +18,15 @@ namespace xlayer {
 // the last of them to finish merges in the order of the parts. Nothing depends on which thread block takes a
 // part.
 //
-// Where each KV head has a warp (pages.cuh), a unit is a page of 16 tokens with all KV heads, and a line a request.
+// Where each KV head has a warp (pages.cuh), a unit is a page of 16 tokens with all KV heads, and a line a
+// request.
 constexpr int SPLIT_UNIT_TOKENS = 64;  // a fixed split is in these
 
 struct Schedule {
-  // int32 [4 + R + 1 + R * T + G]: chunk, parts, total, 1 if newest tokens are counted; for each request where its
-  // units begin, and `total`; for each request and head tile how many parts have finished, 0 between two
-  // launches. T: at most one head tile for 8 query rows. G: where the pages' size is known, as many again for each
-  // part and KV head that has a warp (warp_result.cuh).
+  // int32 [4 + R + 1 + R * T + G]: chunk, parts, total, 1 if newest tokens are counted; for each request
+  // where its units begin, and `total`; for each request and head tile how many parts have finished, 0
+  // between two launches. T: at most one head tile for 8 query rows. G: where the pages' size is known, as
+  // many again for each part and KV head that has a warp (warp_result.cuh).
   static constexpr int CHUNK = 0, PARTS = 1, TOTAL = 2, NEWEST = 3, BEGINS = 4;
   XLAYER_HD static constexpr int64_t counters(int64_t requests) { return BEGINS + requests + 1; }
   static constexpr int64_t size(int64_t requests, int heads, int rows, int parts, bool page_known) {

@@ -32,8 +32,8 @@ __device__ __forceinline__ int whole_lines(int chunk, int line) {
   return whole - chunk <= chunk / 16 ? whole : chunk;
 }
 
-// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. line_heads: KV
-// heads that have lines of their own, all or (pages.cuh) one for all. parts: to aim for.
+// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows.
+// line_heads: KV heads that have lines of their own, all or (pages.cuh) one for all. parts: to aim for.
 __global__ void __launch_bounds__(SCHEDULE_THREADS)
     schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int line_heads,
                     int parts) {

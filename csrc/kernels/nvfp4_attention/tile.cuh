@@ -305,7 +305,8 @@ class Tile {
     constexpr int BYTES = 4 * C::V_WORDS;
     uint32_t words[4][C::V_WORDS];  // of tokens t, t + 4, t + 8, t + 12
 #pragma unroll
-    for (int i = 0; i < 4; ++i) ptx::load_shared<BYTES>(stage + at.v_row(i) + C::v_rows_on(i) * C::ROW, words[i]);
+    for (int i = 0; i < 4; ++i)
+      ptx::load_shared<BYTES>(stage + at.v_row(i) + C::v_rows_on(i) * C::ROW, words[i]);
     __half2 scales[LaneOffsets<C>::V_GROUPS][2];  // (t, t + 4) and (t + 8, t + 12)
 #pragma unroll
     for (int group = 0; group < LaneOffsets<C>::V_GROUPS; ++group) {

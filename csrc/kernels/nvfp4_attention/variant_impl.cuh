@@ -17,7 +17,8 @@ auto kernel() {
 
 template <class C, bool NEWEST>
 cudaError_t prepare() {
-  return cudaFuncSetAttribute(kernel<C, NEWEST>(), cudaFuncAttributeMaxDynamicSharedMemorySize, C::SHARED_BYTES);
+  return cudaFuncSetAttribute(kernel<C, NEWEST>(), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              C::SHARED_BYTES);
 }
 
 template <class C, bool NEWEST>
@@ -37,8 +38,8 @@ template <class C>
 int blocks_per_sm() {
   int blocks = 0;
   if (prepare<C, false>() != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel<C, false>(), C::THREADS, C::SHARED_BYTES) !=
-          cudaSuccess) {
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel<C, false>(), C::THREADS,
+                                                    C::SHARED_BYTES) != cudaSuccess) {
     return 0;
   }
   return blocks;
@@ -46,8 +47,15 @@ int blocks_per_sm() {
 
 template <class C>
 Variant variant() {
-  return {C::D, C::TILE_ROWS, C::DP, C::WARPS, C::UNIT_TOKENS, C::SHARED_BYTES,
-          C::LINE_OF_ALL_HEADS ? C::WARPS : 0, launch<C>, blocks_per_sm<C>};
+  return {C::D,
+          C::TILE_ROWS,
+          C::DP,
+          C::WARPS,
+          C::UNIT_TOKENS,
+          C::SHARED_BYTES,
+          C::LINE_OF_ALL_HEADS ? C::WARPS : 0,
+          launch<C>,
+          blocks_per_sm<C>};
 }
 
 }  // namespace xlayer::attention

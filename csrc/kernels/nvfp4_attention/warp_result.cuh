@@ -1,9 +1,9 @@
-// A warp's results of a run, straight from its registers: the output, or a partial result and, if it is the last
-// one, what all of the line come to.
+// A warp's results of a run, straight from its registers: the output, or a partial result and, if it is the
+// last one, what all of the line come to.
 //
-// Where a line has many parts, as a long request beside short ones has, one warp would read for long while no other
-// has anything left to do. So the parts of a line are merged in groups, and then the groups: each time by the warp
-// that comes last. The bits do not depend on who that is.
+// Where a line has many parts, as a long request beside short ones has, one warp would read for long while no
+// other has anything left to do. So the parts of a line are merged in groups, and then the groups: each time
+// by the warp that comes last. The bits do not depend on who that is.
 #pragma once
 
 #include "combine.cuh"
@@ -26,7 +26,8 @@ class WarpResult {
   static constexpr int TOGETHER = 4;     // parts read at a time: their latencies overlap
 
  public:
-  __device__ __forceinline__ WarpResult(const Nvfp4AttentionParams& p, const Run& run, const Queries& queries, int head)
+  __device__ __forceinline__ WarpResult(const Nvfp4AttentionParams& p, const Run& run, const Queries& queries,
+                                        int head)
       : p_(p),
         run_(run),
         head_(head),
@@ -91,7 +92,9 @@ class WarpResult {
 #pragma unroll 1
     for (int j = 0; j < 2; ++j) {
       const int row = 2 * t + j;
-      const auto max_and_sum = [&](int i) { return *reinterpret_cast<const float2*>(p_.partial_ml + 2 * (at(i) + row)); };
+      const auto max_and_sum = [&](int i) {
+        return *reinterpret_cast<const float2*>(p_.partial_ml + 2 * (at(i) + row));
+      };
       float max = EMPTY, sum = 0.0f, x[DIMS] = {};
       for (int base = 0; base < count; base += 8) max = fmaxf(max, max_and_sum(base + g).x);
 #pragma unroll
@@ -137,11 +140,13 @@ class WarpResult {
     }
   }
 
-  __device__ __forceinline__ void store_partial(int64_t at, int j, const float (&x)[DIMS], float max, float sum) const {
+  __device__ __forceinline__ void store_partial(int64_t at, int j, const float (&x)[DIMS], float max,
+                                                float sum) const {
     const int g = int(threadIdx.x & 31) >> 2, row = 2 * (threadIdx.x & 3) + j;
     float4* out = reinterpret_cast<float4*>(p_.partial_out + (at + row) * C::D + g * DIMS);
 #pragma unroll
-    for (int d = 0; d < DIMS / 4; ++d) out[d] = make_float4(x[4 * d], x[4 * d + 1], x[4 * d + 2], x[4 * d + 3]);
+    for (int d = 0; d < DIMS / 4; ++d)
+      out[d] = make_float4(x[4 * d], x[4 * d + 1], x[4 * d + 2], x[4 * d + 3]);
     if (g == 0) *reinterpret_cast<float2*>(p_.partial_ml + 2 * (at + row)) = make_float2(max, sum);
   }
 

@@ -117,7 +117,8 @@ inline void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier
 inline void barrier_wait(uint32_t at, uint32_t parity) {
   while (shared_barrier(at).phase == parity) {
     auto& waiting = simt::machine().bulk_copies;
-    const auto mine = std::find_if(waiting.begin(), waiting.end(), [at](const auto& c) { return c.barrier == at; });
+    const auto mine =
+        std::find_if(waiting.begin(), waiting.end(), [at](const auto& c) { return c.barrier == at; });
     if (mine == waiting.end()) {
       simt::yield();
     } else {
