@@ -53,10 +53,9 @@ class WarpResult {
     if (group < parts) {
       const int first = part / group * group, count = min(group, parts - first);
       if (count > 1) {
-        // Its second part, which is of no other line's group (the first may end another line).
-        const int64_t second = run_.first_part + first + 1;
+        // No other line has a group that begins with this part: at most it ends there.
         int32_t* groups = lines + int64_t(p_.num_requests) * tiles;
-        if (!comes_last(groups + second * C::WARPS + head_, count)) return;
+        if (!comes_last(groups + int64_t(run_.first_part + first) * C::WARPS + head_, count)) return;
         merge(first, 1, count, false);
       }
     }
