@@ -1,7 +1,7 @@
 // Shape of the decode kernel for pages of 16 tokens (pages.cuh), and where things are in its shared memory.
 #pragma once
 
-#include "tile.cuh"
+#include "config.cuh"
 
 namespace xlayer::attention {
 
@@ -34,32 +34,6 @@ struct PageConfig : Config<128, 1, HEADS> {
   static XLAYER_HD constexpr int v_token(int t, int i) { return (2 * t | t >> 1) ^ (i & 1); }
   static XLAYER_HD constexpr int v_rows_on(int i) { return i / 2 * 8; }
   static XLAYER_HD constexpr int token_of_row(int row) { return (row & 8) | v_token(row >> 1 & 3, row & 1); }
-};
-
-// Shared addresses of what a lane reads of the ring's first stage.
-template <int HEADS>
-struct LaneOffsets<PageConfig<HEADS>> {
-  using C = PageConfig<HEADS>;
-  static constexpr int V_GROUPS = 1;
-  uint32_t k_data, k_scale[1], v_data[2], v_scale[2];
-  const Shifts shifts;
-
-  __device__ __forceinline__ uint32_t v_row(int i) const { return v_data[i % 2]; }
-  __device__ __forceinline__ uint32_t v_row_scale(int, int i) const { return v_scale[i % 2]; }
-
-  __device__ __forceinline__ LaneOffsets(uint32_t ring, const Nvfp4AttentionParams& p, int head)
-      : shifts{p.two, p.sixteen} {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int token = C::token_of_row(g);
-    k_data = ring + head * C::HEAD_DATA + token * C::ROW + 16 * t;
-    k_scale[0] = ring + C::K_SCALE + head * C::HEAD_SCALES + token * C::S + 2 * t;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int n = C::v_token(t, i);
-      v_data[i] = ring + C::V_DATA + head * C::HEAD_DATA + n * C::ROW + 8 * g;
-      v_scale[i] = ring + C::V_SCALE + head * C::HEAD_SCALES + p.page.scale_index(p.v_order, n, g);
-    }
-  }
 };
 
 }  // namespace xlayer::attention
