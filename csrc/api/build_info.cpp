@@ -10,7 +10,8 @@ namespace {
 template <class C>
 std::string decode_shape() {
   return "{\"head_size\": " + std::to_string(C::D) + ", \"rows\": " + std::to_string(C::TILE_ROWS) +
-         ", \"warps\": " + std::to_string(C::THREADS / 32) + ", \"shared_bytes\": " + std::to_string(C::SHARED_BYTES) + "}";
+         ", \"warps\": " + std::to_string(C::THREADS / 32) +
+         ", \"shared_bytes\": " + std::to_string(C::SHARED_BYTES) + "}";
 }
 
 }  // namespace
