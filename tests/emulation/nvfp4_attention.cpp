@@ -40,7 +40,9 @@ void run(Nvfp4AttentionParams p) {
     schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.page.heads / heads_of_line, p.parts);
   });
   simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] { decode<C>(p); });
-  for (int64_t i = Schedule::counters(p.num_requests); i < int64_t(schedule.size()); ++i) {
+  const int64_t counters =
+      p.num_requests * tiles + (heads_of_line > 1 ? p.parts * heads_of_line : 0);
+  for (int64_t i = Schedule::counters(p.num_requests); i < Schedule::counters(p.num_requests) + counters; ++i) {
     if (schedule[i] > 0) simt::fail("a counter is not 0 after the launch");  // -1: never used
   }
 }

@@ -149,7 +149,7 @@ def schedule_of(
     line_heads = heads if line_heads is None else line_heads
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     newest = None if newest_from is None else torch.tensor(newest_from, dtype=torch.int32)
-    schedule = torch.empty(5 + len(lengths) * (1 + heads) + parts * heads, dtype=torch.int32)
+    schedule = torch.empty(5 + len(lengths) * (1 + heads) + parts * (1 + heads), dtype=torch.int32)
     run = library("nvfp4_attention").run_nvfp4_schedule
     run.argtypes = [POINTER, POINTER, INT, INT, INT, INT, INT, INT, INT, INT, POINTER]
     newest_at = None if newest is None else newest.data_ptr()

@@ -82,7 +82,7 @@ class AttentionWorkspace:
             parts=tuple(parts),
             block_size=block_size,
             schedule=torch.zeros(
-                5 + max_requests * (1 + counters) + (4 * max(parts) if block_size else 0),
+                5 + max_requests * (1 + counters) + (5 * max(parts) if block_size else 0),
                 dtype=torch.int32,
                 device=device,
             ),

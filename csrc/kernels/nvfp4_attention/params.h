@@ -26,11 +26,12 @@ struct Schedule {
   // int32 [4 + R + 1 + R * T + G]: chunk, parts, total, 1 if newest tokens are counted; for each request
   // where its units begin, and `total`; for each request and head tile how many parts have finished, 0
   // between two launches. T: at most one head tile for 8 query rows. G: where the pages' size is known, as
-  // many again for each part and KV head that has a warp (warp_result.cuh).
+  // many again for each part and KV head that has a warp (warp_result.cuh), then which request each part
+  // begins in.
   static constexpr int CHUNK = 0, PARTS = 1, TOTAL = 2, NEWEST = 3, BEGINS = 4;
   XLAYER_HD static constexpr int64_t counters(int64_t requests) { return BEGINS + requests + 1; }
   static constexpr int64_t size(int64_t requests, int heads, int rows, int parts, bool page_known) {
-    return counters(requests) + requests * heads * ((rows + 7) / 8) + (page_known ? 4 * int64_t(parts) : 0);
+    return counters(requests) + requests * heads * ((rows + 7) / 8) + (page_known ? 5 * int64_t(parts) : 0);
   }
 };
 

@@ -13,10 +13,12 @@ __device__ __forceinline__ void for_each_run(const Nvfp4AttentionParams& p, F f)
   const int chunk = p.schedule[Schedule::CHUNK];
   const int parts = p.schedule[Schedule::PARTS];
   const int total = p.schedule[Schedule::TOTAL];
+  // Of the only part that a block has then: nothing else is waited for to find it.
+  const int first_request = C::LINE_OF_ALL_HEADS ? first_requests(p, C::TILE_ROWS, gridDim.x)[blockIdx.x] : 0;
   for (int part = blockIdx.x; part < parts; part += gridDim.x) {
     int position = part * chunk;
     const int part_begin = position, part_end = min(position + chunk, total);
-    int request = find_request(begins, p.num_requests, position);
+    int request = C::LINE_OF_ALL_HEADS ? first_request : find_request(begins, p.num_requests, position);
     while (position < part_end) {
       const int q_len = queries_of(p, request).count;
       const int units = key_range(p.seq_lens[request], q_len, p.window, C::UNIT_TOKENS).units;

@@ -54,7 +54,7 @@ class WarpResult {
       const int first = part / group * group, count = min(group, parts - first);
       if (count > 1) {
         // No other line has a group that begins with this part: at most it ends there.
-        int32_t* groups = lines + int64_t(p_.num_requests) * tiles;
+        int32_t* groups = group_counters(p_, C::TILE_ROWS);
         if (!comes_last(groups + int64_t(run_.first_part + first) * C::WARPS + head_, count)) return;
         merge(first, 1, count, false);
       }
