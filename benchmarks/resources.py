@@ -43,6 +43,8 @@ SM = {
 
 NAME = re.compile(r"decode_kernelINS0_6ConfigILi(\d+)ELi(\d+)ELi(\d+)EEELb([01])E")
 """In a mangled name: head size, query rows / 8, warps, whether there may be newest tokens."""
+PAGES = re.compile(r"decode_pages_kernelINS0_10PageConfigILi(\d+)EEELb([01])E")
+"""KV heads, each with a warp, beside one that loads pages; newest tokens. For sm_90, empty elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +96,30 @@ def blocks_of(arch: str, warps: int, registers: int, shared_bytes: int) -> int:
     return min(most_blocks, most_warps // warps, by_registers, kib * 1024 // shared)
 
 
+def shape_of(line: str, arch: str) -> tuple[int, ...] | None:
+    """(head size, query rows / 8, warps, newest) of a line with a function's name, None for other kernels."""
+    if found := NAME.search(line):
+        return tuple(map(int, found.groups()))
+    if arch.startswith("90") and (found := PAGES.search(line)):
+        return 128, 1, int(found[1]) + 1, int(found[2])
+    return None
+
+
 def parsed(text: str, shared: dict[tuple[int, int, int], int]) -> Iterator[Kernel]:
     """What cuobjdump says.
 
     Args:
         shared: (head size, rows, warps) -> bytes of dynamic shared memory.
     """
-    arch, name = "", None
+    arch = ""
+    name: tuple[int, ...] | None = None
     for line in text.splitlines():
         if found := re.match(r"arch = sm_(\w+)", line):
             arch = found[1]
         elif "Function" in line:
-            name = NAME.search(line)
+            name = shape_of(line, arch)
         elif name and (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)):
-            head_size, tiles, warps, newest = map(int, name.groups())
+            head_size, tiles, warps, newest = name
             registers, spilled, static = map(int, found.groups())
             # What nvcc counts as static on sm_90 and newer is what is reserved, by every block.
             static = max(0, static - RESERVED)

@@ -1,6 +1,6 @@
 #include "build_info.h"
 
-#include "../kernels/nvfp4_attention/config.cuh"
+#include "../kernels/nvfp4_attention/pages_config.cuh"
 #include "../kernels/nvfp4_attention/shapes.h"
 #include "ops.h"
 
@@ -10,7 +10,8 @@ namespace {
 template <class C>
 std::string decode_shape() {
   return "{\"head_size\": " + std::to_string(C::D) + ", \"rows\": " + std::to_string(C::TILE_ROWS) +
-         ", \"warps\": " + std::to_string(C::WARPS) + ", \"shared_bytes\": " + std::to_string(C::SHARED_BYTES) + "}";
+         ", \"warps\": " + std::to_string(C::THREADS / 32) +
+         ", \"shared_bytes\": " + std::to_string(C::SHARED_BYTES) + "}";
 }
 
 }  // namespace
@@ -22,6 +23,9 @@ std::string build_info() {
   shapes += decode_shape<attention::Config<D, NT, WARPS>>();
   XLAYER_DECODE_SHAPES(XLAYER_SHAPE_TEXT)
 #undef XLAYER_SHAPE_TEXT
+#define XLAYER_PAGE_SHAPE_TEXT(HEADS) shapes += ", " + decode_shape<attention::PageConfig<HEADS>>();
+  XLAYER_PAGE_SHAPES(XLAYER_PAGE_SHAPE_TEXT)
+#undef XLAYER_PAGE_SHAPE_TEXT
   std::string info = XLAYER_BUILD_INFO;
   info.pop_back();  // its closing brace
   return info + ", \"decode\": {\"max_q_len\": " + std::to_string(attention::MAX_Q_LEN) +

@@ -30,12 +30,13 @@ int int_between(const char* name, int64_t value, int64_t low, int64_t high) {
 
 // Params with what the schedule and the size of the workspace depend on.
 Nvfp4AttentionParams check_shape(int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
-                                 int64_t window, int64_t parts, int64_t split_units) {
+                                 int64_t window, int64_t parts, int64_t split_units, int64_t block_size) {
   Nvfp4AttentionParams p = {};
   p.q_len = p.usual_q_len = int_between("q_len", q_len, 1, MAX_Q_LEN);
   p.window = int_between("window", window, 0, INT32_MAX);
   p.parts = int_between("parts", parts, 1, INT32_MAX);
   p.split_units = int_between("split_units", split_units, 0, INT32_MAX);
+  p.schedule_page = int_between("block_size", block_size, 0, INT32_MAX);
   p.page.heads = int_between("num_kv_heads", num_kv_heads, 1, INT32_MAX / MAX_GROUP);
   STD_TORCH_CHECK(
       num_q_heads > 0 && num_q_heads % num_kv_heads == 0 && num_q_heads / num_kv_heads <= MAX_GROUP,
@@ -54,7 +55,8 @@ void check_seq_lens(const Tensor& seq_lens) {
 }
 
 void check_schedule(const Tensor& schedule, int64_t requests, const Nvfp4AttentionParams& p) {
-  const int64_t needed = Schedule::size(requests, p.page.heads, p.q_len * (p.num_q_heads / p.page.heads));
+  const int64_t needed = Schedule::size(requests, p.page.heads, p.q_len * (p.num_q_heads / p.page.heads),
+                                        p.parts, p.schedule_page > 0);
   check_rank("schedule", schedule, 1, "(entries)");
   check_dense("schedule", schedule);
   STD_TORCH_CHECK(schedule.size(0) >= needed, "schedule: expected at least ", needed, " entries for ",
@@ -87,13 +89,13 @@ Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& sc
                                         int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                         int64_t window, int64_t parts, int64_t split_units,
                                         const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                                        const std::optional<Tensor>& newest_from) {
+                                        const std::optional<Tensor>& newest_from, int64_t block_size) {
   check_device("schedule", schedule, "seq_lens", seq_lens);
   check_dtype("seq_lens", seq_lens, {ScalarType::Int});
   check_dtype("schedule", schedule, {ScalarType::Int});
   check_seq_lens(seq_lens);
   Nvfp4AttentionParams p =
-      check_shape(q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units);
+      check_shape(q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units, block_size);
   check_schedule(schedule, seq_lens.size(0), p);
   take_query_starts(p, query_starts, usual_q_len, seq_lens);
   if (newest_from) {
@@ -129,10 +131,9 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
                            const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
                            int64_t q_len, int64_t window, double soft_cap, int64_t scale_order, int64_t parts,
                            int64_t split_units, const std::optional<Tensor>& newest,
-                           const std::optional<Tensor>& newest_rows,
-                           const std::optional<Tensor>& newest_from,
-                           const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                           bool rotated_keys) {
+                           const std::optional<Tensor>& newest_rows, const std::optional<Tensor>& newest_from,
+                           const std::optional<Tensor>& query_starts, int64_t usual_q_len, bool rotated_keys,
+                           int64_t block_size) {
   check_device("q", q, "kv_cache", kv_cache);
   check_device("block_table", block_table, "kv_cache", kv_cache);
   check_device("seq_lens", seq_lens, "kv_cache", kv_cache);
@@ -170,7 +171,10 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   const int64_t R = seq_lens.size(0);
   check_size("q", q, 2, page.head_size, "the head size of kv_cache");
   Nvfp4AttentionParams p =
-      check_shape(q_len, q.size(1), page.heads, page.head_size, window, parts, split_units);
+      check_shape(q_len, q.size(1), page.heads, page.head_size, window, parts, split_units, block_size);
+  STD_TORCH_CHECK(block_size == 0 || block_size == page.block_size,
+                  "block_size: expected 0 (not known to the ", "schedule) or ", page.block_size,
+                  ", the tokens of a page of kv_cache, got ", block_size);
   take_query_starts(p, query_starts, usual_q_len, seq_lens);
   if (!query_starts) check_size("q", q, 0, R * q_len, "the requests of seq_lens times q_len");
   check_size("block_table", block_table, 0, R, "the requests of seq_lens");
@@ -261,9 +265,9 @@ void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule
                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                   int64_t window, int64_t parts, int64_t split_units,
                                   const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                                  const std::optional<Tensor>& newest_from) {
+                                  const std::optional<Tensor>& newest_from, int64_t block_size) {
   check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, window, parts,
-                     split_units, query_starts, usual_q_len, newest_from);
+                     split_units, query_starts, usual_q_len, newest_from, block_size);
 }
 
 void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
@@ -275,11 +279,11 @@ void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Te
                                const std::optional<Tensor>& newest_rows,
                                const std::optional<Tensor>& newest_from,
                                const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                               bool rotated_keys) {
+                               bool rotated_keys, int64_t block_size) {
   const Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
             q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from,
-            query_starts, usual_q_len, rotated_keys);
+            query_starts, usual_q_len, rotated_keys, block_size);
   check_indices(p, kv_cache.size(0), q.size(0));
   if (newest) check_newest_indices(p, newest->size(0));
   torch::stable::parallel_for(0, int64_t(p.num_requests) * p.page.heads, 1,
@@ -289,7 +293,7 @@ void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Te
 int64_t nvfp4_attention_parts_cpu(const Tensor&, int64_t, int64_t) { return 1; }
 
 int64_t nvfp4_attention_workspace_size_cpu(const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                           int64_t, int64_t, int64_t) {
+                                           int64_t, int64_t, int64_t, int64_t) {
   return 0;
 }
 
@@ -323,8 +327,8 @@ struct Workspace {
 Workspace workspace_of(const Nvfp4AttentionParams& p, int64_t requests, int64_t max_tokens) {
   const int group = p.num_q_heads / p.page.heads, rows = p.q_len * group;
   const int64_t tile_rows = nvfp4_attention_tile_rows(p.page.head_size, p.usual_q_len * group);
-  // A part shares at most two (request, head tile) with other parts: where it begins and where it ends.
-  int64_t slots = 2 * int64_t(p.parts);
+  // A part shares at most two lines with other parts: where it begins and where it ends.
+  int64_t slots = nvfp4_attention_slots(p);
   if (p.split_units > 0) {
     const int64_t splits = ceil_div(ceil_div(max_tokens, SPLIT_UNIT_TOKENS), p.split_units);
     slots = requests * p.page.heads * ceil_div(rows, tile_rows) * splits;
@@ -338,10 +342,10 @@ void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedul
                                    int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                    int64_t window, int64_t parts, int64_t split_units,
                                    const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                                   const std::optional<Tensor>& newest_from) {
-  const Nvfp4AttentionParams p = check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads,
-                                                    head_size, window, parts, split_units, query_starts,
-                                                    usual_q_len, newest_from);
+                                   const std::optional<Tensor>& newest_from, int64_t block_size) {
+  const Nvfp4AttentionParams p =
+      check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, window, parts,
+                         split_units, query_starts, usual_q_len, newest_from, block_size);
   check_head_size(p.page.head_size);
   if (p.num_requests == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(seq_lens.get_device_index());
@@ -357,11 +361,11 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 const std::optional<Tensor>& newest_rows,
                                 const std::optional<Tensor>& newest_from,
                                 const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                                bool rotated_keys) {
+                                bool rotated_keys, int64_t block_size) {
   Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
             q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from,
-            query_starts, usual_q_len, rotated_keys);
+            query_starts, usual_q_len, rotated_keys, block_size);
   check_head_size(p.page.head_size);
   const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
   const Workspace needed = workspace_of(p, p.num_requests, p.max_blocks * p.page.block_size);
@@ -388,9 +392,10 @@ int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_
 
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
-                                            int64_t head_size, int64_t parts, int64_t split_units) {
+                                            int64_t head_size, int64_t parts, int64_t split_units,
+                                            int64_t block_size) {
   const Nvfp4AttentionParams p =
-      check_shape(q_len, num_q_heads, num_kv_heads, head_size, 0, parts, split_units);
+      check_shape(q_len, num_q_heads, num_kv_heads, head_size, 0, parts, split_units, block_size);
   check_head_size(p.page.head_size);
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   return workspace_of(p, requests, max_tokens).floats();

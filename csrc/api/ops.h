@@ -25,7 +25,7 @@ void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule
                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                   int64_t window, int64_t parts, int64_t split_units,
                                   const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                                  const std::optional<Tensor>& newest_from);
+                                  const std::optional<Tensor>& newest_from, int64_t block_size);
 void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
                                const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
                                const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
@@ -35,11 +35,12 @@ void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Te
                                const std::optional<Tensor>& newest_rows,
                                const std::optional<Tensor>& newest_from,
                                const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                               bool rotated_keys);
+                               bool rotated_keys, int64_t block_size);
 int64_t nvfp4_attention_parts_cpu(const Tensor& like, int64_t head_size, int64_t rows);
 int64_t nvfp4_attention_workspace_size_cpu(const Tensor& like, int64_t requests, int64_t max_tokens,
                                            int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
-                                           int64_t head_size, int64_t parts, int64_t split_units);
+                                           int64_t head_size, int64_t parts, int64_t split_units,
+                                           int64_t block_size);
 void newest_step_cpu(const Tensor& query_starts, const Tensor& seq_lens, const Tensor& rows,
                      const Tensor& slot_mapping, const Tensor& state, const Tensor& newest_slots,
                      const Tensor& newest_from, int64_t newest_tokens);
@@ -59,7 +60,7 @@ void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedul
                                    int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                    int64_t window, int64_t parts, int64_t split_units,
                                    const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                                   const std::optional<Tensor>& newest_from);
+                                   const std::optional<Tensor>& newest_from, int64_t block_size);
 void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
                                 const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
                                 const Tensor& v_scale, const Tensor& out, const std::optional<Tensor>& lse,
@@ -68,12 +69,13 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                 const std::optional<Tensor>& newest_rows,
                                 const std::optional<Tensor>& newest_from,
-                               const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                               bool rotated_keys);
+                                const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                bool rotated_keys, int64_t block_size);
 int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_t rows);
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
-                                            int64_t head_size, int64_t parts, int64_t split_units);
+                                            int64_t head_size, int64_t parts, int64_t split_units,
+                                            int64_t block_size);
 void newest_step_cuda(const Tensor& query_starts, const Tensor& seq_lens, const Tensor& rows,
                       const Tensor& slot_mapping, const Tensor& state, const Tensor& newest_slots,
                       const Tensor& newest_from, int64_t newest_tokens);

@@ -2,10 +2,20 @@
 #include "simt.h"
 
 #include "kernels/nvfp4_attention/decode.cuh"
+#include "kernels/nvfp4_attention/pages.cuh"
 #include "kernels/nvfp4_attention/schedule.cuh"
 
 namespace xlayer::attention {
 namespace {
+
+template <class C>
+void decode(const Nvfp4AttentionParams& p) {
+  if constexpr (C::LINE_OF_ALL_HEADS) {
+    p.newest == nullptr ? decode_pages_kernel<C, false>(p) : decode_pages_kernel<C, true>(p);
+  } else {
+    p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p);
+  }
+}
 
 template <class C>
 void run(Nvfp4AttentionParams p) {
@@ -14,21 +24,25 @@ void run(Nvfp4AttentionParams p) {
       p.split_units > 0
           ? ceil_div(ceil_div(p.max_blocks * p.page.block_size, SPLIT_UNIT_TOKENS), p.split_units)
           : 0;
-  const int64_t slots = p.split_units > 0 ? p.num_requests * tiles * splits : 2 * p.parts;
+  const int heads_of_line = C::LINE_OF_ALL_HEADS ? p.page.heads : 1;
+  const int64_t slots = p.split_units > 0 ? p.num_requests * tiles * splits : 2 * p.parts * heads_of_line;
   // NaN: nothing is read that was not written.
   std::vector<float> out(slots * C::TILE_ROWS * C::DP, NAN), ml(slots * C::TILE_ROWS * 2, NAN);
   const int rows = p.q_len * (p.num_q_heads / p.page.heads);
-  std::vector<int32_t> schedule(Schedule::size(p.num_requests, p.page.heads, rows), -1);
+  // parts: of four warps, of which a block of pages' warps takes the place of heads / 4.
+  const int parts = p.parts * heads_of_line / 4;
+  std::vector<int32_t> schedule(Schedule::size(p.num_requests, p.page.heads, rows, parts, heads_of_line > 1),
+                                -1);
   p.partial_out = out.data();
   p.partial_ml = ml.data();
   p.schedule = schedule.data();
   simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
-    schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.parts);
+    schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.page.heads / heads_of_line, p.parts);
   });
-  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
-    p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p);
-  });
-  for (int64_t i = Schedule::counters(p.num_requests); i < int64_t(schedule.size()); ++i) {
+  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] { decode<C>(p); });
+  const int64_t counters =
+      p.num_requests * tiles + (heads_of_line > 1 ? p.parts * heads_of_line : 0);
+  for (int64_t i = Schedule::counters(p.num_requests); i < Schedule::counters(p.num_requests) + counters; ++i) {
     if (schedule[i] > 0) simt::fail("a counter is not 0 after the launch");  // -1: never used
   }
 }
@@ -38,8 +52,8 @@ void run(Nvfp4AttentionParams p) {
 
 // The schedule alone, for a query head a KV head. newest_from: null without newest tokens.
 extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, const int32_t* newest_from, int64_t requests,
-                                   int64_t unit, int64_t heads, int64_t parts, int64_t q_len, int64_t window,
-                                   int64_t split_units, int32_t* schedule) {
+                                   int64_t unit, int64_t heads, int64_t line_heads, int64_t parts,
+                                   int64_t q_len, int64_t window, int64_t split_units, int32_t* schedule) {
   using namespace xlayer::attention;
   simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
     xlayer::Nvfp4AttentionParams p = {};
@@ -51,7 +65,7 @@ extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, const int32_t* newes
     p.window = int(window);
     p.split_units = int(split_units);
     p.page.heads = p.num_q_heads = int(heads);
-    schedule_kernel(p, int(unit), 8, int(parts));
+    schedule_kernel(p, int(unit), 8, int(line_heads), int(parts));
   });
 }
 
@@ -79,8 +93,8 @@ struct Args {
   int64_t usual_q_len, rotated_keys;
 };
 
-// Tile rows are chosen as launch.cu does; warps: 4, or 16 where there is such a kernel. Returns 1 for a head
-// size without a kernel.
+// Tile rows are chosen as launch.cu does; warps: 4, 16 where there is such a kernel, or 1 for the kernel with
+// a warp a KV head. Returns 1 where there is no kernel.
 extern "C" int run_nvfp4_attention(const Args* a) {
   using namespace xlayer::attention;
   xlayer::Nvfp4AttentionParams p = {};
@@ -122,6 +136,14 @@ extern "C" int run_nvfp4_attention(const Args* a) {
   simt::machine().late_copies = a->late_copies != 0;
 
   const int rows = p.usual_q_len * (p.num_q_heads / p.page.heads);
+  if (a->warps == 1) {
+    if (rows > 8 || p.page.head_size != 128 || p.page.block_size != 16 || p.split_units > 0) return 1;
+    switch (p.page.heads) {
+      case 4: run<PageConfig<4>>(p); return 0;
+      case 8: run<PageConfig<8>>(p); return 0;
+    }
+    return 1;
+  }
   if (a->warps == 16) {
     if (rows > 8) return 1;
     switch (p.page.head_size) {

@@ -188,6 +188,7 @@ def decode_batch(case: Case, totals: list[int], block_table: torch.Tensor, devic
         head_size=case.head_size,
         max_requests=len(totals),
         max_query_len=4,
+        block_size=case.block_size,
         windows=[None, case.window],
     )
     query_lens = np.array([q for _, q in case.requests])

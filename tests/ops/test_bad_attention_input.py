@@ -192,6 +192,7 @@ def test_attention_checks_only_the_blocks_it_reads():
         ({"window": -1}, "window: expected 0 to"),
         ({"parts": 0}, "parts: expected 1 to"),
         ({"split_units": -1}, "split_units: expected 0 to"),
+        ({"block_size": -1}, "block_size: expected 0 to"),
     ],
 )
 def test_attention_schedule(change, message):

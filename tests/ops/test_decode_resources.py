@@ -14,16 +14,19 @@ Fatbin elf code:
 arch = sm_90a
  Function _ZN6xlayer9attention13decode_kernelINS0_6ConfigILi128ELi2ELi4EEELb1EEEvNS_20Nvfp4AttentionParamsE:
   REG:168 STACK:152 SHARED:1024 LOCAL:0 CONSTANT[0]:904 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _ZN6xlayer9attention19decode_pages_kernelINS0_10PageConfigILi8EEELb0EEEvNS_20Nvfp4AttentionParamsE:
+  REG:96 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:904 TEXTURE:0 SURFACE:0 SAMPLER:0
  Function _ZN6xlayer18newest_step_kernelENS_16NewestStepParamsE:
   REG:30 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:904 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
 
 def test_what_cuobjdump_says_is_understood():
-    (kernel,) = parsed(SAID, {(128, 16, 4): 34304})
+    kernel, pages = parsed(SAID, {(128, 16, 4): 34304, (128, 8, 9): 92240})
     assert (kernel.arch, kernel.head_size, kernel.rows, kernel.warps) == ("90a", 128, 16, 4)
     assert kernel.newest and (kernel.registers, kernel.spilled, kernel.shared_bytes) == (168, 152, 34304)
     assert kernel.blocks == 3
+    assert (pages.rows, pages.warps, pages.newest, pages.registers, pages.blocks) == (8, 9, False, 96, 2)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,8 @@ def test_what_cuobjdump_says_is_understood():
         ("80", 16, 128, 27_648, 1),  # all registers
         ("120f", 16, 32, 0, 3),  # warps
         ("89", 4, 168, 200_000, 0),
+        ("90a", 9, 96, 92_240, 2),  # five warps a scheduler
+        ("90a", 9, 104, 92_240, 1),
     ],
 )
 def test_thread_blocks_of_an_sm(arch, warps, registers, shared_bytes, blocks):

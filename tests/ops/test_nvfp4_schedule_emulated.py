@@ -36,6 +36,22 @@ def test_parts_of_equal_lengths_are_whole_lines(lengths, unit, expected):
 
 
 @pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([8192] * 64, (128, 256)),  # a quarter of a request each
+        ([1024] * 256, (64, 256)),  # a request each
+        ([40, 1, 0, 100], (8, 2)),  # no part below 128 tokens
+    ],
+    ids=str,
+)
+def test_lines_of_all_heads(lengths, expected):
+    """Where a KV head has a warp, a unit is a page with all eight of them: (pages of a part, parts)."""
+    made = schedule_of(lengths, 8, 264, TILE, line_heads=1)
+    assert (made.chunk, made.parts) == expected
+    assert np.diff(made.begins).tolist() == [math.ceil(n / TILE) for n in lengths]
+
+
+@pytest.mark.parametrize(
     ("lengths", "unit", "lines"),
     [([8192] * 64, 64, 1), ([1024] * 256, 64, 4), ([8192] * 16, 256, 1), ([65536], 256, 1 / 16)],
     ids=str,

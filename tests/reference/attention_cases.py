@@ -149,6 +149,7 @@ class Batch:
             max_q_len=c.q_len,
             split_units=c.split_units,
             max_tokens=self.block_table.shape[1] * c.block_size,
+            block_size=c.block_size,
         )
         made.schedule.fill_(-1)
         made.partial.fill_(torch.nan)

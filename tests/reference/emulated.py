@@ -82,7 +82,10 @@ def library(name: str) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class EmulatedBatch(Batch):
-    """Runs through the CUDA kernels' own code, with as many thread blocks as `parts`, of so many warps."""
+    """Runs through the CUDA kernels' own code, with as many thread blocks as `parts`, of so many warps.
+
+    warps: 4, 16, or 1 for the kernel that has a warp a KV head and copies whole pages.
+    """
 
     parts: int = 3
     late_copies: bool = True
@@ -137,17 +140,22 @@ def schedule_of(
     q_len: int = 1,
     window: int = 0,
     split_units: int = 0,
+    line_heads: int | None = None,
 ) -> Schedule:
-    """Of a batch with a query head for each of so many KV heads. parts: to aim for. unit: tokens."""
+    """Of a batch with a query head for each of so many KV heads.
+
+    parts: to aim for. unit: tokens. line_heads: KV heads with lines of their own; None is all.
+    """
+    line_heads = heads if line_heads is None else line_heads
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     newest = None if newest_from is None else torch.tensor(newest_from, dtype=torch.int32)
-    schedule = torch.empty(5 + len(lengths) * (1 + heads), dtype=torch.int32)
+    schedule = torch.empty(5 + len(lengths) * (1 + heads) + parts * (1 + heads), dtype=torch.int32)
     run = library("nvfp4_attention").run_nvfp4_schedule
-    run.argtypes = [POINTER, POINTER, INT, INT, INT, INT, INT, INT, INT, POINTER]
+    run.argtypes = [POINTER, POINTER, INT, INT, INT, INT, INT, INT, INT, INT, POINTER]
     newest_at = None if newest is None else newest.data_ptr()
     run(
-        seq_lens.data_ptr(), newest_at, len(lengths), unit, heads, parts, q_len, window, split_units,
-        schedule.data_ptr(),
+        seq_lens.data_ptr(), newest_at, len(lengths), unit, heads, line_heads, parts, q_len, window,
+        split_units, schedule.data_ptr(),
     )  # fmt: skip
     chunk, made, total, counts_newest, *begins = schedule[: 5 + len(lengths)].tolist()
     return Schedule(chunk, made, total, counts_newest, begins)

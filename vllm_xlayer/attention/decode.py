@@ -70,6 +70,7 @@ class DecodePlanner:
     """Makes a `DecodeBatch` of the first requests of each step's batch.
 
     Args:
+        block_size: tokens of a page.
         windows: sliding windows of the layers served, in tokens; None for full attention.
     """
 
@@ -82,6 +83,7 @@ class DecodePlanner:
         head_size: int,
         max_requests: int,
         max_query_len: int,
+        block_size: int,
         windows: Iterable[int | None],
     ):
         first = ops.AttentionWorkspace.create(
@@ -91,6 +93,7 @@ class DecodePlanner:
             head_size=head_size,
             max_requests=max_requests,
             max_q_len=max_query_len,
+            block_size=block_size,
         )
         # Layers run one after the other: they share the partial results' memory, but not schedules.
         self._workspaces = {

@@ -156,7 +156,9 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         self._decode_len = _decode_query_len(vllm_config)
         if shape := _decode_shape(vllm_config, kv_cache_spec):
             self.reorder_batch_threshold = self._decode_len
-            self._planner = self._make_planner(vllm_config, shape, layer_names, device)
+            self._planner = self._make_planner(
+                vllm_config, shape, kv_cache_spec.block_size, layer_names, device
+            )
         else:
             logger.warning_once(
                 "NVFP4 KV cache: no decode kernel for heads of %d and %d query heads a KV head: decode is "
@@ -178,7 +180,9 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.UNIFORM_BATCH
 
-    def _make_planner(self, vllm_config, shape: tuple[int, int, int], layer_names, device) -> DecodePlanner:
+    def _make_planner(
+        self, vllm_config, shape: tuple[int, int, int], block_size: int, layer_names, device
+    ) -> DecodePlanner:
         layers = vllm_config.compilation_config.static_forward_context
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         return DecodePlanner(
@@ -188,6 +192,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             head_size=shape[2],
             max_requests=max(vllm_config.scheduler_config.max_num_seqs, captured),
             max_query_len=self._decode_len,
+            block_size=block_size,
             windows={layers[name].impl.window for name in layer_names},
         )
 

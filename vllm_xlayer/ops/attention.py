@@ -29,6 +29,8 @@ class AttentionWorkspace:
     ``UNIT_TOKENS`` tokens, so that its result has the same bits in any batch, at some cost in speed."""
     parts: tuple[int, ...]
     """Parts to cut a batch into, for 1, 2, ... query tokens a request."""
+    block_size: int
+    """Tokens of a page; 0: not known. On sm_90 some heads have a kernel for pages of 16 tokens."""
     schedule: torch.Tensor
     """int32 [entries]: where requests begin, and which of their parts have finished"""
     partial: torch.Tensor
@@ -46,11 +48,13 @@ class AttentionWorkspace:
         max_q_len: int = 1,
         split_units: int = 0,
         max_tokens: int = 0,
+        block_size: int = 0,
     ) -> "AttentionWorkspace":
         """For up to ``max_requests`` requests of 1 to ``max_q_len`` query tokens (at most 8) each.
 
         ``max_tokens`` matters only with ``split_units``: the most tokens a request's row of the block table
-        has room for (its width times the block size).
+        has room for (its width times the block size). ``block_size``: tokens of a page of the cache that
+        this is for; 0 is any.
         """
         if split_units > 0 and max_tokens <= 0:
             raise ValueError(f"max_tokens: expected a positive number with split_units, got {max_tokens}")
@@ -69,14 +73,19 @@ class AttentionWorkspace:
             rows = q_len * (num_q_heads // num_kv_heads)
             parts.append(torch.ops.vllm_xlayer.nvfp4_attention_parts(like, head_size, rows))
             needed = torch.ops.vllm_xlayer.nvfp4_attention_workspace_size(
-                like, max_requests, max_tokens, q_len, *shape, parts[-1], split_units
+                like, max_requests, max_tokens, q_len, *shape, parts[-1], split_units, block_size
             )
             floats = max(floats, needed)
         return cls(
             *shape,
             split_units=split_units,
             parts=tuple(parts),
-            schedule=torch.zeros(5 + max_requests * (1 + counters), dtype=torch.int32, device=device),
+            block_size=block_size,
+            schedule=torch.zeros(
+                5 + max_requests * (1 + counters) + (5 * max(parts) if block_size else 0),
+                dtype=torch.int32,
+                device=device,
+            ),
             partial=torch.empty(floats, dtype=torch.float32, device=device),
         )
 
@@ -118,6 +127,7 @@ def nvfp4_attention_schedule(
         query_starts,
         usual_q_len or q_len,
         newest_from,
+        workspace.block_size,
     )
 
 
@@ -159,8 +169,8 @@ def nvfp4_paged_attention(
         block_table: int32 [R, M], a request's blocks in order; entries past its tokens, and those of blocks
             that lie wholly before its window, are not read.
         seq_lens: int32 [R], tokens of each request, its q_len new ones included; at most M * N.
-        workspace: for these heads, with the schedule of exactly these seq_lens, q_len, window and newest_from
-            (``nvfp4_attention_schedule``).
+        workspace: for these heads and pages, with the schedule of exactly these seq_lens, q_len, window and
+            newest_from (``nvfp4_attention_schedule``).
         k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
         out: as q, not the same memory. Written in place.
         scale: what q . k is multiplied by (usually D**-0.5), positive.
@@ -218,6 +228,7 @@ def nvfp4_paged_attention(
         query_starts,
         usual_q_len or q_len,
         rotated_keys,
+        workspace.block_size,
     )
 
 

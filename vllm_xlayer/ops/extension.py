@@ -46,7 +46,8 @@ def build_info() -> dict[str, Any]:
 
     decode: the decode kernel's bounds max_q_len (query tokens of a request) and max_group (query heads a KV
     head), and its shapes, each with head_size, rows (query rows of a head tile), warps (of a thread block)
-    and shared_bytes (dynamic shared memory of a thread block).
+    and shared_bytes (dynamic shared memory of a thread block). Those with 5 and 9 warps have a warp for each
+    of 4 or 8 KV heads, and one that loads pages.
     """
     return dict(load())
 

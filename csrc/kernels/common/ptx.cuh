@@ -18,6 +18,15 @@
 #define XLAYER_HAS_CVT_E4M3 0
 #endif
 
+// Bulk copies and barriers in shared memory. Newer architectures have them, too, but no kernel that uses
+// them.
+#if defined(XLAYER_EMULATED) || \
+    (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000 && !defined(XLAYER_FORCE_SM80))
+#define XLAYER_HAS_BULK_COPY 1
+#else
+#define XLAYER_HAS_BULK_COPY 0
+#endif
+
 #if defined(XLAYER_EMULATED)
 #include <emulated_ptx.h>  // tests/emulation: the kernels on a CPU, lane by lane
 #else
@@ -76,6 +85,44 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int PENDING>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Where XLAYER_HAS_BULK_COPY: a barrier in shared memory (8 bytes), whose phases end when `arrivals` came and
+// all bytes that were expected. Its phases alternate between parity 0 and 1. What was written before an
+// arrival is seen after the wait.
+__device__ __forceinline__ void barrier_init(uint32_t at, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+// Before anything else is done with barriers by copies. Threads still have to meet.
+__device__ __forceinline__ void barriers_made() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t at) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_and_expect(uint32_t at, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+// Until the phase of this parity has ended. The phase before a new barrier's first counts as one of parity 1.
+__device__ __forceinline__ void barrier_wait(uint32_t at, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "AGAIN:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@done bra.uni DONE;\n"
+      "bra.uni AGAIN;\n"
+      "DONE:\n"
+      "}" ::"r"(at),
+      "r"(parity)
+      : "memory");
+}
+// One copy of so many bytes (addresses and size are multiples of 16), which the barrier is told of.
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 // c += a * b, 16 x 8 x 16, halves with float sums.

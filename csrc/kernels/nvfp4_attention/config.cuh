@@ -67,6 +67,19 @@ struct Config {
   // Thread blocks an SM should hold, by registers (64K) and shared memory (227 KB on sm_90).
   static constexpr int BLOCKS = (NT == 4 || D == 192 ? 3 : 4) * 4 / WARPS;
 
+  // Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k
+  // = 2t, 2t + 1, 2t + 8, 2t + 9), meets the four tokens of V that the lane has, which are loaded without
+  // conflicts.
+  static XLAYER_HD constexpr int token_of_row(int row) {
+    return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2);
+  }
+  static XLAYER_HD constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
+  // V's token i of lanes t is token v_token + v_rows_on of the tile.
+  static XLAYER_HD constexpr int v_token(int t, int) { return t; }
+  static XLAYER_HD constexpr int v_rows_on(int i) { return 4 * i; }
+  static constexpr int TILE_STEP = WARPS;           // from a warp's tile to its next
+  static constexpr bool LINE_OF_ALL_HEADS = false;  // each KV head has its own
+
   // Which 16-byte chunk of a row chunk c is put at, so that the fragment loads meet no bank twice.
   static XLAYER_HD int k_chunk(int row, int c) {
     return DP == 256 ? c ^ ((row & 1) << 2) : c;
@@ -79,12 +92,5 @@ struct Config {
     return DP == 64 ? 16 * t + 8 * w : 32 * t + 8 * (w % 4) + 128 * (w / 4);
   }
 };
-
-// Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k =
-// 2t, 2t + 1, 2t + 8, 2t + 9), meets V's tokens t, t + 4, t + 8, t + 12, which are loaded without conflicts.
-XLAYER_HD constexpr int token_of_row(int row) {
-  return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2);
-}
-XLAYER_HD constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
 
 }  // namespace xlayer::attention

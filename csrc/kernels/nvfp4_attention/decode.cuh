@@ -22,6 +22,7 @@
 #include "load.cuh"
 #include "newest.cuh"
 #include "query.cuh"
+#include "runs.cuh"
 
 namespace xlayer::attention {
 
@@ -88,21 +89,6 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
   }
 }
 
-// This warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, WARPS apart.
-template <class C>
-__device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
-                                              TileMask& mask, int tile, int last_tile) {
-  if (tile >= last_tile) return;
-  const NewestTile<C> newest(p, p.newest_rows[run.request], run.kv_head);
-  if constexpr (!C::NEWEST_FIRST) newest.to_newest_unit(state);
-#pragma unroll 1
-  for (; tile < last_tile; tile += C::WARPS) {
-    mask.first_token = tile * TILE;
-    newest.attend(state, mask);
-  }
-  newest.to_page_unit(state);
-}
-
 // A run from its first copy to its result. All threads of the block take part.
 template <class C, bool NEWEST>
 __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
@@ -142,7 +128,7 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
                                         : 0);
 
   if (newest_first) {
-    attend_newest(p, run, state, mask, newest_from, run_end);
+    attend_newest(p, run.request, run.kv_head, state, mask, newest_from, run_end);
     ptx::pin(ring);
     loader.aim(ring);
     loader.start(run.request, run.kv_head, first_tile, count, keys.first / TILE);
@@ -165,7 +151,9 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   }
   ptx::cp_async_wait<0>();
   __syncwarp();
-  if constexpr (NEWEST && !C::NEWEST_FIRST) attend_newest(p, run, state, mask, newest_from, run_end);
+  if constexpr (NEWEST && !C::NEWEST_FIRST) {
+    attend_newest(p, run.request, run.kv_head, state, mask, newest_from, run_end);
+  }
   merge_and_store(p, state, run, shared);
 }
 
@@ -190,42 +178,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
   WarpState<C> state;
   if constexpr (C::SHARED_Q) state.q.at = ptx::shared_address(shared + C::Q_OFFSET) + 16 * lane;
 
-  const int32_t* begins = p.schedule + Schedule::BEGINS;
-  const int chunk = p.schedule[Schedule::CHUNK];
-  const int parts = p.schedule[Schedule::PARTS];
-  const int total = p.schedule[Schedule::TOTAL];
-  for (int part = blockIdx.x; part < parts; part += gridDim.x) {
-    int position = part * chunk;
-    const int part_begin = position, part_end = min(position + chunk, total);
-    int request = find_request(begins, p.num_requests, position);
-    while (position < part_end) {
-      const int q_len = queries_of(p, request).count;
-      const int units = key_range(p.seq_lens[request], q_len, p.window, C::UNIT_TOKENS).units;
-      const int tiles_per_head = row_tiles(q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
-      int line = line_units(units, p.split_units);
-      if constexpr (NEWEST) {  // longer, as the schedule has it. Without the maximum nvcc spills registers.
-        line = max(line, (begins[request + 1] - begins[request]) / (p.page.heads * tiles_per_head));
-      }
-      const int within = position - begins[request];
-      Run run;
-      run.request = request;
-      run.head_tile = within / line;
-      run.kv_head = run.head_tile / tiles_per_head;
-      run.first_row = run.head_tile % tiles_per_head * C::TILE_ROWS;
-      run.begin = within - run.head_tile * line;
-      const int advance = min(line - run.begin, part_end - position);
-      run.end = min(run.begin + advance, units);
-      const int begin = position - run.begin;  // of all units of this request and head tile
-      run.first_part = ptx::uniform(begin / chunk);
-      run.last_part = ptx::uniform((begin + units - 1) / chunk);
-      run.starts_inside = begin != run.first_part * chunk;
-      run.slot = slot_of(p, part, position != part_begin);
-      // Nothing, where this part begins among what newest tokens add to the line.
-      if (!NEWEST || run.begin < units) attend_run<C, NEWEST>(p, run, state, loader, at, ring, merge);
-      position += advance;
-      while (position < part_end && begins[request + 1] <= position) ++request;
-    }
-  }
+  for_each_run<C, NEWEST>(
+      p, [&](const Run& run) { attend_run<C, NEWEST>(p, run, state, loader, at, ring, merge); });
   store_empty_requests<C>(p);
 }
 

@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include "pages_config.cuh"
 #include "schedule.cuh"
 #include "shapes.h"
 #include "variant.cuh"
@@ -14,10 +15,19 @@ using attention::Variant;
 #define XLAYER_COUNT(D, NT, WARPS) +1
 #define XLAYER_VARIANT(D, NT, WARPS) attention::variant<Config<D, NT, WARPS>>(),
 
+#define XLAYER_COUNT_PAGES(HEADS) +1
+#define XLAYER_PAGE_VARIANT(HEADS) attention::variant<attention::PageConfig<HEADS>>(),
+
 using Variants = Variant[XLAYER_DECODE_SHAPES(XLAYER_COUNT)];
+using PageVariants = Variant[XLAYER_PAGE_SHAPES(XLAYER_COUNT_PAGES)];
 
 const Variants& variants() {
   static const Variants made = {XLAYER_DECODE_SHAPES(XLAYER_VARIANT)};
+  return made;
+}
+
+const PageVariants& page_variants() {
+  static const PageVariants made = {XLAYER_PAGE_SHAPES(XLAYER_PAGE_VARIANT)};
   return made;
 }
 
@@ -50,6 +60,25 @@ const Variant* find_large(const Variant& small) {
 // Of most requests.
 int rows_of(const Nvfp4AttentionParams& p) { return p.usual_q_len * (p.num_q_heads / p.page.heads); }
 
+// The one with a warp a KV head, if there is one for these pages and the current device is an sm_90.
+const Variant* find_pages(const Nvfp4AttentionParams& p) {
+#if !defined(XLAYER_FORCE_SM80)
+  for (const Variant& v : page_variants()) {
+    if (p.page.head_size != v.head_size || p.page.heads != v.page_heads || p.schedule_page != v.unit_tokens ||
+        p.split_units > 0 || rows_of(p) > v.tile_rows) {
+      continue;
+    }
+    int device = 0, major = 0;
+    if (cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        major == 9) {
+      return &v;
+    }
+  }
+#endif
+  return nullptr;
+}
+
 // For this batch: the same for its schedule and its attention.
 const Variant* find(const Nvfp4AttentionParams& p) {
   const Variant* v = find(p.page.head_size, rows_of(p));
@@ -58,7 +87,9 @@ const Variant* find(const Nvfp4AttentionParams& p) {
   const Variant* large = find_large(*v);
   // As long as no large block has two lines to work on, one after the other.
   const bool few = large != nullptr && int64_t(p.num_requests) * head_tiles_of(p, p.usual_q_len, v->tile_rows) <= large->blocks(p.parts);
-  return few ? large : v;
+  if (few) return large;
+  const Variant* pages = find_pages(p);
+  return pages != nullptr ? pages : v;
 }
 
 }  // namespace
@@ -66,8 +97,8 @@ const Variant* find(const Nvfp4AttentionParams& p) {
 cudaError_t launch_nvfp4_attention_schedule(const Nvfp4AttentionParams& p, cudaStream_t stream) {
   const Variant* v = find(p);
   if (v == nullptr) return cudaErrorInvalidValue;
-  attention::schedule_kernel<<<1, attention::SCHEDULE_THREADS, 0, stream>>>(p, v->unit_tokens, v->tile_rows,
-                                                                             v->blocks(p.parts));
+  attention::schedule_kernel<<<1, attention::SCHEDULE_THREADS, 0, stream>>>(
+      p, v->unit_tokens, v->tile_rows, v->line_heads(p.page.heads), v->blocks(p.parts));
   return cudaGetLastError();
 }
 
@@ -84,6 +115,11 @@ int nvfp4_attention_parts(int head_size, int rows) {
     return 0;
   }
   return sms * v->blocks_per_sm();
+}
+
+int64_t nvfp4_attention_slots(const Nvfp4AttentionParams& p) {
+  const Variant* pages = find_pages(p);
+  return pages != nullptr ? pages->slots(p.parts) : 2 * int64_t(p.parts);
 }
 
 int nvfp4_attention_tile_rows(int head_size, int rows) {

@@ -13,6 +13,8 @@ cudaError_t launch_nvfp4_attention(const Nvfp4AttentionParams& params, cudaStrea
 // Parts to cut a batch into: thread blocks that run at once on the current device. rows: query tokens times
 // query heads a KV head. 0 if the device cannot be asked.
 int nvfp4_attention_parts(int head_size, int rows);
+// Places for partial results of head tiles that any batch of this shape may need, without a fixed split.
+int64_t nvfp4_attention_slots(const Nvfp4AttentionParams& params);
 // Query rows of one head tile: 8, 16 or 32.
 int nvfp4_attention_tile_rows(int head_size, int rows);
 // The head size the kernel works with: 64, 128 or 256; 0 if head_size has no kernel.

@@ -24,7 +24,7 @@ class TileLoader {
     for (int j = 0; j < ADDRESSES; ++j) {
       const int piece = lane + 32 * j;
       const int n = piece / PIECES_PER_TOKEN, c = piece % PIECES_PER_TOKEN;
-      const int row = row_of_token(n);
+      const int row = C::row_of_token(n);
       // 16-byte chunk and the byte in it.
       const int chunk = C::EXACT ? c : c / 2, byte = C::EXACT ? 0 : 8 * (c % 2);
       k_to_[j] = ring + row * C::ROW + 16 * C::k_chunk(row, chunk) + byte;

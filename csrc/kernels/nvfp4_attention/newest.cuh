@@ -74,7 +74,7 @@ class NewestTile {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const uint16_t* rows[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) rows[half] = k_ + (place + token_of_row(g) + 8 * half) * C::D;
+    for (int half = 0; half < 2; ++half) rows[half] = k_ + (place + C::token_of_row(g) + 8 * half) * C::D;
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
@@ -120,8 +120,8 @@ class NewestTile {
     bool there[4];  // the weight is 0 elsewhere, but 0 times what was never written, which may be NaN, is not
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      rows[i] = v_ + (place + t + 4 * i) * C::D;
-      const int token = mask.first_token + t + 4 * i;
+      rows[i] = v_ + (place + C::v_token(t, i) + C::v_rows_on(i)) * C::D;
+      const int token = mask.first_token + C::v_token(t, i) + C::v_rows_on(i);
       there[i] = token >= mask.first && token < mask.last;
     }
 #pragma unroll
@@ -159,5 +159,20 @@ class NewestTile {
   const uint16_t *k_, *v_;
   const float k_unit_, v_unit_;
 };
+
+// A warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, TILE_STEP apart.
+template <class C>
+__device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, int request, int kv_head,
+                                              WarpState<C>& state, TileMask& mask, int tile, int last_tile) {
+  if (tile >= last_tile) return;
+  const NewestTile<C> newest(p, p.newest_rows[request], kv_head);
+  if constexpr (!C::NEWEST_FIRST) newest.to_newest_unit(state);
+#pragma unroll 1
+  for (; tile < last_tile; tile += C::TILE_STEP) {
+    mask.first_token = tile * TILE;
+    newest.attend(state, mask);
+  }
+  newest.to_page_unit(state);
+}
 
 }  // namespace xlayer::attention

@@ -17,16 +17,21 @@ namespace xlayer {
 // A part that holds a (request, head) whole writes its output; the others write partial results, which
 // the last of them to finish merges in the order of the parts. Nothing depends on which thread block takes a
 // part.
+//
+// Where each KV head has a warp (pages.cuh), a unit is a page of 16 tokens with all KV heads, and a line a
+// request.
 constexpr int SPLIT_UNIT_TOKENS = 64;  // a fixed split is in these
 
 struct Schedule {
-  // int32 [4 + R + 1 + R * T]: chunk, parts, total, 1 if newest tokens are counted; for each request where its
-  // units begin, and `total`; for each request and head tile how many parts have finished, 0 between two
-  // launches. T: at most one head tile for 8 query rows.
+  // int32 [4 + R + 1 + R * T + G]: chunk, parts, total, 1 if newest tokens are counted; for each request
+  // where its units begin, and `total`; for each request and head tile how many parts have finished, 0
+  // between two launches. T: at most one head tile for 8 query rows. G: where the pages' size is known, as
+  // many again for each part and KV head that has a warp (warp_result.cuh), then which request each part
+  // begins in.
   static constexpr int CHUNK = 0, PARTS = 1, TOTAL = 2, NEWEST = 3, BEGINS = 4;
   XLAYER_HD static constexpr int64_t counters(int64_t requests) { return BEGINS + requests + 1; }
-  static constexpr int64_t size(int64_t requests, int heads, int rows) {
-    return counters(requests) + requests * heads * ((rows + 7) / 8);
+  static constexpr int64_t size(int64_t requests, int heads, int rows, int parts, bool page_known) {
+    return counters(requests) + requests * heads * ((rows + 7) / 8) + (page_known ? 5 * int64_t(parts) : 0);
   }
 };
 
@@ -74,6 +79,7 @@ struct Nvfp4AttentionParams {
   // CUDA only.
   int32_t* schedule;   // see Schedule
   int parts;           // parts to aim for: thread blocks of four warps that run at once on the device
+  int schedule_page;   // tokens of a page as the schedule was told: page.block_size, or 0 if it was not
   int split_units;     // > 0: every (request, head) is cut into parts of so many units, whatever the batch
   float* partial_out;  // [slots][tile rows][D padded], unnormalised
   float* partial_ml;   // [slots][tile rows][2] running maximum (base 2), sum

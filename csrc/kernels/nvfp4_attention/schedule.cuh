@@ -8,13 +8,14 @@ namespace xlayer::attention {
 constexpr int SCHEDULE_THREADS = 256;
 constexpr int MIN_TOKENS = 128;  // of a part: below, merging costs more than it spreads
 
-// A tile of newest tokens takes as long as so many of a page: it has 512 bytes a token and head size of 128 in
-// place of 144, and nothing is read ahead of it.
+// A tile of newest tokens takes as long as so many of a page: it has 512 bytes a token and head size of 128
+// in place of 144, and nothing is read ahead of it.
 constexpr int NEWEST_COST = 4;
 
 // Units that a request's newest tokens add to each of its lines, because they cost more. They come after the
 // line's own, at its end as the newest tokens are, and nobody attends to them: a part that has some has fewer
-// others. What is less than a unit is left out. Not with a fixed split, whose parts are the same in any batch.
+// others. What is less than a unit is left out. Not with a fixed split, whose parts are the same in any
+// batch.
 __device__ __forceinline__ int newest_units(const Nvfp4AttentionParams& p, int request, const Range& keys,
                                             int unit) {
   if (p.newest_from == nullptr || p.split_units > 0) return 0;
@@ -32,17 +33,38 @@ __device__ __forceinline__ int whole_lines(int chunk, int line) {
   return whole - chunk <= chunk / 16 ? whole : chunk;
 }
 
-// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. parts: to
-// aim for.
+// For each part of so many units; all threads.
+__device__ __forceinline__ void store_first_requests(const Nvfp4AttentionParams& p, int tile_rows,
+                                                     int parts) {
+  const int32_t* begins = p.schedule + Schedule::BEGINS;
+  int32_t* firsts = first_requests(p, tile_rows, parts);
+  const int chunk = p.schedule[Schedule::CHUNK], made = p.schedule[Schedule::PARTS];
+  for (int part = threadIdx.x; part < made; part += SCHEDULE_THREADS) {
+    int first = 0,
+        count = p.num_requests;  // the last that begins at the part or before is in [first, first + count)
+    while (count > 1) {
+      const int half = count / 2;
+      const bool before = begins[first + half] <= part * chunk;
+      first += before ? half : 0;
+      count = before ? count - half : half;
+    }
+    firsts[part] = first;
+  }
+}
+
+// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows.
+// line_heads: KV heads that have lines of their own, all or (pages.cuh) one for all. parts: to aim for.
 __global__ void __launch_bounds__(SCHEDULE_THREADS)
-    schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int parts) {
+    schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int line_heads,
+                    int parts) {
   __shared__ int sums[SCHEDULE_THREADS / 32];
   __shared__ int shortest, longest;  // line of a request and head tile, in units
   if (threadIdx.x == 0) shortest = INT32_MAX, longest = 0;
   __syncthreads();
   int32_t* begins = p.schedule + Schedule::BEGINS;
   int32_t* counters = p.schedule + Schedule::counters(p.num_requests);
-  const int counted = p.num_requests * head_tiles_of(p, p.q_len, tile_rows);
+  const int groups = line_heads < p.page.heads ? parts * p.page.heads : 0;  // of parts: warp_result.cuh
+  const int counted = p.num_requests * head_tiles_of(p, p.q_len, tile_rows) + groups;
   for (int i = threadIdx.x; i < counted; i += SCHEDULE_THREADS) counters[i] = 0;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int total = 0;
@@ -54,7 +76,7 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
       const Range keys = key_range(p.seq_lens[r], q_len, p.window, unit);
       units = q_len > 0 ? line_units(keys.units, p.split_units) + newest_units(p, r, keys, unit) : 0;
       if (units > 0) atomicMin(&shortest, units), atomicMax(&longest, units);
-      units *= head_tiles_of(p, q_len, tile_rows);
+      units *= line_heads * row_tiles(q_len, p.num_q_heads / p.page.heads, tile_rows);
     }
     int sum = units;  // inclusive prefix sum over the block
     for (int i = 1; i < 32; i *= 2) {
@@ -72,13 +94,18 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    int chunk = p.split_units > 0 ? p.split_units : max((total + parts - 1) / parts, max(MIN_TOKENS / unit, 1));
+    int chunk =
+        p.split_units > 0 ? p.split_units : max((total + parts - 1) / parts, max(MIN_TOKENS / unit, 1));
     if (p.split_units == 0 && shortest == longest) chunk = whole_lines(chunk, longest);
     begins[p.num_requests] = total;
     p.schedule[Schedule::CHUNK] = chunk;
     p.schedule[Schedule::PARTS] = (total + chunk - 1) / chunk;
     p.schedule[Schedule::TOTAL] = total;
     p.schedule[Schedule::NEWEST] = p.newest_from != nullptr;
+  }
+  if (line_heads < p.page.heads) {
+    __syncthreads();
+    store_first_requests(p, tile_rows, parts);
   }
 }
 

@@ -18,6 +18,11 @@
   SHAPE(192, 1, 4)                  \
   SHAPE(256, 1, 4)
 
+// KV heads that the kernel for pages of 16 tokens is compiled for (pages.cuh), with heads of 128 and 8 rows.
+#define XLAYER_PAGE_SHAPES(SHAPE) \
+  SHAPE(8)                        \
+  SHAPE(4)
+
 namespace xlayer::attention {
 
 constexpr int MAX_Q_LEN = 8;   // query tokens of a request

@@ -88,10 +88,14 @@ struct LaneOffsets {
   uint32_t k_data, k_scale[C::EXACT && C::DP > 64 ? 1 : 2], v_data, v_scale[V_GROUPS];
   const Shifts shifts;
 
+  // Of V's token i of a lane, less the rows that C::v_rows_on says.
+  __device__ __forceinline__ uint32_t v_row(int) const { return v_data; }
+  __device__ __forceinline__ uint32_t v_row_scale(int group, int) const { return v_scale[group]; }
+
   __device__ __forceinline__ LaneOffsets(uint32_t ring, const Nvfp4AttentionParams& p)
       : shifts{p.two, p.sixteen} {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int token = token_of_row(g);
+    const int token = C::token_of_row(g);
     if (C::DP == 64) {
       k_data = ring + g * C::ROW + 8 * t;
       k_scale[0] = ring + C::K_SCALE + token * C::S + t;
@@ -153,7 +157,7 @@ class Tile {
 
   __device__ __forceinline__ static void mask_logits(float (&s)[C::NT][4], const TileMask& mask) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int token = mask.first_token + token_of_row(g);
+    const int token = mask.first_token + C::token_of_row(g);
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
@@ -301,17 +305,18 @@ class Tile {
     constexpr int BYTES = 4 * C::V_WORDS;
     uint32_t words[4][C::V_WORDS];  // of tokens t, t + 4, t + 8, t + 12
 #pragma unroll
-    for (int i = 0; i < 4; ++i) ptx::load_shared<BYTES>(stage + at.v_data + i * 4 * C::ROW, words[i]);
+    for (int i = 0; i < 4; ++i)
+      ptx::load_shared<BYTES>(stage + at.v_row(i) + C::v_rows_on(i) * C::ROW, words[i]);
     __half2 scales[LaneOffsets<C>::V_GROUPS][2];  // (t, t + 4) and (t + 8, t + 12)
 #pragma unroll
     for (int group = 0; group < LaneOffsets<C>::V_GROUPS; ++group) {
       uint32_t bytes[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        bytes[i] = ptx::load_shared_u8(stage + at.v_scale[group] + i * 4 * C::S);
+        bytes[i] = ptx::load_shared_u8(stage + at.v_row_scale(group, i) + C::v_rows_on(i) * C::S);
         if (mask != nullptr) {
           // P is 0 there, but 0 times a garbage scale, which may be NaN, is not.
-          const int token = mask->first_token + int(threadIdx.x & 3) + 4 * i;
+          const int token = mask->first_token + C::v_token(int(threadIdx.x & 3), i) + C::v_rows_on(i);
           if (token < mask->first || token >= mask->last) bytes[i] = 0;
         }
       }

@@ -1,20 +1,30 @@
 #pragma once
 
 #include "decode.cuh"
+#include "pages.cuh"
 #include "variant.cuh"
 
 namespace xlayer::attention {
 
 template <class C, bool NEWEST>
+auto kernel() {
+  if constexpr (C::LINE_OF_ALL_HEADS) {
+    return decode_pages_kernel<C, NEWEST>;
+  } else {
+    return decode_kernel<C, NEWEST>;
+  }
+}
+
+template <class C, bool NEWEST>
 cudaError_t prepare() {
-  return cudaFuncSetAttribute(decode_kernel<C, NEWEST>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  return cudaFuncSetAttribute(kernel<C, NEWEST>(), cudaFuncAttributeMaxDynamicSharedMemorySize,
                               C::SHARED_BYTES);
 }
 
 template <class C, bool NEWEST>
 cudaError_t launch_variant(const Nvfp4AttentionParams& p, cudaStream_t stream) {
   if (const cudaError_t error = prepare<C, NEWEST>(); error != cudaSuccess) return error;
-  decode_kernel<C, NEWEST><<<variant<C>().blocks(p.parts), C::THREADS, C::SHARED_BYTES, stream>>>(p);
+  kernel<C, NEWEST>()<<<variant<C>().blocks(p.parts), C::THREADS, C::SHARED_BYTES, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -28,7 +38,7 @@ template <class C>
 int blocks_per_sm() {
   int blocks = 0;
   if (prepare<C, false>() != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, decode_kernel<C, false>, C::THREADS,
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel<C, false>(), C::THREADS,
                                                     C::SHARED_BYTES) != cudaSuccess) {
     return 0;
   }
@@ -37,7 +47,15 @@ int blocks_per_sm() {
 
 template <class C>
 Variant variant() {
-  return {C::D, C::TILE_ROWS, C::DP, C::WARPS, C::UNIT_TOKENS, C::SHARED_BYTES, launch<C>, blocks_per_sm<C>};
+  return {C::D,
+          C::TILE_ROWS,
+          C::DP,
+          C::WARPS,
+          C::UNIT_TOKENS,
+          C::SHARED_BYTES,
+          C::LINE_OF_ALL_HEADS ? C::WARPS : 0,
+          launch<C>,
+          blocks_per_sm<C>};
 }
 
 }  // namespace xlayer::attention

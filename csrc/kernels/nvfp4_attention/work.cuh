@@ -42,6 +42,17 @@ __host__ __device__ inline int head_tiles_of(const Nvfp4AttentionParams& p, int 
   return p.page.heads * row_tiles(q_len, p.num_q_heads / p.page.heads, tile_rows);
 }
 
+// Where each KV head has a warp: counters of groups of parts, for each part and head (warp_result.cuh).
+__device__ __forceinline__ int32_t* group_counters(const Nvfp4AttentionParams& p, int tile_rows) {
+  return p.schedule + Schedule::counters(p.num_requests) +
+         int64_t(p.num_requests) * head_tiles_of(p, p.q_len, tile_rows);
+}
+
+// There, too: the request that each part begins in. parts: that the schedule aimed for.
+__device__ __forceinline__ int32_t* first_requests(const Nvfp4AttentionParams& p, int tile_rows, int parts) {
+  return group_counters(p, tile_rows) + int64_t(parts) * p.page.heads;
+}
+
 // The request whose units hold position `pos`: begins[r] <= pos < begins[r + 1]. Called by whole warps.
 __device__ __forceinline__ int find_request(const int32_t* begins, int requests, int pos) {
   int low = 0, count = requests;  // the answer is in [low, low + count)

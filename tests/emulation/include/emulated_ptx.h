@@ -67,6 +67,67 @@ void cp_async_wait() {
   }
 }
 
+// Barriers in shared memory, and copies that they are told of: see simt::SharedBarrier.
+inline simt::SharedBarrier& shared_barrier(uint32_t at) {
+  auto* b = reinterpret_cast<simt::SharedBarrier*>(simt::shared_at(at, 8));
+  if (b->made != simt::MADE) simt::fail("a barrier that was not made");
+  return *b;
+}
+inline void end_phase(simt::SharedBarrier& b) {
+  ++simt::machine().progress;
+  if (b.pending > 0 || b.bytes != 0) return;
+  b.pending = b.arrivals;
+  b.phase ^= 1;
+}
+inline void barrier_init(uint32_t at, int arrivals) {
+  const simt::SharedBarrier made = {uint8_t(arrivals), uint8_t(arrivals), 0, simt::MADE, 0};
+  std::memcpy(simt::shared_at(at, 8), &made, 8);
+}
+inline void barriers_made() {}
+inline void barrier_arrive_and_expect(uint32_t at, int bytes) {
+  simt::SharedBarrier& b = shared_barrier(at);
+  if (b.pending == 0) simt::fail("a barrier: more arrivals than it was made for");
+  b.bytes += bytes;
+  --b.pending;
+  end_phase(b);
+}
+inline void barrier_arrive(uint32_t at) { barrier_arrive_and_expect(at, 0); }
+inline void do_bulk_copy(const simt::Copy& c) {
+  // Piece by piece: shared_at wants addresses that are multiples of the size.
+  for (int i = 0; i < c.bytes; i += 16) {
+    std::memcpy(simt::shared_at(c.to + i, 16), static_cast<const uint8_t*>(c.from) + i, 16);
+  }
+  simt::SharedBarrier& b = shared_barrier(c.barrier);
+  b.bytes -= c.bytes;
+  end_phase(b);
+}
+inline void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  if (to % 16 != 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    simt::fail("bulk copy: misaligned");
+  }
+  const simt::Copy copy = {to, from, bytes, barrier};
+  if (simt::machine().late_copies) {
+    simt::machine().bulk_copies.push_back(copy);
+  } else {
+    do_bulk_copy(copy);
+  }
+}
+// A late copy happens when somebody waits for it.
+inline void barrier_wait(uint32_t at, uint32_t parity) {
+  while (shared_barrier(at).phase == parity) {
+    auto& waiting = simt::machine().bulk_copies;
+    const auto mine =
+        std::find_if(waiting.begin(), waiting.end(), [at](const auto& c) { return c.barrier == at; });
+    if (mine == waiting.end()) {
+      simt::yield();
+    } else {
+      const simt::Copy copy = *mine;
+      waiting.erase(mine);
+      do_bulk_copy(copy);
+    }
+  }
+}
+
 inline _Float16 half_of(uint32_t pair, int i) {
   return __builtin_bit_cast(_Float16, uint16_t(pair >> (16 * i)));
 }

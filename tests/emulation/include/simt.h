@@ -94,7 +94,15 @@ struct Copy {
   uint32_t to;
   const void* from;
   int bytes;
+  uint32_t barrier = 0;  // that is told, of bulk copies
 };
+
+// A barrier in shared memory, as it lies there. Memory is 0xFF before, which is no barrier.
+struct SharedBarrier {
+  uint8_t arrivals, pending, phase, made;
+  int32_t bytes;  // that are expected and did not come yet
+};
+constexpr uint8_t MADE = 0x5A;
 
 struct Machine {
   std::vector<uint8_t> shared;
@@ -102,6 +110,7 @@ struct Machine {
   std::vector<Meeting> warps;
   Meeting block;
   std::vector<std::vector<std::vector<Copy>>> copies;  // [thread][group]
+  std::vector<Copy> bulk_copies;                       // that did not happen yet
   bool late_copies = true;  // asynchronous copies happen when they are waited for, else at once
   ucontext_t scheduler;
   int current = 0;
@@ -172,6 +181,7 @@ inline void run_block(int threads) {
   m.warps.assign(threads / WARP, {});
   m.block = {};
   m.copies.assign(threads, {});
+  m.bulk_copies.clear();
   for (Fiber& f : m.fibers) {
     if (!f.stack) f.stack.reset(new char[STACK_BYTES]);
     f.done = false;
@@ -187,6 +197,7 @@ inline void run_block(int threads) {
     for (int w = 0; w < warps; ++w) left += run_warp(m.late_copies ? w : warps - 1 - w);
     if (left > 0 && m.progress == before) fail("some threads wait for others that never come");
   }
+  if (!m.bulk_copies.empty()) fail("a block ended before its bulk copies");
 }
 
 template <class F>

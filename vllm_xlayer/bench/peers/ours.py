@@ -40,6 +40,7 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None, newest_tokens: int = 0)
         head_size=s.head_size,
         max_requests=len(s.lens),
         max_q_len=s.q_len,
+        block_size=s.block_size,
     )
     starts = inputs.starts if s.q_lens else None
     usual = -(-sum(s.queries) // len(s.lens))  # as the backend has it
