@@ -119,9 +119,9 @@ def gain(
         f"- **Prompts come back instead of being computed**: just short of {offload['prompt']:,} tokens "
         f"in host memory, the first token takes {first['restored']} ms, {first['cold']} ms if they are "
         "computed.\n"
-        f"- **Prompts come from another GPU**: {read['tokens']:,} tokens that an engine beside it has computed, "
-        f"in {ways['computed']} ms, give an engine their first token in {ways['rows']} ms, in {ways['pages']} ms "
-        "by vLLM's own pages.\n\n"
+        f"- **Prompts come from another GPU**: {read['tokens']:,} tokens that an engine beside it has "
+        f"computed, in {ways['computed']} ms, give an engine their first token in {ways['rows']} ms, in "
+        f"{ways['pages']} ms by vLLM's own pages.\n\n"
         f"{decode['hardware']}; how it was measured, and where it is not faster: [Measured](#measured)."
     )
 

@@ -34,8 +34,9 @@ def prompt_tags(
     tags = []
     for start in range(0, len(tokens), block_size):
         end = start + block_size
-        names = json.dumps([[at, name] for at, name in items if start <= at < end])
-        digest = xxhash.xxh3_64_digest(digest + raw[8 * start : 8 * end] + names.encode())
+        inside = [[at, name] for at, name in items if start <= at < end] if items else []
+        names = json.dumps(inside).encode() if inside else b"[]"
+        digest = xxhash.xxh3_64_digest(digest + raw[8 * start : 8 * end] + names)
         tags.append(int.from_bytes(digest, "little", signed=True))
     return tags
 
@@ -70,9 +71,9 @@ def _odd_numbers(count: int) -> np.ndarray:
     return ((x ^ (x >> np.uint64(31))) | np.uint64(1)).view(np.int64)
 
 
-def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64 [n], ready for what is launched next. Does not wait for what the device is doing, as a copy
-    from ordinary memory would."""
+def to_device(numbers: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
+    """int64 of the same shape, ready for what is launched next. Does not wait for what the device is doing,
+    as a copy from ordinary memory would."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64)
     return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)

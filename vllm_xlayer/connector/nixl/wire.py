@@ -172,30 +172,40 @@ class NixlWire:
     def _land(self, peer: Peer, buffer: int, rows: Sequence[Row]) -> "PoolLanding":
         remote = self.peers[peer][0]
         staged, size = self.ring[buffer], len(rows) * remote.row_bytes
+        numbers = to_device(
+            np.array(rows, np.int64).T, self.pool.device
+        )  # one transfer for all there is to say
         arrived = staged[:size].view(len(rows), remote.row_bytes)
         wrong = None
         if remote.seals:
             start = self._capacity(remote) * remote.row_bytes
             table = staged[start : start + remote.seal_bytes].view(torch.int64).view(-1, 2)
-            wrong = self._check(arrived, table, rows)
-        self._into_pool(remote, arrived, rows)
+            wrong = self._check(arrived, table, numbers)
+        self._into_pool(remote, arrived, rows, numbers)
         return PoolLanding(len(rows), wrong, self.stream)
 
-    def _into_pool(self, remote: RemotePool, arrived: torch.Tensor, rows: Sequence[Row]) -> None:
-        device = self.pool.device
+    def _into_pool(
+        self, remote: RemotePool, arrived: torch.Tensor, rows: Sequence[Row], numbers: torch.Tensor
+    ) -> None:
+        blocks = numbers[Row._fields.index("local")]
         if not remote.moves:
-            self.pool.index_copy_(0, to_device([row.local for row in rows], device), arrived)
+            self.pool.index_copy_(0, blocks, arrived)
             return
         for group, moves in enumerate(remote.moves):
-            if mine := [i for i, row in enumerate(rows) if row.group == group]:
-                staged = arrived if len(mine) == len(rows) else arrived[to_device(mine, device)]
-                scatter(staged, self.pool, to_device([rows[i].local for i in mine], device), moves)
+            mine = [i for i, row in enumerate(rows) if row.group == group]
+            if len(mine) == len(rows):
+                scatter(arrived, self.pool, blocks, moves)
+            elif mine:
+                which = to_device(mine, self.pool.device)
+                scatter(arrived[which], self.pool, blocks[which], moves)
 
-    def _check(self, arrived: torch.Tensor, table: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        """int64 [2]: rows that are sealed for other tokens, and such whose bytes are not those sealed."""
-        seals = table[to_device([row.remote for row in rows], table.device)]
-        tags = to_device([row.tag for row in rows], table.device)
-        stale = seals[:, 0] != tags
+    def _check(self, arrived: torch.Tensor, table: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """int64 [2]: rows that are sealed for other tokens, and such whose bytes are not those sealed.
+
+        numbers: int64 [a Row's fields, n].
+        """
+        seals = table[numbers[Row._fields.index("remote")]]
+        stale = seals[:, 0] != numbers[Row._fields.index("tag")]
         torn = (seals[:, 1] != self.digests[arrived.shape[1]](arrived)) & ~stale
         return torch.stack((stale.sum(), torn.sum()))
 
