@@ -221,3 +221,21 @@ def test_vllm_resolves_our_wish_where_our_backends_are():
     for backend in (NVFP4Backend, CpuReferenceBackend):
         found = get_supported_kv_cache_layouts([backend, LayerlessBackend])
         assert [layout.name for layout in found] == ["LBHNC", "BLHNC"]
+
+
+@pytest.mark.parametrize(("kv_heads", "copies"), [(None, 2), (1, 1), (2, 1)])
+def test_only_of_latents_vllm_says_that_ranks_have_equal_rows(kv_heads, copies):
+    """XLayerConnector keeps one row for all ranks where it does; not of a draft's heads beside latents."""
+    try:
+        from vllm.v1.core.kv_cache_planning import kv_cache_groups_tp_replicas
+    except ImportError:  # vLLM 0.31
+        from vllm.v1.core.kv_cache_utils import kv_cache_groups_tp_replicas
+
+    latents = MLAAttentionSpec(
+        block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16, max_tp_shards=1
+    )
+    groups = [KVCacheGroupSpec(["layers.0"], latents)]
+    if kv_heads is not None:
+        heads = FullAttentionSpec(block_size=16, num_kv_heads=kv_heads, head_size=64, dtype=torch.bfloat16)
+        groups.append(KVCacheGroupSpec(["draft.0"], heads))
+    assert kv_cache_groups_tp_replicas(groups, 2) == copies

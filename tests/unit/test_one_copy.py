@@ -1,7 +1,6 @@
 """Ranks with equal rows (latents) have one copy of each in host memory, which the first rank writes."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from vllm.v1.kv_offload.config import (
     OffloadingParallelConfig,
 )
 
-from vllm_xlayer.connector.connector import has_one_copy
 from vllm_xlayer.connector.host.memory import worker_memory
 from vllm_xlayer.connector.spec import RowOffloadingSpec
 
@@ -44,21 +42,6 @@ def specs(request):
     name = f"{request.node.nodeid} {os.getpid()}"
     configs = (offloading_config(), offloading_config(), offloading_config(rank=1))
     return [RowOffloadingSpec(config, engine=name, takes_failures=True) for config in configs]
-
-
-@pytest.mark.parametrize(
-    ("kinds", "replicated", "expected"),
-    [
-        ([("MLAAttentionSpec",), ("MLAAttentionSpec",)], True, True),
-        ([("MLAAttentionSpec",)], False, False),
-        ([("MLAAttentionSpec",), ("bfloat16",)], True, False),  # as of a draft with heads
-        ([("MLAAttentionSpec", "MambaSpec")], True, False),
-        ([("bfloat16",)], True, False),
-    ],
-)
-def test_only_of_rows_that_are_latents(kinds, replicated, expected):
-    layout = SimpleNamespace(groups=[SimpleNamespace(kinds=found) for found in kinds])
-    assert has_one_copy(offloading_config(replicated_layout=replicated), layout) == expected
 
 
 def test_the_same_bytes_hold_twice_the_rows(specs):

@@ -32,7 +32,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import Offlo
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.forward_context import ForwardContext
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import KVCacheConfig, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadingSpec
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
@@ -56,7 +56,6 @@ from .worker import RowConnectorWorker
 
 logger = init_logger(__name__)
 
-LATENTS = MLAAttentionSpec.__name__
 OUR_SPEC = RowOffloadingSpec.__name__
 OffloadingSpecFactory.register_spec(OUR_SPEC, RowOffloadingSpec.__module__, OUR_SPEC)
 
@@ -191,12 +190,11 @@ def _offloading_spec(
         return OffloadingSpecFactory.create_spec(build_offloading_config(vllm_config, kv_cache_config))
     settings = ConnectorSettings.read(extra)
     config = build_offloading_config(vllm_config, kv_cache_config)
-    one_copy = has_one_copy(config, layout)
-    config = replace(config, replicated_layout=one_copy)
     host_bytes = settings.cpu_bytes_to_use or default_host_bytes(_block_bytes(config), len(layout.groups))
     if role == KVConnectorRole.SCHEDULER:
         _say_if_small(config, host_bytes, len(layout.groups))
-        if _kinds(layout) == {LATENTS} and kv_cache_config.kv_tp_replicas > 1 and not one_copy:
+        latents = vllm_config.model_config.use_mla and kv_cache_config.kv_tp_replicas > 1
+        if latents and not config.replicated_layout:
             _say_that_each_has_a_copy(vllm_config.parallel_config)
     config = replace(config, extra_config={**extra, "cpu_bytes_to_use": host_bytes})
     disk = _disk_settings(vllm_config, layout, settings, config)
@@ -210,19 +208,6 @@ def _offloading_spec(
     # Users may give two engines one id.
     engine = f"{transfer.engine_id} {vllm_config.instance_id}"
     return RowOffloadingSpec(config, disk, engine=engine, takes_failures=True)
-
-
-def has_one_copy(config: OffloadingConfig, layout: RowDescriptor) -> bool:
-    """Whether ranks have equal rows, and memory in which one of them can write each for all.
-
-    vLLM says so of models with latents (MLA), whose KV of every layer is the same on each rank, with tensor
-    parallelism alone and on one host. Here all of a row must be latents, too: draft layers with heads differ.
-    """
-    return config.replicated_layout and _kinds(layout) == {LATENTS}
-
-
-def _kinds(layout: RowDescriptor) -> set[str]:
-    return {kind for group in layout.groups for kind in group.kinds}
 
 
 def _say_that_each_has_a_copy(parallel: ParallelConfig) -> None:

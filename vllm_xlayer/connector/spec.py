@@ -109,8 +109,9 @@ class RowOffloadingSpec(CPUOffloadingSpec):
         """vLLM's factory, which passes the configuration alone, is refused.
 
         Args:
-            config: with `replicated_layout`, ranks have equal rows, of which the host tier keeps one. vLLM's
-                worker then stores those of the first rank, and a store counts when that rank has it.
+            config: with `replicated_layout`, which vLLM sets where every layer's KV is the same on all ranks
+                (latents) and these share a host, the host tier keeps one copy of a row. vLLM's worker then
+                stores the first rank's, and a store counts when that rank has it.
             engine: a name that no other engine has, known to its scheduler and all its workers.
             takes_failures: the connector computes what could not be loaded, and asks for rows.
 
@@ -157,7 +158,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             return host
         try:  # first: the workers' side waits for it to be taken. It is also the proof that all ranks have it
             memory = scheduler_memory(self._shape)
-        except MemoryError as error:
+        except (MemoryError, OSError) as error:
             if self._shape.one_copy:
                 host.turn_off(f"the ranks were to have one copy of their rows, which are equal: {error}")
             else:
