@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm.v1.kv_cache_interface import (
     CrossAttentionSpec,
     FullAttentionSpec,
+    KVCacheConfig,
     KVCacheGroupSpec,
     KVQuantMode,
     MLAAttentionSpec,
@@ -185,8 +186,19 @@ def test_latents_of_kernels_that_were_not_compared_are_refused():
 def test_pages_that_cannot_be_described_are_refused():
     spec = CrossAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
     groups = [KVCacheGroupSpec(["a"], spec)]
-    with pytest.raises(NegotiationError, match=r"model: pages of CrossAttentionSpec \(a\) are not known"):
+    with pytest.raises(
+        NegotiationError,
+        match=r"model: pages of CrossAttentionSpec \(a\) are not known.*with no KV connector",
+    ):
         rows.negotiate_rows(config_with(), planned(groups, "BLHNC"))
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
+def test_a_model_without_a_kv_cache_is_told_so(layout):
+    """An encoder's, say; of its layout nothing can be said."""
+    plan = KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=[], kv_cache_layout=layout)
+    with pytest.raises(NegotiationError, match=r"it has no layers with a KV cache.*leave --kv-conn"):
+        rows.negotiate_rows(config_with(), plan)
 
 
 def test_nvfp4_pages_of_another_backend_are_refused():
