@@ -7,6 +7,7 @@ kept. The others go on.
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,8 @@ from typing import Any
 
 Run = Callable[[Any, Connection], None]
 """In the case's process: sends (question, answer) for each question."""
+ASSERTION = re.compile(r"([^/\s]+:\d+): .*?(Assertion .*)")
+"""What a GPU prints where an assertion of a kernel fails; the error that follows does not repeat it."""
 
 
 def try_case(
@@ -28,7 +31,8 @@ def try_case(
 
     Args:
         name: before each answer that is printed.
-        log: file for what the case's process writes; without one it writes to this process's output.
+        log: file for what the case's process writes; without one it writes to this process's output. An
+            answer that tells of a failed assertion on the device gets it from there.
     """
     context = multiprocessing.get_context("spawn")  # a fork of what torch has threads in may hang
     ours, theirs = context.Pipe(duplex=False)
@@ -50,7 +54,14 @@ def try_case(
         os.killpg(process.pid or 0, signal.SIGKILL)
     process.kill()  # before it had a group of its own
     process.join()
-    return {question: found.get(question, missing) for question in questions}
+    found = {question: found.get(question, missing) for question in questions}
+    said = log and ASSERTION.search(log.read_text(errors="replace"))
+    if said:
+        found = {
+            question: f"{answer}; {said[1]}: {said[2]}" if "device-side assert" in answer else answer
+            for question, answer in found.items()
+        }
+    return found
 
 
 def try_all(

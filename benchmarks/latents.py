@@ -4,10 +4,11 @@
 
 For each backend and dtype of a KV cache, a tiny model with latents of real width. "In rows": an engine
 without a connector answers prompts, cold and cached, with VLLM_KV_CACHE_LAYOUT=BLHNC as another one did with
-LBHNC, in equal tokens and logprobs. "Restored": with XLayerConnector a prompt is answered from the host tier
-as from the device's cache. XLayerConnector refuses backends that are not in `compat.rows.LATENTS_COMPARED`;
-here it takes each, so that whoever adds one there has seen it compared. Results go to
-results/cpu-latents.json, or gpu-latents.json.
+LBHNC, in equal tokens and logprobs, whatever unused memory holds. "Restored": with XLayerConnector a prompt
+is answered from the host tier as from the device's cache. XLayerConnector refuses backends that are not in
+`compat.rows.LATENTS_COMPARED`; here it takes each, so that whoever adds one there has seen it compared. Each
+question has a process of its own: after a failed assertion on the device nothing runs in the same one.
+Results go to results/cpu-latents.json, or gpu-latents.json.
 """
 
 import argparse
@@ -29,7 +30,6 @@ from .model_configs import configs
 
 RESULT = {False: RESULTS / "cpu-latents.json", True: RESULTS / "gpu-latents.json"}
 """By whether there is a GPU."""
-QUESTIONS = ("in rows", "restored")
 MODEL = "deepseek_v2"
 BLOCK = 64
 """Tokens of a block, which each backend takes; FlashMLA takes no other."""
@@ -73,22 +73,26 @@ def cases(gpu: bool) -> dict[str, Case]:
 
 def rows_as_own_layout(settings: dict[str, Any]) -> str:
     """Whether an engine answers from rows as from vLLM's own layout, each without a connector."""
-    found = {}
-    try:
-        for layout in ("LBHNC", "BLHNC"):
-            os.environ[LAYOUT_VARIABLE] = layout
+    expected: list[serving.Answer] = []
+    for layout in ("LBHNC", "BLHNC"):
+        os.environ[LAYOUT_VARIABLE] = layout
+        try:
             with serving.started(settings) as llm:
                 _check_layout(llm, layout)
-                found[layout] = [answer for n in LENGTHS for answer in _cold_and_cached(llm, n)]
                 backend = _backend_of(llm)
-    except Exception as error:
-        traceback.print_exc()
-        return serving.cell_of(error)
-    finally:
-        os.environ.pop(LAYOUT_VARIABLE, None)
-    for own, rows in zip(found["LBHNC"], found["BLHNC"], strict=True):
-        if rows != own:
-            return f"WRONG: {backend} answers from rows {rows}, from vLLM's own layout {own}"
+                for byte in serving.POISONS:
+                    serving.empty(llm, byte)
+                    found = [answer for n in LENGTHS for answer in _cold_and_cached(llm, n)]
+                    expected = expected or found
+                    if found != expected:
+                        told = f"{layout} with {byte:#x} in unused memory"
+                        return f"WRONG: {backend} answers from {told} {found}, first {expected}"
+        except Exception as error:
+            traceback.print_exc()
+            cell = serving.cell_of(error)
+            return cell if cell.startswith("refused") else f"{cell}, in layout {layout}"
+        finally:
+            del os.environ[LAYOUT_VARIABLE]
     return f"equal ({backend}, {len(LENGTHS)} prompts, cold and cached)"
 
 
@@ -134,15 +138,26 @@ def restored_as_cached(settings: dict[str, Any]) -> str:
         return serving.cell_of(error)
 
 
-def try_case(case: Case, answers: Connection) -> None:
-    """In a process of its own: sends (question, what was found)."""
+QUESTIONS = {"in rows": rows_as_own_layout, "restored": restored_as_cached}
+FOUND = "found"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A question of a case, for a process of its own."""
+
+    case: Case
+    question: str
+
+
+def try_trial(trial: Trial, answers: Connection) -> None:
+    """In a process of its own: sends (FOUND, what was found)."""
     import torch
 
     serving.prepare()
     with tempfile.TemporaryDirectory() as folder:
-        settings = case.settings(Path(folder), configs(torch.cuda.is_available())[MODEL])
-        answers.send(("in rows", rows_as_own_layout(settings)))
-        answers.send(("restored", restored_as_cached(settings)))
+        settings = trial.case.settings(Path(folder), configs(torch.cuda.is_available())[MODEL])
+        answers.send((FOUND, QUESTIONS[trial.question](settings)))
 
 
 def main() -> int:
@@ -157,27 +172,37 @@ def main() -> int:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("cases", nargs="*", metavar="case", help=f"some of {', '.join(known)}")
-    parser.add_argument("--seconds", type=float, default=240, help="limit for a case (default: 240)")
+    parser.add_argument("--seconds", type=float, default=240, help="limit for a question (default: 240)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="limit for all (default: none)")
-    parser.add_argument("--at-once", type=int, default=1, help="cases at a time (default: 1)")
+    parser.add_argument("--at-once", type=int, default=1, help="questions at a time (default: 1)")
     parser.add_argument("--json", type=Path, default=RESULT[gpu], help="file to write (default: %(default)s)")
-    parser.add_argument("--logs", type=Path, help="folder for what each case's process writes")
+    parser.add_argument("--logs", type=Path, help="folder for what each question's process writes")
     args = parser.parse_args()
     if unknown := set(args.cases) - set(known):
         parser.error(f"expected cases of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     if args.logs:
         os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # an error of a kernel is raised where it was launched
     results = json.loads(args.json.read_text())["cases"] if args.json.exists() else {}
+    trials = {
+        f"{name}.{question.replace(' ', '_')}": (name, question)
+        for name in args.cases or known
+        for question in QUESTIONS
+    }
 
-    def finished(name: str, found: dict[str, str]) -> None:
-        results[name] = {"case": known[name].label, **found}
+    def finished(trial: str, found: dict[str, str]) -> None:
+        name, question = trials[trial]
+        row = results.setdefault(name, {"case": known[name].label} | dict.fromkeys(QUESTIONS, "not tried"))
+        row[question] = found[FOUND]
         write(args.json, {"cases": {name: results[name] for name in known if name in results}})
 
-    tried = {name: known[name] for name in args.cases or known}
-    try_all(
-        tried, try_case, QUESTIONS, finished,
-        seconds=args.seconds, at_once=args.at_once, total_seconds=60 * args.minutes, logs=args.logs,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        try_all(
+            {trial: Trial(known[name], question) for trial, (name, question) in trials.items()},
+            try_trial, [FOUND], finished,
+            seconds=args.seconds, at_once=args.at_once, total_seconds=60 * args.minutes,
+            logs=args.logs or Path(folder),
+        )  # fmt: skip
     return int(any("WRONG" in answer for found in results.values() for answer in found.values()))
 
 

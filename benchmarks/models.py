@@ -3,11 +3,12 @@
     python -m benchmarks.models [family ...] [--at-once 8] [--minutes 8]
 
 Starts every family of models.json with random weights in three ways: with NVFP4, with XLayerConnector, and
-with both. A prompt is answered from the device's cache; with the connector, once more after that cache was
-emptied and filled with 0xFF. "Works" means that as many tokens came from the cache, that tokens and logprobs
-are equal, and that a wrong block of any group would have changed them. A refusal at start is quoted. Each
-family has a process of its own and a time limit; on a GPU several may share it. Results go to
-results/cpu-models.json, or gpu-models.json, as they come, beside those of families that were not named.
+with both. A prompt is answered from the device's cache, and once more after that cache was emptied and its
+memory filled with another byte; with the connector, it is then restored. "Works" means that as many tokens
+came from the cache, that tokens and logprobs are equal, and that a wrong block of any group would have
+changed them. A refusal at start is quoted. Each family has a process of its own and a time limit; on a GPU
+several may share it. Results go to results/cpu-models.json, or gpu-models.json, as they come, beside those of
+families that were not named.
 """
 
 import argparse
@@ -95,8 +96,8 @@ def serve(settings: dict[str, Any]) -> str:
         with serving.started(settings) as llm:
             prompt = serving.prompt_of()
             cached = serving.cached_answer(llm, prompt)
-            if "kv_transfer_config" in settings:
-                serving.check_restored(llm, prompt, cached)
+            restores = "kv_transfer_config" in settings
+            (serving.check_restored if restores else serving.check_unread)(llm, prompt, cached)
             serving.check_power(llm, prompt, cached)
             return f"works (blocks of {serving.block_of(llm)})"
     except Exception as error:

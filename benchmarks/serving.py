@@ -7,7 +7,9 @@ NVFP4 a cached prompt has others than a cold one, and kernels of a GPU round by 
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from . import ROOT
@@ -31,6 +33,11 @@ ON_GPU: dict[str, Any] = dict(
 PROMPT_TOKENS = 700
 """More than the largest block of models.json."""
 NUM_TOKENS = 8
+POISONS = (0x77, 0xF7)
+"""What memory is filled with: bytes that are large numbers in every dtype of a cache, 5e33 in bfloat16 and
+240 in fp8, of either sign. An answer made of them differs between the two. They are no NaNs: kernels that
+multiply what lies behind a prompt's end by 0 are right, and from logits that are NaNs vLLM samples tokens
+outside a small vocabulary, which ends in an assertion on the device."""
 Answer = tuple[list[int], list[float], int]
 """Tokens, their logprobs, and how many tokens of the prompt came from a cache."""
 
@@ -49,7 +56,7 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def started(settings: dict[str, Any]) -> Iterator[Any]:
-    """An LLM whose cache is 0xFF, which is a NaN in every dtype; ends with all that it leaves behind.
+    """An LLM whose cache is the first of `POISONS`; ends with all that it leaves behind.
 
     It takes its blocks from the end of the cache.
     """
@@ -67,7 +74,7 @@ def started(settings: dict[str, Any]) -> Iterator[Any]:
     )  # fmt: skip
     try:
         llm = LLM(**(defaults | settings))
-        _empty(llm)
+        empty(llm, POISONS[0])
         last_blocks_first(llm)
         yield llm
     finally:
@@ -77,14 +84,14 @@ def started(settings: dict[str, Any]) -> Iterator[Any]:
         destroy_model_parallel()
 
 
-def _empty(llm: Any) -> None:
-    """Nothing is cached on the device any more, and its memory is 0xFF."""
+def empty(llm: Any, byte: int) -> None:
+    """Nothing is cached on the device any more, and its memory is that byte."""
     from hybrid_fixture import fill_memory
 
     from vllm_xlayer.compat.engine import empty_device_cache
 
     empty_device_cache(llm)
-    fill_memory(llm, 0xFF)
+    fill_memory(llm, byte)
 
 
 def prompt_of(tokens: int = PROMPT_TOKENS) -> list[int]:
@@ -116,13 +123,25 @@ def cached_answer(llm: Any, prompt: list[int]) -> Answer:
     return cached
 
 
+def check_unread(llm: Any, prompt: list[int], cached: Answer) -> None:
+    """Asks again when the prompt was computed anew, in memory that was another byte.
+
+    Raises:
+        Finding: the answer is not what was cached.
+    """
+    empty(llm, POISONS[1])
+    again = cached_answer(llm, prompt)
+    if again != cached:
+        raise Finding(f"WRONG: computed anew in other unused memory {again} is not {cached}")
+
+
 def check_restored(llm: Any, prompt: list[int], cached: Answer) -> None:
-    """Asks again when the device's cache is empty.
+    """Asks again when the device's cache is empty, and its memory another byte.
 
     Raises:
         Finding: the host tier's answer is not what was cached.
     """
-    _empty(llm)
+    empty(llm, POISONS[1])
     restored = answer_to(llm, prompt)
     if restored[2] != cached[2]:
         raise Finding(f"runs, but {restored[2]} tokens were restored of {cached[2]} cached")
@@ -170,4 +189,14 @@ def cell_of(error: BaseException) -> str:
         return str(error)
     if isinstance(error, (ValueError, NotImplementedError)):
         return f"refused: {sentence(error)}"
-    return f"does not run: {type(error).__name__}: {sentence(error)}"
+    return f"does not run: {type(error).__name__}: {sentence(error)}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """Where an error was raised, by the innermost line that is not torch's."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not {"torch", "<string>"} & set(Path(frame.filename).parts)
+    ]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name})" if frames else ""

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm.v1.kv_cache_interface import (
     CrossAttentionSpec,
     FullAttentionSpec,
+    KVCacheConfig,
     KVCacheGroupSpec,
     KVQuantMode,
     MLAAttentionSpec,
@@ -185,8 +186,19 @@ def test_latents_of_kernels_that_were_not_compared_are_refused():
 def test_pages_that_cannot_be_described_are_refused():
     spec = CrossAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
     groups = [KVCacheGroupSpec(["a"], spec)]
-    with pytest.raises(NegotiationError, match=r"model: pages of CrossAttentionSpec \(a\) are not known"):
+    with pytest.raises(
+        NegotiationError,
+        match=r"model: pages of CrossAttentionSpec \(a\) are not known.*with no KV connector",
+    ):
         rows.negotiate_rows(config_with(), planned(groups, "BLHNC"))
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
+def test_a_model_without_a_kv_cache_is_told_so(layout):
+    """An encoder's, say; of its layout nothing can be said."""
+    plan = KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=[], kv_cache_layout=layout)
+    with pytest.raises(NegotiationError, match=r"it has no layers with a KV cache.*leave --kv-conn"):
+        rows.negotiate_rows(config_with(), plan)
 
 
 def test_nvfp4_pages_of_another_backend_are_refused():
@@ -221,3 +233,21 @@ def test_vllm_resolves_our_wish_where_our_backends_are():
     for backend in (NVFP4Backend, CpuReferenceBackend):
         found = get_supported_kv_cache_layouts([backend, LayerlessBackend])
         assert [layout.name for layout in found] == ["LBHNC", "BLHNC"]
+
+
+@pytest.mark.parametrize(("kv_heads", "copies"), [(None, 2), (1, 1), (2, 1)])
+def test_only_of_latents_vllm_says_that_ranks_have_equal_rows(kv_heads, copies):
+    """XLayerConnector keeps one row for all ranks where it does; not of a draft's heads beside latents."""
+    try:
+        from vllm.v1.core.kv_cache_planning import kv_cache_groups_tp_replicas
+    except ImportError:  # vLLM 0.31
+        from vllm.v1.core.kv_cache_utils import kv_cache_groups_tp_replicas
+
+    latents = MLAAttentionSpec(
+        block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16, max_tp_shards=1
+    )
+    groups = [KVCacheGroupSpec(["layers.0"], latents)]
+    if kv_heads is not None:
+        heads = FullAttentionSpec(block_size=16, num_kv_heads=kv_heads, head_size=64, dtype=torch.bfloat16)
+        groups.append(KVCacheGroupSpec(["draft.0"], heads))
+    assert kv_cache_groups_tp_replicas(groups, 2) == copies

@@ -14,7 +14,7 @@ HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 6, 2, 32, 16
 SCALE = 0.3
 
 
-def expected_attention(query, keys, values, first, window=None, soft_cap=None, sinks=None):
+def expected_attention(query, keys, values, first, window=None, soft_cap=None, sinks=None, slopes=None):
     """One request, one query and head at a time: query [n, Hq, D], keys and values [m, H, D]."""
     query, keys, values = query.double(), keys.double(), values.double()
     out = torch.zeros_like(query)
@@ -26,6 +26,9 @@ def expected_attention(query, keys, values, first, window=None, soft_cap=None, s
             logits = keys[start : position + 1, kv_head] @ query[i, head] * SCALE
             if soft_cap is not None:
                 logits = soft_cap * torch.tanh(logits / soft_cap)
+            if slopes is not None:
+                for key in range(len(logits)):
+                    logits[key] -= slopes[head] * (position - start - key)
             weights = logits.exp()
             total = weights.sum() + (0.0 if sinks is None else sinks[head].double().exp())
             out[i, head] = (weights / total) @ values[start : position + 1, kv_head]
@@ -121,6 +124,8 @@ def make_impl(**settings):
         dict(logits_soft_cap=2.0),
         dict(sinks=torch.linspace(-2, 2, HEADS)),
         dict(sliding_window=33, logits_soft_cap=3.0, sinks=torch.linspace(2, -2, HEADS)),
+        dict(alibi_slopes=[2.0**-i for i in range(HEADS)]),
+        dict(sliding_window=20, alibi_slopes=[2.0**-i for i in range(HEADS)]),
     ],
     ids=lambda settings: "-".join(settings) or "plain",
 )
@@ -131,6 +136,7 @@ def test_mixed_batch(settings):
         window=settings.get("sliding_window"),
         soft_cap=settings.get("logits_soft_cap"),
         sinks=settings.get("sinks"),
+        slopes=settings.get("alibi_slopes"),
     )
     for r, (computed, _) in enumerate(step.requests):
         expected = expected_attention(step.queries[r], step.keys[r], step.values[r], computed, **reference)
@@ -184,7 +190,7 @@ def test_page_and_orders(quant_mode, dtype, content):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (dict(alibi_slopes=[0.5] * HEADS), "ALiBi"),
+        (dict(kv_cache_dtype="nvfp4", alibi_slopes=[0.5] * HEADS), "nvfp4: expected no ALiBi slopes"),
         (dict(kv_sharing_target_layer_name="layers.0"), "share another layer's KV cache"),
     ],
 )

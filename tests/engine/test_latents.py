@@ -14,9 +14,6 @@ from hybrid_fixture import (
     save_hybrid,
 )
 from model_fixture import ON_GPU, random_prompts
-from test_tensor_parallel import spoil_pool
-
-from vllm_xlayer.compat.engine import come_to_rest
 
 NUM_TOKENS, BLOCK = 12, 64 if ON_GPU else 16
 LENGTHS = [1, 15, 16, 33, 100, 160]
@@ -29,9 +26,8 @@ def folder(tmp_path_factory):
     return save_hybrid("deepseek_v2", tmp_path_factory.mktemp("deepseek"))
 
 
-def start(make_llm, folder, extra=None):
-    """Prompts in parts of 64 tokens; with the connector unless extra is None."""
-    settings = {}
+def start(make_llm, folder, extra=None, **settings):
+    """Prompts in parts of 64 tokens; with the connector unless extra is None. Memory is 0xFF."""
     if extra is not None:
         settings["kv_transfer_config"] = dict(
             kv_connector="XLayerConnector", kv_role="kv_both",
@@ -41,7 +37,8 @@ def start(make_llm, folder, extra=None):
         folder, dtype=CONFIGS["deepseek_v2"]["dtype"], max_num_batched_tokens=64, max_num_seqs=4,
         kv_cache_memory_bytes=8 << 20, block_size=BLOCK, **settings,
     )  # fmt: skip
-    fill_memory(llm, 0xFF)
+    if "tensor_parallel_size" not in settings:  # else it is in other processes
+        fill_memory(llm, 0xFF)
     return llm
 
 
@@ -96,36 +93,3 @@ def test_restored_from_host_and_from_disk_is_as_cached(make_llm, folder, cached,
     assert one_by_one(llm) == cached
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector.connector_scheduler
     assert scheduler.manager.disk.counts["hit"] > 0
-
-
-@pytest.mark.timeout(400, func_only=True)
-def test_ranks_with_equal_latents_restore_each_its_own(make_llm, folder, monkeypatch):
-    """Two ranks have the same latents; each keeps a copy in the host tier."""
-    for name in ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_XLAYER_DEBUG", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, "1")
-    llm = make_llm(
-        folder, dtype=CONFIGS["deepseek_v2"]["dtype"], max_num_batched_tokens=64, max_num_seqs=4,
-        kv_cache_memory_bytes=8 << 20, block_size=BLOCK, tensor_parallel_size=2,
-        kv_transfer_config=dict(
-            kv_connector="XLayerConnector", kv_role="kv_both",
-            kv_connector_extra_config={"cpu_bytes_to_use": 16 << 20},
-        ),
-    )  # fmt: skip
-    llm.collective_rpc(spoil_pool)
-    assert one_by_one(llm, 1)
-    cached = one_by_one(llm)
-    assert [hit for *_, hit in cached] == HITS
-    come_to_rest(llm)
-    assert llm.reset_prefix_cache()
-    llm.collective_rpc(spoil_pool)
-    before = llm.collective_rpc(rows_loaded)
-    assert one_by_one(llm) == cached
-    loaded = [now - then for now, then in zip(llm.collective_rpc(rows_loaded), before, strict=True)]
-    assert loaded == [sum(HITS) // BLOCK] * 2
-
-
-def rows_loaded(_):
-    """In a worker."""
-    from vllm_xlayer.compat import engine
-
-    return engine.rows_loaded()

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from test_one_copy import offloading_config
 from test_transfer_pacing import PER_BATCH, POOL, ROW, device, submit  # noqa: F401
 
 from vllm_xlayer.connector import spec as offload
@@ -19,19 +20,19 @@ LEFT, IDLE_LEFT = 3, 6
 """Batches that may be left when a load is reported: the fake device needs a millisecond for each."""
 
 
-@pytest.mark.parametrize("disk", [False, True])
-def test_none_where_the_disk_tier_writes_to_host_memory(monkeypatch, disk):
-    """Its threads would write to a chunk that is given away while the link still reads it."""
+@pytest.mark.parametrize("writer", [None, "a disk tier", "another rank"])
+def test_none_where_somebody_else_writes_to_host_memory(monkeypatch, writer):
+    """To a chunk that is given away while the link still reads it."""
     made = []
     monkeypatch.setattr(offload, "worker_memory", lambda *_: (torch.zeros(4, ROW, dtype=torch.uint8), None))
     monkeypatch.setattr(directions, "make_direction", lambda *_, early=False: made.append(early))
-    spec = object.__new__(offload.RowOffloadingSpec)
-    spec._disk, spec._shape, spec.blocks_per_chunk = object() if disk else None, None, 1
-    spec.config = SimpleNamespace(parallel=SimpleNamespace(rank=0))
+    disk = SimpleNamespace(in_process=True) if writer == "a disk tier" else None
+    config = offloading_config(replicated_layout=writer == "another rank")
+    spec = offload.RowOffloadingSpec(config, disk, engine="a", takes_failures=True)
     pool = torch.zeros(4, ROW, dtype=torch.uint8)
     refs = [[SimpleNamespace(page_size_bytes=ROW)]]
     spec._make_worker(SimpleNamespace(tensors=[SimpleNamespace(tensor=pool)], group_data_refs=refs))
-    assert made == [False, not disk]  # stores, loads
+    assert made == [False, writer is None]  # stores, loads
 
 
 @pytest.fixture

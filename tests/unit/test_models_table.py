@@ -1,10 +1,13 @@
 """The table of model families: what hangs or dies becomes a row, and each sentence is said once."""
 
+import contextlib
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import cases, models, serving
 from benchmarks.markdown_models import gpu_table, latents_table, table
@@ -31,6 +34,12 @@ def answer_all(case, answers):
         answers.send((question, f"{case}, {question}"))
 
 
+def fail_on_the_device(case, answers):
+    print("/src/native/Indexing.cu:15: lookup: block: [0,0,0], thread: [1,0,0] Assertion `i < n` failed.")
+    answers.send(("first", "does not run: CUDA error: device-side assert triggered"))
+    answers.send(("second", "works"))
+
+
 def misbehave(case, answers):
     {"hang": hang, "die": die}.get(case, answer_all)(case, answers)
 
@@ -55,6 +64,14 @@ def test_several_at_once_and_the_others_go_on(tmp_path):
     assert found["die"]["second"] == "the process died (exit code 9)"
     assert found["a"] == {"first": "a, first", "second": "a, second"}
     assert (tmp_path / "logs" / "b.log").read_text() == "said by b\n"
+
+
+def test_a_failed_assertion_on_the_device_is_told(tmp_path):
+    found = cases.try_case("", fail_on_the_device, QUESTIONS, 20, log=tmp_path / "log")
+    failed = (
+        "does not run: CUDA error: device-side assert triggered; Indexing.cu:15: Assertion `i < n` failed."
+    )
+    assert found == {"first": failed, "second": "works"}
 
 
 def test_what_is_not_begun_in_time_is_not_tried():
@@ -85,6 +102,44 @@ def test_an_error_is_one_sentence():
     assert serving.cell_of(ValueError("no")) == "refused: no"
     assert serving.cell_of(RuntimeError("no")) == "does not run: RuntimeError: no"
     assert serving.cell_of(serving.Finding("WRONG: 1")) == "WRONG: 1"
+
+
+def test_what_does_not_run_tells_where():
+    def fail():
+        return torch.zeros(2)[3]
+
+    with pytest.raises(IndexError) as caught:
+        fail()
+    found = serving.cell_of(caught.value)
+    assert found.startswith("does not run: IndexError: ")
+    assert found.endswith(f" ({Path(__file__).name}:{fail.__code__.co_firstlineno + 1}, fail)")
+    with pytest.raises(TypeError) as caught:
+        torch.nn.functional.linear(None, None)
+    assert "test_what_does_not_run_tells_where)" in serving.cell_of(caught.value)
+
+
+def test_memory_is_filled_with_large_numbers_of_every_dtype():
+    floats = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32)
+    for dtype in floats:
+        first, second = (
+            torch.full((4,), byte, dtype=torch.uint8).view(dtype).float() for byte in serving.POISONS
+        )
+        assert first.isfinite().all() and second.isfinite().all()
+        assert (first >= 240).all() and (second <= -240).all()
+
+
+def test_an_answer_that_follows_unused_memory_is_wrong(monkeypatch):
+    memory = []
+    monkeypatch.setattr(serving, "empty", lambda llm, byte: memory.append(byte))
+    for answers, raised in (
+        (lambda *_: ([1], [0.5], 16), False),
+        (lambda *_: ([memory[-1]], [0.5], 16), True),
+    ):
+        memory[:] = [serving.POISONS[0]]
+        cached = serving.POISONS[0] if raised else 1
+        monkeypatch.setattr(serving, "answer_to", answers)
+        with pytest.raises(serving.Finding, match="WRONG") if raised else contextlib.nullcontext():
+            serving.check_unread(None, [], ([cached], [0.5], 16))
 
 
 def test_sentences_stand_below_the_table_once():

@@ -127,7 +127,8 @@ def of(folder, **changes):
         groups=[SimpleNamespace(block_size=16)],
         has_opaque=changes.pop("states", False),
     )
-    return tier_identity(engine(**{"model_config.model": str(folder)} | changes), layout, 1)
+    one_copy = changes.pop("one_copy", False)
+    return tier_identity(engine(**{"model_config.model": str(folder)} | changes), layout, 1, one_copy)
 
 
 NVFP4 = {"cache_config.cache_dtype": "nvfp4"}
@@ -174,6 +175,7 @@ def test_nothing_that_shapes_kv_is_left_out_here():
         {"parallel_config.world_size": 1, "parallel_config.tensor_parallel_size": 1},
         {"fingerprint": "BLNHC"},
         {"page_dtype": "nvfp4"},
+        {"one_copy": True},
         *[{f"model_config.multimodal_config.{name}": "changed"} for name in identity.MULTIMODAL
           if name != "mm_encoder_attn_dtype"],
         {

@@ -159,8 +159,6 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        if alibi_slopes is not None:
-            raise NotImplementedError("CPU reference attention: ALiBi is not supported")
         if kv_sharing_target_layer_name is not None:
             raise NotImplementedError(
                 "CPU reference attention: layers that share another layer's KV cache are not supported "
@@ -168,6 +166,10 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
             )
         self.is_nvfp4 = kv_cache_dtype in KV_DTYPES
         if self.is_nvfp4:
+            if alibi_slopes is not None:  # as the kernels on a GPU
+                raise NotImplementedError(
+                    f"--kv-cache-dtype {kv_cache_dtype}: expected no ALiBi slopes, got some"
+                )
             ops.load()  # a missing extension should stop the start, not the first request
         self.uses_global_scales = self.is_nvfp4  # see patches.kv_scales
         self.kv_cache_dtype = kv_cache_dtype
@@ -182,6 +184,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         self.window = sliding_window
         self.soft_cap = logits_soft_cap or None
         self.sinks = sinks
+        self.slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.newest: torch.Tensor | None = None
         config = get_current_vllm_config() if self.is_nvfp4 else None
         self.config = config if config is not None and newest_tokens_of(config) else None
@@ -336,7 +339,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         return torch.cat(tiles, dim=2).permute(2, 0, 1, 3).reshape(query.shape)
 
     def _weights(self, scores: torch.Tensor, first_query: int, first_key: int) -> torch.Tensor:
-        """Softmax over scores [H, group, n, m] after soft cap and mask; overwrites the scores.
+        """Softmax over scores [H, group, n, m] after soft cap, ALiBi and mask; overwrites the scores.
 
         Row i is position first_query + i, column j position first_key + j. A sink takes its
         share of each row's weight and attends to nothing.
@@ -344,9 +347,12 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         if self.soft_cap is not None:
             scores = scores.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         num_queries, num_keys = scores.shape[2:]
+        query_positions = torch.arange(first_query, first_query + num_queries).unsqueeze(1)
+        key_positions = torch.arange(first_key, first_key + num_keys)
+        if self.slopes is not None:
+            slopes = self.slopes.view(*scores.shape[:2], 1, 1)
+            scores = scores.add_(slopes * (key_positions - query_positions))
         if num_queries > 1:  # the columns are exactly what a single query sees
-            query_positions = torch.arange(first_query, first_query + num_queries).unsqueeze(1)
-            key_positions = torch.arange(first_key, first_key + num_keys)
             hidden = key_positions > query_positions
             if self.window is not None:
                 hidden |= key_positions <= query_positions - self.window

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import get_conv_state_layout
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
+    CrossAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
@@ -25,6 +26,7 @@ from vllm.v1.kv_cache_interface import (
 
 from ..layout import MODEL, CacheSpec, Layout, Opaque, Page, Refusal, RowGroup
 
+NO_CACHE = "it has no layers with a KV cache, so there is nothing to keep: leave --kv-connector out"
 PLAN = "the KV cache that vLLM planned"
 """The party that a plan's placements speak for."""
 DENSE = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
@@ -47,7 +49,7 @@ def refusals_of(layout: Layout, plan: KVCacheConfig) -> Iterator[Refusal]:
 def _strange_placement(layout: Layout, plan: KVCacheConfig) -> Iterator[Refusal]:
     """What of vLLM's plan is not one row a block."""
     if not plan.kv_cache_tensors or plan.num_blocks < 1:
-        yield Refusal(layout, MODEL, "it has no layers with a KV cache")
+        yield Refusal(layout, MODEL, NO_CACHE)
         return
     size = plan.kv_cache_tensors[0].size
     if size % plan.num_blocks:
@@ -77,9 +79,12 @@ def _strange_pages(layout: Layout, plan: KVCacheConfig) -> Iterator[Refusal]:
             )  # fmt: skip
         elif kind not in (*DENSE, *OPAQUE):
             known = ", ".join(spec.__name__ for spec in (*DENSE, *OPAQUE))
-            yield Refusal(
-                layout, MODEL, f"pages of {kind.__name__} ({layer}) are not known: expected one of {known}"
-            )
+            reason = f"pages of {kind.__name__} ({layer}) are not known: expected one of {known}"
+            if kind is CrossAttentionSpec:
+                reason += (
+                    ". vLLM serves encoder-decoder models with no KV connector: leave --kv-connector out"
+                )
+            yield Refusal(layout, MODEL, reason)
         elif spec.page_size_bytes != tensor.layer_stride and not _keeps_one_spec_of_several(group, plan):
             yield Refusal(
                 layout, PLAN, f"{layer}: expected pages {spec.page_size_bytes} bytes apart, got "

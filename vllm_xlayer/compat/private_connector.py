@@ -62,6 +62,14 @@ DEPENDENCES = (
     ),
     Private(
         CONNECTOR_FEATURE,
+        f"{_TIERS}.cpu.spec:CPUOffloadingSpec",
+        why="on the CPU platform each rank would keep its own copy of equal rows",
+        how="overridden: ranks can share memory on every platform",
+        remove_when="the spec takes the number of copies",
+        methods={"_uses_shared_region": "self"},
+    ),
+    Private(
+        CONNECTOR_FEATURE,
         f"{_TIERS}.cpu.manager:CPUOffloadingManager",
         why=_BOOKS,
         how="called and read: chunks of failed transfers are given back, and debug mode checks the books",

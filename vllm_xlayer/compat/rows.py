@@ -31,7 +31,7 @@ from ..layout import (
 )
 from ..nvfp4 import KEY_ROTATION, OURS_FIRST, ROTATED_KEYS, ScaleOrder
 from .extension_points import CONNECTOR
-from .plan import PLAN, refusals_of, row_bytes_of, row_groups
+from .plan import NO_CACHE, PLAN, refusals_of, row_bytes_of, row_groups
 
 ROWS = (Layout.BLHNC, Layout.BLNHC)
 """What the connector takes. It asks for the first; the second comes from VLLM_KV_CACHE_LAYOUT only."""
@@ -47,6 +47,8 @@ def negotiate_rows(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> R
     Raises:
         NegotiationError: it is not a row, or this package cannot move it; names who refused, and why.
     """
+    if not kv_cache_config.kv_cache_tensors:  # of whose layout nothing can be said
+        raise NegotiationError([Refusal(ROWS[0], MODEL, NO_CACHE)])
     backends = backends_of(vllm_config)
     resolved = kv_cache_config.kv_cache_layout
     if resolved not in [layout.value for layout in ROWS]:

@@ -178,8 +178,9 @@ def _has_our_spec(extra: Mapping[str, Any]) -> bool:
 def _offloading_spec(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, layout: RowDescriptor, role: KVConnectorRole
 ) -> OffloadingSpec:
-    assert vllm_config.kv_transfer_config is not None
-    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    extra = transfer.kv_connector_extra_config
     if not _has_our_spec(extra):
         if role == KVConnectorRole.SCHEDULER:
             logger.warning(
@@ -192,9 +193,11 @@ def _offloading_spec(
     host_bytes = settings.cpu_bytes_to_use or default_host_bytes(_block_bytes(config), len(layout.groups))
     if role == KVConnectorRole.SCHEDULER:
         _say_if_small(config, host_bytes, len(layout.groups))
-    # Each rank stores its own rows: with equal ones (MLA) vLLM would let the first one write for all.
-    config = replace(config, extra_config={**extra, "cpu_bytes_to_use": host_bytes}, replicated_layout=False)
-    disk = _disk_settings(vllm_config, layout, settings, config.cache.blocks_per_chunk)
+        latents = vllm_config.model_config.use_mla and kv_cache_config.kv_tp_replicas > 1
+        if latents and not config.replicated_layout:
+            _say_that_each_has_a_copy(vllm_config.parallel_config)
+    config = replace(config, extra_config={**extra, "cpu_bytes_to_use": host_bytes})
+    disk = _disk_settings(vllm_config, layout, settings, config)
     if disk is not None and (reason := off_one_host(vllm_config.parallel_config)):
         if role == KVConnectorRole.SCHEDULER:
             logger.warning(
@@ -202,12 +205,24 @@ def _offloading_spec(
                 "scheduler's host: %s. The host tier works as it does without a disk tier", reason,
             )  # fmt: skip
         disk = None
-    return RowOffloadingSpec(config, disk, takes_failures=True)
+    # Users may give two engines one id.
+    engine = f"{transfer.engine_id} {vllm_config.instance_id}"
+    return RowOffloadingSpec(config, disk, engine=engine, takes_failures=True)
+
+
+def _say_that_each_has_a_copy(parallel: ParallelConfig) -> None:
+    logger.warning(
+        "XLayerConnector: each rank keeps its own copy of latents, which are equal. The tiers have one for "
+        "all with tensor parallelism alone, of ranks that the engine starts on its host "
+        "(distributed_executor_backend mp), got tensor parallelism of %d, %d ranks, backend %s on %d nodes",
+        parallel.tensor_parallel_size, parallel.world_size, parallel.distributed_executor_backend,
+        parallel.nnodes_within_dp,
+    )  # fmt: skip
 
 
 def _block_bytes(config: OffloadingConfig) -> int:
-    """Of one block, all ranks."""
-    return config.worker_kv_bytes_per_block * config.parallel.world_size
+    """Of one block in host memory, all ranks."""
+    return config.worker_kv_bytes_per_block * (1 if config.replicated_layout else config.parallel.world_size)
 
 
 def _say_if_small(config: OffloadingConfig, host_bytes: int, groups: int) -> None:
@@ -222,18 +237,15 @@ def _say_if_small(config: OffloadingConfig, host_bytes: int, groups: int) -> Non
 
 
 def _disk_settings(
-    vllm_config: VllmConfig, layout: RowDescriptor, settings: ConnectorSettings, blocks_per_chunk: int
+    vllm_config: VllmConfig, layout: RowDescriptor, settings: ConnectorSettings, config: OffloadingConfig
 ) -> DiskSettings | None:
     if settings.disk_path is None or settings.disk_bytes_to_use is None:
         return None
-    transfer = vllm_config.kv_transfer_config
-    assert transfer is not None
+    chunk, one_copy = config.cache.blocks_per_chunk, config.replicated_layout
     return DiskSettings(
         path=Path(settings.disk_path),
         limit=settings.disk_bytes_to_use,
-        # Users may give two engines one id.
-        engine=f"{transfer.engine_id} {vllm_config.instance_id}",
-        identity=lambda: tier_identity(vllm_config, layout, blocks_per_chunk),
+        identity=lambda: tier_identity(vllm_config, layout, chunk, one_copy),
         in_process=vllm_config.parallel_config.distributed_executor_backend == "uni",
         unused=Unused(layout.row_bytes, {i: list(layout.gaps(i)) for i in range(len(layout.groups))}),
     )

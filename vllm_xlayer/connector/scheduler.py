@@ -30,6 +30,7 @@ from .host.manager import HostTierManager
 from .item_names import is_by_content
 from .stats.activity import TierActivity, queues
 from .step_news import without_idle, without_reloaded
+from .windows import with_window_as_stored
 from .worker import RowWorkerMetadata
 
 logger = init_logger(__name__)
@@ -48,6 +49,8 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
 
     def __init__(self, spec: OffloadingSpec, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
         super().__init__(spec, vllm_config, kv_cache_config)
+        groups = tuple(map(with_window_as_stored, self.config.kv_group_configs))
+        self.config = self.config._replace(kv_group_configs=groups)
         self._load_failed: set[str] = set()
         disk = self.manager.disk if isinstance(self.manager, TieredManager) else None
         self.activity = TierActivity(self.manager.host, disk, spec.config.worker_kv_bytes_per_block)

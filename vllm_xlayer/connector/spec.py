@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import (
@@ -65,7 +66,6 @@ class DiskSettings:
     Args:
         path: the folder; created if its parent is there.
         limit: bytes of all entries in it, also those of other engines and models.
-        engine: a name that no other engine has, known to its scheduler and all its workers.
         identity: says whose KV this engine's is; NoIdentity if it must not outlive the engine.
         in_process: scheduler and worker are in one process.
         unused: what of a row no layer has.
@@ -73,7 +73,6 @@ class DiskSettings:
 
     path: Path
     limit: int
-    engine: str
     identity: Callable[[], TierIdentity]
     in_process: bool
     unused: Unused
@@ -100,11 +99,20 @@ class RowOffloadingSpec(CPUOffloadingSpec):
         return spec.config_info_keys(_no_tiers(extra_config))
 
     def __init__(
-        self, config: OffloadingConfig, disk: DiskSettings | None = None, *, takes_failures: bool = False
+        self,
+        config: OffloadingConfig,
+        disk: DiskSettings | None = None,
+        *,
+        engine: str = "",
+        takes_failures: bool = False,
     ):
         """vLLM's factory, which passes the configuration alone, is refused.
 
         Args:
+            config: with `replicated_layout`, which vLLM sets where every layer's KV is the same on all ranks
+                (latents) and these share a host, the host tier keeps one copy of a row. vLLM's worker then
+                stores the first rank's, and a store counts when that rank has it.
+            engine: a name that no other engine has, known to its scheduler and all its workers.
             takes_failures: the connector computes what could not be loaded, and asks for rows.
 
         Raises:
@@ -120,9 +128,14 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             row_bytes=config.worker_kv_bytes_per_block,
             ranks=config.parallel.world_size,
             # With a disk tier the scheduler reads and writes what the workers do.
-            shared_as=None if disk is None else disk.engine,
-            in_process=disk is None or disk.in_process,
+            shared_as=engine if disk is not None or self.replicated_layout else None,
+            in_process=disk is not None and disk.in_process,
+            one_copy=self.replicated_layout,
         )
+
+    def _uses_shared_region(self) -> bool:
+        """Whether ranks can have one copy of equal rows: with this memory they can on every platform."""
+        return True
 
     def get_manager(self) -> OffloadingManager:
         if self._manager is None:
@@ -136,12 +149,30 @@ class RowOffloadingSpec(CPUOffloadingSpec):
                 workers_to_wait_for=self.config.parallel.world_size if pinning.needed() else 0,
                 **_info(self),
             )
-            self._manager = host if self._disk is None else self._with_disk(host, self._disk)
+            self._manager = self._with_disk(host)
         return self._manager
 
-    def _with_disk(self, host: HostTierManager, settings: DiskSettings) -> OffloadingManager:
+    def _with_disk(self, host: HostTierManager) -> OffloadingManager:
+        """The host tier, with the disk behind it if there is one."""
+        if self._shape.shared_as is None:
+            return host
+        try:  # first: the workers' side waits for it to be taken. It is also the proof that all ranks have it
+            memory = scheduler_memory(self._shape)
+        except (MemoryError, OSError) as error:
+            if self._shape.one_copy:
+                host.turn_off(f"the ranks were to have one copy of their rows, which are equal: {error}")
+            else:
+                logger.warning(
+                    "XLayerConnector: the engine runs without its disk tier: %s. The host tier works as it "
+                    "does without one", error,
+                )  # fmt: skip
+            return host
+        return host if self._disk is None else self._before_disk(host, memory.numpy(), self._disk)
+
+    def _before_disk(
+        self, host: HostTierManager, view: np.ndarray, settings: DiskSettings
+    ) -> OffloadingManager:
         try:
-            view = scheduler_memory(self._shape).numpy()  # first: the workers' side waits for it to be taken
             host.kv_view = view.data
             if int(self.extra_config.get("store_threshold", 0)) >= 2:
                 raise NoIdentity("store_threshold does not work with several tiers")
@@ -149,7 +180,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
             # The host tier must keep room for loads while the disk is behind.
             waiting = max(1, self.num_chunks // 4)
             disk = DiskTier(view, settings.path, settings.limit, identity, waiting, settings.unused)
-        except (NoIdentity, OSError, MemoryError) as error:
+        except (NoIdentity, OSError) as error:
             logger.warning("XLayerConnector: the engine runs without its disk tier: %s", error)
             return host
         except Exception:  # a vLLM that is not as expected must not end the engine
@@ -171,8 +202,9 @@ class RowOffloadingSpec(CPUOffloadingSpec):
         except MemoryError as error:
             return NoTierWorker(str(error))
         used = [ref.page_size_bytes for (ref,) in kv_caches.group_data_refs]
+        early = self._shape.shared_as is None  # else a disk tier or another rank writes to it, too
         return RowOffloadingWorker(
-            pool, host, self.blocks_per_chunk, pins, early_loads=self._disk is None, used_bytes=used
+            pool, host, self.blocks_per_chunk, pins, early_loads=early, used_bytes=used
         )
 
 

@@ -12,8 +12,8 @@ of their own (samples to the host, grammars, what ranks of a pipeline exchange) 
 ask what has finished after the launch, on that stream; if ever one does not, loads are not reported early.
 Of several ranks each has its own wait, and a load counts when all have reported it.
 
-Host memory is given away as early: only for tiers whose host memory nothing but such copies writes, so not
-with a disk tier, whose threads do.
+Host memory is given away as early: only for tiers whose host memory nothing but such copies of this rank
+writes, so not with a disk tier, whose threads do, nor where ranks share one copy of equal rows.
 """
 
 from collections import Counter

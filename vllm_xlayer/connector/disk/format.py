@@ -43,7 +43,8 @@ class TierIdentity:
     """Whose KV it is. Chunks of engines that differ in any of this are never exchanged."""
 
     layout: str
-    """LayoutDescriptor.fingerprint: axis order, strides, heads, head sizes, scale order."""
+    """RowDescriptor.fingerprint: axis order, strides, heads, head sizes, scale order; and whether ranks with
+    equal rows have one for all of them."""
     kv_dtype: str
     model: str
     """Name or folder."""
@@ -52,7 +53,7 @@ class TierIdentity:
     weights: str
     """identity.weights_digest."""
     tp_size: int
-    """The rows of ranks 0 to tp_size-1 lie side by side in an entry."""
+    """The rows of ranks 0 to tp_size-1 lie side by side in an entry, of equal ones the first."""
     block_size: int
     """Tokens."""
     blocks_per_chunk: int

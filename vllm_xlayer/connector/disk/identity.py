@@ -26,8 +26,13 @@ class NoIdentity(ValueError):
     """KV of this engine must not outlive it; says why."""
 
 
-def tier_identity(vllm_config: VllmConfig, layout: RowDescriptor, blocks_per_chunk: int) -> TierIdentity:
+def tier_identity(
+    vllm_config: VllmConfig, layout: RowDescriptor, blocks_per_chunk: int, one_copy: bool = False
+) -> TierIdentity:
     """The identity of a running engine.
+
+    Args:
+        one_copy: an entry has one row of each block, which is every rank's.
 
     Raises:
         NoIdentity: something shapes this engine's KV that keys and identity do not cover.
@@ -37,7 +42,7 @@ def tier_identity(vllm_config: VllmConfig, layout: RowDescriptor, blocks_per_chu
     model, cache = vllm_config.model_config, vllm_config.cache_config
     folder = model_folder(vllm_config)
     return TierIdentity(
-        layout=layout.fingerprint,
+        layout=layout.fingerprint + (", one row for all ranks" if one_copy else ""),
         kv_dtype="+".join(sorted({str(cache.cache_dtype), *(spec.dtype for spec in layout.attention)})),
         model=str(model.model)[-200:],
         settings=_settings_digest(vllm_config, code_digest(folder), layout.has_opaque),

@@ -1,8 +1,9 @@
-"""The host tier's memory: rows of all ranks side by side, chunk after chunk.
+"""The host tier's memory: rows of all ranks side by side, chunk after chunk; of equal rows one copy.
 
 Without a disk tier each worker has memory of its own. With one, the scheduler's process reads and writes the
 same bytes: the worker's own tensor where both are one process, else memory that all of them map
-(shared_memory.py). It is for the scheduler only if every rank has it.
+(shared_memory.py). It is for the scheduler only if every rank has it. Ranks that share one copy of each row
+map the same memory in either case.
 
 What has to be pinned gets its address space at once, and its pages beside the engine's start (pinning.py).
 """
@@ -30,6 +31,7 @@ class HostShape:
     row_bytes: of one block on one rank.
     shared_as: a name that no other engine has; None where only the worker itself uses the memory.
     in_process: scheduler and worker are in one process.
+    one_copy: the ranks' rows are equal: each is there once, and the first rank writes it.
     """
 
     chunks: int
@@ -38,17 +40,23 @@ class HostShape:
     ranks: int
     shared_as: str | None
     in_process: bool
+    one_copy: bool = False
+
+    @property
+    def copies(self) -> int:
+        """Rows that one block has in host memory."""
+        return 1 if self.one_copy else self.ranks
 
     @property
     def chunk_bytes(self) -> int:
         """Of one chunk, all ranks."""
-        return self.rows_per_chunk * self.ranks * self.row_bytes
+        return self.rows_per_chunk * self.copies * self.row_bytes
 
 
 def worker_memory(
     shape: HostShape, rank: int, pin_for: torch.device | None = None
 ) -> tuple[torch.Tensor, Pinning | None]:
-    """A rank's rows, uint8 [chunks * rows_per_chunk, row_bytes], dense or `ranks` rows apart.
+    """A rank's rows, uint8 [chunks * rows_per_chunk, row_bytes], dense or `copies` rows apart.
 
     Args:
         pin_for: the GPU that copies from and to them. They may not be used before they are pinned, and that
@@ -71,10 +79,11 @@ def worker_memory(
         whole, file = _join(shape, rank, pages_later=pin_for is not None)
         if pin_for is not None:
             pins = Pinning(whole, shape.chunk_bytes, pin_for, file.populate)
-        host = whole.view(rows, shape.ranks, shape.row_bytes)[:, rank]
+        host = whole.view(rows, shape.copies, shape.row_bytes)[:, 0 if shape.one_copy else rank]
     logger.info(
-        "XLayerConnector: host tier of %d rows x %d bytes (%.2f GiB%s)",
+        "XLayerConnector: host tier of %d rows x %d bytes (%.2f GiB%s%s)",
         rows, shape.row_bytes, rows * shape.row_bytes / GIB,
+        f", one copy for {shape.ranks} ranks, whose rows are equal" if shape.one_copy else "",
         "" if pins is None else "; until it is pinned, requests are served without it",
     )  # fmt: skip
     return host, pins
@@ -100,8 +109,7 @@ def scheduler_memory(shape: HostShape) -> torch.Tensor:
     if elsewhere := set(range(shape.ranks)) - ranks:
         raise MemoryError(
             f"expected the host memory of all {shape.ranks} ranks, got that of {len(ranks)}: the scheduler "
-            f"does not share memory with {_named(elsewhere)}, on another host or in a container of its own. "
-            "The host tier works as it does without a disk tier"
+            f"does not share memory with {_named(elsewhere)}, on another host or in a container of its own"
         )
     return whole.view(shape.chunks, shape.chunk_bytes)
 
