@@ -41,28 +41,35 @@ def latents_table(results: dict[str, Any]) -> str:
     return _table(LATENTS_INTRODUCTION, ("case", "in rows", "restored"), results["cases"].values(), results)
 
 
-def soak_section(results: dict[str, Any]) -> str:
-    """What a soak of speculation counted, from a GPU."""
+def soak_section(*results: dict[str, Any]) -> str:
+    """What soaks of speculation counted, one after the other."""
     columns = {
         "requests": "requests", "answers": "answers", "tries": "aborts, resets, failed copies",
         "rows_loaded": "rows restored", "accepted_drafts": "drafts accepted",
         "wrong": "wrong", "lost": "lost", "leaked": "leaked",
     }  # fmt: skip
-    engines = f" of {results['engines']} engines in all" if "engines" in results else ""
+    lines, made = [], []
+    for soak in results:
+        where = soak["hardware"] if "GPU" not in soak["hardware"] else "CPU reference platform"
+        engines = f" of {soak['engines']} engines" if "engines" in soak else ""
+        cells = [f"{where}, {soak['seconds'] / 60:.0f} minutes{engines}"]
+        lines.append(f"| {' | '.join([*cells, *(f'{soak[name]:,}' for name in columns)])} |")
+        made.append(
+            f"{where}: {soak['preempted']:,} answers of preempted requests are not among those compared, and "
+            f"from wrong blocks {soak['noticed']} of {soak['noticed_of']} answers would have been called wrong. "
+            f"{_made(soak)}"
+        )
+    table = "\n".join([f"|  | {' | '.join(columns.values())} |", f"|---{'|---:' * len(columns)}|", *lines])
+    said = "\n\n".join(made)
     return f"""\
 ### Speculation, soaked
 
-`python -m benchmarks.soak`: NVFP4, MTP's drafts, a device cache of three requests, a host tier not much
-larger, aborts, resets and failing copies, for {results["seconds"] / 60:.0f} minutes{engines}.
+`python -m benchmarks.soak`: NVFP4 with newest tokens in 16 bits, MTP's drafts, a device cache of three requests, a
+host tier not much larger, aborts, resets and failing copies.
 
-| {" | ".join(columns.values())} |
-{"|---:" * len(columns)}|
-| {" | ".join(f"{results[name]:,}" for name in columns)} |
+{table}
 
-{results["preempted"]:,} answers of preempted requests are not among those compared. From wrong blocks
-{results["noticed"]} of {results["noticed_of"]} answers would have been called wrong.
-
-{_made(results)}"""
+{said}"""
 
 
 def _made(results: dict[str, Any]) -> str:

@@ -79,7 +79,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "resources": (("resources.json",), markdown.resources),
     "models": (("cpu-models.json",), markdown_models.table),
     "models_gpu": (("gpu-models.json",), markdown_models.gpu_table),
-    "soak": (("h200-soak.json",), markdown_models.soak_section),
+    "soak": (("h200-soak.json", "cpu-soak.json"), markdown_models.soak_section),
     "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
     **{name: ((file,), markdown_handover.section) for name, file in HANDOVERS.items()},
