@@ -56,16 +56,16 @@ def soak_section(*results: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([*cells, *(f'{soak[name]:,}' for name in columns)])} |")
         made.append(
             f"{where}: {soak['preempted']:,} answers of preempted requests are not among those compared, and "
-            f"from wrong blocks {soak['noticed']} of {soak['noticed_of']} answers would have been called wrong. "
-            f"{_made(soak)}"
+            f"from wrong blocks {soak['noticed']} of {soak['noticed_of']} answers would have been called "
+            f"wrong. {_made(soak)}"
         )
     table = "\n".join([f"|  | {' | '.join(columns.values())} |", f"|---{'|---:' * len(columns)}|", *lines])
     said = "\n\n".join(made)
     return f"""\
 ### Speculation, soaked
 
-`python -m benchmarks.soak`: NVFP4 with newest tokens in 16 bits, MTP's drafts, a device cache of three requests, a
-host tier not much larger, aborts, resets and failing copies.
+`python -m benchmarks.soak`: NVFP4 with newest tokens in 16 bits, MTP's drafts, a device cache of three
+requests, a host tier not much larger, aborts, resets and failing copies.
 
 {table}
 
