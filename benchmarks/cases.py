@@ -55,7 +55,8 @@ def try_case(
     process.kill()  # before it had a group of its own
     process.join()
     found = {question: found.get(question, missing) for question in questions}
-    said = log and ASSERTION.search(log.read_text(errors="replace"))
+    wrote = log.read_text(errors="replace") if log is not None and log.exists() else ""
+    said = ASSERTION.search(wrote)
     if said:
         found = {
             question: f"{answer}; {said[1]}: {said[2]}" if "device-side assert" in answer else answer
