@@ -187,7 +187,7 @@ class NixlWire:
     def _into_pool(
         self, remote: RemotePool, arrived: torch.Tensor, rows: Sequence[Row], numbers: torch.Tensor
     ) -> None:
-        blocks = numbers[Row._fields.index("local")]
+        _, blocks, _, _ = numbers
         if not remote.moves:
             self.pool.index_copy_(0, blocks, arrived)
             return
@@ -202,10 +202,11 @@ class NixlWire:
     def _check(self, arrived: torch.Tensor, table: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """int64 [2]: rows that are sealed for other tokens, and such whose bytes are not those sealed.
 
-        numbers: int64 [a Row's fields, n].
+        numbers: int64 [4, n], what `Row` has of each.
         """
-        seals = table[numbers[Row._fields.index("remote")]]
-        stale = seals[:, 0] != numbers[Row._fields.index("tag")]
+        remotes, _, _, tags = numbers
+        seals = table[remotes]
+        stale = seals[:, 0] != tags
         torn = (seals[:, 1] != self.digests[arrived.shape[1]](arrived)) & ~stale
         return torch.stack((stale.sum(), torn.sum()))
 
