@@ -39,6 +39,20 @@ def section(results: dict[str, Any]) -> str:
     return "\n\n".join([*parts, about(results)])
 
 
+def proxied(results: dict[str, Any]) -> str:
+    """A sentence of what `benchmarks.handover_proxy` found."""
+    scores = []
+    for way, found in results["scores"].items():
+        matches = ", ".join(f"{task} {score['exact_match']:.0%}" for task, score in found.items())
+        scores.append(f"{way} {matches}")
+    return (
+        f"Two `vllm serve` behind vLLM's small proxy, {results['cache']}: {results['same']} of "
+        f"{results['answers']} answers to lm_eval's tasks are the prefill engine's own, and "
+        f"{results['rows']:,} rows were read "
+        f"({'; '.join(scores)}). {about(results)}"
+    )
+
+
 def _engines(devices: list[str] | None) -> str:
     if devices is None:
         return "Both engines on one GPU:"

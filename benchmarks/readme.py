@@ -41,6 +41,11 @@ HANDOVERS = {
     "handover_1to2": "h200-x2-handover-1to2.json",
 }
 """Marker -> results file of `benchmarks.handover`."""
+PROXIED = {
+    "handover_proxy": "h200-handover-proxy.json",
+    "handover_proxy_cpu": "cpu-handover-proxy.json",
+}
+"""Marker -> results file of `benchmarks.handover_proxy`."""
 PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 """Results file, the README's picture of it."""
 COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
@@ -83,6 +88,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
     **{name: ((file,), markdown_handover.section) for name, file in HANDOVERS.items()},
+    **{name: ((file,), markdown_handover.proxied) for name, file in PROXIED.items()},
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
 SECTIONS = (
@@ -100,6 +106,7 @@ SECTIONS = (
     "latents",
     "soak",
     *HANDOVERS,
+    *PROXIED,
 )
 """Nothing is shown for these, not even a heading, until their results are there."""
 

@@ -1,6 +1,6 @@
 """docs/prefill-decode.md's tables of hand-overs: what is in a file of `benchmarks.handover`, whole or not."""
 
-from benchmarks.markdown_handover import section
+from benchmarks.markdown_handover import proxied, section
 
 ABOUT = {
     "date": "d", "commit": "c", "hardware": "NVIDIA H200", "versions": {"vllm": "0.33.0", "torch": "2"},
@@ -39,3 +39,10 @@ def test_what_is_missing_is_said():
     text = section(ABOUT | {"devices": None, "steps": {"times, fp8": late, "times, nvfp4": stock}})
     assert "Both engines on one GPU" in text and "| 4.0 | - | 1.33 | 1,050 |" in text
     assert "times, fp8: not done in 57 s; times, nvfp4: the engine ended with exit code 1." in text
+
+
+def test_through_a_proxy():
+    scores = {way: {"recall": {"exact_match": 0.75, "stderr": 0.0}} for way in ("alone", "through the proxy")}
+    text = proxied(ABOUT | {"cache": "nvfp4", "same": 95, "answers": 96, "rows": 2150, "scores": scores})
+    assert "95 of 96 answers" in text and "2,150 rows were read" in text
+    assert "(alone recall 75%; through the proxy recall 75%)" in text and "NVIDIA H200" in text
