@@ -174,7 +174,7 @@ def test_kv_cache_size(make_llm, tiny_llama, monkeypatch):
         (dict(decode_context_parallel_size=2, tensor_parallel_size=4), "context parallelism"),
         (
             dict(speculative_config=dict(method="ngram_gpu", num_speculative_tokens=2, prompt_lookup_max=3)),
-            "expected method ngram, eagle, got ngram_gpu",
+            "expected method ngram, eagle, mtp, got ngram_gpu",
         ),
         (dict(attention_config=dict(backend="FLASH_ATTN")), "FLASH_ATTN needs a GPU"),
     ],
