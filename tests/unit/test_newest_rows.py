@@ -163,6 +163,7 @@ def test_how_many_are_kept_where_nobody_says(monkeypatch, changes, tokens, reaso
     """What the user asks for is never less quietly: it is refused with the reason."""
     config = SimpleNamespace(**(vars(ON_GPU) | changes))
     monkeypatch.setattr(newest_rows, "_v2_starts_are_told", True)
+    monkeypatch.setattr(newest_rows, "_batches_of_hybrids_are_told", False)
     monkeypatch.delenv("VLLM_XLAYER_NEWEST_TOKENS", raising=False)
     assert newest.newest_tokens_of(config) == tokens
     assert reason in (newest.explain_refusal(config) or "")

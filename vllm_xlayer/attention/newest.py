@@ -127,8 +127,8 @@ def make_planner(config: VllmConfig, layer_names: list[str], device: torch.devic
         ValueError: the user asked for them, and in this configuration rows could be mistaken for others'.
     """
     asked, places = Config.load().newest_tokens, newest_tokens_of(config)
-    refusal = _explain_untried(config) if asked is None else explain_refusal(config)
-    if asked != 0 and refusal:
+    explain = _explain_untried if asked is None else explain_refusal
+    if asked != 0 and (refusal := explain(config)):
         if asked is not None:
             raise ValueError(
                 f"VLLM_XLAYER_NEWEST_TOKENS={places}: {refusal}, or VLLM_XLAYER_NEWEST_TOKENS=0, which reads "
