@@ -174,7 +174,7 @@ def main() -> int:
     found = measure(args.proxy, args.cache, args.devices, args.limit, where != "cpu")
     write(args.json or RESULTS / f"{where}-handover-proxy.json", found)
     print(f"{args.cache}: {found['same']} of {found['answers']} answers through the proxy are one engine's, "
-          f"{found['rows']:,} rows were read, scores {found['scores']}")  # fmt: skip
+          f"{found['rows']:,} rows were read")  # fmt: skip
     return int(found["same"] != found["answers"] or not found["rows"])
 
 
