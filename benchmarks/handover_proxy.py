@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_xlayer.bench.engines import end_when_told
+from vllm_xlayer.bench.handover_pair import PORT
 from vllm_xlayer.demo import model_path
 from vllm_xlayer.demo.engine import evaluate
 from vllm_xlayer.provenance import write
@@ -35,7 +36,6 @@ START_SECONDS = 300.0
 """For all servers."""
 ANSWER_SECONDS = 120.0
 ROWS = "vllm:xlayer_handover_rows_total"
-PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 
 
 def free_ports(count: int) -> list[int]:
@@ -58,7 +58,9 @@ def running(command: list[str], environment: Mapping[str, str]) -> Iterator[subp
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def get(url: str) -> str:

@@ -64,8 +64,8 @@ def soak_section(*results: dict[str, Any]) -> str:
     return f"""\
 ### Speculation, soaked
 
-`python -m benchmarks.soak`: NVFP4 with newest tokens in 16 bits, MTP's drafts, a device cache of three
-requests, a host tier not much larger, aborts, resets and failing copies.
+`python -m benchmarks.soak`: NVFP4, MTP's drafts, a device cache of three requests, a host tier not much
+larger, aborts, resets and failing copies.
 
 {table}
 

@@ -196,7 +196,12 @@ def run(folder: Path, seconds: float, seed: int, result: Path) -> int:
         copies = Copies(patch, lambda: live_connector().pool)
         with serving.started(settings) as llm:
             soak = make_soak(llm, copies, prompts, right, seed)
-            found = dict(seconds=0.0, seed=seed, noticed=seen, noticed_of=of, leaked=0, lost=0)
+            layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+            newest = sum(layer.impl.newest is not None for layer in layers)
+            print(f"newest tokens in 16 bits in {newest} of {len(layers)} layers")
+            found = dict(
+                seconds=0.0, seed=seed, newest_layers=newest, noticed=seen, noticed_of=of, leaked=0, lost=0
+            )
             begin = time.monotonic()
 
             def note() -> dict[str, Any]:
@@ -235,12 +240,32 @@ def run_several(folder: Path, minutes: float, seeds: range, result: Path) -> int
         subprocess.Popen([*command, "--seed", str(seed), "--json", str(file)])
         for seed, file in zip(seeds, files, strict=True)
     ]
-    codes = [process.wait() for process in processes]
-    parts = [json.loads(file.read_text()) for file in files if file.exists()]
+    try:
+        running = True
+        while running:
+            running = any(process.poll() is None for process in processes)
+            if parts := [part for part in map(_counted, files) if part]:
+                write(result, {"engines": len(parts), "seed": seeds[0], **added_up(parts)})
+            time.sleep(1)
+    finally:
+        for process in processes:
+            process.terminate()  # nothing, where it has ended
+    return int(any(process.returncode for process in processes))
+
+
+def _counted(file: Path) -> dict[str, Any] | None:
+    """What an engine has counted so far; None if that is nothing yet, or is being written."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return found
+
+
+def added_up(parts: list[dict[str, Any]]) -> dict[str, int | float]:
+    """What several engines counted, together."""
     counts = [name for name, value in parts[0].items() if isinstance(value, int | float) and name != "seed"]
-    summed = {name: sum(part[name] for part in parts) for name in counts}
-    write(result, {"engines": len(parts), "seed": seeds[0], **summed})
-    return int(any(codes))
+    return {name: sum(part[name] for part in parts) for name in counts}
 
 
 def _accepted(llm: Any) -> int:

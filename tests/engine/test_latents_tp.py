@@ -6,7 +6,7 @@ from faults import live_connector, manager_of, settle, slow_direction, under_way
 from hybrid_fixture import answers_and_hits, save_hybrid
 from model_fixture import ON_GPU
 from test_latents import BLOCK, HITS, LENGTHS, NUM_TOKENS, PROMPTS, one_by_one, start
-from test_tensor_parallel import TALLY, set_faults, spoil_pool
+from test_tensor_parallel import TALLY, counts, forget, spoil_pool
 
 HOST_BYTES, WHOLE = 16 << 20, sum(length // BLOCK for length in LENGTHS)
 USABLE = sum(HITS) // BLOCK
@@ -87,17 +87,6 @@ def llm(engine, cached):
     assert engine.reset_prefix_cache(reset_connector=True)
     engine.collective_rpc(spoil_all)
     return engine
-
-
-def forget(llm):
-    settle(llm)
-    assert llm.reset_prefix_cache()
-    llm.collective_rpc(spoil_pool)
-
-
-def counts(llm, rank=None, **faults):
-    """(failed, stored, loaded) of both workers, which from now on have these faults."""
-    return llm.collective_rpc(set_faults, args=(rank,), kwargs=faults)
 
 
 def since(before, llm, rank=None):

@@ -103,7 +103,7 @@ def forget(llm):
 
 
 def counts(llm, rank=None, **faults):
-    """Of both workers, which from now on have these faults."""
+    """(failed, stored, loaded) of both workers, which from now on have these faults."""
     return llm.collective_rpc(set_faults, args=(rank,), kwargs=faults)
 
 

@@ -189,8 +189,8 @@ def _explain_untried(config: VllmConfig) -> str | None:
         return refusal
     if config.device_config.device_type != "cpu" and config.model_config.is_hybrid:
         return (
-            f"set VLLM_XLAYER_NEWEST_TOKENS={USUAL_TOKENS}, of which with a hybrid on a GPU it has not been "
-            "seen that answers gain by it"
+            f"set VLLM_XLAYER_NEWEST_TOKENS={USUAL_TOKENS}. It is not a hybrid's default: no test has "
+            "compared its answers on a GPU yet"
         )
     return None
 
