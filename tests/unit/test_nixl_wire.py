@@ -1,4 +1,5 @@
-"""Descriptors of peers: given back once, and not while a transfer may use them."""
+"""Descriptors of peers: given back once, and not while a transfer may use them; what lands, and what of it is
+wrong."""
 
 import dataclasses
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from vllm_xlayer.connector.nixl.reshard import Move
+from vllm_xlayer.connector.nixl.seals import BYTES, SealTable
 from vllm_xlayer.connector.nixl.staging import Row, StagedReads
 from vllm_xlayer.connector.nixl.wire import BUFFERS, NixlWire, RemotePool
 
@@ -106,3 +108,24 @@ def test_rows_of_several_groups_land_by_their_groups_moves(wire):
     expected = torch.zeros(4, ROW, dtype=torch.uint8)
     expected[3, :half], expected[0, half:], expected[2, :half] = 1, 2, 3
     assert wire.pool.equal(expected)
+
+
+def test_each_row_is_checked_against_its_own_seal(agent):
+    theirs = torch.arange(4 * ROW, dtype=torch.uint8).view(4, ROW)
+    sealed = SealTable(theirs)
+    sealed.seal([0, 1, 2, 3], [10, 11, 12, -13])
+    pool = torch.zeros(4, ROW, dtype=torch.uint8)
+    ring = torch.zeros(BUFFERS, 4 * (ROW + BYTES), dtype=torch.uint8)
+    wire = NixlWire(agent, "DRAM", pool, ring, lambda handle: None)
+    wire.add_peer(PEER, dataclasses.replace(remote(), seals=8192))
+    rows = [Row(3, 0, 0, -13), Row(0, 2, 0, 10), Row(2, 1, 0, 12)]
+    arrived = ring[1, : 3 * ROW].view(3, ROW)
+    arrived.copy_(theirs[[3, 0, 2]])
+    ring[1, 4 * ROW :] = sealed.table.view(torch.uint8).flatten()
+    assert wire.land(PEER, 1, rows, wire.begin()).problem() is None
+    assert pool[[0, 2, 1]].equal(theirs[[3, 0, 2]]) and not pool[3].any()
+    other = [rows[0], rows[1]._replace(tag=11), rows[2]]
+    assert "of 3 rows 1 are sealed for other tokens" in wire.land(PEER, 1, other, wire.begin()).problem()
+    arrived[2, 5] ^= 1
+    problem = wire.land(PEER, 1, other, wire.begin()).problem()
+    assert "1 are sealed for other tokens" in problem and "1 are not what was sealed" in problem
