@@ -47,6 +47,9 @@ def specs(request):
 def test_the_same_bytes_hold_twice_the_rows(specs):
     two_copies = RowOffloadingSpec(offloading_config(replicated_layout=False), takes_failures=True)
     assert (two_copies.num_chunks, specs[0].num_chunks) == (ROWS // 2, ROWS)
+    assert [spec._shape.chunks * spec._shape.chunk_bytes for spec in (two_copies, specs[0])] == [
+        ROWS * ROW
+    ] * 2
 
 
 def test_every_rank_sees_what_one_writes(specs):
