@@ -117,7 +117,7 @@ def serve(cache: str, port: int, on_gpu: bool) -> list[str]:
     """The command of one engine; they share a GPU, or have one each."""
     kv_bytes = GPU_BYTES if on_gpu else CPU_BYTES
     return [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(model_path()), "--port", str(port),
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_path()), "--port", str(port),
         "--kv-cache-dtype", {"bf16": "auto"}.get(cache, cache), "--kv-connector", "XLayerNixlConnector",
         "--dtype", "bfloat16", "--max-model-len", "2560", "--max-num-seqs", str(BATCH), "--enforce-eager",
         "--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(kv_bytes),
