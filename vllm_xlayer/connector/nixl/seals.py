@@ -74,9 +74,8 @@ def _odd_numbers(count: int) -> np.ndarray:
 def to_device(numbers: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
     """int64 of the same shape, ready for what is launched next. Does not wait for what the device is doing,
     as a copy from ordinary memory would."""
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=torch.int64)
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    host = torch.from_numpy(np.array(numbers, dtype=np.int64))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 class SealTable:
