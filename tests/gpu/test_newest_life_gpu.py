@@ -32,8 +32,12 @@ patch.setattr("vllm_xlayer.attention.newest.num_rows", lambda config: 3)  # for 
 save_random_model(llama_config(), folder)
 speculation = {
     "plain": lambda: None,
+    # Model runner V2 drafts as many tokens for each request and step. Only where a step has fewer than the
+    # one before it, what rejected drafts were written over is among the newest tokens: let the batch's size
+    # decide.
     "drafts": lambda: dict(
-        method="ngram", num_speculative_tokens=6, prompt_lookup_min=1, prompt_lookup_max=3
+        method="ngram", num_speculative_tokens=6, prompt_lookup_min=1, prompt_lookup_max=3,
+        num_speculative_tokens_per_batch_size=[(1, 1, 1), (2, 2, 6), (3, 3, 1), (4, 4, 6)],
     ),
     "drafter": lambda: dict(
         method="eagle", num_speculative_tokens=3, model=str(save_eagle(Path(folder + "-eagle"), 0))
