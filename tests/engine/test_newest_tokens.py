@@ -6,6 +6,7 @@ NEWEST_TOKENS_SECONDS=600 pytest tests/engine/test_newest_tokens.py is the long 
 import os
 
 import pytest
+from hybrid_fixture import save_hybrid
 from model_fixture import random_prompts, save_eagle, vllm_greedy
 from newest_fixture import HAPPENS, MUTATIONS, accepted, allow_drafts, draft_at_random, live
 from newest_oracles import PageOracle
@@ -21,21 +22,27 @@ NGRAM = dict(method="ngram", num_speculative_tokens=6, prompt_lookup_min=1, prom
 
 EAGLE = dict(method="eagle", num_speculative_tokens=3)
 """The drafter has a layer of its own, with a KV cache and newest tokens."""
+HYBRID = "lfm2"
+"""A model with states beside attention, which take blocks, too."""
 
 
-@pytest.fixture(scope="module", params=[None, NGRAM, EAGLE], ids=["plain", "drafts", "drafter"])
+@pytest.fixture(
+    scope="module", params=[None, NGRAM, EAGLE, HYBRID], ids=["plain", "drafts", "drafter", "hybrid"]
+)
 def llm(request, make_llm, tiny_llama, tmp_path_factory):
     """A cache of 21 blocks, of which three requests take most: they preempt each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(PLACES))
         allow_drafts(patch)
-        speculation = request.param
+        model, blocks, speculation = tiny_llama, 21, request.param
+        if speculation is HYBRID:
+            model, blocks, speculation = save_hybrid(HYBRID, tmp_path_factory.mktemp(HYBRID)), 63, None
         if speculation is EAGLE:
             speculation = EAGLE | {"model": str(save_eagle(tmp_path_factory.mktemp("eagle"), 0))}
         with patch.context() as while_made:
             while_made.setattr("vllm_xlayer.attention.newest.num_rows", lambda config: ROWS)
             engine = make_llm(
-                tiny_llama, kv_cache_dtype="nvfp4", num_gpu_blocks_override=21, max_num_seqs=4,
+                model, kv_cache_dtype="nvfp4", num_gpu_blocks_override=blocks, max_num_seqs=4,
                 max_num_batched_tokens=64, max_model_len=256, enable_prefix_caching=True,
                 speculative_config=speculation,
             )  # fmt: skip

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import newest_fixture
 import pytest
+from hybrid_fixture import CONFIGS, save_hybrid_config
 from model_fixture import llama_config, save_eagle, save_random_model
 from newest_fixture import live
 from newest_oracles import RowOracle
@@ -29,9 +30,15 @@ from vllm import LLM
 folder, (drafts, mutation, seconds) = sys.argv[2], json.loads(sys.argv[3])
 patch = pytest.MonkeyPatch()
 patch.setattr("vllm_xlayer.attention.newest.num_rows", lambda config: 3)  # for four requests
-save_random_model(llama_config(), folder)
+settings = dict(num_gpu_blocks_override=21)
+if drafts == "hybrid":  # whose states take blocks, too, and which another runner's code serves
+    settings = dict(num_gpu_blocks_override=63)
+    settings |= save_hybrid_config(CONFIGS["lfm2"] | {"dtype": "bfloat16"}, Path(folder))
+else:
+    save_random_model(llama_config(), folder)
 speculation = {
     "plain": lambda: None,
+    "hybrid": lambda: None,
     # Model runner V2 drafts as many tokens for each request and step. Only where a step has fewer than the
     # one before it, what rejected drafts were written over is among the newest tokens: let the batch's size
     # decide.
@@ -44,10 +51,10 @@ speculation = {
     ),
 }[drafts]()
 llm = LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", kv_cache_dtype="nvfp4", seed=0,
-          max_model_len=256, num_gpu_blocks_override=21, max_num_seqs=4, max_num_batched_tokens=64,
+          max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64,
           enable_prefix_caching=True, enforce_eager=True,
           gpu_memory_utilization=0.1, kv_cache_memory_bytes=64 << 20,
-          speculative_config=speculation)
+          speculative_config=speculation, **settings)
 assert llm.llm_engine.vllm_config.use_v2_model_runner
 oracle = RowOracle(patch)
 if mutation:
@@ -76,7 +83,7 @@ def search(folder: Path, drafts: str, mutation: str | None, seconds: float) -> l
     return report
 
 
-@pytest.mark.parametrize("drafts", ["plain", "drafts", "drafter"])
+@pytest.mark.parametrize("drafts", ["plain", "drafts", "drafter", "hybrid"])
 def test_no_row_has_another_content(tmp_path, drafts):
     seed, happened, counts, wrong = search(tmp_path, drafts, None, SECONDS)
     print(happened, counts)

@@ -179,20 +179,12 @@ def test_how_many_are_kept_where_nobody_says(monkeypatch, changes, tokens, reaso
         assert newest.newest_tokens_of(config) == asked
 
 
-def test_hybrids_on_a_gpu_keep_them_when_asked(monkeypatch):
-    """The CPU platform's by themselves."""
-    hybrid = SimpleNamespace(model_config=SimpleNamespace(is_hybrid=True))
-    config = SimpleNamespace(**(vars(ON_GPU) | vars(hybrid)))
+def test_hybrids_keep_them_where_their_batches_are_told(monkeypatch):
+    config = SimpleNamespace(**(vars(ON_GPU) | {"model_config": SimpleNamespace(is_hybrid=True)}))
     for told in ("_v2_starts_are_told", "_batches_of_hybrids_are_told"):
         monkeypatch.setattr(newest_rows, told, True)
     monkeypatch.delenv("VLLM_XLAYER_NEWEST_TOKENS", raising=False)
-    said = []
-    monkeypatch.setattr(newest.logger, "info_once", lambda text, *args: said.append(text % args))
-    assert newest.newest_tokens_of(config) == 0 and newest.make_planner(config, [], None) is None
-    assert "set VLLM_XLAYER_NEWEST_TOKENS=64" in said[0]
-    assert newest.explain_refusal(config) is None, "then they are kept"
-    on_cpu = SimpleNamespace(**(vars(config) | {"device_config": SimpleNamespace(device_type="cpu")}))
-    assert newest.newest_tokens_of(on_cpu) == 64
+    assert newest.newest_tokens_of(config) == 64
 
 
 def test_they_are_not_kept_where_starts_are_not_told(monkeypatch):

@@ -127,8 +127,7 @@ def make_planner(config: VllmConfig, layer_names: list[str], device: torch.devic
         ValueError: the user asked for them, and in this configuration rows could be mistaken for others'.
     """
     asked, places = Config.load().newest_tokens, newest_tokens_of(config)
-    explain = _explain_untried if asked is None else explain_refusal
-    if asked != 0 and (refusal := explain(config)):
+    if asked != 0 and (refusal := explain_refusal(config)):
         if asked is not None:
             raise ValueError(
                 f"VLLM_XLAYER_NEWEST_TOKENS={places}: {refusal}, or VLLM_XLAYER_NEWEST_TOKENS=0, which reads "
@@ -180,19 +179,7 @@ def newest_tokens_of(config: VllmConfig) -> int:
     asked = Config.load().newest_tokens
     if asked is not None:
         return asked
-    return 0 if _explain_untried(config) else USUAL_TOKENS
-
-
-def _explain_untried(config: VllmConfig) -> str | None:
-    """What to do for newest tokens that nobody asked for, or None where they are kept anyway."""
-    if refusal := explain_refusal(config):
-        return refusal
-    if config.device_config.device_type != "cpu" and config.model_config.is_hybrid:
-        return (
-            f"set VLLM_XLAYER_NEWEST_TOKENS={USUAL_TOKENS}. It is not a hybrid's default: no test has "
-            "compared its answers on a GPU yet"
-        )
-    return None
+    return 0 if explain_refusal(config) else USUAL_TOKENS
 
 
 def explain_refusal(config: VllmConfig) -> str | None:
