@@ -174,11 +174,11 @@ def test_latents_of_kernels_that_were_not_compared_are_refused():
     class Untried(CpuMlaBackend):
         @staticmethod
         def get_name():
-            return "FLASH_ATTN_MLA"
+            return "CUTLASS_MLA"
 
     with pytest.raises(
         NegotiationError,
-        match=r"attention backend Untried: .* with --attention-backend FLASHMLA or TRITON_MLA",
+        match=r"attention backend Untried: .* with --attention-backend FLASH_ATTN_MLA or FLASHMLA or TRITON",
     ):
         rows.negotiate_rows(config_with(Untried), planned(LATENTS, "BLHNC"))
 

@@ -35,7 +35,7 @@ from .plan import NO_CACHE, PLAN, refusals_of, row_bytes_of, row_groups
 
 ROWS = (Layout.BLHNC, Layout.BLNHC)
 """What the connector takes. It asks for the first; the second comes from VLLM_KV_CACHE_LAYOUT only."""
-LATENTS_COMPARED = ("CPU_MLA", "FLASHMLA", "TRITON_MLA")
+LATENTS_COMPARED = ("CPU_MLA", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
 """Backends of latent attention that answered from rows as from vLLM's own layout (docs/models.md)."""
 LAYOUT_VARIABLE = "VLLM_KV_CACHE_LAYOUT"
 _OLD_NAMES = {"NHD": "LBNHC", "HND": "LBHNC"}
