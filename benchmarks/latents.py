@@ -12,7 +12,6 @@ Results go to results/cpu-latents.json, or gpu-latents.json.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 from vllm_xlayer.provenance import write
 
 from . import RESULTS, serving
-from .cases import try_all
+from .cases import rows_of, stamped, try_all
 from .model_configs import configs
 
 RESULT = {False: RESULTS / "cpu-latents.json", True: RESULTS / "gpu-latents.json"}
@@ -183,17 +182,19 @@ def main() -> int:
     if args.logs:
         os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # an error of a kernel is raised where it was launched
-    results = json.loads(args.json.read_text())["cases"] if args.json.exists() else {}
+    results = rows_of(args.json, "cases")
     trials = {
         f"{name}.{question.replace(' ', '_')}": (name, question)
         for name in args.cases or known
         for question in QUESTIONS
     }
 
+    new: dict[str, dict[str, str]] = {}
+
     def finished(trial: str, found: dict[str, str]) -> None:
         name, question = trials[trial]
-        row = results.setdefault(name, {"case": known[name].label} | dict.fromkeys(QUESTIONS, "not tried"))
-        row[question] = found[FOUND]
+        row = new.get(name, {"case": known[name].label} | dict.fromkeys(QUESTIONS, "not tried"))
+        results[name] = new[name] = stamped(row | {question: found[FOUND]})
         write(args.json, {"cases": {name: results[name] for name in known if name in results}})
 
     with tempfile.TemporaryDirectory() as folder:

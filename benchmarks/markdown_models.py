@@ -72,13 +72,19 @@ larger, aborts, resets and failing copies.
 {said}"""
 
 
-def _made(results: dict[str, Any]) -> str:
-    """What the numbers were taken on, and when."""
+def _made(results: dict[str, Any], rows: Iterable[tuple[str, dict[str, str]]] = ()) -> str:
+    """What the numbers were taken on, and when; which rows, given with their names, are of another commit."""
     versions = results["versions"]
-    return (
-        f"vLLM {versions['vllm']}, torch {versions['torch']}, {results['hardware']}, {results['date']}, "
-        f"commit {results['commit']}."
-    )
+    commits: dict[str, list[str]] = {}
+    dates: dict[str, str] = {}
+    for name, row in rows:
+        commit = row.get("commit", results["commit"])
+        commits.setdefault(commit, []).append(name)
+        dates[commit] = max(dates.get(commit, ""), row.get("date", results["date"]))
+    most, *others = sorted(commits, key=lambda commit: -len(commits[commit])) or [results["commit"]]
+    date = dates.get(most, results["date"])
+    made = f"vLLM {versions['vllm']}, torch {versions['torch']}, {results['hardware']}, {date}, commit {most}"
+    return "; ".join([made, *(f"{', '.join(commits[c])}: {dates[c]}, commit {c}" for c in others)]) + "."
 
 
 def _table(introduction: str, keys: tuple[str, ...], found: Iterable[dict[str, str]], results: Any) -> str:
@@ -86,11 +92,13 @@ def _table(introduction: str, keys: tuple[str, ...], found: Iterable[dict[str, s
     notes: dict[str, int] = {}
     heads = ["", *keys[1:]]
     rows = [introduction, f"| {' | '.join(heads)} |".replace("|  |", "| |"), "|---" * len(keys) + "|"]
+    found = list(found)
     for row in found:
         cells = [row[keys[0]], *(_cell(row[key], notes) for key in keys[1:])]
         rows.append(f"| {' | '.join(cells)} |")
     said = [f"{number}. {sentence}" for sentence, number in notes.items()]
-    return "\n".join([*rows, "", _made(results), *([""] if said else []), *said])
+    made = _made(results, [(row[keys[0]], row) for row in found])
+    return "\n".join([*rows, "", made, *([""] if said else []), *said])
 
 
 def _cell(found: str, notes: dict[str, int]) -> str:

@@ -12,7 +12,6 @@ families that were not named.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from vllm_xlayer.bench.engines import GRAPHS_ONLY
 from vllm_xlayer.provenance import write
 
 from . import RESULTS, ROOT, serving
-from .cases import try_all
+from .cases import rows_of, stamped, try_all
 from .model_configs import configs
 
 RESULT = {False: RESULTS / "cpu-models.json", True: RESULTS / "gpu-models.json"}
@@ -146,10 +145,10 @@ def main() -> int:
         os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     from .readme import rendered
 
-    results = json.loads(args.json.read_text())["families"] if args.json.exists() else {}
+    results = rows_of(args.json, "families")
 
     def finished(name: str, cells: dict[str, str]) -> None:
-        results[name] = {"family": known[name].label, **cells}
+        results[name] = stamped({"family": known[name].label, **cells})
         write(args.json, {"families": {name: results[name] for name in known if name in results}})
 
     size = int(args.cache_gib * 2**30)

@@ -160,6 +160,19 @@ def test_sentences_stand_below_the_table_once():
     assert "vLLM 1, torch 2, a CPU, today, commit abc." in lines
 
 
+def test_rows_that_were_tried_again_say_of_which_commit_they_are(tmp_path, monkeypatch):
+    """Others keep theirs."""
+    equal = {"in rows": "equal", "restored": "equal"}
+    path = tmp_path / "latents.json"
+    path.write_text(json.dumps(ABOUT | {"cases": {name: {"case": name} | equal for name in "abc"}}))
+    rows = cases.rows_of(path, "cases")
+    monkeypatch.setattr(cases, "provenance", lambda: ABOUT | {"commit": "def", "date": "tomorrow"})
+    rows["b"] = cases.stamped({"case": "b"} | equal)
+    last = latents_table(ABOUT | {"commit": "def", "date": "tomorrow", "cases": rows}).splitlines()[-1]
+    assert last == "vLLM 1, torch 2, a CPU, today, commit abc; b: tomorrow, commit def."
+    assert cases.rows_of(tmp_path / "none.json", "cases") == {}
+
+
 def test_a_gpus_tables_are_shown_once_there_are_results(tmp_path, monkeypatch):
     from benchmarks import readme
 
