@@ -184,6 +184,11 @@ def test_refused_at_start(make_llm, tiny_llama, settings, reason):
         make_llm(tiny_llama, **settings)
 
 
+def test_the_name_that_this_package_has_on_a_gpu(make_llm, tiny_llama):
+    llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", attention_config=dict(backend="CUSTOM"))
+    assert len(vllm_greedy(llm, random_prompts([5]), 4)[0]) == 4
+
+
 SCRIPT = """
 import sys
 from model_fixture import random_prompts, vllm_greedy

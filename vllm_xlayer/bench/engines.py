@@ -63,15 +63,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Of a shape, vLLM's settings that are not about its KV cache: FlashInfer would be compiled first, for
 minutes."""
+OURS = {"kv_cache_dtype": "nvfp4", "attention_config": {"backend": "CUSTOM"}}
+"""This package's backend, named: where it cannot serve, the engine fails: no other's figures get its name."""
 CACHES: dict[str, dict[str, Any]] = {
     "bf16": {"kv_cache_dtype": "auto"},
     "fp8": {"kv_cache_dtype": "fp8"},
-    "nvfp4": {"kv_cache_dtype": "nvfp4"},
-    "nvfp4-pages": {"kv_cache_dtype": "nvfp4"},
+    "nvfp4": OURS,
+    "nvfp4-pages": OURS,
     "stock-nvfp4": {"kv_cache_dtype": "nvfp4", "attention_config": {"backend": "FLASHINFER"}},
 }
-"""Name of a KV cache -> vLLM's settings. "nvfp4" is this package's; vLLM's own, with FlashInfer's kernels,
-has to be named where this package is installed."""
+"""Name of a KV cache -> vLLM's settings; "stock-nvfp4" is vLLM's own, with FlashInfer's kernels."""
 ENVIRONMENT = {"nvfp4-pages": {"VLLM_XLAYER_NEWEST_TOKENS": "0"}}
 """Name of a KV cache -> variables that belong to it."""
 GRAPHS_ONLY = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}

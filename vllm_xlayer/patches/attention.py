@@ -93,7 +93,7 @@ def _refusal(capability, config) -> str | None:
     try:
         built = ops.build_info()
     except ops.ExtensionMissingError as error:
-        return f"{cannot}: {error}."
+        return f"{cannot}: {error}"
     if not built["cuda"]:
         return (
             f"{cannot}: expected its CUDA ops, got a build without them; reinstall it where nvcc is found "

@@ -71,12 +71,16 @@ class CpuReferencePlatform(CpuPlatform):
         num_heads: int | None = None,
     ) -> str:
         """The class path of this package's attention; ValueError where that cannot serve a layer."""
+        from vllm_xlayer.attention.backend import NVFP4Backend
         from vllm_xlayer.attention.cpu import CpuReferenceBackend
         from vllm_xlayer.attention.cpu_mla import CpuMlaBackend
 
         ours = CpuMlaBackend if attn_selector_config.use_mla else CpuReferenceBackend
         reasons = ours.validate_configuration(device_capability=NO_GPU, **attn_selector_config._asdict())
-        if selected_backend is not None and selected_backend.name != ours.get_name():
+        names = [ours.get_name()]
+        if ours is CpuReferenceBackend:  # its place on a GPU has this package's kernels, by this name
+            names.append(NVFP4Backend.get_name())
+        if selected_backend is not None and selected_backend.name not in names:
             reasons.append(f"attention backend {selected_backend.name} needs a GPU")
         if reasons:
             raise ValueError(f"CPU reference platform: {'; '.join(reasons)} ({attn_selector_config})")
