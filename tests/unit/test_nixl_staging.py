@@ -33,6 +33,7 @@ class FakeWire:
         self.bad_row = None
         self.dead, self.fast = False, False
         self.begun = []
+        self.asked_too_late = False
 
     def begin(self):
         self.begun.append(len(self.begun))
@@ -52,7 +53,7 @@ class FakeWire:
         return handle
 
     def state(self, handle):
-        assert handle not in self.released
+        self.asked_too_late |= handle in self.released
         return self.states[handle]
 
     def release(self, handle):
@@ -137,6 +138,25 @@ def test_rows_land_after_what_was_launched_before_their_read(reads, wire, monkey
     reads.add("b", PEER, rows(1))
     poll_until_over(reads, wire)
     assert sorted(landed) == [0, 0, 0, 1]
+
+
+def test_a_row_that_fails_beside_other_chunks_of_its_read(reads, wire, monkeypatch):
+    """They have arrived, too, and must be let go once; no exception reaches the engine."""
+    monkeypatch.setattr(FakeLanding, "done", lambda self: True)
+    wire.fast, wire.bad_row = True, 0
+    reads.add("a", PEER, rows(2 * CAPACITY))
+    assert reads.poll() == {"a": Failure("seal", "torn")}
+    assert sorted(reads.free) == [0, 1] and not reads.chunks and not reads.quarantined
+    assert not wire.asked_too_late
+
+
+def test_a_peer_is_in_use_while_its_reads_wait_for_room(reads, wire):
+    """Its descriptors are needed yet."""
+    reads.add("a", PEER, rows(2 * CAPACITY))
+    reads.add("b", OTHER, rows(1))
+    assert reads.peers() == {PEER, OTHER}
+    poll_until_over(reads, wire)
+    assert reads.peers() == set()
 
 
 def test_a_row_that_is_not_what_was_sealed_fails_its_request_only(reads, wire):
@@ -228,6 +248,7 @@ def test_any_order_of_events(seed):
     over |= poll_until_over(reads, wire, times=200)
     assert over.keys() == wanted.keys() and not reads.reads
     assert sorted(reads.free) == [0, 1, 2] and not reads.chunks and not reads.quarantined
+    assert not wire.asked_too_late
     for name, failure in over.items():
         landed = [row for row in wire.landed if row in wanted[name]]
         assert len(landed) == len(set(landed))

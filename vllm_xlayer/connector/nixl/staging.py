@@ -72,7 +72,7 @@ class Wire(Protocol):
         """Checks what a buffer holds and copies it into the KV cache. begun: what `begin` returned."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Chunk:
     """Rows of one read in one buffer."""
 
@@ -84,7 +84,7 @@ class Chunk:
     landing: Landing | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Read:
     """All rows of one request from one peer."""
 
@@ -159,13 +159,15 @@ class StagedReads:
     def _move(self) -> bool:
         """Whether a chunk arrived, or has landed."""
         self._look_at_quarantined()
-        came = [self._advance(chunk) for chunk in list(self.chunks)]
+        # One that fails takes others of its read to quarantine.
+        came = [self._advance(chunk) for chunk in list(self.chunks) if chunk in self.chunks]
         self._post()
         return any(came)
 
     def peers(self) -> set[Peer]:
-        """Those whose transfers are under way, or in quarantine."""
-        return {chunk.read.peer for chunk in (*self.chunks, *self.quarantined)}
+        """Those that are read from, or have transfers in quarantine."""
+        reading = {read.peer for reads in self.reads.values() for read in reads}
+        return reading | {chunk.read.peer for chunk in self.quarantined}
 
     def _advance(self, chunk: Chunk) -> bool:
         """Whether it arrived, or has landed."""
