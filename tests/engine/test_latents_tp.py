@@ -12,7 +12,6 @@ HOST_BYTES, WHOLE = 16 << 20, sum(length // BLOCK for length in LENGTHS)
 USABLE = sum(HITS) // BLOCK
 pytestmark = [
     pytest.mark.anywhere,
-    pytest.mark.timeout(400, func_only=True),
     pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 

@@ -91,7 +91,7 @@ class Pair:
 
     def settle(self):
         """Steps until nothing is under way; counts what did not come back."""
-        core, deadline = core_of(self.decode), time.monotonic() + 30
+        core, deadline = core_of(self.decode), time.monotonic() + 300
         while (
             core.scheduler.has_requests() or self.worker.reads.quarantined
         ) and time.monotonic() < deadline:

@@ -24,7 +24,6 @@ from nixl_fixture import (
 pytestmark = [
     pytest.mark.anywhere,
     pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs"),
-    pytest.mark.timeout(90 if ON_GPU else 400, func_only=True),
 ]
 
 NUM_TOKENS = 8

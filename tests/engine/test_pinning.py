@@ -82,7 +82,7 @@ def start(make_llm, model, **extra):
 
 def forget(llm):
     """As forget_device_cache, which waits for the pinning."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not llm.reset_prefix_cache():  # the step in flight still holds blocks
         assert time.monotonic() < deadline
         llm.llm_engine.step()

@@ -62,9 +62,9 @@ def test_every_question_takes_its_arguments():
 def test_what_was_written_before_the_limit_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(every, "END_SECONDS", 0.2)
     file = tmp_path / "x.json"
-    program = f"import pathlib, time; pathlib.Path({str(file)!r}).write_text('[1]'); time.sleep(100)"
+    program = f"import pathlib, time; pathlib.Path({str(file)!r}).write_text('[1]'); time.sleep(600)"
     begin = time.monotonic()
     assert every.ask([sys.executable, "-c", program], 10) == "stopped after 10 s"
-    assert time.monotonic() - begin < 60 and json.loads(file.read_text()) == [1]
+    assert time.monotonic() - begin < 500 and json.loads(file.read_text()) == [1]
     assert every.ask([sys.executable, "-c", "raise SystemExit(3)"], 60) == "failed with 3"
     assert every.ask([sys.executable, "-c", ""], 60) == "done"
