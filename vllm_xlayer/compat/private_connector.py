@@ -6,7 +6,17 @@ _OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading"
 _TIERS = "vllm.v1.kv_offload"
 _BOOKS = "the host tier's books could not be kept right where a transfer failed"
 
+RUNNER_V2 = Private(
+    "stores of models whose new blocks are zeroed",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+    why="XLayerConnector refuses those models on model runner V2: zeroed blocks would be kept as if computed",
+    how="wrapped: the connector waits for its stores before new blocks are zeroed or copied into",
+    remove_when="model runner V2 calls handle_preemptions before it changes blocks",
+    methods={"update_requests": "self scheduler_output"},
+)
+
 DEPENDENCES = (
+    RUNNER_V2,
     Private(
         "disk tier across a sleep",
         "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector",

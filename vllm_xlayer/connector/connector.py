@@ -48,7 +48,8 @@ from .disk.jobs import Unused
 from .disk.manager import TieredManager
 from .disk.weights import loaded_weights
 from .failure_policy import recompute_failed_loads
-from .limits import check_served
+from .flushes import flushed_first
+from .limits import NotServedError, check_served
 from .scheduler import RowConnectorScheduler
 from .spec import DiskSettings, RowOffloadingSpec, default_host_bytes, least_rows
 from .stats.metrics import RowConnectorStats
@@ -77,6 +78,7 @@ class XLayerConnector(OffloadingConnector):
         decision = negotiate_rows(vllm_config, kv_cache_config)
         self.layout: RowDescriptor = decision.descriptor
         self.pool: torch.Tensor | None = None
+        self.zeroed_early = vllm_config.use_v2_model_runner and kv_cache_config.needs_kv_cache_zeroing
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None
         ours = _has_our_spec(transfer.kv_connector_extra_config)
@@ -102,6 +104,12 @@ class XLayerConnector(OffloadingConnector):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """kv_caches: layer name -> its view of the pool, of attention layers (B, H, N, C)."""
         assert self.connector_worker is not None
+        if self.zeroed_early and not flushed_first():
+            raise NotServedError(
+                "XLayerConnector cannot serve this model on model runner V2: expected to be called before "
+                "new blocks are zeroed, and this vLLM's runner is another (`vllm-xlayer doctor` says what is "
+                "missing): set VLLM_USE_V2_MODEL_RUNNER=0, or leave --kv-connector out"
+            )
         own = [name for group in self.layout.groups for name in group.layers]
         check_allocation(self.layout, allocations({n: kv_caches[n] for n in own}))
         storage = kv_caches[own[0]].untyped_storage()
@@ -118,6 +126,10 @@ class XLayerConnector(OffloadingConnector):
         if isinstance(self.connector_worker, RowConnectorWorker):
             assert isinstance(connector_metadata, OffloadingConnectorMetadata)
             self.connector_worker.before_launch(connector_metadata)
+
+    def before_blocks_change(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Worker side, on model runner V2: `handle_preemptions` in time, which vLLM calls once more later."""
+        super().handle_preemptions(connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         if isinstance(self.connector_worker, RowConnectorWorker):

@@ -1,12 +1,13 @@
 """Changes to vLLM where it has no extension point: a registry, and one file a target."""
 
-from . import attention, block_copies, cli, connectors, item_names, kv_scales, newest, sleep
+from . import attention, block_copies, cli, connectors, flushes, item_names, kv_scales, newest, sleep
 
 PATCHES = (
     attention.PATCH,
     block_copies.PATCH,
     cli.PATCH,
     connectors.PATCH,
+    flushes.PATCH,
     kv_scales.PATCH,
     newest.PATCH,
     newest.HYBRIDS,

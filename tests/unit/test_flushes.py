@@ -1,0 +1,85 @@
+"""What a step's stores copy from is copied before model runner V2 zeroes or overwrites it."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from vllm_xlayer.compat.private_connector import RUNNER_V2
+from vllm_xlayer.connector import flushes
+from vllm_xlayer.patches import flushes as patch
+
+MODULE, _, NAME = RUNNER_V2.owner.partition(":")
+
+
+class Connector:
+    def __init__(self, events):
+        self.events = events
+
+    def before_blocks_change(self, metadata):
+        self.events.append(("flushed", metadata))
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What happens, in order; with a runner V2 in this process, and a connector of ours."""
+    events = []
+
+    class Runner:
+        def update_requests(self, scheduler_output):
+            events.append(("zeroed", scheduler_output.new_block_ids_to_zero))
+            return "result"
+
+    module = ModuleType(MODULE)
+    setattr(module, NAME, Runner)
+    monkeypatch.setitem(sys.modules, MODULE, module)
+    monkeypatch.setattr(flushes, "_first", False)
+    _serve(monkeypatch, Connector(events))
+    return events
+
+
+def _serve(monkeypatch, connector):
+    import vllm.distributed.kv_transfer as transfer
+
+    monkeypatch.setattr(transfer, "get_kv_transfer_group", lambda: connector)
+    monkeypatch.setattr(transfer, "has_kv_transfer_group", lambda: connector is not None)
+
+
+def _step(metadata):
+    runner = getattr(sys.modules[MODULE], NAME)()
+    return runner.update_requests(SimpleNamespace(kv_connector_metadata=metadata, new_block_ids_to_zero=[7]))
+
+
+def test_stores_are_waited_for_before_blocks_are_zeroed(events):
+    made = patch.see_to_the_runner(lambda cls, config, role: (config, role), None, "config", "role")
+    assert made == ("config", "role") and flushes.flushed_first()
+    patch.see_to_the_runner(lambda cls: None, None)  # once more: nothing changes
+    assert _step("metadata") == "result"
+    assert events == [("flushed", "metadata"), ("zeroed", [7])]
+
+
+def test_below_multi_connector_ours_gets_its_own(events, monkeypatch):
+    others = SimpleNamespace()
+    _serve(monkeypatch, SimpleNamespace(_connectors=[others, Connector(events)]))
+    patch.see_to_the_runner(lambda cls: None, None)
+    _step(SimpleNamespace(metadata=["theirs", "ours"]))
+    assert events == [("flushed", "ours"), ("zeroed", [7])]
+
+
+def test_without_a_connector_or_metadata_the_runner_does_what_it_did(events, monkeypatch):
+    patch.see_to_the_runner(lambda cls: None, None)
+    _step(None)
+    _serve(monkeypatch, None)
+    _step("metadata")
+    assert events == [("zeroed", [7])] * 2
+
+
+def test_another_runner_is_left_alone_and_not_counted_on(events, monkeypatch):
+    class Other:
+        def update_requests(self, something_else):
+            events.append("original")
+
+    monkeypatch.setattr(sys.modules[MODULE], NAME, Other)
+    original = Other.update_requests
+    patch.see_to_the_runner(lambda cls: None, None)
+    assert Other.update_requests is original and not flushes.flushed_first()
