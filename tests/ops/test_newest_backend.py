@@ -67,7 +67,6 @@ class Machine:
             speculative_config=None,
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             scheduler_config=SimpleNamespace(max_num_seqs=ROWS, max_num_batched_tokens=1024),
-            model_config=SimpleNamespace(get_num_attention_heads=lambda _: self.case.num_heads),
             compilation_config=SimpleNamespace(max_cudagraph_capture_size=8, static_forward_context=layers),
         )
 

@@ -18,27 +18,30 @@ pytestmark = pytest.mark.usefixtures("pages_alone")
 LAYERS = ["a", "b"]
 
 
-def config(num_heads: int = 8, speculative: int | None = None, windows=(None, 64)) -> SimpleNamespace:
+def config(
+    num_heads: int = 8, speculative: int | None = None, windows=(None, 64), head_size: int = 128
+) -> SimpleNamespace:
     """What the builder reads of a VllmConfig."""
     spec = None
     if speculative is not None:
         spec = SimpleNamespace(num_speculative_tokens=speculative, parallel_drafting=False)
     layers = {
-        name: SimpleNamespace(impl=SimpleNamespace(window=window))
+        name: SimpleNamespace(
+            impl=SimpleNamespace(window=window, num_heads=num_heads, num_kv_heads=2, head_size=head_size)
+        )
         for name, window in zip(LAYERS, windows, strict=True)
     }
     return SimpleNamespace(
         speculative_config=spec,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
-        model_config=SimpleNamespace(get_num_attention_heads=lambda _: num_heads),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=8, static_forward_context=layers),
     )
 
 
 def builder(head_size: int = 128, **settings) -> NVFP4MetadataBuilder:
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=head_size, dtype=torch.uint8)
-    return NVFP4MetadataBuilder(spec, LAYERS, config(**settings), torch.device("cpu"))
+    return NVFP4MetadataBuilder(spec, LAYERS, config(head_size=head_size, **settings), torch.device("cpu"))
 
 
 def batch(
@@ -129,7 +132,38 @@ def test_drafts_of_other_lengths():
 def test_what_can_be_captured(settings, expected):
     head_size = settings.pop("head_size", 128)
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=head_size, dtype=torch.uint8)
-    assert NVFP4MetadataBuilder.get_cudagraph_support(config(**settings), spec) is expected
+    of = config(head_size=head_size, **settings)
+    assert NVFP4MetadataBuilder.get_cudagraph_support(of, spec) is expected
+
+
+def test_query_heads_are_the_layers_own(monkeypatch):
+    """A drafter's may be others than its model's."""
+    made = []
+    monkeypatch.setattr(metadata, "DecodePlanner", lambda device, **shape: made.append(shape))
+    of = config(num_heads=8)
+    drafter = SimpleNamespace(impl=SimpleNamespace(window=None, num_heads=4, num_kv_heads=2, head_size=128))
+    of.compilation_config.static_forward_context["drafter"] = drafter
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=128, dtype=torch.uint8)
+    for names in (["drafter"], LAYERS):
+        NVFP4MetadataBuilder(spec, names, of, torch.device("cpu"))
+    assert [shape["num_heads"] for shape in made] == [4, 8]
+    with pytest.raises(ValueError, match=r"as many query heads, got \[4, 8\] \(a, drafter\)"):
+        NVFP4MetadataBuilder(spec, ["a", "drafter"], of, torch.device("cpu"))
+
+
+def test_graphs_are_for_all_layers_of_a_cache():
+    of = config(num_heads=8)
+    others = dict(
+        drafter=SimpleNamespace(impl=SimpleNamespace(num_heads=64, num_kv_heads=2, head_size=128)),
+        state=SimpleNamespace(),
+    )
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=128, dtype=torch.uint8)
+    for name, expected in (
+        ("state", AttentionCGSupport.UNIFORM_BATCH),
+        ("drafter", AttentionCGSupport.NEVER),
+    ):
+        of.compilation_config.static_forward_context[name] = others[name]
+        assert NVFP4MetadataBuilder.get_cudagraph_support(of, spec) is expected
 
 
 def test_heads_without_a_decode_kernel(monkeypatch):

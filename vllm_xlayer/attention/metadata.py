@@ -154,7 +154,9 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         self._newest = make_planner(vllm_config, layer_names, device)
         self._planner: DecodePlanner | None = None
         self._decode_len = _decode_query_len(vllm_config)
-        if shape := _decode_shape(vllm_config, kv_cache_spec):
+        heads = _query_heads(vllm_config, layer_names)
+        shape = (heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
+        if _is_decoded(*shape):
             self.reorder_batch_threshold = self._decode_len
             self._planner = self._make_planner(vllm_config, shape, layer_names, device)
         else:
@@ -163,7 +165,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
                 "slow (pages are dequantised first, and not in full CUDA graphs). There is one for heads of "
                 "%s and up to %d query heads a KV head.",
                 kv_cache_spec.head_size,
-                _num_query_heads(vllm_config) // kv_cache_spec.num_kv_heads,
+                heads // kv_cache_spec.num_kv_heads,
                 ", ".join(map(str, limits().head_sizes)),
                 limits().max_group,
             )
@@ -171,7 +173,8 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
         """Decode follows its inputs in a captured graph; the pieces of a prefill do not."""
-        if _decode_shape(vllm_config, kv_cache_spec) is None:
+        kv_heads, head_size = kv_cache_spec.num_kv_heads, kv_cache_spec.head_size
+        if not all(_is_decoded(n, kv_heads, head_size) for n in _all_query_heads(vllm_config, kv_cache_spec)):
             return AttentionCGSupport.NEVER
         spec = vllm_config.speculative_config
         if spec is not None and 1 + spec.num_speculative_tokens > limits().max_query_len:
@@ -243,12 +246,34 @@ def _decode_query_len(vllm_config) -> int:
     return min(1 + drafts, limits().max_query_len)
 
 
-def _decode_shape(vllm_config, kv_cache_spec) -> tuple[int, int, int] | None:
-    """(query heads, KV heads, head size) of a rank if there is a decode kernel for them, else None."""
-    shape = (_num_query_heads(vllm_config), kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
-    return shape if limits().include(shape[2], shape[0], shape[1]) else None
+def _is_decoded(query_heads: int, kv_heads: int, head_size: int) -> bool:
+    """Whether there is a decode kernel for them."""
+    return limits().include(head_size, query_heads, kv_heads)
 
 
-def _num_query_heads(vllm_config) -> int:
-    """Of a rank."""
-    return vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+def _query_heads(vllm_config, layer_names: list[str]) -> int:
+    """Of these layers, on a rank. A model's layers may differ in them, a drafter's from the model's; vLLM
+    makes a builder for those that do not.
+
+    Raises:
+        ValueError: they differ; one schedule could not serve them.
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    heads = {layers[name].impl.num_heads for name in layer_names}
+    if len(heads) != 1:
+        raise ValueError(
+            f"--kv-cache-dtype nvfp4: expected layers that share a schedule to have as many query heads, got "
+            f"{sorted(heads)} ({', '.join(layer_names)})"
+        )
+    return int(heads.pop())
+
+
+def _all_query_heads(vllm_config, kv_cache_spec) -> set[int]:
+    """The numbers of query heads that layers with such a KV cache have, on a rank."""
+    shape = (kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
+    heads = set()
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        impl = getattr(layer, "impl", None)
+        if (getattr(impl, "num_kv_heads", None), getattr(impl, "head_size", None)) == shape:
+            heads.add(int(layer.impl.num_heads))
+    return heads
