@@ -16,15 +16,17 @@ from vllm_xlayer.connector.limits import NotServedError, check_served
 def engine(**changes):
     """As much of a VllmConfig as is read; a change is cache__x, parallel__x or extra__x."""
     parts = dict(
-        cache=dict(enable_prefix_caching=True, prefix_match_unit=None),
+        cache=dict(enable_prefix_caching=True, prefix_match_unit=None, block_size=16),
         parallel=dict(decode_context_parallel_size=1, pipeline_parallel_size=1),
         extra={},
+        model=dict(layers=4),
     )
     for name, value in changes.items():
         part, key = name.split("__")
         parts[part][key] = value
     return SimpleNamespace(
         cache_config=SimpleNamespace(**parts["cache"]),
+        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: parts["model"]["layers"]),
         parallel_config=SimpleNamespace(**parts["parallel"]),
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=parts["extra"]),
     )
@@ -42,6 +44,16 @@ def test_what_is_served():
     alike = planned(one_group("nvfp4"), "BLHNC")
     check(alike, ours=False)
     check(alike, parallel__pipeline_parallel_size=2, cache__enable_prefix_caching=False)
+    check(small_plan(), cache__prefix_match_unit=16, extra__block_size=16)
+
+
+def test_ranks_of_a_pipeline_have_as_many_layers():
+    """A rank with more has larger rows: ids of host memory that the first rank's size allows are beyond its
+    own."""
+    alike = planned(one_group("nvfp4"), "BLHNC")
+    with pytest.raises(NotServedError, match=r"ranks of 8, 8, 9, 8 layers.*VLLM_PP_LAYER_PARTITION"):
+        check(alike, parallel__pipeline_parallel_size=4, model__layers=33)
+    check(alike, parallel__pipeline_parallel_size=4, model__layers=32)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +63,7 @@ def test_what_is_served():
         (dict(parallel__decode_context_parallel_size=2), r"decode context parallelism \(got 2\)"),
         (dict(parallel__pipeline_parallel_size=2), r"pipeline parallelism \(got 2\)"),
         (dict(cache__prefix_match_unit=16, extra__blocks_per_chunk=2), "set only one of them"),
+        (dict(cache__prefix_match_unit=16, extra__block_size=32), "block_size 32 .* set only one of them"),
         (dict(ours=False), "leave spec_name out"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

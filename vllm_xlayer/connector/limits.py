@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec, iter_layer_specs
 
 from ..layout import RowDescriptor
@@ -35,6 +36,12 @@ def _problems(
             "its pages are not of one kind, which only this package's spec moves: leave spec_name out of "
             "kv_connector_extra_config"
         )
+    if len(set(counts := _layers_of_ranks(vllm_config))) > 1:
+        yield (
+            f"pipeline parallelism with ranks of {', '.join(map(str, counts))} layers: their rows differ in "
+            "bytes, and the tiers count in those of the first. Set VLLM_PP_LAYER_PARTITION to as many for "
+            "each, or another --pipeline-parallel-size"
+        )
     specs = [spec for group in plan.kv_cache_groups for spec in iter_layer_specs(group.kv_cache_spec)]
     modes = {spec.mamba_cache_mode for spec in specs if isinstance(spec, MambaSpec)}
     if not modes:
@@ -58,8 +65,18 @@ def _problems(
     transfer = vllm_config.kv_transfer_config
     extra = {} if transfer is None else transfer.kv_connector_extra_config
     unit = getattr(cache, "prefix_match_unit", None)
-    if unit is not None and int(extra.get("blocks_per_chunk", 1)) > 1:
-        yield (
-            f"prefix_match_unit {unit} finds parts of a block, and blocks_per_chunk "
-            f"{extra['blocks_per_chunk']} stores several blocks as one: set only one of them"
-        )
+    for name, one_block in (("blocks_per_chunk", 1), ("block_size", cache.block_size)):
+        if unit is not None and int(extra.get(name, one_block)) > one_block:
+            yield (
+                f"prefix_match_unit {unit} finds parts of a block, and {name} {extra[name]} stores several "
+                "blocks as one: set only one of them"
+            )
+
+
+def _layers_of_ranks(vllm_config: VllmConfig) -> list[int]:
+    """Of each rank of a pipeline, as vLLM divides them."""
+    ranks = vllm_config.parallel_config.pipeline_parallel_size
+    if ranks == 1:
+        return []
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    return [end - start for start, end in (get_pp_indices(layers, rank, ranks) for rank in range(ranks))]
