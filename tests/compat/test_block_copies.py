@@ -1,5 +1,7 @@
 """Copies of blocks in the layouts of hybrid models: every byte of a page, whichever layer comes first."""
 
+import sys
+
 import pytest
 import torch
 
@@ -34,3 +36,16 @@ def test_pages_are_copied_whole(layout, state_first):
         expected = torch.as_strided(before, (BLOCKS, PAGE), (block, 1), i * layer).clone()
         expected[3] = expected[1]
         assert torch.equal(pages, expected)
+
+
+@pytest.mark.parametrize("nvfp4", [False, True])
+def test_on_gpus_only_where_layers_are_ours(monkeypatch, nvfp4):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setitem(sys.modules, block_copies.OUR_LAYERS, sys)
+    if not nvfp4:
+        monkeypatch.delitem(sys.modules, block_copies.OUR_LAYERS)
+    caches, given = [torch.zeros(2), torch.zeros(3)], []
+    block_copies.copy_longest_views(lambda them, *_: given.extend(them), caches, BLOCKS, [(1, 3)])
+    assert [len(cache) for cache in given] == ([3, 2] if nvfp4 else [2, 3])

@@ -6,27 +6,28 @@ layer's at the page's end: where a layer with a state comes first, as in LFM2, Q
 rest of the other layers' pages is not copied. That is so on every device, where layers have regions of their
 own. A block that is one row is copied as one piece.
 
-It is mended for the CPU reference platform, which is ours. What vLLM does on GPUs is left alone: nothing
-changes for those who did not ask. Rows are what to ask for.
+It is mended where attention is ours: on the CPU reference platform, and in processes with NVFP4 layers, whose
+default layout has such regions. What vLLM does with other caches on GPUs is left alone: nothing changes for
+those who did not ask. Rows are what to ask for.
 """
 
+import sys
 from typing import Any
 
 from ..compat.dependence import Patch
 from .wrapping import wrap
 
+OUR_LAYERS = "vllm_xlayer.attention.impl"
+"""The module of NVFP4 layers on a GPU, imported with the first of them."""
+
 
 def copy_longest_views(original: Any, kv_caches: Any, *args: Any, **kwargs: Any) -> None:
     """The original, which meets the longest view at an address first."""
-    original(sorted(kv_caches, key=lambda cache: cache.nbytes, reverse=True), *args, **kwargs)
-
-
-def _not_needed() -> str | None:
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        return None
-    return "vLLM copies on GPUs as it does; with --prefix-match-unit and a hybrid model take rows"
+    if current_platform.is_cpu() or OUR_LAYERS in sys.modules:
+        kv_caches = sorted(kv_caches, key=lambda cache: cache.nbytes, reverse=True)
+    original(kv_caches, *args, **kwargs)
 
 
 def _apply() -> None:
@@ -40,9 +41,9 @@ PATCH = Patch(
     owner="vllm.v1.worker.utils",
     why="with --prefix-match-unit a hybrid model may answer from pages that vLLM copied in part; not so in "
     "rows: set VLLM_KV_CACHE_LAYOUT=BLHNC, or take XLayerConnector",
-    how="wrapped: gives it the layers' views in order of their size, as it copies the first at an address",
+    how="wrapped: gives it views in order of their size, as it copies the first at an address, on "
+    "the CPU platform and with NVFP4",
     remove_when="it copies pages whose first layer has a state in full",
     methods={"copy_kv_cache_blocks_inplace": "kv_caches num_blocks kv_cache_block_copies"},
     apply=_apply,
-    not_needed=_not_needed,
 )
