@@ -191,8 +191,7 @@ class DiskTier(SecondaryTierManager):
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         if not self.problem:
-            for key in reversed(list(keys)):  # so that a prompt's end goes before its beginning
-                self._store.touch(key)
+            self._store.touch(reversed(list(keys)))  # so that a prompt's end goes before its beginning
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         if self.hung or self.problem:
