@@ -21,6 +21,8 @@ from vllm.v1.kv_offload.cpu.policies.arc import ARCCachePolicy
 from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
 
+from .recency import RecencyPolicy
+
 logger = logging.getLogger(__name__)
 
 
@@ -98,7 +100,7 @@ class HostTierManager(CPUOffloadingManager):
         policy = self._policy
         if isinstance(policy, ARCCachePolicy):
             return {**policy.t1, **policy.t2}
-        assert isinstance(policy, LRUCachePolicy)
+        assert isinstance(policy, LRUCachePolicy | RecencyPolicy)
         return policy.chunks
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
