@@ -20,6 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from uuid import uuid4
 
@@ -179,6 +180,11 @@ class DiskTier(SecondaryTierManager):
         if there is None and self._finder.ask(key, req_context.req_id):
             return LookupResult.RETRY
         return LookupResult.HIT if there else LookupResult.MISS
+
+    def ask(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> int:
+        """How many keys from the first on only the disk knows of. It is asked for these."""
+        known, ask, request = self._store.known, self._finder.ask, req_context.req_id
+        return sum(1 for _ in takewhile(lambda key: known(key) is None and ask(key, request), keys))
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         return RequestOffloadingContext()
