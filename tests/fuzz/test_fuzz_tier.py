@@ -107,7 +107,7 @@ def test_random_use_agrees_with_a_model(steps):
                 assert into == payload(i)
                 model = [*(k for k in model if k != i), i]
             elif what == "touch":
-                store.touch(key)
+                store.touch([key])
                 model = [*(k for k in model if k != i), i] if i in model else model
             elif what == "rescan":
                 store.rescan()

@@ -96,7 +96,7 @@ def test_what_is_used_in_host_memory_counts_as_used_on_the_disk(start, monkeypat
     manager, view = start()
     store(manager, view)
     touched = []
-    monkeypatch.setattr(manager.disk._store, "touch", touched.append)
+    monkeypatch.setattr(manager.disk._store, "touch", touched.extend)
     manager.prepare_load(KEYS[:2], REQUEST)
     assert touched == [KEYS[1], KEYS[0]]  # a prompt's end goes before its beginning
     manager.prepare_store(KEYS[2:], REQUEST)

@@ -26,7 +26,7 @@ def test_every_change_is_made_under_the_lock():
     account = Guarded()
     account.add("a", 10)
     account.add("b", 20)
-    account.touch("a")
+    account.touch(["a"])
     account.forget(["a", "c"])
     account.begin_scan()
     account.add("d", 5)
@@ -99,7 +99,7 @@ def test_a_disk_that_is_slow_holds_no_other_thread_up(tmp_path, monkeypatch, cal
 
     def schedule():
         seen.append(store.known(key(0)))
-        store.touch(key(0))
+        store.touch([key(0)])
         store.assume_absent([key(1)])
         seen.append(store.known(key(1)))
         seen.append(store.total > 0)
@@ -130,7 +130,7 @@ def test_what_changes_while_a_scan_is_under_way_counts(tmp_path, monkeypatch):
         seen = list(scan(progress))
         store.write(key(4), payload(4))  # not seen
         store._remove(store._path(key(1)))  # seen, and gone
-        store.touch(key(0))
+        store.touch([key(0)])
         store.write(key(5), payload(5))
         yield from seen
 

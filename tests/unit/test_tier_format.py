@@ -52,6 +52,12 @@ def test_every_field_of_the_identity_counts(name):
     assert caught.value.reason == f"other {name}"
 
 
+def test_the_digest_is_made_once():
+    """Every path of an entry begins with it, and a prompt has thousands."""
+    assert IDENTITY.digest is IDENTITY.digest
+    assert replace(IDENTITY, epoch="other").digest != IDENTITY.digest
+
+
 def test_key_size_and_payload_count():
     with pytest.raises(EntryError, match="other key"):
         check(entry(), key=KEY[:-1] + b"\0")

@@ -11,24 +11,41 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from vllm_xlayer.connector.disk.manager import TieredManager
+from vllm_xlayer.connector.disk.tier import DiskTier
 from vllm_xlayer.connector.host.manager import HostTierManager
 from vllm_xlayer.connector.scheduler import RowConnectorScheduler
 
 REQUEST = ReqContext("request")
 KEYS = [OffloadKey(bytes([i]) * 8) for i in range(8)]
+UNKNOWN = [OffloadKey(bytes([i]) * 8) for i in range(20, 25)]
+NOT_KNOWN = [*UNKNOWN, *KEYS[:5], KEYS[6]]
+"""To the disk tier; some of it is in host memory."""
 
 
 class Disk(SecondaryTierManager):
-    """Has KEYS[5]; `done` are the jobs that ended since it was asked last."""
+    """Has KEYS[5], and has to look for UNKNOWN; `done` are the jobs that ended since it was asked last."""
 
     tier_type, done = "disk", ()
     _bp_detector = locality = None
 
     def __init__(self):
-        pass
+        self.asked = []
 
     def lookup(self, key, req_context):
+        if key in UNKNOWN:
+            self.asked.append(key)
+            return LookupResult.RETRY
         return LookupResult.HIT if key == KEYS[5] else LookupResult.MISS
+
+    ask = DiskTier.ask
+
+    @property
+    def _store(self):
+        return SimpleNamespace(known=lambda key: None if key in NOT_KNOWN else key == KEYS[5])
+
+    @property
+    def _finder(self):
+        return SimpleNamespace(ask=lambda key, request: self.asked.append(key) or True)
 
     def get_finished_jobs(self):
         done, self.done = self.done, ()
@@ -87,6 +104,11 @@ ASKED = {
     "then missing": [*KEYS[:3], KEYS[7], KEYS[3]],
     "then written, then ready": [*KEYS[:3], KEYS[6], KEYS[3]],
     "then perhaps on the disk": [KEYS[0], KEYS[5], KEYS[1]],
+    "then unknown": [KEYS[0], *UNKNOWN],
+    "unknown, then ready": [*UNKNOWN[:3], KEYS[0], UNKNOWN[3]],
+    "unknown, then perhaps on the disk": [*UNKNOWN[:2], KEYS[5], UNKNOWN[2]],
+    "unknown, then missing": [*UNKNOWN[:2], KEYS[7], UNKNOWN[2]],
+    "unknown, then written": [*UNKNOWN[:2], KEYS[6], UNKNOWN[2]],
 }
 
 
@@ -100,6 +122,8 @@ def test_what_is_found(kind, keys, failed):
     # What was on the disk is on its way.
     assert [*ours.host.chunks()] == [*reference.host.chunks()]
     assert [*ours.transfers()] == [*reference.transfers()]
+    if "disk" in kind:
+        assert ours.disk.asked == reference.disk.asked
 
 
 def test_expected_numbers(manager):
@@ -125,7 +149,7 @@ def test_ready_keys_are_not_asked_for_one_by_one(manager, monkeypatch):
     asked = []
     monkeypatch.setattr(manager, "lookup", lambda key, req_context: asked.append(key) or LookupResult.MISS)
     assert as_found([*KEYS[:5], KEYS[7]], manager) == 5
-    assert asked == [KEYS[7]]
+    assert {*asked} == {KEYS[7]}
 
 
 def test_events_that_carry_tokens_are_told_of_every_key(manager, monkeypatch):

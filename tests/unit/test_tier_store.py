@@ -69,7 +69,7 @@ def test_the_least_recently_used_goes_first(tmp_path):
     for i in range(4):
         store.write(key(i), payload(i))
     read(store, 0)
-    store.touch(key(1))
+    store.touch([key(1)])
     store.write(key(4), payload(4))
     store.write(key(5), payload(5))
     assert held(store, 6) == [0, 1, 4, 5] and used(tmp_path) == 4 * SIZE

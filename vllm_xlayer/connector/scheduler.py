@@ -139,10 +139,12 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         keys = list(keys)
         # vLLM's describes every key that it finds, where events shall carry tokens.
         hits = 0 if self._describes_events else self.manager.count_hits(keys)
-        rest = super()._maximal_prefix_lookup(  # what is not simply there
-            keys[hits:], req_context, req, group_config, start_chunk_idx + hits
+        asked = 0 if self._describes_events else self.manager.ask_disk(keys[hits:], req_context)
+        known = hits + asked
+        rest = super()._maximal_prefix_lookup(  # what is neither simply there nor simply unknown
+            keys[known:], req_context, req, group_config, start_chunk_idx + known
         )
-        return None if rest is None else hits + rest
+        return None if asked or rest is None else hits + rest
 
     def _note_answer(self, status: RequestOffloadState, computed: int, found: int) -> None:
         """Remembers what a request found (tokens), for when it is admitted."""

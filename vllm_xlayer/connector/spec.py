@@ -24,7 +24,7 @@ from .disk.identity import NoIdentity
 from .disk.jobs import Unused
 from .disk.manager import TieredManager
 from .disk.tier import DiskTier
-from .host import pinning
+from .host import pinning, recency
 from .host.manager import HostTierManager
 from .host.memory import GIB, HostShape, scheduler_memory, worker_memory
 from .offloading_worker import NoTierWorker, RowOffloadingWorker
@@ -141,7 +141,7 @@ class RowOffloadingSpec(CPUOffloadingSpec):
         if self._manager is None:
             host = HostTierManager(
                 num_chunks=self.num_chunks,
-                cache_policy=self.eviction_policy,
+                cache_policy=recency.POLICY if self.eviction_policy == "lru" else self.eviction_policy,
                 cache_policy_module_path=self.cache_policy_module_path,
                 enable_events=self.kv_events_config.enable_kv_cache_events,
                 store_threshold=int(self.extra_config.get("store_threshold", 0)),

@@ -52,11 +52,12 @@ class Account:
             self._absent.pop(path, None)
             self._set(path, (size, time.time()))
 
-    def touch(self, path: str) -> None:
-        """The file was used just now, if it is known."""
+    def touch(self, paths: Iterable[str]) -> None:
+        """The files were used just now, the last one last, as far as they are known."""
         with self._lock:
-            if path in self._known:
-                self._set(path, (self._known[path][0], time.time()))
+            for path in paths:
+                if path in self._known:
+                    self._set(path, (self._known[path][0], time.time()))
 
     def forget(self, paths: Iterable[str]) -> None:
         """The files are not there."""

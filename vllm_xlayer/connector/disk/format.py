@@ -13,6 +13,7 @@ header says. So what `check_header` and `check_payload` let pass is what was wri
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import xxhash
@@ -60,9 +61,9 @@ class TierIdentity:
     epoch: str = ""
     """Empty for what may be used after a restart; else private to one engine (see DiskTier.forget)."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """32 hex digits: the folder of this identity's entries."""
+        """32 hex digits: the folder of this identity's entries. Kept, as every path of an entry begins so."""
         return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
 
 

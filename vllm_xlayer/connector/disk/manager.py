@@ -1,7 +1,8 @@
 """Host tier with a disk behind it: vLLM's TieringOffloadingManager, where transfers may fail or take long."""
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from itertools import takewhile
 
 from vllm.v1.kv_offload.base import (
     LoadStoreSpec,
@@ -64,6 +65,17 @@ class TieredManager(TieringOffloadingManager):
         """As HostTierManager's: a chunk that is in host memory is asked of no other tier."""
         self._maybe_process_finished_jobs()
         return self.host.count_hits(keys)
+
+    def ask_disk(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> int:
+        """How many keys from the first on only the disk knows of. It is asked for these, and the request has
+        to come again.
+
+        A new prompt has thousands of them: one goes vLLM's way, which says whether the disk may be asked.
+        """
+        if not keys or self.lookup(keys[0], req_context) is not LookupResult.RETRY:
+            return 0
+        not_here = takewhile(lambda key: not self.host.holds(key), keys[1:])
+        return 1 + self.disk.ask(not_here, req_context)
 
     def is_late(self, req_context: ReqContext) -> bool:
         since = self._waits_since.get(req_context.req_id)

@@ -121,9 +121,9 @@ class DiskStore:
         """Lets `known` say for a while that these are not there."""
         self._account.forget(map(self._path, keys))
 
-    def touch(self, key: bytes) -> None:
-        """Marks an entry as recently used, in this process."""
-        self._account.touch(self._path(key))
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Marks entries as recently used, in this process."""
+        self._account.touch(map(self._path, keys))
 
     def write(self, key: bytes, payload: memoryview) -> bool:
         """Writes an entry.
@@ -188,7 +188,7 @@ class DiskStore:
             else:
                 self._remove(path)
             raise EntryError(error.reason, f"{self.root}/{path}: {error}") from error
-        self._account.touch(path)
+        self._account.touch([path])
 
     def _read(self, path: str, key: bytes, payload: memoryview) -> None:
         with self._files.opened(path) as (folder, name), open_entry(folder, name) as (file, got):

@@ -20,6 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from uuid import uuid4
 
@@ -180,6 +181,11 @@ class DiskTier(SecondaryTierManager):
             return LookupResult.RETRY
         return LookupResult.HIT if there else LookupResult.MISS
 
+    def ask(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> int:
+        """How many keys from the first on only the disk knows of. It is asked for these."""
+        known, ask, request = self._store.known, self._finder.ask, req_context.req_id
+        return sum(1 for _ in takewhile(lambda key: known(key) is None and ask(key, request), keys))
+
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         return RequestOffloadingContext()
 
@@ -191,8 +197,7 @@ class DiskTier(SecondaryTierManager):
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         if not self.problem:
-            for key in reversed(list(keys)):  # so that a prompt's end goes before its beginning
-                self._store.touch(key)
+            self._store.touch(reversed(list(keys)))  # so that a prompt's end goes before its beginning
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         if self.hung or self.problem:

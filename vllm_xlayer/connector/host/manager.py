@@ -6,7 +6,7 @@ never becomes loadable, and one that could not be loaded is forgotten as soon as
 """
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from vllm.v1.kv_offload.base import (
     LoadStoreSpec,
@@ -20,6 +20,8 @@ from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.cpu.policies.arc import ARCCachePolicy
 from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
+
+from .recency import RecencyPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ class HostTierManager(CPUOffloadingManager):
         policy = self._policy
         if isinstance(policy, ARCCachePolicy):
             return {**policy.t1, **policy.t2}
-        assert isinstance(policy, LRUCachePolicy)
+        assert isinstance(policy, LRUCachePolicy | RecencyPolicy)
         return policy.chunks
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -119,6 +121,14 @@ class HostTierManager(CPUOffloadingManager):
                 break
             hits += 1
         return hits
+
+    def ask_disk(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> int:
+        """How many keys from the first on the disk was asked for: there is none."""
+        return 0
+
+    def holds(self, key: OffloadKey) -> bool:
+        """Whether there is a chunk of this key, in whatever state."""
+        return self._policy.get(key) is not None
 
     def prepare_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext
