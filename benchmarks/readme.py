@@ -19,6 +19,7 @@ from . import (
     markdown_tier,
     quality,
     transforms,
+    versions,
 )
 from .plot import copy_plot, decode_plot, quality_plot
 
@@ -80,6 +81,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "copy": (("h200-copy.json",), markdown_tier.copy_section),
     "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
     "offload": (("h200-offload.json",), markdown_tier.offload_section),
+    "worse": (("vllm-0.26.json", *versions.FILES.values()), versions.section),
     "settings": ((), markdown.settings),
     "resources": (("resources.json",), markdown.resources),
     "models": (("cpu-models.json",), markdown_models.table),
