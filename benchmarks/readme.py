@@ -52,7 +52,7 @@ PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
 """The same for RESULTS; drawn once the file is there."""
 QUALITY_PLOT = (RESULTS / "h200-quality.json", RESULTS / "h200-quality.png")
-"""The same for docs/accuracy.md."""
+"""The same for docs/accuracy.md and the README."""
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), markdown.demo_table),
@@ -73,6 +73,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "capacity": (("h200-capacity.json",), markdown.capacity_table),
     "quality": (("h200-demo.json",), markdown.demo_table),
     "accuracy": (("h200-quality.json",), quality.table),
+    "accuracy_short": (("h200-quality.json",), quality.short_table),
     "transforms": (("h200-transforms.json", "h200-transforms-essays.json"), transforms.table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),

@@ -30,8 +30,13 @@ def test_every_table_is_shown_somewhere():
 
 @pytest.mark.parametrize(
     ("plot", "path"),
-    [(PLOT, DOCUMENTS[0]), (COPY_PLOT, DOCUMENTS[1]), (QUALITY_PLOT, DOCUMENTS[3])],
-    ids=["decode", "copy", "quality"],
+    [
+        (PLOT, DOCUMENTS[0]),
+        (COPY_PLOT, DOCUMENTS[1]),
+        (QUALITY_PLOT, DOCUMENTS[3]),
+        (QUALITY_PLOT, DOCUMENTS[0]),
+    ],
+    ids=["decode", "copy", "quality", "quality, README"],
 )
 def test_the_picture_is_of_these_results(plot, path):
     image = pytest.importorskip("PIL.Image")
