@@ -31,6 +31,7 @@ DOCUMENTS = (
     ROOT / "docs/reliability.md",
     ROOT / "csrc/kernels/nvfp4_attention/NOTES.md",
     ROOT / "docs/models.md",
+    ROOT / "docs/limits.md",
     ROOT / "docs/prefill-decode.md",
 )
 HANDOVERS = {
@@ -87,6 +88,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "resources": (("resources.json",), markdown.resources),
     "models": (("cpu-models.json",), markdown_models.table),
     "models_gpu": (("gpu-models.json",), markdown_models.gpu_table),
+    "models_counted": (("gpu-models.json", "cpu-models.json"), markdown_models.counted_in_readme),
+    "models_counted_limits": (("gpu-models.json", "cpu-models.json"), markdown_models.counted_in_limits),
     "soak": (("h200-soak.json", "cpu-soak.json"), markdown_models.soak_section),
     "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
