@@ -90,6 +90,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "models_gpu": (("gpu-models.json",), markdown_models.gpu_table),
     "models_counted": (("gpu-models.json", "cpu-models.json"), markdown_models.counted_in_readme),
     "models_counted_limits": (("gpu-models.json", "cpu-models.json"), markdown_models.counted_in_limits),
+    "upstream_nixl": (("cpu-upstream-nixl.json",), markdown_handover.upstream),
     "soak": (("h200-soak.json", "cpu-soak.json"), markdown_models.soak_section),
     "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
