@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cases, models, serving
-from benchmarks.markdown_models import counted, gpu_table, latents_table, table
+from benchmarks.markdown_models import counted, gpu_table, latents_table, soak_section, table
 from benchmarks.model_configs import configs
 
 LLAMA = models.Family({"architectures": ["LlamaForCausalLM"]}, "n-gram drafts")
@@ -182,6 +182,20 @@ def test_kinds_of_drafts_are_no_families():
     cpu = gpu | {n: {"family": n, **works} for n in ("C", "D", "D, drafts")}
     text = counted({"families": gpu}, {"families": cpu | {"D": gpu["B"] | {"family": "D"}}})
     assert "1 of 2 families work" in text and "2 more were" in text and text.endswith("of which 1 do")
+
+
+def test_what_a_zero_is_worth_stands_before_it():
+    numbers = dict(
+        requests=1, answers=2, tries=3, rows_loaded=4, accepted_drafts=5, wrong=6, lost=7, leaked=8,
+        seconds=60, preempted=9, noticed=12, noticed_of=20,
+    )  # fmt: skip
+    lines = soak_section(ABOUT | numbers).splitlines()
+    head = next(line for line in lines if line.startswith("|  |")).split(" | ")
+    cells = next(line for line in lines if line.startswith("| a CPU")).split(" | ")
+    assert cells[head.index("wrong") - 1 : head.index("wrong") + 1] == ["12 of 20", "6"]
+    assert head[head.index("wrong") - 1] == "planted wrong answers that are noticed" and len(head) == len(
+        cells
+    )
 
 
 def test_sentences_stand_below_the_table_once():
