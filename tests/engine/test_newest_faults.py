@@ -26,7 +26,7 @@ from faults import (
 )
 from model_fixture import ON_GPU, random_prompts
 from newest_oracles import PageOracle, RowOracle
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 
 PROMPTS = random_prompts([40, 64, 100, 129, 200])
 NUM_TOKENS, NEWEST = 24, 64
@@ -73,12 +73,14 @@ def fits(tokens, answer):
 
 
 @pytest.fixture(scope="module")
-def engine(make_llm, tiny_llama):
+def engine(make_llm, tiny_llama, request):
     """(engine, Right): transfers stay under way for some steps, and PROMPTS are in the host tier."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(NEWEST))
         patch.setenv("VLLM_XLAYER_DEBUG", "1")
-        patch.setenv("VLLM_BATCH_INVARIANT", "0")  # no backend for NVFP4 is
+        patch.setenv("VLLM_BATCH_INVARIANT", "0")  # which conftest sets on a GPU: it refuses NVFP4
+        envs.disable_envs_cache()  # vLLM keeps its variables from the first engine on
+        request.addfinalizer(envs.disable_envs_cache)
         slow_down(patch, 3)
         llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", max_num_seqs=8, kv_transfer_config=CONNECTOR)
         right = Right(asked(llm), asked(llm))

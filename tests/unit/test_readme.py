@@ -65,7 +65,7 @@ def test_a_legend_covers_no_panel(draw, results, tmp_path, monkeypatch):
     labels = {label for panel in panels for label in panel.get_legend_handles_labels()[1]}
     assert {text.get_text() for text in legend.get_texts()} == labels
     box = legend.get_window_extent()
-    assert not any(box.overlaps(panel.get_window_extent()) for panel in panels)
+    assert not any(box.overlaps(panel.get_tightbbox()) for panel in panels)
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
