@@ -79,7 +79,13 @@ def gain(
     quality: dict[str, Any],
     handover: dict[str, Any],
 ) -> str:
-    """The first screen: what a user of a Hopper GPU gains."""
+    """The first screen: what a user of a Hopper GPU gains. What is of another vLLM than decode says so."""
+
+    def of(results: dict[str, Any]) -> str:
+        """ " (with vLLM 0.26)" where that is not decode's version."""
+        version, others = (found["versions"]["vllm"].rsplit(".", 1)[0] for found in (results, decode))
+        return "" if version == others else f" (with vLLM {version})"
+
     shape = decode["shapes"][0]
     us = {name: f"{seconds * 1e6:.0f}" for name, seconds in shape["seconds"].items()}
     times = shape["seconds"]["fa3_fp8"] / shape["seconds"][OURS]
@@ -104,24 +110,25 @@ def gain(
     return (
         f"- **{capacity['capacity_ratio']:.2f} times the tokens of bf16** in the same memory "
         f"({capacity['shape']} shape, as vLLM counts them; newest tokens in 16 bits take at most 2.5 % "
-        "of the GPU's).\n"
+        f"of the GPU's){of(capacity)}.\n"
         f"- **Decode attention {times:.1f} times as fast as with fp8 KV**: one layer, {shape['name']}: "
         f"{us[OURS]} us; FlashAttention-3 {us['fa3_fp8']} us with fp8, {us['fa3_bf16']} us with "
         f"bf16{flashinfer}.\n"
         f"- **In vLLM's engine {faster:.1f} times the tokens a second**: a decode step of "
         f"{ours['requests']} x {ours['tokens']} takes {milliseconds(ours['step_seconds'], 1)} ms, with fp8 "
-        f"{milliseconds(fp8['step_seconds'], 1)} ms{stock} ({engine['shape']} shape).\n"
+        f"{milliseconds(fp8['step_seconds'], 1)} ms{stock} ({engine['shape']} shape){of(engine)}.\n"
         f"- **{rates[1] / rates[0]:.1f} times where memory is the limit**: {most['fit']} contexts of "
         f"{load['tokens']:,} tokens fit in {load['kv_bytes'] / 1e9:.0f} GB and decode {rates[1]:,.0f} tokens "
-        f"a second; with fp8 {kept['fit']} fit and decode {rates[0]:,.0f}.\n"
+        f"a second; with fp8 {kept['fit']} fit and decode {rates[0]:,.0f}{of(load)}.\n"
         f"- **Less loss than fp8**: answers cost {exact} of perplexity, with fp8 KV {of_fp8} (a small real "
-        "model; each request's newest 64 tokens are kept in 16 bits, too: [Accuracy](docs/accuracy.md)).\n"
+        "model; each request's newest 64 tokens are kept in 16 bits, too: "
+        f"[Accuracy](docs/accuracy.md)){of(quality)}.\n"
         f"- **Prompts come back instead of being computed**: just short of {offload['prompt']:,} tokens "
         f"in host memory, the first token takes {first['restored']} ms, {first['cold']} ms if they are "
-        "computed.\n"
+        f"computed{of(offload)}.\n"
         f"- **Prompts come from another GPU**: {read['tokens']:,} tokens that an engine beside it has "
         f"computed, in {ways['computed']} ms, give an engine their first token in {ways['rows']} ms, in "
-        f"{ways['pages']} ms by vLLM's own pages.\n\n"
+        f"{ways['pages']} ms by vLLM's own pages{of(handover)}.\n\n"
         f"{decode['hardware']}; how it was measured, and where it is not faster: [Measured](#measured)."
     )
 

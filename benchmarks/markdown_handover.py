@@ -13,6 +13,24 @@ HEAD = [
 ]  # fmt: skip
 
 
+def upstream(results: dict[str, Any]) -> str:
+    """A sentence of what `benchmarks.upstream_nixl` counted."""
+    counts, all_of_them = results["counts"], len(results["tests"])
+    kinds = ("not for ours", "cannot run here, with vLLM's classes neither", "not run", "failed")
+    told = [
+        f"{sum(count for what, count in counts.items() if what.startswith(f'{kind}:'))} {said}"
+        for kind, said in zip(
+            kinds, ("are not for this one", "cannot run there", "are left out", "fail"), strict=True
+        )
+    ]
+    versions = results["versions"]
+    return (
+        f"Of {all_of_them} tests {counts['passed']} pass, {', '.join(told)}; each has its reason in "
+        "benchmarks/results/cpu-upstream-nixl.json (most need what is refused below, or look inside vLLM's "
+        f"own classes). No GPU; vLLM {versions['vllm']}, {results['date']}, commit {results['commit']}."
+    )
+
+
 def section(results: dict[str, Any]) -> str:
     """A sentence of answers, a table of times, and what was not measured."""
     steps = results["steps"]

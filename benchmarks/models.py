@@ -98,7 +98,8 @@ def serve(settings: dict[str, Any]) -> str:
             restores = "kv_transfer_config" in settings
             (serving.check_restored if restores else serving.check_unread)(llm, prompt, cached)
             serving.check_power(llm, prompt, cached)
-            return f"works (blocks of {serving.block_of(llm)})"
+            others = serving.other_nvfp4_backends(llm)
+            return f"works ({', '.join([f'blocks of {serving.block_of(llm)}', *others])})"
     except Exception as error:
         traceback.print_exc()
         return serving.cell_of(error)

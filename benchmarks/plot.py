@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from vllm_xlayer.bench.peers import PEERS
 
@@ -48,7 +49,7 @@ def decode_plot(results: Path, png: Path) -> None:
         a.set_xlabel("context length, 64 requests")
         a.set_ylim(bottom=0)
         a.grid(alpha=0.3)
-        a.legend()
+    _legend_below(figure, axes[1])
     figure.suptitle(f"Decode attention, 32 query heads, 8 KV heads, D=128, page 16 — {data['hardware']}")
     figure.savefig(png, dpi=110, metadata={SOURCE: digest(results)})
 
@@ -78,9 +79,15 @@ def copy_plot(results: Path, png: Path) -> None:
         a.set_ylabel("GB/s")
         a.set_ylim(bottom=0)
         a.grid(alpha=0.3)
-        a.legend(fontsize="small")
+    _legend_below(figure, axes.flat[0])
     figure.suptitle(f"Scattered pieces — {data['hardware']}")
     figure.savefig(png, dpi=110, metadata={SOURCE: digest(results)})
+
+
+def _legend_below(figure: Any, axes: Any) -> None:
+    """One legend for all panels, of the lines of one of them, where it covers none."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
 
 
 def quality_plot(results: Path, png: Path) -> None:

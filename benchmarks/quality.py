@@ -32,8 +32,18 @@ def run(model: str, out: str, more: list[str]) -> int:
     return main(["quality", model, *caches, "--json", out, "--plot", picture, *more])
 
 
+SHORT = ("fp8", "NVFP4", "NVFP4, pages alone")
+"""Rows in the README's table."""
+
+
+def short_table(result: dict[str, Any]) -> str:
+    """The rows that README shows."""
+    kept = [result["caches"][0], *(row for row in titled(result)["caches"] if row["title"] in SHORT)]
+    return table(result | {"caches": kept})
+
+
 def table(result: dict[str, Any]) -> str:
-    """The rows that README and docs/accuracy.md show."""
+    """The rows that docs/accuracy.md shows."""
     lines = [
         "| KV | perplexity, decode | in chunked prefill | KL | same first token | greedy tokens alike |",
         "|---|---:|---:|---:|---:|---:|",
@@ -46,7 +56,7 @@ def table(result: dict[str, Any]) -> str:
             _percent(row["prefill"]["perplexity_change"]) if "prefill" in row else "",
             "NaN" if decode["divergence"][0] is None else f"{decode['divergence'][0]:.4f}",
             f"{100 * decode['same_first'][0]:.1f} %",
-            f"{row['answers'][0]:.0f} of {result['answer']}",
+            _tokens(row["answers"], result["answer"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     versions = result["versions"]
@@ -55,9 +65,21 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Change against 16-bit KV, positions {first:,} to {end - 1:,} of {result['windows']} windows; "
-        f"in brackets 95 % over windows. {where}, {result['date']}, commit {result['commit']}.",
+        f"in brackets 95 % over windows.{_greedy(result)} "
+        f"{where}, {result['date']}, commit {result['commit']}.",
     ]
     return "\n".join(lines)
+
+
+def _greedy(result: dict[str, Any]) -> str:
+    """What the greedy answers say of NVFP4 and fp8, where both were measured with an interval."""
+    intervals = {row["title"]: row["answers"] for row in titled(result)["caches"] if "answers" in row}
+    if not all(None not in intervals.get(title, [None]) for title in ("NVFP4", "fp8")):
+        return ""
+    (_, low, high), (_, others_low, others_high) = intervals["NVFP4"], intervals["fp8"]
+    if low <= others_high and others_low <= high:
+        return " Greedy tokens do not tell NVFP4 and fp8 apart: their intervals overlap."
+    return ""
 
 
 def titled(result: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +87,13 @@ def titled(result: dict[str, Any]) -> dict[str, Any]:
     titles = {spec: title for title, spec in CACHES.items()}
     caches = [row | {"title": titles.get(row["title"], row["title"])} for row in result["caches"]]
     return result | {"caches": caches}
+
+
+def _tokens(interval: list[float | None], length: int) -> str:
+    mean, low, high = interval
+    if low is None or high is None:
+        return f"{mean:.0f} of {length}"
+    return f"{mean:.0f} ({low:.0f} .. {high:.0f}) of {length}"
 
 
 def _percent(interval: list[float | None]) -> str:

@@ -19,6 +19,7 @@ from . import (
     markdown_tier,
     quality,
     transforms,
+    versions,
 )
 from .plot import copy_plot, decode_plot, quality_plot
 
@@ -30,6 +31,7 @@ DOCUMENTS = (
     ROOT / "docs/reliability.md",
     ROOT / "csrc/kernels/nvfp4_attention/NOTES.md",
     ROOT / "docs/models.md",
+    ROOT / "docs/limits.md",
     ROOT / "docs/prefill-decode.md",
 )
 HANDOVERS = {
@@ -51,7 +53,7 @@ PLOT = (RESULTS / "h200-decode.json", RESULTS / "h200-decode.png")
 COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
 """The same for RESULTS; drawn once the file is there."""
 QUALITY_PLOT = (RESULTS / "h200-quality.json", RESULTS / "h200-quality.png")
-"""The same for docs/accuracy.md."""
+"""The same for docs/accuracy.md and the README."""
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), markdown.demo_table),
@@ -72,6 +74,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "capacity": (("h200-capacity.json",), markdown.capacity_table),
     "quality": (("h200-demo.json",), markdown.demo_table),
     "accuracy": (("h200-quality.json",), quality.table),
+    "accuracy_short": (("h200-quality.json",), quality.short_table),
     "transforms": (("h200-transforms.json", "h200-transforms-essays.json"), transforms.table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
@@ -80,10 +83,14 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "copy": (("h200-copy.json",), markdown_tier.copy_section),
     "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
     "offload": (("h200-offload.json",), markdown_tier.offload_section),
+    "worse": (("vllm-0.26.json", *versions.FILES.values()), versions.section),
     "settings": ((), markdown.settings),
     "resources": (("resources.json",), markdown.resources),
     "models": (("cpu-models.json",), markdown_models.table),
     "models_gpu": (("gpu-models.json",), markdown_models.gpu_table),
+    "models_counted": (("gpu-models.json", "cpu-models.json"), markdown_models.counted_in_readme),
+    "models_counted_limits": (("gpu-models.json", "cpu-models.json"), markdown_models.counted_in_limits),
+    "upstream_nixl": (("cpu-upstream-nixl.json",), markdown_handover.upstream),
     "soak": (("h200-soak.json", "cpu-soak.json"), markdown_models.soak_section),
     "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),

@@ -30,6 +30,8 @@ ON_GPU: dict[str, Any] = dict(
     enforce_eager=True, gpu_memory_utilization=0.1, additional_config={"gdn_prefill_backend": "triton"}
 )  # fmt: skip
 """Several engines share a GPU, and FlashInfer's kernels would be compiled first, for minutes."""
+OURS = "vllm_xlayer."
+"""What the names of this package's modules begin with."""
 PROMPT_TOKENS = 700
 """More than the largest block of models.json."""
 NUM_TOKENS = 8
@@ -176,11 +178,21 @@ def block_of(llm: Any) -> int:
     return llm.llm_engine.vllm_config.cache_config.block_size
 
 
+def other_nvfp4_backends(llm: Any) -> list[str]:
+    """Names of the backends beside this package's that were told to keep NVFP4: what they keep is theirs."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    told = [layer for layer in layers if str(getattr(layer, "kv_cache_dtype", "")).startswith("nvfp4")]
+    theirs = [layer.attn_backend for layer in told if not layer.attn_backend.__module__.startswith(OURS)]
+    return sorted({backend.get_name() for backend in theirs})
+
+
 def sentence(error: BaseException) -> str:
-    """The first line of an error, or what it says was wrong where that is a list of vLLM's."""
+    """The first line of an error, with those that it announces by a colon, or what it says was wrong where
+    that is a list of vLLM's."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    said = next((line for line in lines if line.startswith("Value error, ")), lines[0])
-    return said.removeprefix("Value error, ").partition(" [type=")[0]
+    first = next((i for i, line in enumerate(lines) if line.startswith("Value error, ")), 0)
+    said = lines[first].removeprefix("Value error, ").partition(" [type=")[0]
+    return f"{said} {'; '.join(lines[first + 1 :])}" if said.endswith(":") and lines[first + 1 :] else said
 
 
 def cell_of(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 Such an engine has two right answers to a prompt: that of one who computes it, and that of one who finds it in
 a cache, whose newest tokens are none of its own. Alone in its batch a prompt must get one of them bit for
-bit, log-probabilities included; beside others, whose number rounds, the tokens of one.
+bit, log-probabilities included; beside others, whose number rounds, the tokens of one: on a GPU up to where
+two tokens were as likely.
 """
 
 from typing import NamedTuple
@@ -23,11 +24,9 @@ from faults import (
     step_until,
     under_way,
 )
-from hybrid_fixture import answers_and_hits
-from model_fixture import random_prompts
-from newest_oracles import PageOracle
-
-pytestmark = pytest.mark.usefixtures("reference_platform")
+from model_fixture import ON_GPU, random_prompts
+from newest_oracles import PageOracle, RowOracle
+from vllm import SamplingParams, envs
 
 PROMPTS = random_prompts([40, 64, 100, 129, 200])
 NUM_TOKENS, NEWEST = 24, 64
@@ -35,11 +34,14 @@ CONNECTOR = dict(
     kv_connector="XLayerConnector", kv_role="kv_both",
     kv_connector_extra_config={"cpu_bytes_to_use": 64 << 20},
 )  # fmt: skip
+TIE = 1 / 8 if ON_GPU else 0.0
+"""Log-probabilities nearer than that may change places beside other requests: 16-bit sums round with the
+batch there, and a key or value that is rounded otherwise may become another 4-bit number."""
 fault = pytest.mark.fault
 
 
 class Right(NamedTuple):
-    """Of each of PROMPTS: (tokens, log-probabilities)."""
+    """Of each of PROMPTS: (tokens, the two largest log-probabilities at each)."""
 
     computed: list[tuple]
     cached: list[tuple]
@@ -47,19 +49,38 @@ class Right(NamedTuple):
 
 def asked(llm):
     """Each prompt alone, as Right has answers; what is not loaded shows as NaN."""
+    sampling = SamplingParams(
+        temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=2
+    )
     found = []
     for prompt in PROMPTS:
-        found.append(answers_and_hits(llm, [prompt], NUM_TOKENS)[0][:2])
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+        likely = [
+            sorted((entry.logprob for entry in step.values()), reverse=True)[:2]
+            for step in output.outputs[0].logprobs
+        ]
+        found.append((list(output.outputs[0].token_ids), likely))
         settle(llm)
     return found
 
 
+def fits(tokens, answer):
+    """Whether these are an answer's tokens, up to where two were as likely: what follows is not known."""
+    for got, wanted, (best, second) in zip(tokens, *answer, strict=True):
+        if got != wanted:
+            return best - second < TIE
+    return True
+
+
 @pytest.fixture(scope="module")
-def engine(make_llm, tiny_llama):
+def engine(make_llm, tiny_llama, request):
     """(engine, Right): transfers stay under way for some steps, and PROMPTS are in the host tier."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(NEWEST))
         patch.setenv("VLLM_XLAYER_DEBUG", "1")
+        patch.setenv("VLLM_BATCH_INVARIANT", "0")  # which conftest sets on a GPU: it refuses NVFP4
+        envs.disable_envs_cache()  # vLLM keeps its variables from the first engine on
+        request.addfinalizer(envs.disable_envs_cache)
         slow_down(patch, 3)
         llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4", max_num_seqs=8, kv_transfer_config=CONNECTOR)
         right = Right(asked(llm), asked(llm))
@@ -84,12 +105,12 @@ def check_alone(llm, *answers):
 
 
 def check_together(outputs, right, which):
-    """These prompts' tokens are those of either answer."""
+    """These prompts' tokens fit either answer."""
     got = {name: list(output.outputs[0].token_ids) for name, output in outputs.items()}
-    either = {
-        f"r{i}": right.cached[i][0] if got.get(f"r{i}") == right.cached[i][0] else right.computed[i][0]
-        for i in which
-    }
+    either = {}
+    for name, answers in ((f"r{i}", (right.computed[i], right.cached[i])) for i in which):
+        fit = name in got and any(fits(got[name], answer) for answer in answers)
+        either[name] = got[name] if fit else answers[0][0]
     compare(outputs, either)
 
 
@@ -161,7 +182,7 @@ def test_preempted_requests_read_no_row_of_before(engine, monkeypatch):
     """They go on with what the tier has of them, in other rows: each token that is read from a row is what
     was last written where the block table has it."""
     llm, right = engine
-    oracle = PageOracle(monkeypatch)
+    oracle = (RowOracle if ON_GPU else PageOracle)(monkeypatch)
     for steps in (3, 9, 17):
         forget_device_cache(llm)
         add(llm, [f"r{i}" for i in range(len(PROMPTS))], PROMPTS, greedy(40))

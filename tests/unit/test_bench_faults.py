@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from benchmarks import faults
+from benchmarks.markdown_tier import fault_tables
 
 CASE = """
 import pytest
@@ -62,6 +63,17 @@ def test_counts_are_added_up(tmp_path):
 def test_a_fault_without_a_row_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="disc full"):
         faults.counted(report(tmp_path, CASE.replace('"disk full", 3', '"disc full", 3')))
+
+
+def test_the_table_says_what_was_not_tried():
+    """Faults without a try, and such as were added after the file was written."""
+    row = dict.fromkeys(("tests", "failed", *faults.COUNTS), 0)
+    known = {name: row | {"tries": int(name != "disk full")} for name in faults.FAULTS if name != "soak"}
+    about = dict(hardware="a GPU", date="today", commit="abc", versions=dict(vllm="1", torch="2"))
+    text = fault_tables({**about, "faults": known, "soak_seconds": 1})
+    assert text.splitlines()[-1] == "Not tried there: disk full; soak."
+    complete = {name: row | {"tries": 1} for name in faults.FAULTS}
+    assert "Not tried" not in fault_tables({**about, "faults": complete, "soak_seconds": 1})
 
 
 @pytest.mark.parametrize(

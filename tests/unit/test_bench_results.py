@@ -180,6 +180,21 @@ def test_the_first_screen_names_vllms_own_nvfp4_where_it_was_measured():
     assert "ms, with vLLM's own NVFP4 27.1 ms (llama-3.1-8b shape)." in text
 
 
+def test_the_first_screen_says_what_is_of_another_vllm():
+    """Each number, with the version it is of; decode's is the present one."""
+    files = readme.TABLES["gain"][0]
+    results = [json.loads((readme.RESULTS / file).read_text()) for file in files]
+    for contents in results:
+        contents["versions"]["vllm"] = "0.33.0"
+    assert "with vLLM 0" not in markdown.gain(*results)
+    lines = [0, 2, 3, 5, 0, 4, 6]  # where decode's is the second, with nothing to say
+    for number, contents in list(enumerate(results))[1:]:
+        contents["versions"]["vllm"] = "0.26.0"
+        said = [" (with vLLM 0.26)." in line for line in markdown.gain(*results).splitlines()]
+        assert [i for i, it in enumerate(said) if it] == [lines[number]]
+        contents["versions"]["vllm"] = "0.33.1"
+
+
 @pytest.mark.parametrize(("name", "results"), [("prefill", PREFILL), ("load", LOAD), ("traffic", TRAFFIC)])
 def test_a_section_is_there_when_its_results_are(name, results, tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)

@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from benchmarks import cases, models, serving
-from benchmarks.markdown_models import gpu_table, latents_table, table
+from benchmarks.markdown_models import counted, gpu_table, latents_table, soak_section, table
 from benchmarks.model_configs import configs
 
 LLAMA = models.Family({"architectures": ["LlamaForCausalLM"]}, "n-gram drafts")
@@ -94,6 +95,9 @@ def test_gpus_get_their_sizes_and_no_other_key():
 def test_an_error_is_one_sentence():
     assert serving.sentence(ValueError("a | b\nc")) == "a | b"
     assert serving.sentence(ValueError()) == ""
+    assert serving.sentence(ValueError("nobody agrees:\n  A refused by B\n  C refused by D")) == (
+        "nobody agrees: A refused by B; C refused by D"
+    )
     listed = (
         "1 validation error for VllmConfig\n  Value error, no MLA [type=value_error, input_value=ArgsKwargs"
     )
@@ -142,6 +146,56 @@ def test_an_answer_that_follows_unused_memory_is_wrong(monkeypatch):
         monkeypatch.setattr(serving, "answer_to", answers)
         with pytest.raises(serving.Finding, match="WRONG") if raised else contextlib.nullcontext():
             serving.check_unread(None, [], ([cached], [0.5], 16))
+
+
+def test_backends_that_keep_what_is_theirs_are_named():
+    def layer(module, name, dtype):
+        backend = type(name, (), {"__module__": module, "get_name": staticmethod(lambda: name)})
+        return types.SimpleNamespace(kv_cache_dtype=dtype, attn_backend=backend)
+
+    layers = {
+        "a": layer("vllm_xlayer.attention.cpu", "CPU_ATTN", "nvfp4"), "b": layer("vllm.v1.x", "X", "nvfp4"),
+        "c": layer("vllm.v1.y", "Y", "auto"), "d": object(),
+    }  # fmt: skip
+    compilation = types.SimpleNamespace(static_forward_context=layers)
+    config = types.SimpleNamespace(compilation_config=compilation)
+    llm = types.SimpleNamespace(llm_engine=types.SimpleNamespace(vllm_config=config))
+    assert serving.other_nvfp4_backends(llm) == ["X"]
+
+
+def test_a_row_of_an_earlier_commit_gets_its_remark_and_no_later_one():
+    row = {"family": "MiMoV2FlashForCausalLM", **dict.fromkeys(models.WAYS, "refused: nobody agrees:")}
+    row["NVFP4"] = "works (blocks of 16)"
+    lines = gpu_table({**ABOUT, "commit": "b73ed25", "families": {"a": row}}).splitlines()
+    assert "| MiMoV2FlashForCausalLM | works (blocks of 16) (1) | refused (2) | refused (2) |" in lines
+    assert "fp8" in lines[-2] and lines[-1].endswith(
+        "nobody agrees (by whom it is refused that run did not keep)"
+    )
+    later = gpu_table({**ABOUT, "families": {"a": row}})
+    assert "| MiMoV2FlashForCausalLM | works (blocks of 16) |" in later and "fp8" not in later
+
+
+def test_kinds_of_drafts_are_no_families():
+    works = dict.fromkeys(models.WAYS, "works (blocks of 16)")
+    gpu = {n: {"family": n, **works} for n in ("A", "B", "A, drafts")}
+    gpu["B"]["both"] = "refused: no"
+    cpu = gpu | {n: {"family": n, **works} for n in ("C", "D", "D, drafts")}
+    text = counted({"families": gpu}, {"families": cpu | {"D": gpu["B"] | {"family": "D"}}})
+    assert "1 of 2 families work" in text and "2 more were" in text and text.endswith("of which 1 do")
+
+
+def test_what_a_zero_is_worth_stands_before_it():
+    numbers = dict(
+        requests=1, answers=2, tries=3, rows_loaded=4, accepted_drafts=5, wrong=6, lost=7, leaked=8,
+        seconds=60, preempted=9, noticed=12, noticed_of=20,
+    )  # fmt: skip
+    lines = soak_section(ABOUT | numbers).splitlines()
+    head = next(line for line in lines if line.startswith("|  |")).split(" | ")
+    cells = next(line for line in lines if line.startswith("| a CPU")).split(" | ")
+    assert cells[head.index("wrong") - 1 : head.index("wrong") + 1] == ["12 of 20", "6"]
+    assert head[head.index("wrong") - 1] == "planted wrong answers that are noticed" and len(head) == len(
+        cells
+    )
 
 
 def test_sentences_stand_below_the_table_once():

@@ -125,6 +125,19 @@ def test_markdown_has_a_row_a_cache(result):
     assert "a GPU; vLLM 1, torch 2, today, commit abc." in lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("fp8", "overlap"), [([37.0, 17.8, 56.3], True), ([70.0, 60.0, 80.0], False), ([37.0, None, None], False)]
+)
+def test_greedy_tokens_have_an_interval_and_say_whether_they_tell(result, fp8, overlap):
+    first, row = result["caches"][0], result["caches"][1]
+    caches = [first, row | {"title": "fp8", "answers": fp8}]
+    caches.append(row | {"title": "nvfp4", "answers": [32.0, 15.6, 48.7]})
+    text = markdown(result | {"caches": caches, "answer": 200})
+    assert "| 32 (16 .. 49) of 200 |" in text
+    assert ("Greedy tokens do not tell NVFP4 and fp8 apart" in text) == overlap
+    assert ("| 37 of 200 |" in text) == (fp8[1] is None)
+
+
 def test_a_cache_that_gives_nan_is_said_to(result, tmp_path):
     row = result["caches"][2]
     row["decode"] |= {"perplexity_change": [None] * 3, "divergence": [None] * 3}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
-from benchmarks.plot import SOURCE, digest
+from benchmarks.plot import SOURCE, copy_plot, decode_plot, digest
 from benchmarks.readme import COPY_PLOT, DOCUMENTS, PLOT, QUALITY_PLOT, TABLES, rendered
 from vllm_xlayer import provenance as module
 from vllm_xlayer.provenance import provenance
@@ -30,8 +30,13 @@ def test_every_table_is_shown_somewhere():
 
 @pytest.mark.parametrize(
     ("plot", "path"),
-    [(PLOT, DOCUMENTS[0]), (COPY_PLOT, DOCUMENTS[1]), (QUALITY_PLOT, DOCUMENTS[3])],
-    ids=["decode", "copy", "quality"],
+    [
+        (PLOT, DOCUMENTS[0]),
+        (COPY_PLOT, DOCUMENTS[1]),
+        (QUALITY_PLOT, DOCUMENTS[3]),
+        (QUALITY_PLOT, DOCUMENTS[0]),
+    ],
+    ids=["decode", "copy", "quality", "quality, README"],
 )
 def test_the_picture_is_of_these_results(plot, path):
     image = pytest.importorskip("PIL.Image")
@@ -40,6 +45,28 @@ def test_the_picture_is_of_these_results(plot, path):
         pytest.skip("no such results yet")
     assert image.open(png).text[SOURCE] == digest(results), "run `python -m benchmarks.readme`"
     assert f"results/{png.name}" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("draw", "results"), [(decode_plot, PLOT[0]), (copy_plot, COPY_PLOT[0])], ids=["decode", "copy"]
+)
+def test_a_legend_covers_no_panel(draw, results, tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda f, *args, **kw: drawn.append(f) or save(f, *args, **kw)
+    )
+    draw(results, tmp_path / "plot.png")
+    (figure,) = drawn
+    (legend,) = figure.legends
+    panels = figure.axes
+    assert len(panels) > 1 and not any(panel.get_legend() for panel in panels)
+    labels = {label for panel in panels for label in panel.get_legend_handles_labels()[1]}
+    assert {text.get_text() for text in legend.get_texts()} == labels
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(panel.get_tightbbox()) for panel in panels)
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
 def test_a_section_without_results_is_empty(tmp_path, monkeypatch):
