@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "VLLM_XLAYER_"
 VARIABLES = {
-    "debug": ("0", "1: check slots, tables and tiers where that costs time"),
+    "debug": (
+        "0",
+        "1: check slots, tables (outside CUDA graphs) and tiers where that costs time, and say how much of K "
+        "and V the global scales do not suit",
+    ),
     "gather_workspace_bytes": ("256 MiB", "buffer that cached NVFP4 tokens are dequantised into, in bytes"),
     "scale_choice": ("best_of_9", "how the writer picks block scales: best_of_9, amax_6 or four_over_six"),
     "kv_scales": ("none", "a file of global scales, which `vllm-xlayer quality --calibrate` writes"),
