@@ -31,9 +31,6 @@ E4M3_NAN = 0x7F
 
 E4M3_MIN_NORMAL = 2.0**-6
 
-MAX_MAGNITUDE = 6.0 * E4M3_MAX
-"""The largest value of the format under a global scale of 1; larger ones saturate."""
-
 
 class ScaleOrder(IntEnum):
     """Order of V's block scales inside a page. K's are always linear: [H][N][D/16]."""
