@@ -188,7 +188,7 @@ def tier(llm: Any) -> TierState:
     return cast(TierState, state)
 
 
-def come_to_rest(llm: Any, seconds: float = 60.0) -> None:
+def wait_for_tier(llm: Any, seconds: float = 60.0) -> None:
     """Returns when the tier is ready and no row has moved for a while.
 
     Raises:
