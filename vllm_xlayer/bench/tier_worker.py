@@ -162,7 +162,7 @@ class RowCopies:
 
     def book(self) -> None:
         """Counts what has finished. RuntimeError: a copy failed."""
-        for result in self._direction.take_finished():
+        for result in self._direction.advance():
             if not result.success:
                 raise RuntimeError("a copy of rows failed, see above")
             self.bytes += result.transfer_size or 0
