@@ -22,8 +22,9 @@ from rich.table import Table
 
 from vllm_xlayer.bench import offload
 from vllm_xlayer.bench.bounds import SHAPE
-from vllm_xlayer.bench.engines import GRAPHS_ONLY, SHAPES, run_engine, write_model
+from vllm_xlayer.bench.engines import GRAPHS_ONLY, run_engine
 from vllm_xlayer.bench.first_token import added, make_prompts, restores
+from vllm_xlayer.bench.shapes import SHAPES, write_model
 from vllm_xlayer.bench.tier_worker import row_copies, wait_for_tier
 from vllm_xlayer.compat.engine import connector
 from vllm_xlayer.connector.copy import transfers

@@ -15,8 +15,9 @@ from rich.table import Table
 from ..provenance import write
 from . import offload_peers
 from .bounds import SHAPE, Bound
-from .engines import GRAPHS_ONLY, SHAPES, run_engine, write_model
+from .engines import GRAPHS_ONLY, run_engine
 from .first_token import added, link, make_prompts, restore_table, restores, span_table
+from .shapes import SHAPES, write_model
 from .tier_worker import tier, wait_for_tier
 
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
