@@ -1,7 +1,8 @@
 """Builds the extension ``vllm_xlayer/_C.abi3.so`` with CMake and Ninja; metadata is in pyproject.toml.
 
 Environment:
-  VLLM_XLAYER_CUDA    1: CUDA ops are required (no nvcc is an error); 0: none; unset: if nvcc is found
+  VLLM_XLAYER_CUDA    1: CUDA ops are required (no nvcc is an error); 0: none; unset: required where a GPU
+                      is visible, else if nvcc is found
   VLLM_XLAYER_ARCHS   CUDA architectures, e.g. "80;90" (default: this machine's GPUs, else all supported)
   VLLM_XLAYER_FORCE_SM80  1: kernels use only instructions that sm_80 has, to test that path on any GPU
   CUDACXX, CUDA_HOME  where to look for nvcc first
@@ -31,6 +32,9 @@ STABLE_HEADER = "include/torch/csrc/stable/library.h"
 # What a source distribution must have beside the Python files.
 SOURCES = ["CMakeLists.txt", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*"))]
 ALL_ARCHS = "80;86;89;90;100f;120f"
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/nvidia0"))
+"""Of which NVIDIA's driver makes one at least. Asking torch would need a torch, and make a CUDA context."""
+NVCC_PLACES = "CUDACXX, CUDA_HOME, /usr/local/cuda, PATH or the environment's packages"
 
 
 def say(message: str) -> None:
@@ -79,6 +83,35 @@ def find_nvcc() -> Path | None:
     return None
 
 
+def build_requirements() -> list[str]:
+    """torch where none is installed; under PEP 517 this becomes a build requirement.
+
+    Raises:
+        SystemExit: the build would end for want of nvcc; said before torch is downloaded for it.
+    """
+    if find_torch() is not None:
+        return []
+    if os.environ.get("VLLM_XLAYER_CUDA", "") == "" and find_nvcc() is None:
+        stop_beside_gpu(f"no nvcc in {NVCC_PLACES}")
+    return [TORCH_REQUIREMENT]
+
+
+def stop_beside_gpu(missing: str) -> None:
+    """Ends a build that nobody asked to be without CUDA ops, if this machine has a GPU that needs them.
+
+    Raises:
+        SystemExit: it has, and here is what to do.
+    """
+    gpu = next((device for device in GPU_DEVICES if device.exists()), None)
+    if gpu is not None:
+        raise SystemExit(
+            f"vllm_xlayer: this machine has a GPU ({gpu}), but there is {missing}, and the build would have "
+            'CPU ops only: run `pip install "vllm==0.33.0"`, which brings both along, in its own command '
+            "first (if it is there already: build with pip instead of uv, or with --no-build-isolation), or "
+            "set VLLM_XLAYER_CUDA=0 for CPU ops only"
+        )
+
+
 def local_archs() -> str | None:
     """Architectures of the GPUs of this machine, None without one."""
     try:
@@ -108,10 +141,10 @@ def cuda_arguments() -> list[str]:
         return ["-DXLAYER_CUDA=OFF"]
     nvcc = find_nvcc()
     if nvcc is None:
-        where = "CUDACXX, CUDA_HOME, /usr/local/cuda, PATH or the environment's packages"
         if wish == "1":
-            raise SystemExit(f"VLLM_XLAYER_CUDA=1: expected nvcc in {where}, found none")
-        say(f"CUDA ops LEFT OUT: no nvcc in {where}. Only CPU ops are built.")
+            raise SystemExit(f"VLLM_XLAYER_CUDA=1: expected nvcc in {NVCC_PLACES}, found none")
+        stop_beside_gpu(f"no nvcc in {NVCC_PLACES}")
+        say(f"CUDA ops LEFT OUT: no nvcc in {NVCC_PLACES}. Only CPU ops are built.")
         return ["-DXLAYER_CUDA=OFF"]
     archs = os.environ.get("VLLM_XLAYER_ARCHS")
     source = "VLLM_XLAYER_ARCHS"
@@ -147,6 +180,7 @@ class CMakeBuild(build_ext):
         if "-DXLAYER_CUDA=ON" in cuda and not (torch_dir / "lib/libtorch_cuda.so").is_file():
             if os.environ.get("VLLM_XLAYER_CUDA") == "1":
                 raise SystemExit(f"VLLM_XLAYER_CUDA=1: expected a torch with CUDA, got {torch_dir}")
+            stop_beside_gpu(f"no CUDA in the torch at {torch_dir}")
             say(f"CUDA ops LEFT OUT: the torch at {torch_dir} has no CUDA")
             cuda = ["-DXLAYER_CUDA=OFF"]
 
@@ -187,6 +221,5 @@ class Abi3Wheel(bdist_wheel):
 setup(
     ext_modules=[Extension("vllm_xlayer._C", sources=[], depends=SOURCES, py_limited_api=True)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Abi3Wheel},
-    # Asked for only where no torch is installed; under PEP 517 this becomes a build requirement.
-    setup_requires=[] if find_torch() else [TORCH_REQUIREMENT],
+    setup_requires=build_requirements(),
 )

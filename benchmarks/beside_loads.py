@@ -22,9 +22,10 @@ from rich.table import Table
 
 from vllm_xlayer.bench import offload
 from vllm_xlayer.bench.bounds import SHAPE
-from vllm_xlayer.bench.engines import GRAPHS_ONLY, SHAPES, run_engine, write_model
+from vllm_xlayer.bench.engines import GRAPHS_ONLY, run_engine
 from vllm_xlayer.bench.first_token import added, make_prompts, restores
-from vllm_xlayer.bench.tier_worker import come_to_rest, row_copies
+from vllm_xlayer.bench.shapes import SHAPES, write_model
+from vllm_xlayer.bench.tier_worker import row_copies, wait_for_tier
 from vllm_xlayer.compat.engine import connector
 from vllm_xlayer.connector.copy import transfers
 from vllm_xlayer.connector.copy.choice import Way
@@ -120,7 +121,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
             seconds, rate = steps(batch, beside="loads")
             (host,) = llm.collective_rpc(host_seconds)
             report["beside"][case.title].append(dict(seconds=seconds, rate=rate, host=host / total))
-    come_to_rest(llm)
+    wait_for_tier(llm)
     llm.llm_engine.engine_core.shutdown()
     return report
 

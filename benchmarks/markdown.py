@@ -9,6 +9,7 @@ from vllm_xlayer.bench.bounds import Bound
 from vllm_xlayer.bench.peers import PEERS
 from vllm_xlayer.bench.write import TITLES as WRITERS
 from vllm_xlayer.config import PREFIX, REFUSED, VARIABLES, VLLMS_SETTINGS, ConnectorSettings
+from vllm_xlayer.connector.nixl import settings as nixl
 from vllm_xlayer.demo import TASKS
 
 from .resources import table as kernel_table
@@ -286,10 +287,13 @@ def resources(results: dict[str, Any]) -> str:
 
 
 def settings() -> str:
-    """Markdown of every setting: the connector's, what of vLLM's it takes, and the environment's."""
+    """Markdown of every setting: each connector's, what of vLLM's it takes, and the environment's."""
     ours = [(f"`{name}`", [str(field.description)]) for name, field in ConnectorSettings.model_fields.items()]
     theirs = [(f"`{name}`", [text]) for name, text in VLLMS_SETTINGS.items() if text]
     nothing = [f"`{name}`" for name, text in VLLMS_SETTINGS.items() if not text and name not in REFUSED]
+    hand_over = [
+        (f"`{name}`", [str(field.description)]) for name, field in nixl.NixlSettings.model_fields.items()
+    ]
     variables = [(f"`{PREFIX}{name.upper()}`", list(about)) for name, about in VARIABLES.items()]
     return "\n\n".join(
         [
@@ -299,6 +303,11 @@ def settings() -> str:
             _text_table(["key", "what"], theirs),
             f"Taken, and without an effect (the log says so): {', '.join(nothing)}.",
             "Refused: " + "; ".join(f"`{name}` ({why})" for name, why in REFUSED.items()) + ".",
+            "## Hand-over",
+            "XLayerNixlConnector ([prefill and decode on different engines](prefill-decode.md)) takes these:",
+            _text_table(["key", "what"], hand_over),
+            f"Of vLLM's NixlConnector, and the same here: {', '.join(f'`{name}`' for name in nixl.VLLMS)}.",
+            "Refused: " + "; ".join(f"`{name}` ({why})" for name, why in nixl.REFUSED.items()) + ".",
             "## Environment",
             _text_table(["variable", "default", "meaning"], variables),
         ]

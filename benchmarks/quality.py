@@ -6,6 +6,7 @@
 Caches that this vLLM does not have are left out by the command, which says so.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -105,8 +106,26 @@ def _percent(interval: list[float | None]) -> str:
     return f"{100 * mean:+.2f} % ({100 * low:.2f} .. {100 * high:.2f})"
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    measure = commands.add_parser("run", help="run an engine with each cache")
+    measure.add_argument("model", help="name or folder of a model")
+    measure.add_argument("out", help="file for the figures, .json; the picture goes beside it")
+    shown = commands.add_parser("table", help="print the table of a file")
+    shown.add_argument("out", help="a file that run has written")
+    args, more = parser.parse_known_args(argv)
+    if args.command == "run":
+        return run(args.model, args.out, more)
+    if more:
+        parser.error(f"table: expected a file, got also {' '.join(more)}")
+    print(table(json.loads(Path(args.out).read_text())))
+    return 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["table"]:
-        print(table(json.loads(Path(sys.argv[2]).read_text())))
-    else:
-        sys.exit(run(sys.argv[2], sys.argv[3], sys.argv[4:]))
+    sys.exit(main())

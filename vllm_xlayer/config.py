@@ -6,7 +6,7 @@ Both are shown in docs/configuration.md, whose tables are made from what stands 
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "VLLM_XLAYER_"
 VARIABLES = {
-    "debug": ("0", "1: check slots, tables and tiers where that costs time"),
+    "debug": (
+        "0",
+        "1: check slots, tables (outside CUDA graphs) and tiers where that costs time, and say how much of K "
+        "and V the global scales do not suit",
+    ),
     "gather_workspace_bytes": ("256 MiB", "buffer that cached NVFP4 tokens are dequantised into, in bytes"),
     "scale_choice": ("best_of_9", "how the writer picks block scales: best_of_9, amax_6 or four_over_six"),
     "kv_scales": ("none", "a file of global scales, which `vllm-xlayer quality --calibrate` writes"),
@@ -107,6 +111,12 @@ def _parse_newest_tokens(source: str, value: str) -> int:
     return int(value)
 
 
+def nearest(name: Any, known: Sequence[str]) -> str:
+    """The known name that is most like one that nobody knows; all of them where none is like it."""
+    near = get_close_matches(str(name), known, n=1)
+    return near[0] if near else f"one of {', '.join(known)}"
+
+
 def _whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -165,9 +175,9 @@ class ConnectorSettings(BaseModel, extra="forbid", strict=True, frozen=True):
         known = [*cls.model_fields, *VLLMS_SETTINGS]
         for name, value in extra.items():
             if name not in known:
-                near = get_close_matches(str(name), known, n=1)
-                expected = near[0] if near else f"one of {', '.join(known)}"
-                raise ConfigError(f"kv_connector_extra_config: expected {expected}, got unknown key {name!r}")
+                raise ConfigError(
+                    f"kv_connector_extra_config: expected {nearest(name, known)}, got unknown key {name!r}"
+                )
             if name in REFUSED and value:
                 raise _bad(name, f"nothing: {REFUSED[name]}", repr(value))
             if VLLMS_SETTINGS.get(name) == "" and name not in REFUSED:

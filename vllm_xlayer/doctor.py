@@ -16,10 +16,11 @@ PACKAGES = ("vllm-xlayer", "vllm", "torch", "flashinfer-python", "lm-eval", "nix
 def run(args: argparse.Namespace) -> int:
     """Prints the report. Returns 0 if everything asked for works, else 1."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the report says what the log would
+    gpus = _gpus()
     report: dict[str, Any] = {
         "versions": _versions(),
-        "gpus": _gpus(),
-        "extension": _extension(),
+        "gpus": gpus,
+        "extension": _extension(gpus),
         "vllm": _vllm(),
         "copies": copies(),
     }
@@ -45,6 +46,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
+NO_CUDA_OPS = (
+    "expected CUDA ops, as there is a GPU, but this build has CPU ops only, and attention to an NVFP4 KV "
+    "cache is left to vLLM: reinstall this package from a wheel, or from source with VLLM_XLAYER_CUDA=1 "
+    "beside an installed vLLM, which brings nvcc along"
+)
+
+
 def _gpus() -> list[str]:
     import torch
 
@@ -54,13 +62,15 @@ def _gpus() -> list[str]:
     return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in properties]
 
 
-def _extension() -> dict[str, Any]:
+def _extension(gpus: list[str]) -> dict[str, Any]:
+    """What the extension was built for; an error where it has nothing for these GPUs."""
     from . import ops
 
     try:
-        return ops.build_info()
+        built = ops.build_info()
     except ops.ExtensionMissingError as error:
         return {"error": str(error)}
+    return built | {"error": NO_CUDA_OPS} if gpus and not built["cuda"] else built
 
 
 def copies() -> str:

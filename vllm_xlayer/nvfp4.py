@@ -31,9 +31,6 @@ E4M3_NAN = 0x7F
 
 E4M3_MIN_NORMAL = 2.0**-6
 
-MAX_MAGNITUDE = 6.0 * E4M3_MAX
-"""The largest value of the format under a global scale of 1; larger ones saturate."""
-
 
 class ScaleOrder(IntEnum):
     """Order of V's block scales inside a page. K's are always linear: [H][N][D/16]."""
@@ -249,8 +246,21 @@ def _back(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return (h * 4 / n).to(device, dtype)
 
 
+class UnsuitedGroups(NamedTuple):
+    """Which groups of 16 values a global scale does not suit, bool [..., D/16] each; `Counts` says how."""
+
+    saturated: torch.Tensor
+    underflowed: torch.Tensor
+
+
+def unsuited_groups(x: torch.Tensor, global_scale: float | torch.Tensor) -> UnsuitedGroups:
+    """Of x [..., D]. Groups of zeros are neither, and those with a NaN."""
+    scale = x.float().unflatten(-1, (-1, GROUP)).abs().amax(-1) / (6 * global_scale)
+    return UnsuitedGroups(scale > E4M3_MAX, (scale > 0) & (scale < E4M3_MIN_NORMAL))
+
+
 class Counts(NamedTuple):
-    """Groups of 16 values that a global scale does not suit."""
+    """How many groups of 16 values a global scale does not suit."""
 
     saturated: int
     """The block scale would have to be above 448: the largest values are cut off."""
@@ -260,8 +270,7 @@ class Counts(NamedTuple):
 
 def count_groups(x: torch.Tensor, global_scale: float) -> Counts:
     """Of x [..., D]. Groups of zeros are neither."""
-    scale = x.float().unflatten(-1, (-1, GROUP)).abs().amax(-1) / (6 * global_scale)
-    return Counts(int((scale > E4M3_MAX).sum()), int(((scale > 0) & (scale < E4M3_MIN_NORMAL)).sum()))
+    return Counts(*(int(mask.sum()) for mask in unsuited_groups(x, global_scale)))
 
 
 def e4m3_encode(x: torch.Tensor) -> torch.Tensor:

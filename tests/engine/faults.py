@@ -39,12 +39,12 @@ class Slow:
     def submit(self, job_id, *rows):
         self.running.append([self.delay, job_id, *rows])
 
-    def take_finished(self, model_ran=True):
+    def advance(self, model_ran=True):
         for job in self.running:
             job[0] -= 1
         while self.running and self.running[0][0] <= 0:
             self._copy(self.running.popleft())
-        return super().take_finished(model_ran)
+        return super().advance(model_ran)
 
     def _copy(self, job):
         super().submit(*job[1:])

@@ -130,13 +130,13 @@ def test_whether_the_model_ran_is_known(make_llm, tiny_llama, monkeypatch):
     vllm_greedy(llm, PROMPTS[4:5], 1)
     empty_device_cache(llm)
     told = []
-    real = HostDirection.take_finished
+    real = HostDirection.advance
 
-    def take_finished(self, model_ran):
+    def advance(self, model_ran):
         told.append(model_ran)
         return real(self, model_ran)
 
-    monkeypatch.setattr(HostDirection, "take_finished", take_finished)
+    monkeypatch.setattr(HostDirection, "advance", advance)
     vllm_greedy(llm, PROMPTS[4:5], 3)
     assert told[:8] == 2 * [False] + 6 * [True]
 

@@ -6,7 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from model_fixture import vllm_greedy
 from reference.nvfp4_ref import keys_from_kept
+
+from vllm_xlayer.kv_scales import Scales
 
 pytestmark = pytest.mark.usefixtures("reference_platform", "pages_alone")
 
@@ -324,23 +327,25 @@ def test_nvfp4_mixed_batch(settings):
         torch.testing.assert_close(outputs[r].double(), expected, rtol=0, atol=1e-5)
 
 
-def test_debug_says_what_the_global_scales_do_not_suit(monkeypatch, caplog_vllm):
-    """Once, of tokens that are written only, and only where it is asked for."""
+def test_debug_counts_what_the_global_scales_do_not_suit(monkeypatch):
+    """Of tokens that are written only, and only where it is asked for."""
     key, value = torch.ones(5, KV_HEADS, HEAD_SIZE), torch.full((5, KV_HEADS, HEAD_SIZE), 1e-3)
     key[1, 0] = 3000.0  # 24,000 in one element of what is kept, as this is a row of its matrix
     key[4] = torch.inf  # padding
     slots = torch.tensor([0, 1, 2, 3, -1])
     layer = types.SimpleNamespace(layer_name="a", _k_scale=torch.tensor(1.0), _v_scale=torch.tensor(1.0))
-    said = []
-    for debug in ("0", "1"):
-        monkeypatch.setenv("VLLM_XLAYER_DEBUG", debug)
-        impl = make_impl(kv_cache_dtype="nvfp4")
-        cache = torch.zeros(1, KV_HEADS, BLOCK, HEAD_SIZE * 9 // 8, dtype=torch.uint8)
-        caplog_vllm.clear()
-        for _ in range(2):
-            impl.do_kv_cache_update(layer, key, value, cache, slots)
-        said.append([record.getMessage() for record in caplog_vllm.records])
-    assert said[0] == []
-    assert len(said[1]) == 2
-    assert "layer a: K: 1 of 16 groups of 16 are saturated under a global scale of 1;" in said[1][0]
-    assert "layer a: V: 16 of 16 groups of 16 are underflowed" in said[1][1]
+    cache = torch.zeros(1, KV_HEADS, BLOCK, HEAD_SIZE * 9 // 8, dtype=torch.uint8)
+    assert make_impl(kv_cache_dtype="nvfp4").scale_counts is None
+    monkeypatch.setenv("VLLM_XLAYER_DEBUG", "1")
+    impl = make_impl(kv_cache_dtype="nvfp4")
+    impl.do_kv_cache_update(layer, key, value, cache, slots)
+    assert impl.scale_counts.counts.tolist() == [[16, 1, 0], [16, 0, 16]]
+
+
+def test_debug_says_it_in_an_engine(monkeypatch, make_llm, tiny_llama, caplog_vllm):
+    monkeypatch.setenv("VLLM_XLAYER_DEBUG", "1")
+    monkeypatch.setattr("vllm_xlayer.kv_scales.DEFAULT", Scales(2.0**-20, 1.0))
+    llm = make_llm(tiny_llama, kv_cache_dtype="nvfp4")
+    vllm_greedy(llm, [[1, 2, 3, 4, 5]], 3)
+    (line,) = [r.getMessage() for r in caplog_vllm.records if "global scales do not suit" in r.getMessage()]
+    assert "model.layers.0" in line and "K, scale 9.53674e-07" in line and "saturated (100 %)" in line

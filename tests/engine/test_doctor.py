@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 from hybrid_fixture import save_hybrid
 
-from vllm_xlayer import doctor
+from vllm_xlayer import doctor, ops
 from vllm_xlayer.compat import private
 from vllm_xlayer.compat.model import rows_of_model
 from vllm_xlayer.layout import Layout
@@ -21,6 +21,17 @@ def test_everything_private_is_listed_with_its_state(reference_platform, monkeyp
     off = said.pop(gone.target)
     assert off["state"] == "off" and "no_such_module" in off["reason"]
     assert {record["state"] for record in said.values()} <= {"applied", "not needed", "fits"}, said
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cuda", "code"), [(["a GPU"], False, 1), (["a GPU"], True, 0), ([], False, 0)]
+)
+def test_cpu_ops_alone_are_an_error_beside_a_gpu(monkeypatch, capsys, gpus, cuda, code):
+    monkeypatch.setattr(doctor, "_gpus", lambda: gpus)
+    monkeypatch.setattr(doctor, "_vllm", dict)
+    monkeypatch.setattr(ops, "build_info", lambda: {"cuda": cuda, "archs": []})
+    assert doctor.run(Namespace(model=None, engines=None, json=False)) == code
+    assert ("expected CUDA ops" in capsys.readouterr().out) == bool(code)
 
 
 def test_a_page_is_what_the_backend_makes_of_it(reference_platform, tiny_llama):

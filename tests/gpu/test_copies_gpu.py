@@ -44,15 +44,15 @@ def test_a_store_and_a_load_in_many_batches(monkeypatch, method):
     torch.cuda._sleep(100_000_000)  # cycles: the store would be long done
     pool.copy_(written)
     store.submit(1, ids, ids.flip(0))
-    assert store.take_finished() == []
+    assert store.advance() == []
     store.wait([1])
-    (result,) = store.take_finished()
+    (result,) = store.advance()
     assert result.success and result.transfer_size == rows.nbytes
     assert torch.equal(host[ids.flip(0)], rows[ids])
     pool.zero_()
     load.submit(2, ids.flip(0), ids)
     load.wait([2])
-    assert load.take_finished()[0].success
+    assert load.advance()[0].success
     assert torch.equal(pool.cpu(), rows)
     assert used == 2 * ([(10, method)] * 50 + [(1, method)])
 
@@ -77,7 +77,7 @@ def test_a_small_copy_gets_in_between(monkeypatch, way):
         torch.cuda._sleep(200_000_000)
         begin.record()
         direction.submit(job, torch.arange(1024), torch.randperm(1024))
-        direction.take_finished()
+        direction.advance()
         other.wait_event(begin)
         with torch.cuda.stream(other):
             far.copy_(near, non_blocking=True)
@@ -85,7 +85,7 @@ def test_a_small_copy_gets_in_between(monkeypatch, way):
         in_time = not begin.query()
         direction.wait([job])
         all_of_it = begin.elapsed_time(direction._running[-1].paced.end)
-        assert direction.take_finished()[0].success
+        assert direction.advance()[0].success
         if in_time:
             break
     assert in_time, "the host took longer to submit than the kernel ran, five times"
@@ -103,12 +103,12 @@ def test_a_load_that_is_reported_before_it_ends(monkeypatch):
         pool.zero_()
         load.before_launch()
         load.submit(job, ids, ids)
-        while not (results := load.take_finished()):
+        while not (results := load.advance()):
             pass
         early += not load._running[-1].paced.end.query() if load._running else 0
         seen = pool.sum(dim=1, dtype=torch.int64)
         assert [(r.job_id, r.success, r.transfer_size) for r in results] == [(job, True, host.nbytes)]
         assert torch.equal(seen.cpu(), host.sum(dim=1, dtype=torch.int64))
         load.wait([job])
-        assert load.take_finished() == [] and not load._running
+        assert load.advance() == [] and not load._running
     assert early

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from reference.attention_cases import Case, make_batch
 from reference.pools import make_pool, scalar
 
 from vllm_xlayer import ops
+from vllm_xlayer.ops import extension
 
 
 def arguments_of(name: str, device: torch.device) -> tuple:
@@ -101,3 +103,20 @@ def test_a_cpu_only_build_refuses_cuda_tensors(monkeypatch):
         RuntimeError, match="got a tensor on cuda:0, but this build of vllm_xlayer has CPU ops only"
     ):
         ops.copy_blocks(OnCuda(), OnCuda(), None, None)
+
+
+@pytest.mark.parametrize(
+    ("debug", "on_gpu", "capturing", "expected"),
+    [
+        ("1", True, False, True),
+        ("1", True, True, False),
+        ("0", True, False, False),
+        ("1", False, False, False),
+    ],
+)
+def test_debug_mode_reads_no_values_while_a_graph_is_captured(
+    monkeypatch, debug, on_gpu, capturing, expected
+):
+    monkeypatch.setenv(ops.DEBUG_ENV, debug)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert extension.checks_values(SimpleNamespace(is_cuda=on_gpu)) is expected

@@ -237,7 +237,7 @@ def test_copies_are_submitted_when_the_connectors_are(load, monkeypatch):
     result = SimpleNamespace(success=True, transfer_size=100)
     direction = SimpleNamespace(
         submit=lambda job, src, dst: seen.append("submit"), before_launch=lambda: seen.append("announce"),
-        take_finished=lambda: [seen.append("finished"), result][1:], drain=lambda: seen.append("drain"),
+        advance=lambda: [seen.append("finished"), result][1:], drain=lambda: seen.append("drain"),
     )  # fmt: skip
     monkeypatch.setattr("vllm_xlayer.connector.copy.directions.make_direction", lambda *_: direction)
 

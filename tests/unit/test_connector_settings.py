@@ -3,6 +3,7 @@
 import pytest
 
 from vllm_xlayer.config import VLLMS_SETTINGS, ConfigError, ConnectorSettings
+from vllm_xlayer.connector.nixl.settings import VLLMS, NixlSettings
 
 
 def test_nothing_is_needed():
@@ -48,6 +49,30 @@ def test_vllms_keys_are_taken_and_those_that_do_nothing_said(name, caplog):
     ConnectorSettings.read({name: 0})
     silent = bool(VLLMS_SETTINGS[name]) or name in ("canonical_layout", "sync_load_budget_bytes")
     assert (f"{name} does nothing here" in caplog.text) != silent
+
+
+def test_of_the_hand_over():
+    extra = {"row_seals": False, "staging_bytes": 1e6, "read_timeout_seconds": 5}
+    assert NixlSettings.read(extra | dict.fromkeys(VLLMS, 1)).model_dump() == extra
+    given = NixlSettings.read({"bidirectional_kv_xfer": False})
+    assert (given.row_seals, given.staging_bytes, given.read_timeout_seconds) == (True, 64 << 20, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"row_seal": True}, "expected row_seals, got unknown key 'row_seal'"),
+        ({"num_thread": 1}, "expected num_threads, got unknown key 'num_thread'"),
+        ({"xyz": 1}, "expected one of row_seals, .*, got unknown key 'xyz'"),
+        ({"row_seals": 1}, "row_seals: expected true or false, .*, got 1"),
+        ({"staging_bytes": 0}, "staging_bytes: expected bytes .*, got 0"),
+        ({"read_timeout_seconds": 0}, "read_timeout_seconds: expected seconds .*, got 0"),
+        ({"decoder_kv_blocks_ttl": 3}, "decoder_kv_blocks_ttl: expected nothing, got 3: rows go .* only"),
+    ],
+)
+def test_what_the_hand_over_refuses(extra, message):
+    with pytest.raises(ConfigError, match=f"^XLayerNixlConnector: kv_connector_extra_config: {message}$"):
+        NixlSettings.read(extra)
 
 
 def test_vllms_keys_are_those_that_it_reads():

@@ -44,7 +44,7 @@ def load(device, monkeypatch):  # noqa: F811
     src = torch.randint(0, 256, (POOL, ROW), dtype=torch.uint8)
     made = early_loads.EarlyLoads(src, torch.zeros_like(src), GPU)
     made.before_launch()
-    made.take_finished()
+    made.advance()
     return made
 
 
@@ -52,15 +52,15 @@ def load(device, monkeypatch):  # noqa: F811
 def test_reported_when_little_is_left(device, load, model_ran, left):  # noqa: F811
     submit(load, [10 * PER_BATCH])
     for _ in range(10 - left):
-        assert load.take_finished(model_ran) == []
+        assert load.advance(model_ran) == []
         device.run_a_copy()
-    (result,) = load.take_finished(model_ran)
+    (result,) = load.advance(model_ran)
     assert result.success and result.transfer_size == 10 * PER_BATCH * ROW
     assert result.transfer_time == pytest.approx(10e-3)  # as those that have ended
     for _ in range(left):
         assert device.runnable()
         device.run_a_copy()
-        assert load.take_finished() == []
+        assert load.advance() == []
     assert not load._running and not load._told and not load._bytes_running
 
 
@@ -75,7 +75,7 @@ def test_each_load_once_and_the_model_sees_all_of_it(device, load, seed):  # noq
         seen[job] = torch.equal(load.dst[ids[job]], load.src[ids[job]])
 
     def ask():
-        for result in load.take_finished():
+        for result in load.advance():
             assert result.success and result.transfer_size == sizes[result.job_id] * ROW
             assert result.job_id not in reported
             reported.append(result.job_id)
@@ -101,14 +101,14 @@ def test_host_rows_are_overwritten_after_they_are_read(device, load, monkeypatch
     monkeypatch.setattr(Way, "of", lambda src, dst: Way.D2H)
     store = transfers.StreamDirection(torch.full_like(load.src, 7), load.src, GPU)
     ids = submit(load, [10 * PER_BATCH])
-    while not load.take_finished():
+    while not load.advance():
         device.run(pick.choice(device.runnable()))
     assert device.runnable()
     store.submit(99, ids, ids)
-    store.take_finished()
+    store.advance()
     while runnable := device.runnable():
         device.run(pick.choice(runnable))
-        store.take_finished()
+        store.advance()
     assert torch.equal(load.dst[ids], expected[ids]) and bool((load.src[ids] == 7).all())
 
 
@@ -117,30 +117,30 @@ def test_not_where_the_model_runs_on_another_stream(device, load):  # noqa: F811
     submit(load, [10 * PER_BATCH])
     with device.use(device.stream()):
         for _ in range(9):
-            assert load.take_finished() == []
+            assert load.advance() == []
             device.run_a_copy()
-    assert [r.job_id for r in load.take_finished()] == [0]
+    assert [r.job_id for r in load.advance()] == [0]
     assert device.runnable()
 
 
 def test_not_before_anything_is_known(device, load):  # noqa: F811
     """What a batch takes is not known before the first one of all loads has ended."""
     submit(load, [2 * PER_BATCH])
-    assert load.take_finished() == []
+    assert load.advance() == []
     device.run_a_copy()
-    assert [r.job_id for r in load.take_finished()] == [0]
+    assert [r.job_id for r in load.advance()] == [0]
     device.run_a_copy()
-    assert load.take_finished() == []
+    assert load.advance() == []
 
 
 def test_a_small_load_is_reported_when_it_is_submitted(device, load):  # noqa: F811
     """Once it is known how long it will take; the model's stream waits for all of it."""
     submit(load, [PER_BATCH])
-    load.take_finished()
+    load.advance()
     device.run_a_copy()
-    load.take_finished()
+    load.advance()
     ids = submit(load, [LEFT * PER_BATCH])
-    (result,) = load.take_finished()
+    (result,) = load.advance()
     assert result.success and result.transfer_size == LEFT * PER_BATCH * ROW
     assert result.transfer_time == pytest.approx(LEFT * 1e-3)
     with device.use(device.model):
@@ -154,25 +154,25 @@ def test_a_small_load_is_reported_when_it_is_submitted(device, load):  # noqa: F
 def test_what_is_refused_is_not_reported_as_done(device, load):  # noqa: F811
     device.refuse = lambda number: number == 2
     submit(load, [3 * PER_BATCH])
-    results = load.take_finished()
+    results = load.advance()
     while device.runnable():
         device.run_a_copy()
-        results += load.take_finished()
+        results += load.advance()
     assert [r.success for r in results] == [False]
 
 
 def test_a_device_that_breaks_after_the_report(device, load):  # noqa: F811
     submit(load, [10 * PER_BATCH])
-    while not load.take_finished():
+    while not load.advance():
         device.run_a_copy()
     device.broken = True
     with pytest.raises(RuntimeError, match="after it was reported"):
-        load.take_finished()
+        load.advance()
 
 
 def test_draining_forgets_what_was_reported(device, load):  # noqa: F811
     submit(load, [10 * PER_BATCH])
-    while not load.take_finished():
+    while not load.advance():
         device.run_a_copy()
     load.drain()
-    assert not device.runnable() and not load._told and load.take_finished() == []
+    assert not device.runnable() and not load._told and load.advance() == []

@@ -55,6 +55,23 @@ class OnV1:
 
 
 @pytest.mark.parametrize("runner", [OnV1, OnV2])
+def test_requests_beyond_the_rows_are_said(runner, monkeypatch):
+    """The first and the tenth, not each; and none as long as there are rows."""
+    said = []
+    monkeypatch.setattr(newest_rows, "_starts_without_row", 0)
+    monkeypatch.setattr(newest_rows.logger, "warning", lambda line, *args: said.append(line % args))
+    rng, requests, lines = np.random.default_rng(0), runner(2), []
+    for name in range(PLACES + 1):
+        if name == PLACES:
+            requests.end(PLACES - 1)  # it had no row: nor has the one that comes for it
+        requests.start(name, rng)
+        lines.append(len(said))
+    assert lines == [0, 0, *[1] * 9, 2, 2]
+    assert "of 2 running requests, and more run: 1 request so far" in said[0] and "10 requests" in said[1]
+    assert "--max-num-seqs 2 lets them wait" in said[0]
+
+
+@pytest.mark.parametrize("runner", [OnV1, OnV2])
 @pytest.mark.parametrize("count", [1, 5, PLACES])
 def test_rows_are_nobody_elses(runner, count):
     rng, requests = np.random.default_rng(count), runner(count)

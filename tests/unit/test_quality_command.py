@@ -10,19 +10,22 @@ import sys
 
 import numpy as np
 import pytest
+from huggingface_hub import constants as hub
 from rich.console import Console
 
+from benchmarks import quality as quality_benchmark
 from benchmarks.quality import table as markdown
+from vllm_xlayer import cli
 from vllm_xlayer.quality import command, plot, report, results
 from vllm_xlayer.quality.command import Cache
 
 FIRST, LENGTH, WINDOWS, TOP = 8, 16, 5, 4
 
 
-def arguments(*argv):
+def arguments(*argv, model="demo"):
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["quality", "demo", *argv])
+    args = parser.parse_args(["quality", str(model), *argv])
     args.first = args.length // 2 if args.first is None else args.first
     return args
 
@@ -59,6 +62,47 @@ def test_defaults_are_fine():
 )
 def test_bad_arguments_are_said(argv, message):
     assert command.problem(arguments(*argv)) == message
+
+
+def test_a_model_that_is_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    for model, why in (
+        ("/no/such/model", "there is no such folder"),
+        (tmp_path, "the folder has no config.json"),
+        ("nobody/has-such-a-model", "neither a folder nor in the local cache"),
+    ):
+        found = command.problem(arguments(model=model))
+        assert found.startswith(f"model: expected a folder or a name, got {str(model)!r}: {why}")
+        assert "\n" not in found
+
+
+def test_a_model_that_is_there_is_fine(tmp_path):
+    (tmp_path / "config.json").touch()
+    assert command.problem(arguments(model=tmp_path)) is None
+
+
+def test_no_engine_is_started_for_a_model_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_run_engine", lambda *_: pytest.fail("an engine was started"))
+    args = arguments("--cache", "nvfp4", model="/no/such/model")
+    assert command.run(args) == 2 and "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["run", "demo"], 2), (["table"], 2)])
+def test_the_benchmark_says_how_it_is_called(argv, code, capsys):
+    with pytest.raises(SystemExit) as end:
+        quality_benchmark.main(argv)
+    said = capsys.readouterr()
+    assert end.value.code == code and "usage: python -m benchmarks.quality" in said.out + said.err
+
+
+def test_the_benchmark_passes_arguments_on(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(cli, "main", lambda argv: given.append(argv) or 0)
+    out = tmp_path / "out.json"
+    assert quality_benchmark.main(["run", "MODEL", str(out), "--windows", "3"]) == 0
+    assert given[0][:2] == ["quality", "MODEL"] and given[0][-2:] == ["--windows", "3"]
+    assert given[0][given[0].index("--json") + 1] == str(out)
 
 
 def engine_file(path, loss, layers=None, again=False):

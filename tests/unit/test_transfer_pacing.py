@@ -71,14 +71,14 @@ def submit(direction, sizes, first_job=0):
 
 def finish(device, direction, pick=None):
     """Runs copies, asking after each what is finished, until nothing is left."""
-    results = direction.take_finished()
+    results = direction.advance()
     while streams := device.runnable():
         assert len(streams) <= 2
         if pick is None:
             device.run_a_copy()
         else:
             device.run(pick(streams))
-        results += direction.take_finished()
+        results += direction.advance()
     return results
 
 
@@ -100,7 +100,7 @@ def test_two_batches_may_run_and_all_arrive(device, direction, seed):
 def test_each_batch_waits_for_the_one_two_before(device, direction):
     """One of the two that may run is left lying: only one more becomes possible, not a stream of them."""
     submit(direction, [20 * PER_BATCH])
-    direction.take_finished()
+    direction.advance()
     left, *_ = device.runnable()
     for expected in (1, 0):
         others = [s for s in device.runnable() if s is not left]
@@ -115,7 +115,7 @@ def test_a_small_copy_waits_for_three_batches_at_most(device, direction, after):
     """With an engine that stays with a stream as long as it can, and takes the small copy's last. The chain
     goes on from job to job."""
     submit(direction, [60, 1, 60, 60])
-    direction.take_finished()
+    direction.advance()
     for _ in range(after):
         device.run_a_copy()
     seen = []
@@ -132,9 +132,9 @@ def test_copies_run_after_what_the_model_has_so_far(device, direction):
         value = job + 1
         device.put("kernel", lambda value=value: direction.src.fill_(value))
         submit(direction, [PER_BATCH * 5], first_job=job)
-        direction.take_finished()
+        direction.advance()
         assert not device.runnable()
-        assert direction.take_finished() == []
+        assert direction.advance() == []
         device.run(device.model)
         (result,) = finish(device, direction)
         assert result.job_id == job and int(direction.dst.max()) == value
@@ -145,9 +145,9 @@ def test_copies_run_after_what_the_model_has_so_far(device, direction):
 def test_a_job_is_finished_when_its_last_batch_is(device, direction):
     submit(direction, [PER_BATCH * 3 + 1])
     for _ in range(4):
-        assert direction.take_finished() == []
+        assert direction.advance() == []
         device.run_a_copy()
-    (result,) = direction.take_finished()
+    (result,) = direction.advance()
     assert result.transfer_time == pytest.approx(4e-3)  # a millisecond a batch, though two may run
 
 
@@ -181,12 +181,12 @@ def test_loads_have_large_batches_while_no_model_runs(device, monkeypatch):
     monkeypatch.setattr(transfers, "IDLE_BATCH_BYTES", 100 * ROW)
     load, store = (make(monkeypatch, way) for way in (Way.H2D, Way.D2H))
     ids = submit(load, [300])
-    load.take_finished(model_ran=False)
+    load.advance(model_ran=False)
     assert device.batches == [100, 100, 100]
     assert [r.success for r in finish(device, load)] == [True]
     assert torch.equal(load.dst[ids], load.src[ids])
     submit(store, [100])
-    store.take_finished(model_ran=False)
+    store.advance(model_ran=False)
     assert max(device.batches[3:]) == PER_BATCH
 
 
@@ -198,23 +198,23 @@ def test_loads_wait_for_earlier_steps_and_not_for_the_one_launched_before_them(d
         load.before_launch()
         device.put("kernel", lambda: None)  # this step: it does not end here
         ids = submit(load, [20 * PER_BATCH], first_job=job)
-        load.take_finished()
+        load.advance()
         assert not device.runnable()
         device.run(device.model)
         while streams := device.runnable():
             device.run(streams[0])
         assert torch.equal(load.dst[ids], load.src[ids])
-        assert [r.job_id for r in load.take_finished()] == [job]
+        assert [r.job_id for r in load.advance()] == [job]
         device.run(device.model)
 
 
 def test_loads_wait_for_the_model_where_nobody_said_when_it_was_launched(device, monkeypatch):
     load = make(monkeypatch, Way.H2D)
     load.before_launch()
-    load.take_finished()  # that step had none
+    load.advance()  # that step had none
     device.put("kernel", lambda: None)
     submit(load, [PER_BATCH])
-    load.take_finished()
+    load.advance()
     assert not device.runnable()
 
 
@@ -227,23 +227,23 @@ def test_a_device_that_breaks_before_the_launch_fails_the_load(device, monkeypat
     monkeypatch.setattr(load._chain, "follow", broken)
     load.before_launch()
     submit(load, [PER_BATCH])
-    assert [r.success for r in load.take_finished()] == [False]
+    assert [r.success for r in load.advance()] == [False]
 
 
 def test_stores_may_queue_a_share_of_a_step(device, monkeypatch):
     store = make(monkeypatch, Way.D2H)
     least = transfers.LEAST_QUEUED // ROW
     ids = submit(store, [3990])
-    store.take_finished()
+    store.advance()
     assert least <= sum(device.batches) < least + PER_BATCH  # no rate is known yet
 
     def queued_after(milliseconds):
         while device.runnable():
             device.run_a_copy()
-        store.take_finished()
+        store.advance()
         device.clock += milliseconds
         before = sum(device.batches)
-        store.take_finished()
+        store.advance()
         return store._bytes_running // ROW, sum(device.batches) - before
 
     # Seven rows a millisecond: a quarter of a second's step is more than the least.
@@ -259,20 +259,20 @@ def test_stores_may_queue_a_share_of_a_step(device, monkeypatch):
 def test_waiting_is_for_what_was_asked_for_and_before(device, direction, way):
     submit(direction, [100, 1000, 1000])
     direction.wait([0])
-    assert [r.job_id for r in direction.take_finished()] == [0]
+    assert [r.job_id for r in direction.advance()] == [0]
     assert direction._running
     direction.wait([1, 77])
     if way is Way.D2H:
         assert 1100 <= sum(device.batches) < 1100 + PER_BATCH
-    assert [r.job_id for r in direction.take_finished()] == [1]
+    assert [r.job_id for r in direction.advance()] == [1]
 
 
 def test_draining_submits_nothing_more(device, direction):
     submit(direction, [3000])
-    direction.take_finished()
+    direction.advance()
     sent = len(device.batches)
     direction.drain()
-    assert not device.runnable() and direction.take_finished() == []
+    assert not device.runnable() and direction.advance() == []
     assert len(device.batches) == sent
     submit(direction, [20])
     assert [r.success for r in finish(device, direction)] == [True]
@@ -312,12 +312,12 @@ def test_jobs_that_share_a_refused_batch_fail(device, monkeypatch):
 def test_a_broken_device(device, direction):
     """Every job fails once, and no exception leaves."""
     submit(direction, [50, 1])
-    assert direction.take_finished() == []
+    assert direction.advance() == []
     device.broken = True
     direction.wait([0, 1])
-    assert [(r.job_id, r.success) for r in direction.take_finished()] == [(0, False), (1, False)]
+    assert [(r.job_id, r.success) for r in direction.advance()] == [(0, False), (1, False)]
     assert not direction._bytes_running
-    assert direction.take_finished() == []
+    assert direction.advance() == []
     direction.drain()
 
 

@@ -39,3 +39,13 @@ def test_it_asks_for_no_path_outside_itself():
     """Such as tests/ or README.md: what is above the package is site-packages, where it is installed."""
     upward = [path for path in files() if path.suffix == ".py" and ".parents[" in (ROOT / path).read_text()]
     assert upward == []
+
+
+def test_its_metadata_is_what_an_index_takes():
+    """PEP 639: an index refuses a classifier of the licence beside the expression."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = {name.rpartition(" :: ")[2] for name in project["classifiers"] if "Python :: 3." in name}
+    assert pythons == {"3.11", "3.12", "3.13", "3.14"} and project["requires-python"] == ">=3.11"
+    assert "Environment :: GPU :: NVIDIA CUDA" in project["classifiers"] and project["keywords"]
+    assert project["license"] == "Apache-2.0"
+    assert not [name for name in project["classifiers"] if name.startswith("License ::")]

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -40,20 +39,17 @@ from vllm_xlayer.attention.newest import (
     newest_tokens_of,
     write_arguments,
 )
+from vllm_xlayer.attention.scale_counts import ScaleCounts, make_report
 from vllm_xlayer.config import Config
 from vllm_xlayer.nvfp4 import (
     GROUP,
     KV_DTYPES,
     ROTATED_KEYS,
     ScaleOrder,
-    count_groups,
-    rotate,
     rotate_back,
     scale_choice_of,
 )
 from vllm_xlayer.ops.newest import TILE
-
-logger = init_logger(__name__)
 
 QUERY_TILE = 128
 """Queries attended at once: bounds the scores to heads * QUERY_TILE * context floats."""
@@ -120,9 +116,10 @@ class CpuReferenceMetadataBuilder(AttentionMetadataBuilder[CpuReferenceMetadata]
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract in vLLM
-        self._newest = None
+        self._newest = self._scales = None
         if kv_cache_spec.kv_quant_mode.is_nvfp4:
             self._newest = make_planner(vllm_config, layer_names, device)
+            self._scales = make_report(vllm_config, layer_names)
 
     def build(
         self,
@@ -134,6 +131,8 @@ class CpuReferenceMetadataBuilder(AttentionMetadataBuilder[CpuReferenceMetadata]
             raise NotImplementedError(
                 f"CPU reference attention: expected a causal step, got causal={common_attn_metadata.causal}"
             )
+        if self._scales is not None:
+            self._scales.say()
         return CpuReferenceMetadata(
             query_ranges=list(pairwise(common_attn_metadata.query_start_loc_cpu.tolist())),
             seq_lens=common_attn_metadata.seq_lens.tolist(),
@@ -175,8 +174,7 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         settings = Config.load()
         self.scale_choice = scale_choice_of(kv_cache_dtype, settings.scale_choice)
-        self.debug = settings.debug
-        self._said: set[tuple[str, str]] = set()
+        self.scale_counts = ScaleCounts("cpu") if self.is_nvfp4 and settings.debug else None
         self.num_heads = num_heads  # vLLM's layer prints it
         self.head_size = head_size
         self.scale = float(scale)
@@ -204,9 +202,8 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
     ) -> None:
         """Write key and value [>= T, H, D] to the slots of slot_mapping int64 [T]; -1 is skipped."""
         if self.is_nvfp4:
-            if self.debug:
-                written = torch.nonzero(slot_mapping >= 0).squeeze(1)
-                self._say_what_does_not_fit(layer, key[written], value[written])
+            if self.scale_counts is not None:
+                self.scale_counts.add(layer, key, value, slot_mapping)
             ops.reshape_and_cache_nvfp4(
                 key,
                 value,
@@ -225,19 +222,6 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         block_size = kv_cache.shape[2]
         content = torch.cat((key[tokens], value[tokens]), dim=-1).to(kv_cache.dtype)
         kv_cache[slots // block_size, :, slots % block_size] = content
-
-    def _say_what_does_not_fit(self, layer: AttentionLayer, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Warns, once for K and once for V, of groups that the global scale does not suit."""
-        kept = rotate(key) if ROTATED_KEYS else key
-        for name, x, scale in (("K", kept, float(layer._k_scale)), ("V", value, float(layer._v_scale))):
-            for problem, count in count_groups(x, scale)._asdict().items():
-                if count and (name, problem) not in self._said:
-                    self._said.add((name, problem))
-                    logger.warning(
-                        "NVFP4 KV cache: layer %s: %s: %d of %d groups of 16 are %s under a global scale of "
-                        "%g; vllm-xlayer quality --calibrate finds a better one",
-                        getattr(layer, "layer_name", "?"), name, count, x.numel() // GROUP, problem, scale,
-                    )  # fmt: skip
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from ..nvfp4 import ROTATED_KEYS, ScaleOrder, rotate_back, scale_choice_of
 from .decode import DecodeBatch
 from .metadata import DevicePiece, NewestKeys, NVFP4Metadata
 from .newest import NewestBatch, allocate, newest_tokens_of, write_arguments
+from .scale_counts import ScaleCounts
 
 
 class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
@@ -64,6 +65,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self.capacity = self._workspace_tokens(config, settings.gather_workspace_bytes)
         self.newest: torch.Tensor | None = None
         self.config = config if newest_tokens_of(config) else None
+        self.scale_counts = ScaleCounts(config.device_config.device) if settings.debug else None
 
     def _kernels(self):
         """(attend, merge), see `flash`: imported only where there is a GPU."""
@@ -98,6 +100,8 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         return allocate(config, self.num_kv_heads, self.head_size, dtype)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        if self.scale_counts is not None:
+            self.scale_counts.add(layer, key, value, slot_mapping)
         ops.reshape_and_cache_nvfp4(
             key, value, kv_cache, slot_mapping, layer._k_scale, layer._v_scale,
             ScaleOrder.LINEAR, self.scale_choice, rotated_keys=ROTATED_KEYS,

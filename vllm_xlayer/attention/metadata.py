@@ -17,6 +17,7 @@ from ..ops.newest import TILE
 from .decode import DecodeBatch, DecodePlanner, limits
 from .newest import NewestBatch, make_planner
 from .plan import Piece, newest_candidates, plan_pieces
+from .scale_counts import make_report
 
 logger = init_logger(__name__)
 
@@ -152,6 +153,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             )
         self._speculates = vllm_config.speculative_config is not None
         self._newest = make_planner(vllm_config, layer_names, device)
+        self._scales = make_report(vllm_config, layer_names)
         self._planner: DecodePlanner | None = None
         self._decode_len = _decode_query_len(vllm_config)
         heads = _query_heads(vllm_config, layer_names)
@@ -203,6 +205,8 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("--kv-cache-dtype nvfp4: expected causal attention, got non-causal")
+        if self._scales is not None:
+            self._scales.say()
         starts = m.query_start_loc_cpu[: m.num_reqs + 1].numpy().astype(np.int64)
         newest = None if self._newest is None else self._newest.plan(m)
         first, decode = 0, None

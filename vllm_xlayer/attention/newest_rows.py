@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
+
+logger = init_logger(__name__)
 
 NO_ROW = -1
 
@@ -46,9 +49,11 @@ class NamedRows:
         """Requests are about to run whose rows hold nothing of theirs: new ones, and resumed ones."""
         for name in names:
             self.end([name])
-            if self._free:  # else it reads pages
+            if self._free:
                 row = self._row_of[name] = self._free.pop()
                 self.starts[row] += 1
+            else:
+                _count_start_without_row(len(self.starts))
 
     def end(self, names: Iterable[str]) -> None:
         """Requests run no longer. Those that never did are passed over."""
@@ -86,6 +91,7 @@ class RunnerRows:
         if self._row_of[place] == NO_ROW:
             self._free = self._free or self._take_from_ended(running)
             if not self._free:
+                _count_start_without_row(len(self.starts))
                 return
             self._row_of[place] = self._free.pop()
         self.starts[self._row_of[place]] += 1
@@ -103,6 +109,24 @@ class RunnerRows:
         if places is not None:  # a dummy run's may be None; padding has none
             rows[: len(places)] = self._row_of[places[: step.num_reqs]]
         return rows
+
+
+_starts_without_row = 0
+
+
+def _count_start_without_row(rows: int) -> None:
+    """A request starts that reads pages, as all rows are taken. Said of the first one, the tenth, the
+    hundredth, in the log: without a connector nothing of a worker's gets into vLLM's metrics."""
+    global _starts_without_row
+    _starts_without_row += 1
+    count = str(_starts_without_row)
+    if count == "1" + "0" * (len(count) - 1):
+        logger.warning(
+            "NVFP4 KV cache: newest tokens are kept of %d running requests, and more run: %s so far read all "
+            "tokens from NVFP4 pages, which costs accuracy. --max-num-seqs %d lets them wait instead; a "
+            "smaller VLLM_XLAYER_NEWEST_TOKENS keeps fewer tokens of more requests",
+            rows, f"{count} request" if count == "1" else f"{count} requests", rows,
+        )  # fmt: skip
 
 
 _rows: RequestRows | None = None

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..provenance import write
-from .engines import SHAPES, run_engine, write_model
+from .engines import run_engine
+from .shapes import SHAPES, write_model
 
 CACHES = (("bf16", "auto", False), ("nvfp4 + XLayerConnector", "nvfp4", True))
 """Name, --kv-cache-dtype, with the connector."""

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ..provenance import write
 from .bounds import SHAPE, Bound
-from .engines import CACHES, GRAPHS_ONLY, SETTINGS, SHAPES, Engine, goes_on, prompts, write_model
+from .engines import CACHES, GRAPHS_ONLY, Engine, goes_on, prompts
+from .shapes import SETTINGS, SHAPES, write_model
 
 DECODES: dict[str, dict[tuple[int, int], float]] = {
     SHAPE: {(64, 8192): 0.70, (1, 16384): 1.0},

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from .tier_worker import come_to_rest, tier
+from .tier_worker import tier, wait_for_tier
 from .timing import link_rate
 
 TURNS = 12
@@ -63,14 +63,14 @@ def restores(llm: Any, tokens: int, repeats: int, turns: int = TURNS) -> dict[st
         report.setdefault(kind, []).extend(end - begin for begin, end in answers)
         report["spans"].setdefault(kind, []).extend(spans(begin, events, end) for begin, end in answers)
 
-    come_to_rest(llm)  # the host tier is pinned
+    wait_for_tier(llm)  # the host tier is pinned
     first_tokens("cold")
-    come_to_rest(llm)
+    wait_for_tier(llm)
     before = tier(llm)["loaded"]
     for _ in range(turns):
         loaded = tier(llm)["loaded"]
         first_tokens("cached")
-        come_to_rest(llm)
+        wait_for_tier(llm)
         if moved := tier(llm)["loaded"] - loaded:
             raise RuntimeError(
                 f"expected all prompts on the device, got {moved} rows loaded from the host tier; "

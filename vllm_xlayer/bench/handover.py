@@ -21,10 +21,11 @@ from rich.table import Table
 from ..nvfp4 import content_bytes
 from ..provenance import write
 from .bounds import SHAPE
-from .engines import SHAPES, Engine, EngineFailed, end_when_told, write_model
+from .engines import Engine, EngineFailed, end_when_told
 from .handover_link import Link
 from .handover_pair import NotMeasured, Pair
 from .handover_ways import BLOCK, CONNECTORS, WAYS, begin, measure, start
+from .shapes import SHAPES, write_model
 
 ELEMENT_BYTES = {"bf16": 2, "fp8": 1}
 

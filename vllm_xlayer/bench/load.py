@@ -16,7 +16,8 @@ from rich.table import Table
 from ..nvfp4 import content_bytes
 from ..provenance import write
 from .bounds import SHAPE
-from .engines import CACHES, GRAPHS_ONLY, SHAPES, WARM_STEPS, Engine, goes_on, prompts, write_model
+from .engines import CACHES, GRAPHS_ONLY, WARM_STEPS, Engine, goes_on, prompts
+from .shapes import SHAPES, write_model
 
 REQUESTS, TOKENS = 44, 32768
 """1.4 million tokens."""

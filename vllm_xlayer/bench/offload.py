@@ -15,9 +15,10 @@ from rich.table import Table
 from ..provenance import write
 from . import offload_peers
 from .bounds import SHAPE, Bound
-from .engines import GRAPHS_ONLY, SHAPES, run_engine, write_model
+from .engines import GRAPHS_ONLY, run_engine
 from .first_token import added, link, make_prompts, restore_table, restores, span_table
-from .tier_worker import come_to_rest, tier
+from .shapes import SHAPES, write_model
+from .tier_worker import tier, wait_for_tier
 
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
 OURS = "XLayerConnector"
@@ -177,7 +178,7 @@ def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any]) -> dict[str
             report[name]["seconds"].append(seconds)
             report[name]["copied_per_second"].append(rate)
     if job["connector"]:
-        come_to_rest(llm)
+        wait_for_tier(llm)
         report["rows_stored"] = tier(llm)["stored"] - before
     return report
 
@@ -189,7 +190,7 @@ def steps(
     from vllm import SamplingParams
 
     if connector:
-        come_to_rest(llm)
+        wait_for_tier(llm)
     copying = beside != "alone"
     if copying:
         row_bytes = LARGE if beside == "large" else tier(llm)["row_bytes"]

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from ..provenance import write
 from .bounds import SHAPE, Bound
-from .engines import CACHES, GRAPHS_ONLY, SHAPES, Engine, goes_on, prompts, write_model
+from .engines import CACHES, GRAPHS_ONLY, Engine, goes_on, prompts
+from .shapes import SHAPES, write_model
 
 BATCH = (64, 8192)
 """Requests, tokens of each: new ones every time."""

@@ -162,7 +162,7 @@ class RowCopies:
 
     def book(self) -> None:
         """Counts what has finished. RuntimeError: a copy failed."""
-        for result in self._direction.take_finished():
+        for result in self._direction.advance():
             if not result.success:
                 raise RuntimeError("a copy of rows failed, see above")
             self.bytes += result.transfer_size or 0
@@ -188,7 +188,7 @@ def tier(llm: Any) -> TierState:
     return cast(TierState, state)
 
 
-def come_to_rest(llm: Any, seconds: float = 60.0) -> None:
+def wait_for_tier(llm: Any, seconds: float = 60.0) -> None:
     """Returns when the tier is ready and no row has moved for a while.
 
     Raises:

@@ -15,8 +15,9 @@ from rich.table import Table
 
 from ..provenance import write
 from .bounds import SHAPE
-from .engines import CACHES, SHAPES, Engine, Prompt, goes_on, prompts_of, write_model
+from .engines import CACHES, Engine, Prompt, goes_on, prompts_of
 from .lengths import ragged
+from .shapes import SHAPES, write_model
 
 REQUESTS = 256
 PROMPT = dict(median=2500, most=30000)

@@ -134,7 +134,7 @@ class RowOffloadingWorker(OffloadingWorker):
 
         model_ran: whether it did in the step that this is asked after.
         """
-        return self._store.take_finished(model_ran) + self._load.take_finished(model_ran)
+        return self._store.advance(model_ran) + self._load.advance(model_ran)
 
     def wait(self, job_ids: set[int]) -> None:
         self._store.wait(job_ids)

@@ -5,8 +5,8 @@ where it is missing, that raises ``ExtensionMissingError`` with what to do.
 
 Every op checks its arguments (device, dtype, layout, shape, in this order) before it writes anything, and
 raises ``RuntimeError`` with what was expected and what came. Values that lie in device memory (slots, block
-tables, lengths) are checked only with ``VLLM_XLAYER_DEBUG=1``, since reading them waits for the GPU; on the
-CPU they are always checked.
+tables, lengths) are checked only with ``VLLM_XLAYER_DEBUG=1``, since reading them waits for the GPU, and not
+in CUDA graphs; on the CPU they are always checked.
 """
 
 from .attention import AttentionWorkspace, nvfp4_attention_schedule, nvfp4_paged_attention

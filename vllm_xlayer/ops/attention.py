@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..nvfp4 import ScaleOrder
-from .extension import debug, load, require_cuda_build
+from .extension import checks_values, load, require_cuda_build
 
 UNIT_TOKENS = 64
 """Tokens of one unit of the split-KV schedule."""
@@ -186,7 +186,7 @@ def nvfp4_paged_attention(
     """
     require_cuda_build("nvfp4_paged_attention", q, kv_cache)
     load()
-    if debug() and seq_lens.is_cuda:
+    if checks_values(seq_lens):
         _check_indices(kv_cache, block_table, seq_lens, q_len, window)
         check_schedule(workspace.schedule, newest_from)
         if query_starts is not None:

@@ -6,7 +6,7 @@ from enum import IntEnum
 import torch
 
 from ..nvfp4 import ScaleChoice, ScaleOrder
-from .extension import debug, load, require_cuda_build
+from .extension import checks_values, load, require_cuda_build
 
 
 class CopyMethod(IntEnum):
@@ -55,7 +55,7 @@ def reshape_and_cache_nvfp4(
     """
     require_cuda_build("reshape_and_cache_nvfp4", key, value, kv_cache)
     load()
-    if debug() and slot_mapping.is_cuda and slot_mapping.numel() and kv_cache.dim() == 4:
+    if checks_values(slot_mapping) and slot_mapping.numel() and kv_cache.dim() == 4:
         slots = kv_cache.shape[0] * kv_cache.shape[2]
         low, high = (int(x) for x in slot_mapping.aminmax())
         if low < -1 or high >= slots:
@@ -101,7 +101,7 @@ def gather_nvfp4(
     """
     require_cuda_build("gather_nvfp4", kv_cache, k_out, v_out)
     load()
-    if debug() and kv_cache.is_cuda:
+    if checks_values(kv_cache):
         _check_gather_indices(kv_cache, block_table, seq_starts, cu_seqlens, k_out.shape[0])
     torch.ops.vllm_xlayer.gather_nvfp4(
         kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, int(scale_order),

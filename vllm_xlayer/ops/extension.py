@@ -64,5 +64,11 @@ def require_cuda_build(op: str, *tensors: torch.Tensor) -> None:
         )
 
 
-def debug() -> bool:
-    return os.environ.get(DEBUG_ENV, "0") not in ("", "0")
+def checks_values(tensor: torch.Tensor) -> bool:
+    """Whether debug mode looks at values in this tensor's device memory.
+
+    Not while a CUDA graph is captured: reading them would end the capture, and they mean nothing yet. What
+    is replayed later is not checked.
+    """
+    debug = os.environ.get(DEBUG_ENV, "0") not in ("", "0")
+    return debug and tensor.is_cuda and not torch.cuda.is_current_stream_capturing()

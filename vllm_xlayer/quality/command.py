@@ -116,6 +116,30 @@ def problem(args: argparse.Namespace) -> str | None:
             return f"--{name}: expected a file in a folder that exists, got {file}"
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         return "--plot: expected matplotlib, found none: pip install matplotlib"
+    return None if args.model == "demo" else _model_problem(args.model, args.extra.get("revision"))
+
+
+def _model_problem(model: str, revision: str | None) -> str | None:
+    """Why no engine could find a model; None: nothing is known that speaks against it."""
+    from huggingface_hub import errors, hf_hub_download
+
+    path, expected = Path(model), f"model: expected a folder or a name, got {model!r}"
+    if path.is_dir():
+        # Mistral's own format has params.json.
+        known = any((path / name).is_file() for name in ("config.json", "params.json"))
+        return None if known else f"{expected}: the folder has no config.json"
+    if path.exists() or "://" in model or os.environ.get("VLLM_USE_MODELSCOPE"):
+        return None  # GGUF, object stores, another hub: vLLM knows
+    try:
+        hf_hub_download(model, "config.json", revision=revision)
+    except errors.HFValidationError:
+        return f"{expected}: there is no such folder"
+    except errors.RepositoryNotFoundError:
+        return f"{expected}: neither a folder, nor a model that Hugging Face's hub lets you read"
+    except errors.LocalEntryNotFoundError:
+        return f"{expected}: neither a folder nor in the local cache, and Hugging Face's hub cannot be asked"
+    except (OSError, errors.EntryNotFoundError):
+        return None  # another format, or a trouble that the engine can say better
     return None
 
 

@@ -18,7 +18,7 @@ class Direction(Protocol):
     """Rows copied, or submitted to be copied, so far."""
 
     def before_launch(self) -> None:
-        """What is submitted until `take_finished` need not wait for what is launched from now on."""
+        """What is submitted until `advance` need not wait for what is launched from now on."""
 
     def submit(
         self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor, runs: Runs | None = None
@@ -31,8 +31,9 @@ class Direction(Protocol):
     def fail(self, job_id: int, error: Exception) -> None:
         """Lets a job that could not be submitted finish without success."""
 
-    def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
-        """What finished since the last call; with ``early`` also what is about to. Called after every step.
+    def advance(self, model_ran: bool = True) -> list[TransferResult]:
+        """Sends what waits and now may go, and returns what finished since the last call; with ``early``
+        also what is about to. Called after every step.
 
         model_ran: whether it did in that step.
 

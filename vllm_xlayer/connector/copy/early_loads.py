@@ -49,7 +49,7 @@ class EarlyLoads(StreamDirection):
         self._model_stream = cuda.current_stream()
         super().before_launch()
 
-    def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
+    def advance(self, model_ran: bool = True) -> list[TransferResult]:
         """What finished since the last call, or is about to.
 
         Raises:
@@ -57,7 +57,7 @@ class EarlyLoads(StreamDirection):
                 there; the device lost a copy that it had accepted and does nothing more after that.
         """
         results = []
-        for result in super().take_finished(model_ran):
+        for result in super().advance(model_ran):
             if result.job_id not in self._told:
                 results.append(result)
                 continue

@@ -52,7 +52,7 @@ class HostDirection:
         self._seen_errors: set[str] = set()
 
     def before_launch(self) -> None:
-        """What is submitted until `take_finished` need not wait for what is launched from now on."""
+        """What is submitted until `advance` need not wait for what is launched from now on."""
 
     def submit(
         self, job_id: int, src_ids: torch.Tensor, dst_ids: torch.Tensor, runs: Runs | None = None
@@ -86,7 +86,7 @@ class HostDirection:
             )  # fmt: skip
         self._done.append(TransferResult(job_id, False))
 
-    def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
+    def advance(self, model_ran: bool = True) -> list[TransferResult]:
         done, self._done = self._done, []
         return done
 
@@ -170,14 +170,14 @@ class StreamDirection(HostDirection):
         self.rows += len(src_ids)
         self._unsent.append(Job(job_id, pieces, sum(piece.nbytes for piece in pieces)))
 
-    def take_finished(self, model_ran: bool = True) -> list[TransferResult]:
+    def advance(self, model_ran: bool = True) -> list[TransferResult]:
         self._follows = False
         self._book_what_ended()
         if self._way is Way.D2H:
             self._send_until_queued(self._room())
         else:
             self._send_until_queued(math.inf, BATCH_BYTES[Way.H2D] if model_ran else IDLE_BATCH_BYTES)
-        return super().take_finished()
+        return super().advance()
 
     def _send_until_queued(self, size: float, batch_bytes: int | None = None) -> None:
         """Submits until so many bytes are, or all."""
@@ -307,5 +307,5 @@ class StreamDirection(HostDirection):
         for batch in batches:
             try:
                 batch.paced.end.synchronize()
-            except RuntimeError as error:  # take_finished reports it
+            except RuntimeError as error:  # advance reports it
                 logger.error("XLayerConnector: waiting for a copy failed: %s", error)

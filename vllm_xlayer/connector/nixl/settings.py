@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ...config import ByteCount, ConfigError
+from ...config import ByteCount, ConfigError, nearest
 
 VLLMS = (
     "backends",
@@ -27,14 +27,21 @@ class NixlSettings(BaseModel, extra="forbid", strict=True, frozen=True):
 
     row_seals: bool = Field(
         True,
-        description="true or false, the same on both sides: a tag and a checksum beside each row, without "
-        "which rows that were given to another request while they waited are not noticed",
+        description="true or false, the same on both sides: a tag of its tokens and a checksum beside each "
+        "row, without which rows that were given to another request while they waited are not noticed (not "
+        "given: true)",
     )
     staging_bytes: ByteCount = Field(
-        64 << 20, description="bytes of the ring that rows are read into, of each rank, above 0"
+        64 << 20,
+        description="bytes of the ring of each rank that rows are read into before they are checked and "
+        "copied into the cache, above 0 (not given: 64 MiB)",
     )
     read_timeout_seconds: float = Field(
-        30.0, gt=0, strict=False, description="seconds that a read may take before the request is computed"
+        30.0,
+        gt=0,
+        strict=False,
+        description="seconds that a read may take before the request is computed, above 0; what a late "
+        "answer may still write is left alone (not given: 30)",
     )
 
     @classmethod
@@ -44,13 +51,13 @@ class NixlSettings(BaseModel, extra="forbid", strict=True, frozen=True):
         Raises:
             ConfigError: an unknown key, a bad value, or one that this package cannot serve.
         """
+        known = (*cls.model_fields, *VLLMS)
         where = "XLayerNixlConnector: kv_connector_extra_config"
         for name, value in extra.items():
             if name in REFUSED and value:
                 raise ConfigError(f"{where}: {name}: expected nothing, got {value!r}: {REFUSED[name]}")
             if name not in cls.model_fields and name not in VLLMS and name not in REFUSED:
-                known = ", ".join((*cls.model_fields, *VLLMS))
-                raise ConfigError(f"{where}: expected one of {known}, got unknown key {name!r}")
+                raise ConfigError(f"{where}: expected {nearest(name, known)}, got unknown key {name!r}")
         try:
             return cls.model_validate({name: extra[name] for name in cls.model_fields if name in extra})
         except ValidationError as error:
