@@ -18,7 +18,7 @@ SHORT = 5
 """Shapes in the README's table."""
 BLOCK = 16
 """Tokens in a block where nobody says otherwise (vLLM's default)."""
-GPU_SUITES = {
+SUITES = {
     "h100-suite.json": "`pytest -m gpu`",
     "h200-suite.json": "The same on another GPU",
     "h200-suite-sm80.json": (
@@ -26,6 +26,10 @@ GPU_SUITES = {
     ),
     "h200-memcheck.json": "compute-sanitizer's memcheck, in the ops' tests",
     "h200-racecheck.json": "compute-sanitizer's racecheck, in those of kernels that use shared memory",
+    "cpu-newest-search.json": (
+        "The search for stale newest tokens, ten minutes each for an engine without drafts, with n-grams, "
+        "with a drafter, and of a hybrid (NEWEST_TOKENS_SECONDS=600)"
+    ),
     "h200-x2-suite-tp.json": (
         "Two ranks on two GPUs, pinning, a config file in which only the connector's name is changed, "
         "`bench offload` (faults are in docs/reliability.md)"
@@ -262,9 +266,9 @@ def capacity_table(results: dict[str, Any]) -> str:
 
 
 def gpu_tests(*runs: dict[str, Any]) -> str:
-    """Markdown of what `benchmarks.suite` saw, a line for each of GPU_SUITES."""
+    """Markdown of what `benchmarks.suite` saw, a line for each of SUITES."""
     return "\n".join(
-        f"- {title}: {_told(run)}. {about(run)}" for title, run in zip(GPU_SUITES.values(), runs, strict=True)
+        f"- {title}: {_told(run)}. {about(run)}" for title, run in zip(SUITES.values(), runs, strict=True)
     )
 
 

@@ -79,7 +79,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
     "traffic": (("h200-traffic.json",), markdown.traffic_section),
-    "gpu": (tuple(markdown.GPU_SUITES), markdown.gpu_tests),
+    "gpu": (tuple(markdown.SUITES), markdown.gpu_tests),
     "copy": (("h200-copy.json",), markdown_tier.copy_section),
     "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
     "offload": (("h200-offload.json",), markdown_tier.offload_section),
