@@ -24,7 +24,7 @@ SMALL = dict(num_gpu_blocks_override=22, max_model_len=256, max_num_batched_toke
 def unsent(direction):
     """A direction whose transfers begin some steps after they were submitted, or once they are waited for."""
     queue, submit = [], direction.submit
-    take, wait = direction.take_finished, direction.wait
+    take, wait = direction.advance, direction.wait
 
     def later(*transfer):
         queue.append([STEPS, transfer])
@@ -44,7 +44,7 @@ def unsent(direction):
         send(lambda entry: entry[1][0] in job_ids)
         wait(job_ids)
 
-    direction.submit, direction.take_finished, direction.wait = later, finished, waits
+    direction.submit, direction.advance, direction.wait = later, finished, waits
     return direction
 
 
