@@ -12,6 +12,17 @@ from vllm_xlayer.patches import flushes as patch
 MODULE, _, NAME = RUNNER_V2.owner.partition(":")
 
 
+def make(connector="XLayerConnector"):
+    """A connector is made, as vLLM does; returns what vLLM's factory was told."""
+    transfer = SimpleNamespace(has_connector=lambda name: name == connector)
+    config = SimpleNamespace(kv_transfer_config=transfer)
+
+    def original(cls, config, role):
+        return config.kv_transfer_config, role
+
+    return patch.see_to_the_runner(original, None, config=config, role="role") == (transfer, "role")
+
+
 class Connector:
     def __init__(self, events):
         self.events = events
@@ -51,9 +62,8 @@ def _step(metadata):
 
 
 def test_stores_are_waited_for_before_blocks_are_zeroed(events):
-    made = patch.see_to_the_runner(lambda cls, config, role: (config, role), None, "config", "role")
-    assert made == ("config", "role") and flushes.flushed_first()
-    patch.see_to_the_runner(lambda cls: None, None)  # once more: nothing changes
+    assert make() and flushes.flushed_first()
+    assert make()  # once more: nothing changes
     assert _step("metadata") == "result"
     assert events == [("flushed", "metadata"), ("zeroed", [7])]
 
@@ -61,13 +71,13 @@ def test_stores_are_waited_for_before_blocks_are_zeroed(events):
 def test_below_multi_connector_ours_gets_its_own(events, monkeypatch):
     others = SimpleNamespace()
     _serve(monkeypatch, SimpleNamespace(_connectors=[others, Connector(events)]))
-    patch.see_to_the_runner(lambda cls: None, None)
+    make()
     _step(SimpleNamespace(metadata=["theirs", "ours"]))
     assert events == [("flushed", "ours"), ("zeroed", [7])]
 
 
 def test_without_a_connector_or_metadata_the_runner_does_what_it_did(events, monkeypatch):
-    patch.see_to_the_runner(lambda cls: None, None)
+    make()
     _step(None)
     _serve(monkeypatch, None)
     _step("metadata")
@@ -81,5 +91,11 @@ def test_another_runner_is_left_alone_and_not_counted_on(events, monkeypatch):
 
     monkeypatch.setattr(sys.modules[MODULE], NAME, Other)
     original = Other.update_requests
-    patch.see_to_the_runner(lambda cls: None, None)
+    make()
     assert Other.update_requests is original and not flushes.flushed_first()
+
+
+def test_nothing_changes_for_other_connectors(events):
+    original = getattr(sys.modules[MODULE], NAME).update_requests
+    assert make("OffloadingConnector")
+    assert getattr(sys.modules[MODULE], NAME).update_requests is original and not flushes.flushed_first()

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from ..compat.dependence import Patch
+from ..compat.extension_points import CONNECTOR
 from ..compat.private_connector import RUNNER_V2
 from .wrapping import wrap
 
@@ -28,15 +29,16 @@ def flush_first(original: Any, runner: Any, scheduler_output: Any, *args: Any, *
     return original(runner, scheduler_output, *args, **kwargs)
 
 
-def see_to_the_runner(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls the original, which makes a connector, once the runner of this process is seen to."""
+def see_to_the_runner(original: Any, cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls the original, which makes a connector; before one of ours sees to the runner of this process."""
     from ..connector.flushes import expect_flushes_first
 
     module, _, name = RUNNER_V2.owner.partition(":")
-    if module in sys.modules and RUNNER_V2.problem() is None:
+    ours = config.kv_transfer_config is not None and config.kv_transfer_config.has_connector(CONNECTOR)
+    if ours and module in sys.modules and RUNNER_V2.problem() is None:
         wrap(getattr(sys.modules[module], name), "update_requests", flush_first, "vllm")
         expect_flushes_first()
-    return original(cls, *args, **kwargs)
+    return original(cls, config, *args, **kwargs)
 
 
 def _apply() -> None:
