@@ -99,3 +99,18 @@ def test_nothing_changes_for_other_connectors(events):
     original = getattr(sys.modules[MODULE], NAME).update_requests
     assert make("OffloadingConnector")
     assert getattr(sys.modules[MODULE], NAME).update_requests is original and not flushes.flushed_first()
+
+
+def test_models_whose_blocks_are_zeroed_are_refused_where_nobody_calls_in_time(monkeypatch):
+    from vllm_xlayer.connector.connector import XLayerConnector
+    from vllm_xlayer.connector.limits import NotServedError
+
+    monkeypatch.setattr(flushes, "_first", False)
+    connector = XLayerConnector.__new__(XLayerConnector)
+    connector.connector_worker, connector.zeroed_early = object(), True
+    with pytest.raises(NotServedError, match=r"model runner V2: .* set VLLM_USE_V2_MODEL_RUNNER=0"):
+        connector.register_kv_caches({})
+    flushes.expect_flushes_first()
+    connector.layout = SimpleNamespace(groups=[], row_bytes=1)
+    with pytest.raises(IndexError):  # it goes on, to caches that are not there
+        connector.register_kv_caches({})
