@@ -1,7 +1,7 @@
 """More context than fp8 can keep: requests that all fit as NVFP4, offered at once to the same memory.
 
 Takes minutes, most of them for computing what is asked. A GPU needs memory for the model, for NVFP4 KV of all
-requests (54 GB with the default shape: what a GPU of 80 GB has beside the model), and for what vLLM
+requests (30 GB with the default shape), and for what vLLM
 computes with.
 """
 
@@ -19,8 +19,8 @@ from .bounds import SHAPE
 from .engines import CACHES, GRAPHS_ONLY, WARM_STEPS, Engine, goes_on, prompts
 from .shapes import SHAPES, write_model
 
-REQUESTS, TOKENS = 44, 32768
-"""1.4 million tokens."""
+REQUESTS, TOKENS = 24, 32768
+"""0.8 million tokens."""
 OUTPUT = 64
 """Tokens every request is answered with."""
 STEPS = 128
