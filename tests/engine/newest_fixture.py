@@ -36,7 +36,7 @@ class Life:
         for prompt in (stem, other, stem):  # the third is found, and its row was the second's
             self._run([prompt], 2)
         for i in (0, 2, 4):  # rows are given back in any order: often, each gets the other's
-            self._run(pairs[i : i + 2], 6, preempt_after=5)
+            self._run(pairs[i : i + 2], 24, preempt_after=5)
         self.stems[0] = stem[:96]
 
     def _run(self, prompts, tokens: int, preempt_after: int | None = None) -> None:

@@ -89,15 +89,17 @@ def test_small_caches_and_preemption(make_llm, target, eagle, plain, drafter, pr
     assert preempted and worker.rows_loaded > 0 and accepted_drafts(llm) > 10
 
 
-def test_restored_is_as_cached_from_host_and_after_a_restart(make_llm, target, tmp_path):
-    """With NVFP4 and drafts from the text itself, from both tiers."""
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_restored_is_as_cached_from_host_and_after_a_restart(make_llm, target, eagle, tmp_path, drafter):
+    """With NVFP4, from both tiers; a drafter's own layer is restored with the others."""
     disk = dict(cpu_bytes_to_use=8 << 20, disk_path=str(tmp_path / "tier"), disk_bytes_to_use=64 << 20)
-    llm = start(make_llm, target, None, disk, kv_cache_dtype="nvfp4")
+    draft = eagle if drafter == "eagle" else None
+    llm = start(make_llm, target, draft, disk, kv_cache_dtype="nvfp4")
     one_by_one(llm)
     cached = one_by_one(llm)
     assert sum(hit for *_, hit in cached) > 200 and accepted_drafts(llm) > 10
     assert llm.reset_prefix_cache()
     fill_memory(llm, 0xFF)
     assert one_by_one(llm) == cached
-    llm = start(make_llm, target, None, disk, kv_cache_dtype="nvfp4")
+    llm = start(make_llm, target, draft, disk, kv_cache_dtype="nvfp4")
     assert one_by_one(llm) == cached and disk_hits(llm) > 0
