@@ -8,7 +8,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 from ..connector.nixl.link import allow_cuda_ipc_reads
 
@@ -71,7 +71,7 @@ class Link:
         rate: float = _answer(self._fetches, seconds, said)
         return rate
 
-    def __enter__(self) -> "Link":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,5 @@
-"""What a decode engine's worker does to read rows, without an engine: NIXL, seals, the ring, and the copy into
-a pool. Between NIXL alone and this is our work; between this and a hand-over are the engine's steps."""
+"""What a decode engine's worker does to read rows, without an engine: NIXL, seals, the ring, the copy into a
+pool. Between NIXL alone and this is our work; between this and a hand-over are the engine's steps."""
 
 import time
 from multiprocessing.connection import Connection
@@ -31,10 +31,10 @@ class WorkerLink(Link):
         self.geometry = geometry
         super().__init__(geometry, devices)
 
-    def rows_rate(self, staging_bytes: int) -> float:
-        """Bytes a second, the best of READS, with a ring of so many bytes."""
-        row_bytes, blocks, _ = self.geometry
-        return self.asked(staging_bytes, f"read {blocks} sealed rows of {row_bytes} bytes")
+    def rows_rate(self, rows: int, staging_bytes: int) -> float:
+        """Bytes a second, the best of READS, of so many rows in any order, with a ring of so many bytes."""
+        what = f"read {rows} sealed rows of {self.geometry.row_bytes} bytes"
+        return self.asked((rows, staging_bytes), what)
 
 
 def _offer_rows(pipe: Connection, geometry: Geometry, device: str | None) -> None:
@@ -73,45 +73,46 @@ def _fetch_rows(pipe: Connection, geometry: Geometry, device: str | None) -> Non
         remote = RemotePool(agent.add_remote_agent(metadata), address, 0, kind, row_bytes, blocks, seals)
         pipe.send("ready")
         while True:
-            each = pipe.recv() // BUFFERS // 16 * 16
+            rows, staging_bytes = pipe.recv()
+            each = staging_bytes // BUFFERS // 16 * 16
             ring = staging[: BUFFERS * each].view(BUFFERS, each)
             wire = NixlWire(agent, kind, pool, ring, lambda handle: None)
             wire.add_peer(PEER, remote)
-            pipe.send(_rate(wire))
+            pipe.send(_rate(wire, rows))
             wire.retire_peer(PEER)
             wire.release_retired(())
 
 
-def _rate(wire: Any) -> float:
+def _rate(wire: Any, rows: int) -> float:
     """Bytes a second; raises RuntimeError unless rows and seals are checked."""
     pool = wire.pool
     draw = np.random.default_rng(0)
-    remote, local = draw.permutation(len(pool)), draw.permutation(len(pool))
+    remote, local = (draw.permutation(len(pool))[:rows] for _ in "12")
     pool.zero_()
     pool[:1, :1].cpu()  # waits for it
     best, end = float("inf"), time.perf_counter() + ENOUGH_SECONDS
     for _ in range(READS):
-        seconds, failure = _read(wire, remote, local, np.full(len(pool), TAG))
+        seconds, failure = _read(wire, remote, local, np.full(rows, TAG))
         if failure:
             raise RuntimeError(f"expected rows that are what was sealed: {failure.text}")
         best = min(best, seconds)
         if time.perf_counter() > end:
             break
-    for start in range(0, len(pool), AT_ONCE):
+    for start in range(0, rows, AT_ONCE):
         some = slice(start, start + AT_ONCE)
         if not _words(pool)[local[some]].equal(_expected(pool, remote[some])):
             raise RuntimeError("expected the other process's rows, got others")
-    tags = np.full(len(pool), TAG)
+    tags = np.full(rows, TAG)
     tags[-1] = WRONG_TAG
     _, failure = _read(wire, remote, local, tags)
     if failure is None or failure.reason != "seal":
         raise RuntimeError(f"expected a row that is sealed for other tokens to be found, got {failure}")
-    return pool.numel() / best
+    return rows * pool.shape[1] / best
 
 
 def _read(wire: Any, remote: np.ndarray, local: np.ndarray, tags: np.ndarray) -> tuple[float, Any]:
     """Seconds, and the failure if there is one."""
-    from ..connector.nixl.staging import Rows, StagedReads, Stay
+    from ..connector.nixl.staging import Rows, StagedReads, Stay  # not before a GPU is chosen
     from ..connector.nixl.wire import BUFFERS
 
     reads = StagedReads(wire, BUFFERS, READ_SECONDS, stay=Stay(2 * READ_SECONDS, 2 * READ_SECONDS))
