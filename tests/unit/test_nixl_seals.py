@@ -21,6 +21,28 @@ def test_a_tag_covers_all_tokens_up_to_its_block_and_nothing_after():
     assert prompt_tags(TOKENS[:33], 16, 0, "")[2] != tags[2]
 
 
+def test_the_order_of_tokens_shows():
+    """Within a block, and between blocks of the same tokens."""
+    tags = prompt_tags(TOKENS, 16, 0, "").tolist()
+    swapped = [TOKENS[1], TOKENS[0], *TOKENS[2:]]
+    moved = [*TOKENS[16:32], *TOKENS[:16], *TOKENS[32:]]
+    for other in (swapped, moved, TOKENS[::-1]):
+        assert not set(tags) & set(prompt_tags(other, 16, 0, "").tolist())
+    assert len(set(prompt_tags([5] * 400, 16, 0, "").tolist())) == 25, "the same tokens in every block"
+
+
+def test_tags_of_many_prompts_are_all_different():
+    """Of prompts that differ in one token, or are a token longer: no two blocks of other tokens are alike."""
+    draw, seen = np.random.default_rng(0), {}
+    base = draw.integers(0, 200_000, 64).tolist()
+    for _ in range(2000):
+        tokens = base[: draw.integers(1, 65)]
+        tokens[draw.integers(len(tokens))] = int(draw.integers(0, 200_000))
+        for n, tag in enumerate(prompt_tags(tokens, 16, 0, "").tolist()):
+            assert seen.setdefault(tag, tokens[: 16 * n + 16]) == tokens[: 16 * n + 16]
+    assert len(seen) > 2000
+
+
 @pytest.mark.parametrize("other", [dict(group=1), dict(salt="x"), dict(block_size=8), dict(items=[(0, "a")])])
 def test_whatever_else_shapes_a_block_changes_its_tag(other):
     settings = dict(block_size=16, group=0, salt="", items=[])

@@ -89,11 +89,12 @@ class Landings:
         """On a GPU: a chunk's words times their factors."""
 
     def prepare(self, row_bytes: int) -> None:
-        """Before rows of that size are checked."""
+        """Before rows of that size are checked; also in another thread."""
         if row_bytes not in self.digests:
             self.digests[row_bytes] = RowDigest(row_bytes, self.pool.device)
-        if self.pool.is_cuda and self.scratch is None:
-            self.scratch = torch.empty(self.most_bytes // 8, dtype=torch.int64, device=self.pool.device)
+        if self.stream is not None and self.scratch is None:
+            with torch.cuda.stream(self.stream):  # its own: what the main one has let go of may be in use yet
+                self.scratch = torch.empty(self.most_bytes // 8, dtype=torch.int64, device=self.pool.device)
 
     def begin(self, rows: Rows, checked: bool) -> RowsInto:
         """After all that uses the blocks' former contents has been launched."""

@@ -78,6 +78,8 @@ class RowNixlWorker(NixlPullConnectorWorker):
         ring = torch.empty(BUFFERS, bytes_each, dtype=torch.uint8, device=self.pool.device)
         self._register(ring)
         self.wire = NixlWire(self.nixl_wrapper, self.nixl_memory_type, self.pool, ring, self._record_transfer)
+        if self.seals is not None:
+            self.wire.landings.prepare(self.layout.row_bytes)  # takes its memory now, or the start fails
         self.reads = StagedReads(self.wire, BUFFERS, self.settings.read_timeout_seconds)
         super().register_kv_caches(dict.fromkeys(own, self.pool))
         self._check_region()
