@@ -200,6 +200,16 @@ def test_the_table_of_seals_is_read_once_a_read(checking, agent, monkeypatch):
     assert local_ids_.tolist() == [0, 1, 2, 3, 4] and remote_ids_.tolist() == [0, 1, 2, 3, 0]
 
 
+@pytest.mark.parametrize("beyond", [-1, 4, 2**32 + 1])
+def test_rows_that_the_peer_does_not_have_are_computed(checking, beyond):
+    """Also in a later chunk, whose seals come with the first one."""
+    reads = StagedReads(checking, BUFFERS, timeout=1.0)
+    reads.add("r", PEER, 9, rows(*((i % 4, i % 4, 0, 0) for i in range(8)), (beyond, 0, 0, 0)))
+    failure = reads.poll()["r"]
+    assert failure.reason == "lost" and "expected rows of 0 to 3" in failure.text
+    assert sorted(reads.free) == list(range(BUFFERS)) and not checking.pool.any()
+
+
 def test_a_read_goes_on_with_the_peer_that_it_began_with(checking):
     """Its descriptors are kept for it, and another engine's memory would hold other rows at these places."""
     begun = checking.begin(PEER, rows((0, 0, 0, 10)))

@@ -69,10 +69,19 @@ class PreparedPeer:
 
 @dataclass(eq=False)
 class PoolRead:
-    """One read: from whom, its rows as int32 [n] for NIXL, and the same on the device."""
+    """One read.
+
+    Args:
+        peer: from whom.
+        remote: its rows, int32 [n] as NIXL wants them.
+        least, most: of these rows.
+        into: the same on the device, and more.
+    """
 
     peer: PreparedPeer
     remote: np.ndarray
+    least: int
+    most: int
     into: RowsInto
 
 
@@ -154,7 +163,8 @@ class NixlWire:
     def begin(self, peer: Peer, rows: Rows) -> PoolRead:
         known = self.peers[peer]
         into = self.landings.begin(rows, checked=bool(known.pool.seals))
-        return PoolRead(known, rows.remote.astype(np.int32), into)
+        least, most = int(rows.remote.min()), int(rows.remote.max())
+        return PoolRead(known, rows.remote.astype(np.int32), least, most, into)
 
     def capacity(self, begun: PoolRead, first: bool) -> int:
         return begun.peer.first if first else len(begun.peer.slots[0])
@@ -165,6 +175,11 @@ class NixlWire:
         start = buffer * per_buffer
         local_ids = np.arange(start, start + len(rows), dtype=np.int32)
         remote_ids = begun.remote[rows.start : rows.stop]
+        if not 0 <= begun.least <= begun.most < peer.pool.blocks:
+            # A GPU that is asked for the seals of such rows answers nothing any more.
+            raise ValueError(
+                f"expected rows of 0 to {peer.pool.blocks - 1}, got {begun.least} to {begun.most}"
+            )
         if peer.tables and rows.start == 0:
             local_ids = np.append(local_ids, np.int32(BUFFERS * per_buffer + buffer))
             remote_ids = np.append(remote_ids, np.int32(peer.pool.blocks))
