@@ -74,6 +74,7 @@ SOAKS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--soak", type=float, default=24, help="seconds of the soak, in all (default: 24)")
     parser.add_argument("--json", type=Path, help="file to write (default: results/DEVICE-faults.json)")
+    parser.add_argument("paths", nargs="*", default=["engine"], help="below tests/ (default: engine)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-faults-") as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "fault", f"--junitxml={report}"]
-        command += ["-o", "junit_family=xunit1", str(TESTS / "engine")]  # xunit2 has no properties of a test
+        command += ["-o", "junit_family=xunit1"]  # xunit2 has no properties of a test
+        command += [str(TESTS / path) for path in args.paths]
         code = subprocess.run(command, cwd=TESTS.parent, env=environment, check=False).returncode
         if not report.exists():
             print(f"faults: pytest ended with {code} and left no report", file=sys.stderr)

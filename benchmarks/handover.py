@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vllm_xlayer.bench.engines import end_when_told
 from vllm_xlayer.provenance import provenance
@@ -58,14 +58,21 @@ def steps(args: argparse.Namespace) -> Iterator[Step]:
 class Running:
     """A step that has begun, and what it has found."""
 
-    def __init__(self, step: Step, seconds: float, folder: Path) -> None:
+    def __init__(self, step: Step, seconds: float, out: Path, log: IO[bytes] | None = None) -> None:
+        """
+        seconds: after which it is ended.
+        out: the JSON that it writes.
+        log: takes its output, in place of this process's.
+        """
         self.name = step.name
         self.found: dict[str, Any] = {}
-        self._out = folder / f"{step.name}.json"
+        self._out = out
         self._written = 0.0
         self._begin, self._seconds = time.monotonic(), seconds
         command = [sys.executable, "-m", step.module, *step.arguments, "--json", str(self._out)]
-        self._process = subprocess.Popen(command, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, start_new_session=True, stdout=log, stderr=subprocess.STDOUT if log else None
+        )
 
     def look(self) -> tuple[bool, bool]:
         """Whether it has ended, and whether it has found more since."""
@@ -128,7 +135,8 @@ def run(args: argparse.Namespace) -> int:
                         write()
                     else:
                         print(f"{step.name}: begins, {left:.0f} s are left", flush=True)
-                        running.append(Running(step, min(left, args.step_seconds), Path(folder)))
+                        out_of_it = Path(folder) / f"{step.name}.json"
+                        running.append(Running(step, min(left, args.step_seconds), out_of_it))
                     continue
                 time.sleep(0.2)
                 for one in list(running):

@@ -272,6 +272,15 @@ def gpu_tests(*runs: dict[str, Any]) -> str:
     )
 
 
+def two_ranks(run: dict[str, Any]) -> str:
+    """The same of what `benchmarks.two_gpus` ran."""
+    return (
+        "- Two ranks on two GPUs, with vLLM 0.33: early loads under full graphs, latents that are equal on "
+        "both, hand-over between one and two ranks (faults are in docs/reliability.md): "
+        f"{_told(run)}. {about(run)}"
+    )
+
+
 def _told(suite: dict[str, Any]) -> str:
     counts: Counter[str] = Counter()
     for outcomes in suite["files"].values():

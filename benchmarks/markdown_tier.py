@@ -119,9 +119,11 @@ def _fault_table(results: dict[str, Any]) -> str:
     faults = results["faults"]
     lines = [(name, [f"{row[count]:,}" for count in COUNTS]) for name, row in faults.items() if row["tries"]]
     # Of all faults, not of the file's: one that a file does not know was not tried either.
-    untried = [name for name in FAULTS if name not in faults or not faults[name]["tries"]]
+    asked = results.get("asked", FAULTS)
+    untried = [name for name in asked if name not in faults or not faults[name]["tries"]]
     failed = sum(row["failed"] for row in faults.values())
     tests = sum(row["tests"] for row in faults.values())
-    ran = f"{tests} tests, {failed} failed; the soak ran {results['soak_seconds']:.0f} s. {about(results)}"
+    soak = f"; the soak ran {results['soak_seconds']:.0f} s" if "soak" in asked else ""
+    ran = f"{tests} tests, {failed} failed{soak}. {about(results)}"
     left_out = f"\n\nNot tried there: {'; '.join(untried)}." if untried else ""
     return f"{ran}\n\n{table(['fault', *COUNTS], lines)}{left_out}"

@@ -80,6 +80,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "load": (("h200-load.json",), markdown.load_section),
     "traffic": (("h200-traffic.json",), markdown.traffic_section),
     "gpu": (tuple(markdown.SUITES), markdown.gpu_tests),
+    "gpu_x2": (("h200-x2-suite.json",), markdown.two_ranks),
     "copy": (("h200-copy.json",), markdown_tier.copy_section),
     "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
     "offload": (("h200-offload.json",), markdown_tier.offload_section),
@@ -94,6 +95,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "soak": (("h200-soak.json", "cpu-soak.json"), markdown_models.soak_section),
     "latents": (("gpu-latents.json",), markdown_models.latents_table),
     "faults": (("cpu-faults.json", "h200-faults.json"), markdown_tier.fault_tables),
+    "faults_x2": (("h200-x2-faults.json",), markdown_tier.fault_tables),
     **{name: ((file,), markdown_handover.section) for name, file in HANDOVERS.items()},
     **{name: ((file,), markdown_handover.proxied) for name, file in PROXIED.items()},
 }
@@ -112,6 +114,8 @@ SECTIONS = (
     "models_gpu",
     "latents",
     "soak",
+    "gpu_x2",
+    "faults_x2",
     *HANDOVERS,
     *PROXIED,
 )

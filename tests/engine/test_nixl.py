@@ -29,6 +29,8 @@ from nixl_fixture import (
 )
 from nixl_fixture import transfer as transfer_config
 
+from vllm_xlayer.connector.nixl.staging import BESIDE_STEPS, IDLE
+
 pytestmark = pytest.mark.anywhere
 
 NUM_TOKENS = 8
@@ -182,6 +184,27 @@ def test_what_the_decode_engine_has_is_not_read(pair, reads):
     pair.check([pair.prefill.prefill(prompt) for prompt in PROMPTS])
     read = sum(max(0, count - 1) for count in reads)
     assert read < len(PROMPTS) * 2, "at most the last blocks"
+    pair.settle()
+    pair.check_prefill_keeps_nothing(pair.prefill)
+
+
+def test_a_step_that_computes_nothing_waits_longer_for_rows(pair, monkeypatch):
+    """Others' tokens wait for a poll; where there are none, rows wait for the steps between polls."""
+    handed_over, stays, poll = hand_over(pair), [], pair.worker.reads.poll
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.worker.wire, "state", lambda handle: "PROC")
+        patch.setattr(pair.worker.reads, "poll", lambda: stays.append(pair.worker.reads.stay) or poll())
+        pair.ask(handed_over, [0])
+        deadline = time.monotonic() + 60
+        while not pair.worker.reads.chunks and time.monotonic() < deadline:  # they have not met yet
+            pair.decode.llm_engine.step()
+        pair.decode.llm_engine.step()
+        assert stays[-1] == IDLE and pair.worker.reads.chunks
+        pair.decode.llm_engine.add_request("other", {"prompt_token_ids": PROMPTS[1]}, sampling(4))
+        pair.decode.llm_engine.step()
+        assert BESIDE_STEPS in stays[-2:]
+    finish(pair.decode)
+    pair.prefill.call(end_leases)  # nobody has asked for the other prompts
     pair.settle()
     pair.check_prefill_keeps_nothing(pair.prefill)
 

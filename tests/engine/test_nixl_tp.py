@@ -95,9 +95,10 @@ def count(_):
     worker = live_connector().connector_worker
     worker.landed, land = [], worker.wire.land
 
-    def spy(peer, buffer, rows, begun):
-        worker.landed.append((peer[1], len(rows)))
-        return land(peer, buffer, rows, begun)
+    def spy(begun, buffer, rows):
+        (rank,) = (rank for (_, rank), peer in worker.wire.peers.items() if peer is begun.peer)
+        worker.landed.append((rank, len(rows)))
+        return land(begun, buffer, rows)
 
     worker.wire.land = spy
 

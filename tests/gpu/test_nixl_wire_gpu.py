@@ -1,15 +1,17 @@
 """Rows that arrive on a GPU: they land beside a step that was launched after their read began, and after all
 that was launched before; and whoever seals or lands rows does not wait for the GPU."""
 
+import numpy as np
 import pytest
 import torch
 
 from vllm_xlayer.connector.nixl.seals import SealTable
-from vllm_xlayer.connector.nixl.staging import Row
+from vllm_xlayer.connector.nixl.staging import Rows
 from vllm_xlayer.connector.nixl.wire import BUFFERS, NixlWire, RemotePool
 
 pytestmark = pytest.mark.gpu
 PEER, BLOCKS, ROW_BYTES, SOME = ("prefill", 0), 64, 4096, 40
+CHUNKS = ((0, 17), (17, 30), (30, SOME))
 LONG = 4_000_000_000
 """Cycles: some two seconds, which the host does not need for what it does meanwhile."""
 
@@ -36,10 +38,10 @@ def wire(theirs):
     wire = NixlWire(FakeAgent(), "VRAM", pool, ring, lambda handle: None)
     wire.add_peer(PEER, RemotePool("agent", 1, 0, "VRAM", ROW_BYTES, BLOCKS, seals=1))
     rows, table = theirs
-    start = wire.capacity(PEER) * ROW_BYTES
-    ring[:, : SOME * ROW_BYTES] = rows[:SOME].reshape(-1)
-    ring[:, start : start + table.nbytes] = table.view(torch.uint8).reshape(-1)
-    asked = land(wire, wire.begin())  # kernels are loaded, and pinned memory is there
+    for buffer, (start, stop) in enumerate(CHUNKS):
+        ring[buffer, : (stop - start) * ROW_BYTES] = rows[start:stop].reshape(-1)
+    ring[0, -table.nbytes :] = table.view(torch.uint8).reshape(-1)
+    asked = land(wire, begin(wire))  # kernels are loaded, and pinned memory is there
     torch.cuda.synchronize()
     assert asked.done()
     pool.fill_(0xFF)
@@ -47,10 +49,19 @@ def wire(theirs):
     return wire
 
 
-def land(wire, begun, tag=100):
+def begin(wire, tag=100):
     """The first rows, into our last blocks."""
-    rows = [Row(i, BLOCKS - 1 - i, 0, tag + i) for i in range(SOME)]
-    return wire.land(PEER, 0, rows, begun)
+    rows = np.arange(SOME)
+    return wire.begin(PEER, Rows(rows, BLOCKS - 1 - rows, 0 * rows, tag + rows))
+
+
+def land(wire, begun):
+    """In several chunks; their check."""
+    landings = [wire.land(begun, buffer, range(*chunk)) for buffer, chunk in enumerate(CHUNKS)]
+    check = wire.check(begun)
+    if check.done():
+        assert all(landing.done() for landing in landings)
+    return check
 
 
 def check_pool(wire, theirs):
@@ -68,7 +79,7 @@ def busy():
 
 
 def test_rows_land_beside_a_step_that_was_launched_since(wire, theirs):
-    begun = wire.begin()
+    begun = begin(wire)
     step = busy()
     landing = land(wire, begun)
     while not landing.done() and not step.query():
@@ -82,7 +93,7 @@ def test_rows_land_after_what_was_launched_before(wire, theirs):
     """Of the blocks' last owner."""
     before = busy()
     wire.pool.fill_(7)
-    landing = land(wire, wire.begin())
+    landing = land(wire, begin(wire))
     assert not landing.done() and not before.query(), "whoever lands rows waits for nothing"
     torch.cuda.synchronize()
     assert landing.done() and landing.problem() is None
@@ -90,7 +101,7 @@ def test_rows_land_after_what_was_launched_before(wire, theirs):
 
 
 def test_rows_of_another_prompt_are_found(wire):
-    landing = land(wire, wire.begin(), tag=7)
+    landing = land(wire, begin(wire, tag=7))
     torch.cuda.synchronize()
     assert landing.done() and f"of {SOME} rows {SOME} are sealed for other tokens" in landing.problem()
 

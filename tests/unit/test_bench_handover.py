@@ -9,6 +9,7 @@ import pytest
 from vllm_xlayer.bench import handover, handover_pair, handover_ways
 from vllm_xlayer.bench.__main__ import main
 from vllm_xlayer.bench.engines import Answer, Engine, EngineFailed
+from vllm_xlayer.bench.handover_worker import Geometry, WorkerLink
 from vllm_xlayer.compat.engine import come_to_rest, empty_device_cache, histogram_sum, shuffle_free_blocks
 
 TOKENS = 512
@@ -100,12 +101,25 @@ class FakeLink:
         FakeLink.open = 0
 
 
+class FakeWorkerLink(FakeLink):
+    """A millisecond more a row."""
+
+    def __init__(self, geometry, devices):
+        super().__init__(0, devices)
+        self.geometry = geometry
+
+    def rows_rate(self, rows, staging_bytes):
+        assert rows <= self.geometry.blocks and staging_bytes <= self.geometry.staging_bytes
+        return rows * self.geometry.row_bytes / (0.1 + 0.002 * rows)
+
+
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     """Runs it; (exit code, results, engines)."""
     for module in (handover_ways, handover_pair):
         monkeypatch.setattr(module, "Engine", FakeEngine)
     monkeypatch.setattr(handover, "Link", FakeLink)
+    monkeypatch.setattr(handover, "WorkerLink", FakeWorkerLink)
     monkeypatch.setattr(FakeEngine, "made", [])
     monkeypatch.setattr(FakeLink, "missing", None)
 
@@ -134,6 +148,7 @@ def test_all_ways(bench, capsys):
         ["101.0", "", "", "1.00"],
         ["132.0", "", "", "1.31"],
         ["228.0", "", "", "2.26"],
+        ["164.0", "", "", "1.62"],
         ["500.0", "200.0", "33", "2.97"],
         ["500.0", "200.0", "33", "2.97"],
         ["4000.0", "", "", ""],
@@ -220,7 +235,8 @@ def test_an_engine_that_does_not_start_leaves_the_others(bench, monkeypatch):
 def test_a_link_that_fails_leaves_the_ways(bench, monkeypatch, capsys):
     monkeypatch.setattr(FakeLink, "missing", RuntimeError("NIXL_ERR_BACKEND"))
     code, results, _ = bench("--ways", "rows")
-    assert code == 1 and results["problems"] == {"NIXL alone": "NIXL_ERR_BACKEND"}
+    both = ("NIXL alone", "a worker alone")
+    assert code == 1 and results["problems"] == dict.fromkeys(both, "NIXL_ERR_BACKEND")
     assert list(results["lengths"][0]["ways"]) == ["rows"] and "500.0" in capsys.readouterr().out
 
 
@@ -252,3 +268,14 @@ def test_an_engine_is_given_up_when_its_answers_are_due(monkeypatch):
     with pytest.raises(EngineFailed, match="within 7 s"):
         engine._receive()
     assert waited[0] == 100 and 6 < waited[1] <= 7
+
+
+def test_a_worker_reads_sealed_rows_without_an_engine():
+    """Two real processes: what they check themselves, rows and that a wrong seal is found, they raise."""
+    pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
+    with WorkerLink(Geometry(1024, 100, 4 * (12 * 1024 + 1600))) as link:
+        link.wait()
+        assert link.rows_rate(100, 4 * (12 * 1024 + 1600)) > 0
+        assert link.rows_rate(7, 4 * (2 * 1024 + 1600)) > 0
+        with pytest.raises(RuntimeError, match="staging_bytes: expected at least"):
+            link.rows_rate(7, 4 * 1600)

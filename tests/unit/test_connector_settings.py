@@ -55,7 +55,7 @@ def test_of_the_hand_over():
     extra = {"row_seals": False, "staging_bytes": 1e6, "read_timeout_seconds": 5}
     assert NixlSettings.read(extra | dict.fromkeys(VLLMS, 1)).model_dump() == extra
     given = NixlSettings.read({"bidirectional_kv_xfer": False})
-    assert (given.row_seals, given.staging_bytes, given.read_timeout_seconds) == (True, 64 << 20, 30.0)
+    assert (given.row_seals, given.staging_bytes, given.read_timeout_seconds) == (True, 256 << 20, 30.0)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,17 @@ def test_answers_and_times():
     assert "Not measured" not in text and "NVIDIA H200" in text
 
 
+def test_a_worker_without_engines():
+    """6e8 bytes at 1e11 a second, beside 2 and 3 ms."""
+    worker = times()
+    worker["lengths"][0]["worker"] = {str(64 << 20): 1e11}
+    text = section(ABOUT | {"devices": None, "steps": {"times, nvfp4": worker}})
+    assert (
+        "| nvfp4, 16,384 (600) | rows, without engines, ring of 64 MiB | 2.0 ms (300 GB/s) | "
+        "3.0 ms (200 GB/s) |  |  | 6.0 | 3.00 | 2.00 |  |" in text.splitlines()
+    )
+
+
 def test_what_is_missing_is_said():
     late = {"seconds": 57.5, "problem": "not done in 57 s"}
     stock = times(problems={"pages": "the engine ended with exit code 1"})

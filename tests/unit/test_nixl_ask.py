@@ -65,7 +65,7 @@ def test_what_differs_is_named_with_both_values(answering):
 
 
 def test_an_engine_without_our_connector(answering):
-    with pytest.raises(ask.NoAnswer, match="expected a record of xlayer-rows-1, got"):
+    with pytest.raises(ask.NoAnswer, match="expected a record of xlayer-rows-2, got"):
         ask.record_at(answering([]))
 
 

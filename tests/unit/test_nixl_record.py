@@ -77,5 +77,5 @@ def test_many_differences_are_counted():
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"must_equal": {}}', "no json"])
 def test_what_is_no_record_is_refused(text):
-    with pytest.raises(RecordsDiffer, match="expected a record of xlayer-rows-1"):
+    with pytest.raises(RecordsDiffer, match="expected a record of xlayer-rows-2"):
         Record.decode(text)

@@ -12,13 +12,35 @@ CPU = torch.device("cpu")
 
 def test_a_tag_covers_all_tokens_up_to_its_block_and_nothing_after():
     tags = prompt_tags(TOKENS, 16, 0, "")
-    assert len(tags) == len(set(tags)) == 3
+    assert len(tags) == len(set(tags.tolist())) == 3 and tags.dtype == np.int64
     for changed in range(40):
         other = [*TOKENS[:changed], 77, *TOKENS[changed + 1 :]]
         same = [a == b for a, b in zip(tags, prompt_tags(other, 16, 0, ""), strict=True)]
         assert same == [changed >= 16, changed >= 32, False]
-    assert prompt_tags(TOKENS[:32], 16, 0, "") == tags[:2]
+    assert prompt_tags(TOKENS[:32], 16, 0, "").tolist() == tags[:2].tolist()
     assert prompt_tags(TOKENS[:33], 16, 0, "")[2] != tags[2]
+
+
+def test_the_order_of_tokens_shows():
+    """Within a block, and between blocks of the same tokens."""
+    tags = prompt_tags(TOKENS, 16, 0, "").tolist()
+    swapped = [TOKENS[1], TOKENS[0], *TOKENS[2:]]
+    moved = [*TOKENS[16:32], *TOKENS[:16], *TOKENS[32:]]
+    for other in (swapped, moved, TOKENS[::-1]):
+        assert not set(tags) & set(prompt_tags(other, 16, 0, "").tolist())
+    assert len(set(prompt_tags([5] * 400, 16, 0, "").tolist())) == 25, "the same tokens in every block"
+
+
+def test_tags_of_many_prompts_are_all_different():
+    """Of prompts that differ in one token, or are a token longer: no two blocks of other tokens are alike."""
+    draw, seen = np.random.default_rng(0), {}
+    base = draw.integers(0, 200_000, 64).tolist()
+    for _ in range(2000):
+        tokens = base[: draw.integers(1, 65)]
+        tokens[draw.integers(len(tokens))] = int(draw.integers(0, 200_000))
+        for n, tag in enumerate(prompt_tags(tokens, 16, 0, "").tolist()):
+            assert seen.setdefault(tag, tokens[: 16 * n + 16]) == tokens[: 16 * n + 16]
+    assert len(seen) > 2000
 
 
 @pytest.mark.parametrize("other", [dict(group=1), dict(salt="x"), dict(block_size=8), dict(items=[(0, "a")])])

@@ -6,14 +6,16 @@ import time
 import pytest
 
 from vllm_xlayer.connector.nixl import staging
-from vllm_xlayer.connector.nixl.staging import REASONS, Failure, Row, StagedReads
+from vllm_xlayer.connector.nixl.staging import REASONS, Failure, StagedReads, Stay
 
 PEER, OTHER = ("prefill", 0), ("prefill", 1)
 CAPACITY = 4
 
 
 class FakeLanding:
-    def __init__(self, problem):
+    """And a read's check: over when it is asked the second time."""
+
+    def __init__(self, problem=None):
         self.steps, self._problem = 1, problem
 
     def done(self):
@@ -21,6 +23,7 @@ class FakeLanding:
         return self.steps < 0
 
     def problem(self):
+        assert self.steps < 0, "asked before it is done"
         return self._problem
 
 
@@ -32,22 +35,23 @@ class FakeWire:
         self.states, self.buffers, self.landed, self.released = {}, {}, [], []
         self.bad_row = None
         self.dead, self.fast = False, False
-        self.begun = []
+        self.begun, self.checked = [], []
         self.asked_too_late = False
 
-    def begin(self):
-        self.begun.append(len(self.begun))
-        return self.begun[-1]
+    def begin(self, peer, rows):
+        self.begun.append((peer, rows))
+        return len(self.begun) - 1
 
-    def capacity(self, peer):
-        return CAPACITY
+    def capacity(self, begun, first):
+        return CAPACITY - 1 if first else CAPACITY
 
-    def post(self, peer, buffer, rows):
+    def post(self, begun, buffer, rows):
         if self.dead:
             raise RuntimeError("REMOTE_DISCONNECT")
         writing = [h for h, b in self.buffers.items() if b == buffer and self.states[h] == "PROC"]
         assert not writing, f"buffer {buffer} may still be written by {writing}"
-        assert 0 < len(rows) <= CAPACITY
+        assert 0 < len(rows) <= self.capacity(begun, rows.start == 0)
+        assert rows.step == 1 and rows.start >= 0 and rows.stop <= len(self.begun[begun][1])
         handle = len(self.states)
         self.states[handle], self.buffers[handle] = "DONE" if self.fast else "PROC", buffer
         return handle
@@ -61,11 +65,15 @@ class FakeWire:
         self.released.append(handle)
         return True
 
-    def land(self, peer, buffer, rows, begun):
-        assert begun in self.begun
-        self.landed += rows
-        bad = any(row.remote == self.bad_row for row in rows)
-        return FakeLanding("torn" if bad else None)
+    def land(self, begun, buffer, rows):
+        self.landed += self.begun[begun][1][rows.start : rows.stop]
+        return FakeLanding()
+
+    def check(self, begun):
+        rows = self.begun[begun][1]
+        assert begun not in self.checked and set(rows) <= set(self.landed), "not all of it is landing"
+        self.checked.append(begun)
+        return FakeLanding("torn" if self.bad_row in rows else None)
 
 
 @pytest.fixture
@@ -79,7 +87,11 @@ def reads(wire):
 
 
 def rows(n, start=0):
-    return [Row(start + i, 1000 + start + i, 0, 7) for i in range(n)]
+    return list(range(start, start + n))
+
+
+def add(reads, request, peer, some):
+    reads.add(request, peer, len(some), some)
 
 
 def end_all(wire, state="DONE"):
@@ -95,56 +107,55 @@ def poll_until_over(reads, wire, times=30):
 
 
 def test_more_rows_than_the_ring_holds_all_land_once(reads, wire):
-    reads.add("a", PEER, rows(19))
-    reads.add("b", PEER, rows(3, start=100))
+    add(reads, "a", PEER, rows(19))
+    add(reads, "b", PEER, rows(3, start=100))
     assert len(wire.states) == 2 and reads.free == []
     assert poll_until_over(reads, wire) == {"a": None, "b": None}
     assert sorted(wire.landed) == sorted(rows(19) + rows(3, start=100))
     assert sorted(reads.free) == [0, 1] and not reads.reads
 
 
-def test_a_poll_stays_while_rows_come(reads, wire, monkeypatch):
+def test_a_poll_stays_while_rows_come(reads, wire):
     """Else the ring would be all that a step of the engine can bring."""
-    monkeypatch.setattr(staging, "POLL_SECONDS", 60.0)
-    monkeypatch.setattr(staging, "QUIET_SECONDS", 30.0)
+    reads.stay = Stay(60.0, 30.0)
     wire.fast = True
-    reads.add("a", PEER, rows(100 * CAPACITY))
+    add(reads, "a", PEER, rows(100 * CAPACITY))
     assert reads.poll() == {"a": None} and wire.landed == rows(100 * CAPACITY)
 
 
-def test_a_poll_does_not_wait_for_rows_that_do_not_come(reads, wire, monkeypatch):
-    monkeypatch.setattr(staging, "POLL_SECONDS", 60.0)
-    reads.add("a", PEER, rows(1))
+def test_a_poll_does_not_wait_for_rows_that_do_not_come(reads, wire):
+    reads.stay = Stay(60.0, staging.BESIDE_STEPS.quiet)
+    add(reads, "a", PEER, rows(1))
     begin = time.monotonic()
     assert reads.poll() == {}
     assert time.monotonic() - begin < 20
 
 
-def test_a_poll_ends_while_rows_come_and_come(reads, wire, monkeypatch):
+def test_a_poll_ends_while_rows_come_and_come(reads, wire):
     """Steps of other requests wait for it."""
-    monkeypatch.setattr(staging, "QUIET_SECONDS", 30.0)
+    reads.stay = Stay(staging.BESIDE_STEPS.most, 30.0)
     wire.fast = True
-    reads.add("a", PEER, rows(100_000 * CAPACITY))
+    add(reads, "a", PEER, rows(100_000 * CAPACITY))
     begin = time.monotonic()
     assert reads.poll() == {} and 0 < len(wire.landed) < 100_000 * CAPACITY
     assert time.monotonic() - begin < 20
 
 
-def test_rows_land_after_what_was_launched_before_their_read(reads, wire, monkeypatch):
+def test_rows_land_for_the_read_that_they_are_of(reads, wire, monkeypatch):
     landed = []
     land = wire.land
-    monkeypatch.setattr(wire, "land", lambda *args: landed.append(args[-1]) or land(*args))
-    reads.add("a", PEER, rows(3 * CAPACITY))
-    reads.add("b", PEER, rows(1))
+    monkeypatch.setattr(wire, "land", lambda *args: landed.append(args[0]) or land(*args))
+    add(reads, "a", PEER, rows(3 * CAPACITY))
+    add(reads, "b", PEER, rows(1))
     poll_until_over(reads, wire)
-    assert sorted(landed) == [0, 0, 0, 1]
+    assert sorted(landed) == [0, 0, 0, 0, 1] and sorted(wire.checked) == [0, 1]
 
 
 def test_a_row_that_fails_beside_other_chunks_of_its_read(reads, wire, monkeypatch):
     """They have arrived, too, and must be let go once; no exception reaches the engine."""
-    monkeypatch.setattr(FakeLanding, "done", lambda self: True)
+    monkeypatch.setattr(FakeLanding, "done", lambda self: setattr(self, "steps", -1) or True)
     wire.fast, wire.bad_row = True, 0
-    reads.add("a", PEER, rows(2 * CAPACITY))
+    add(reads, "a", PEER, rows(2 * CAPACITY))
     assert reads.poll() == {"a": Failure("seal", "torn")}
     assert sorted(reads.free) == [0, 1] and not reads.chunks and not reads.quarantined
     assert not wire.asked_too_late
@@ -152,8 +163,8 @@ def test_a_row_that_fails_beside_other_chunks_of_its_read(reads, wire, monkeypat
 
 def test_a_peer_is_in_use_while_its_reads_wait_for_room(reads, wire):
     """Its descriptors are needed yet."""
-    reads.add("a", PEER, rows(2 * CAPACITY))
-    reads.add("b", OTHER, rows(1))
+    add(reads, "a", PEER, rows(2 * CAPACITY))
+    add(reads, "b", OTHER, rows(1))
     assert reads.peers() == {PEER, OTHER}
     poll_until_over(reads, wire)
     assert reads.peers() == set()
@@ -161,39 +172,39 @@ def test_a_peer_is_in_use_while_its_reads_wait_for_room(reads, wire):
 
 def test_a_row_that_is_not_what_was_sealed_fails_its_request_only(reads, wire):
     wire.bad_row = 5
-    reads.add("a", PEER, rows(19))
-    reads.add("b", PEER, rows(3, start=100))
+    add(reads, "a", PEER, rows(19))
+    add(reads, "b", PEER, rows(3, start=100))
     assert poll_until_over(reads, wire) == {"a": Failure("seal", "torn"), "b": None}
     assert sorted(reads.free) == [0, 1]
 
 
 def test_a_read_that_hangs_is_given_up_and_its_buffers_are_not_reused(reads, wire):
-    reads.add("a", PEER, rows(8))
+    add(reads, "a", PEER, rows(8))
     wire.now = 9.9
     assert reads.poll() == {}
     wire.now = 10.1
-    assert reads.poll() == {"a": Failure("late", "expected 4 rows within 10 s")}
+    assert reads.poll() == {"a": Failure("late", "expected 3 rows within 10 s")}
     assert reads.free == [] and len(reads.quarantined) == 2 and not reads.chunks
-    reads.add("b", PEER, rows(1))
+    add(reads, "b", PEER, rows(1))
     assert reads.poll()["b"].reason == "busy"
-    reads.add("c", OTHER, rows(1))  # waits: the whole ring is in quarantine
-    reads.add("e", OTHER, rows(1))
+    add(reads, "c", OTHER, rows(1))  # waits: the whole ring is in quarantine
+    add(reads, "e", OTHER, rows(1))
     assert reads.poll() == {}
     wire.now = 20.3
     over = reads.poll()
     assert over.keys() == {"c", "e"} and over["c"].reason == "late" and "room in the ring" in over["c"].text
-    reads.add("c", OTHER, rows(1))
+    add(reads, "c", OTHER, rows(1))
     end_all(wire)
     assert poll_until_over(reads, wire) == {"c": None}
     assert sorted(reads.free) == [0, 1] and not reads.quarantined
     assert wire.landed == rows(1), "what came too late must not land"
-    reads.add("d", PEER, rows(1))
+    add(reads, "d", PEER, rows(1))
     assert poll_until_over(reads, wire) == {"d": None}
 
 
 def test_requests_that_wait_for_a_peer_that_hangs_are_over_with_it(reads, wire):
     for i in range(5):
-        reads.add(f"r{i}", PEER, rows(1))
+        add(reads, f"r{i}", PEER, rows(1))
     assert len(wire.states) == 2, "there is no room for more"
     wire.now = 10.1
     over = reads.poll() | reads.poll()
@@ -204,19 +215,19 @@ def test_requests_that_wait_for_a_peer_that_hangs_are_over_with_it(reads, wire):
 
 
 def test_a_dead_peer_fails_its_reads_and_leaves_the_ring_whole(reads, wire):
-    reads.add("a", PEER, rows(8))
+    add(reads, "a", PEER, rows(8))
     end_all(wire, "ERR")
     assert reads.poll() == {"a": Failure("lost", "the read failed: ERR")}
     wire.dead = True
-    reads.add("b", PEER, rows(1))
+    add(reads, "b", PEER, rows(1))
     text = "the read could not be started: RuntimeError: REMOTE_DISCONNECT"
     assert reads.poll()["b"] == Failure("lost", text)
     assert sorted(reads.free) == [0, 1]
 
 
 def test_one_peer_of_two_fails_the_request_once_and_as_a_whole(reads, wire):
-    reads.add("a", PEER, rows(2))
-    reads.add("a", OTHER, rows(2))
+    add(reads, "a", PEER, rows(2))
+    add(reads, "a", OTHER, rows(2))
     wire.states[0] = "ERR"
     over = reads.poll()
     assert over == {"a": Failure("lost", "the read failed: ERR")} and reads.poll() == {}
@@ -238,7 +249,7 @@ def test_any_order_of_events(seed):
         if step < 60 and draw.random() < 0.5:
             name = f"request {step}"
             wanted[name] = rows(draw.randint(1, 20), start=100 * step)
-            reads.add(name, draw.choice([PEER, OTHER]), wanted[name])
+            add(reads, name, draw.choice([PEER, OTHER]), wanted[name])
         for handle, state in wire.states.items():
             if state == "PROC" and draw.random() < 0.3:
                 wire.states[handle] = draw.choices(["DONE", "ERR"], [9, 1])[0]

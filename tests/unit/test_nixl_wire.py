@@ -3,12 +3,13 @@ wrong."""
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from vllm_xlayer.connector.nixl.reshard import Move
 from vllm_xlayer.connector.nixl.seals import BYTES, SealTable
-from vllm_xlayer.connector.nixl.staging import Row, StagedReads
+from vllm_xlayer.connector.nixl.staging import Rows, StagedReads
 from vllm_xlayer.connector.nixl.wire import BUFFERS, NixlWire, RemotePool
 
 PEER = ("prefill", 0)
@@ -55,6 +56,20 @@ def wire(agent):
     return NixlWire(agent, "DRAM", pool, ring, lambda handle: None)
 
 
+def rows(*each):
+    """Rows of (remote, local, group, tag) each."""
+    return Rows(*np.array(each, np.int64).T)
+
+
+def landed(wire, buffer, some):
+    """What is found wrong with rows that arrived in one chunk."""
+    begun = wire.begin(PEER, some)
+    landing = wire.land(begun, buffer, range(len(some.remote)))
+    check = wire.check(begun)
+    assert landing.done() and check.done()
+    return check.problem()
+
+
 def remote():
     return RemotePool("agent", address=4096, device=0, memory="DRAM", row_bytes=ROW, blocks=4, seals=0)
 
@@ -63,7 +78,7 @@ def test_descriptors_of_a_read_in_quarantine_are_kept_until_it_ends(agent, wire)
     now = 0.0
     reads = StagedReads(wire, BUFFERS, timeout=1.0, clock=lambda: now)
     wire.add_peer(PEER, remote())
-    reads.add("r", PEER, [Row(0, 1, 0, 0)])
+    reads.add("r", PEER, 1, rows((0, 1, 0, 0)))
     now = 2.0
     assert reads.poll()["r"].reason == "late" and reads.peers() == {PEER}
     wire.retire_peer(PEER)
@@ -74,7 +89,7 @@ def test_descriptors_of_a_read_in_quarantine_are_kept_until_it_ends(agent, wire)
     agent.state = "DONE"
     reads.poll()
     wire.release_retired(reads.peers())
-    assert agent.held == set(wire.peers[PEER][1:])
+    assert agent.held == {wire.peers[PEER].local, wire.peers[PEER].remote}
 
 
 def test_a_peer_that_is_met_again_has_one_set_of_descriptors(agent, wire):
@@ -82,7 +97,7 @@ def test_a_peer_that_is_met_again_has_one_set_of_descriptors(agent, wire):
     for _ in range(2):
         wire.add_peer(PEER, remote())
     wire.release_retired(set())
-    assert agent.held == set(wire.peers[PEER][1:])
+    assert agent.held == {wire.peers[PEER].local, wire.peers[PEER].remote}
     wire.retire_peer(PEER)
     wire.release_retired(set())
     assert agent.held == set()
@@ -93,8 +108,7 @@ def test_a_landing_on_a_cpu_does_not_look_for_a_gpu(wire, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looked for a GPU"))
     wire.add_peer(PEER, remote())
     wire.ring[0, :ROW] = 7
-    landing = wire.land(PEER, 0, [Row(0, 2, 0, 0)], wire.begin())
-    assert landing.done() and landing.problem() is None
+    assert landed(wire, 0, rows((0, 2, 0, 0))) is None
     assert wire.pool[2].eq(7).all() and wire.pool[[0, 1, 3]].eq(0).all()
 
 
@@ -104,28 +118,103 @@ def test_rows_of_several_groups_land_by_their_groups_moves(wire):
     moves = tuple((Move(start, start, half, 1, half, half),) for start in (0, half))
     wire.add_peer(PEER, dataclasses.replace(remote(), moves=moves))
     wire.ring[0, : 3 * ROW] = torch.arange(1, 4, dtype=torch.uint8).repeat_interleave(ROW)
-    wire.land(PEER, 0, [Row(0, 3, 0, 0), Row(1, 0, 1, 0), Row(2, 2, 0, 0)], wire.begin())
+    assert landed(wire, 0, rows((0, 3, 0, 0), (1, 0, 1, 0), (2, 2, 0, 0))) is None
     expected = torch.zeros(4, ROW, dtype=torch.uint8)
     expected[3, :half], expected[0, half:], expected[2, :half] = 1, 2, 3
     assert wire.pool.equal(expected)
 
 
-def test_each_row_is_checked_against_its_own_seal(agent):
-    theirs = torch.arange(4 * ROW, dtype=torch.uint8).view(4, ROW)
-    sealed = SealTable(theirs)
-    sealed.seal([0, 1, 2, 3], [10, 11, 12, -13])
+THEIRS = torch.arange(4 * ROW, dtype=torch.uint8).view(4, ROW)
+"""A peer's pool."""
+
+
+@pytest.fixture
+def sealed():
+    """Its seals."""
+    table = SealTable(THEIRS)
+    table.seal([0, 1, 2, 3], [10, 11, 12, -13])
+    return table.table
+
+
+@pytest.fixture
+def checking(agent):
+    """A wire with room for four rows and the seals in a buffer; for five without them."""
+    agent.state = "DONE"
     pool = torch.zeros(4, ROW, dtype=torch.uint8)
     ring = torch.zeros(BUFFERS, 4 * (ROW + BYTES), dtype=torch.uint8)
     wire = NixlWire(agent, "DRAM", pool, ring, lambda handle: None)
     wire.add_peer(PEER, dataclasses.replace(remote(), seals=8192))
-    rows = [Row(3, 0, 0, -13), Row(0, 2, 0, 10), Row(2, 1, 0, 12)]
+    return wire
+
+
+def test_each_row_is_checked_against_its_own_seal(checking, sealed):
+    pool, ring = checking.pool, checking.ring
+    some = rows((3, 0, 0, -13), (0, 2, 0, 10), (2, 1, 0, 12))
     arrived = ring[1, : 3 * ROW].view(3, ROW)
-    arrived.copy_(theirs[[3, 0, 2]])
-    ring[1, 4 * ROW :] = sealed.table.view(torch.uint8).flatten()
-    assert wire.land(PEER, 1, rows, wire.begin()).problem() is None
-    assert pool[[0, 2, 1]].equal(theirs[[3, 0, 2]]) and not pool[3].any()
-    other = [rows[0], rows[1]._replace(tag=11), rows[2]]
-    assert "of 3 rows 1 are sealed for other tokens" in wire.land(PEER, 1, other, wire.begin()).problem()
+    arrived.copy_(THEIRS[[3, 0, 2]])
+    ring[1, 4 * ROW :] = sealed.view(torch.uint8).flatten()
+    assert landed(checking, 1, some) is None
+    assert pool[[0, 2, 1]].equal(THEIRS[[3, 0, 2]]) and not pool[3].any()
+    other = some._replace(tag=np.array([-13, 11, 12]))
+    assert "of 3 rows 1 are sealed for other tokens" in landed(checking, 1, other)
     arrived[2, 5] ^= 1
-    problem = wire.land(PEER, 1, other, wire.begin()).problem()
+    problem = landed(checking, 1, other)
     assert "1 are sealed for other tokens" in problem and "1 are not what was sealed" in problem
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("wrong", [None, 0, 1, 2, 3, 4, 5])
+def test_seals_come_with_the_first_chunk_and_are_for_all(checking, sealed, order, wrong):
+    """Chunks of a read, in whatever order they arrive: their rows are checked together."""
+    which = [3, 0, 2, 1, 0, 3]
+    some = rows(*((i, i, 0, [10, 11, 12, -13][i]) for i in which))
+    begun = checking.begin(PEER, some)
+    assert checking.capacity(begun, first=True) == 4 and checking.capacity(begun, first=False) == 5
+    chunks = [range(2), range(2, 5), range(5, 6)]
+    for buffer, chunk in enumerate(chunks):
+        arrived = checking.ring[buffer, : len(chunk) * ROW].view(-1, ROW)
+        arrived.copy_(THEIRS[[which[i] for i in chunk]])
+        if wrong in chunk:
+            arrived[chunk.index(wrong), 9] ^= 16
+    checking.ring[0, 4 * ROW :] = sealed.view(torch.uint8).flatten()
+    for i in order:
+        assert checking.land(begun, i, chunks[i]).done()
+    problem = checking.check(begun).problem()
+    if wrong is None:
+        assert problem is None and checking.pool.equal(THEIRS)
+    else:
+        assert "of 6 rows 0 are sealed for other tokens" in problem and "and 1 are not" in problem
+
+
+def test_the_table_of_seals_is_read_once_a_read(checking, agent, monkeypatch):
+    made = []
+    monkeypatch.setattr(agent, "make_prepped_xfer", lambda *args: made.append(args[1:]) or 0)
+    peer = checking.peers[PEER]
+    begun = checking.begin(PEER, rows(*((i % 4, i % 4, 0, 0) for i in range(9))))
+    checking.post(begun, 2, range(4))
+    checking.post(begun, 0, range(4, 9))
+    (local, local_ids, remote_, remote_ids), (_, local_ids_, _, remote_ids_) = made
+    assert (local, remote_) == (peer.local, peer.remote)
+    # Five places for rows in each of four buffers, then one for seals in each; four rows, then their seals.
+    assert local_ids.tolist() == [10, 11, 12, 13, 22] and remote_ids.tolist() == [0, 1, 2, 3, 4]
+    assert local_ids_.tolist() == [0, 1, 2, 3, 4] and remote_ids_.tolist() == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("beyond", [-1, 4, 2**32 + 1])
+def test_rows_that_the_peer_does_not_have_are_computed(checking, beyond):
+    """Also in a later chunk, whose seals come with the first one."""
+    reads = StagedReads(checking, BUFFERS, timeout=1.0)
+    reads.add("r", PEER, 9, rows(*((i % 4, i % 4, 0, 0) for i in range(8)), (beyond, 0, 0, 0)))
+    failure = reads.poll()["r"]
+    assert failure.reason == "lost" and "expected rows of 0 to 3" in failure.text
+    assert sorted(reads.free) == list(range(BUFFERS)) and not checking.pool.any()
+
+
+def test_a_read_goes_on_with_the_peer_that_it_began_with(checking):
+    """Its descriptors are kept for it, and another engine's memory would hold other rows at these places."""
+    begun = checking.begin(PEER, rows((0, 0, 0, 10)))
+    checking.retire_peer(PEER)
+    assert checking.capacity(begun, first=True) == 4
+    checking.add_peer(PEER, dataclasses.replace(remote(), seals=8192, blocks=2))
+    checking.post(begun, 0, range(1))
+    assert begun.peer is not checking.peers[PEER]

@@ -139,16 +139,20 @@ def _worker():
 
         @cached_property
         def wire(self):
-            self.pool = torch.zeros(1, 16, dtype=torch.uint8)
-            return NixlWire(Agent(self), "DRAM", self.pool, self.pool, self._record_transfer)
+            return self._wire(1, 16)
+
+        def _wire(self, blocks, row):
+            self.pool = torch.zeros(blocks, row, dtype=torch.uint8)
+            ring = torch.zeros(BUFFERS, 8 * row, dtype=torch.uint8)
+            return NixlWire(Agent(self), "DRAM", self.pool, ring, self._record_transfer)
 
         def add_remote_agent(self, nixl_agent_meta, remote_tp_rank=0, remote_tp_size=1, remote_dcp_size=1):
             self.theirs = replace(self.record, tp_size=remote_tp_size, tp_rank=remote_tp_rank)
             if not nixl_agent_meta.region_members:
                 # They do not register a cache, and make up the size of a block.
-                row = nixl_agent_meta.block_lens[0]
-                self.wire.pool = torch.zeros(nixl_agent_meta.num_blocks, row, dtype=torch.uint8)
-                self.wire.ring = torch.zeros(BUFFERS, 8 * row, dtype=torch.uint8)
+                wire = self._wire(nixl_agent_meta.num_blocks, nixl_agent_meta.block_lens[0])
+                wire.peers, wire.retired = self.wire.peers, self.wire.retired
+                self.wire = self.reads.wire = wire
             return super().add_remote_agent(nixl_agent_meta, remote_tp_rank, remote_tp_size, remote_dcp_size)
 
         def _agree(self, meta):

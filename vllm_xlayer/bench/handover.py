@@ -24,10 +24,13 @@ from .bounds import SHAPE
 from .engines import Engine, EngineFailed, end_when_told
 from .handover_link import Link
 from .handover_pair import NotMeasured, Pair
-from .handover_ways import BLOCK, CONNECTORS, WAYS, begin, measure, start
+from .handover_ways import BLOCK, CONNECTORS, LARGE_RING, WAYS, begin, measure, start
+from .handover_worker import Geometry, WorkerLink
 from .shapes import SHAPES, write_model
 
 ELEMENT_BYTES = {"bf16": 2, "fp8": 1}
+STAGINGS = (64 << 20, 256 << 20, LARGE_RING)
+"""Bytes of the rings of a worker without an engine; the first one alone where there is no GPU."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     end_when_told()
     of_a_token = token_bytes(args.shape, args.cache)
     lengths: list[dict[str, Any]] = [
-        {"tokens": tokens, "kv_bytes": tokens * of_a_token, "link": {}, "ways": {}}
+        {"tokens": tokens, "kv_bytes": tokens * of_a_token, "link": {}, "worker": {}, "ways": {}}
         for tokens in sorted(set(args.tokens))
     ]
     problems: dict[str, str] = {}
@@ -95,7 +98,7 @@ def _measure_all(
     problems: dict[str, str],
     say: Callable[[str], None],
 ) -> None:
-    """Into each length's "link" and "ways"; what cannot be measured into problems.
+    """Into each length's "link", "worker" and "ways"; what cannot be measured into problems.
 
     Raises:
         ImportError: NIXL is missing.
@@ -105,6 +108,10 @@ def _measure_all(
     with contextlib.ExitStack() as everything:
         until_measured = everything.enter_context(contextlib.ExitStack())
         link = until_measured.enter_context(Link(lengths[-1]["kv_bytes"], args.devices))
+        rows = -(-lengths[-1]["tokens"] // BLOCK)
+        stagings = STAGINGS if torch.cuda.is_available() else STAGINGS[:1]
+        geometry = Geometry(of_a_token * BLOCK, rows, stagings[-1])
+        worker = until_measured.enter_context(WorkerLink(geometry, args.devices))
         folder = everything.enter_context(tempfile.TemporaryDirectory(prefix="vllm-xlayer-handover-"))
         model = write_model(Path(folder), args.shape)
         started: dict[str, tuple[contextlib.ExitStack, Engine | Pair]] = {}
@@ -123,12 +130,17 @@ def _measure_all(
         # Engines that wait disturb nobody, but on one GPU all of them may not find room.
         for way in args.ways if _apart(args.devices) else args.ways[:1]:
             starts(way)
-        try:
-            with until_measured:
+        with until_measured:
+            try:
                 _measure_link(link, lengths, SHAPES[args.shape]["num_hidden_layers"], say)
-        except RuntimeError as error:
-            problems["NIXL alone"] = str(error)
-            say(f"NIXL alone: {error}")
+            except RuntimeError as error:
+                problems["NIXL alone"] = str(error)
+                say(f"NIXL alone: {error}")
+            try:
+                _measure_worker(worker, lengths, stagings, say)
+            except RuntimeError as error:
+                problems["a worker alone"] = str(error)
+                say(f"a worker alone: {error}")
         for way in args.ways:
             try:
                 own, engines = starts(way)
@@ -151,6 +163,20 @@ def _measure_link(link: Link, lengths: list[dict[str, Any]], layers: int, say: C
         for name, pieces in {"one": 1, "rows": blocks, "pages": blocks * layers}.items():
             rate = length["link"][name] = link.rate(length["kv_bytes"], pieces)
             say(f"NIXL alone: {length['kv_bytes'] / 1e6:,.1f} MB in {pieces:,}, {rate / 1e9:.2f} GB/s")
+
+
+def _measure_worker(
+    worker: WorkerLink, lengths: list[dict[str, Any]], stagings: tuple[int, ...], say: Callable[[str], None]
+) -> None:
+    worker.wait()
+    for length in lengths:
+        blocks = -(-length["tokens"] // BLOCK)
+        for staging in stagings:
+            rate = length["worker"][str(staging)] = worker.rows_rate(blocks, staging)
+            say(
+                f"a worker alone: {blocks:,} sealed rows, staging_bytes {staging >> 20} MiB, "
+                f"{rate / 1e9:.2f} GB/s"
+            )
 
 
 def _measure_way(
@@ -202,6 +228,9 @@ def rows(length: dict[str, Any]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
     for pieces, rate in link.items():
         what = f"NIXL alone, in {'one piece' if pieces == 'one' else pieces} ({rate / 1e9:.2f} GB/s)"
+        lines.append((what, f"{nbytes / rate * 1e3:.1f}", "", "", of_floor(nbytes / rate)))
+    for staging, rate in length["worker"].items():
+        what = f"rows, no engines, ring of {int(staging) >> 20} MiB ({rate / 1e9:.2f} GB/s)"
         lines.append((what, f"{nbytes / rate * 1e3:.1f}", "", "", of_floor(nbytes / rate)))
     for way, numbers in length["ways"].items():
         seconds = statistics.median(numbers["seconds"])

@@ -8,7 +8,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 from ..connector.nixl.link import allow_cuda_ipc_reads
 
@@ -26,12 +26,17 @@ START_SECONDS = 60.0
 class Link:
     """Two processes with registered memory: one offers, the other reads. They end with the `with` block.
 
+    Attributes:
+        works: what the two do.
+
     Raises:
         ImportError: from `wait`; NIXL is missing.
         RuntimeError: from `wait` and `rate`; a process or a read failed or did not end; says what NIXL said.
     """
 
-    def __init__(self, nbytes: int, devices: list[str] | None = None) -> None:
+    works: tuple[Callable[..., None], Callable[..., None]]
+
+    def __init__(self, nbytes: Any, devices: list[str] | None = None) -> None:
         """Starts them, without waiting.
 
         nbytes: the most that is to be read.
@@ -41,10 +46,9 @@ class Link:
         context = multiprocessing.get_context("spawn")
         ends = [context.Pipe() for _ in "12"]
         first = [device.split(",")[0] for device in devices] if devices else [None, None]
-        works: list[Callable[..., None]] = [_offer, _fetch]
         self._processes = [
             context.Process(target=work, args=(theirs, nbytes, device), daemon=True)
-            for work, (_, theirs), device in zip(works, ends, first, strict=True)
+            for work, (_, theirs), device in zip(self.works, ends, first, strict=True)
         ]
         self._offers, self._fetches = (ours for ours, _ in ends)
         for process, (_, theirs) in zip(self._processes, ends, strict=True):
@@ -58,12 +62,16 @@ class Link:
 
     def rate(self, nbytes: int, pieces: int) -> float:
         """Bytes a second, the best of READS, read in so many equal pieces."""
-        self._fetches.send((nbytes, pieces))
+        return self.asked((nbytes, pieces), f"read {nbytes} bytes in {pieces} pieces")
+
+    def asked(self, what: Any, said: str) -> float:
+        """What the one that reads answers to something, bytes a second; said: what that is, in words."""
+        self._fetches.send(what)
         seconds = ENOUGH_SECONDS + 2 * READ_SECONDS  # preparing the pieces takes its time, too
-        rate: float = _answer(self._fetches, seconds, f"read {nbytes} bytes in {pieces} pieces")
+        rate: float = _answer(self._fetches, seconds, said)
         return rate
 
-    def __enter__(self) -> "Link":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,8 +94,11 @@ def _answer(pipe: Connection, seconds: float, what: str) -> Any:
     return said
 
 
-def _memory(nbytes: int, value: int, device: str | None) -> tuple[Any, Any, str]:
-    """This process's memory, full of a value, the agent that has it registered, NIXL's name of its kind."""
+def registered(nbytes: int, value: int, device: str | None) -> tuple[Any, Any, str]:
+    """This process's memory, full of a value, the agent that has it registered, NIXL's name of its kind.
+
+    Before torch is imported: the process sees no other GPU than ``device`` from then on.
+    """
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     import torch
@@ -104,7 +115,7 @@ def _memory(nbytes: int, value: int, device: str | None) -> tuple[Any, Any, str]
 
 
 @contextlib.contextmanager
-def _tells(pipe: Connection) -> Any:
+def tells(pipe: Connection) -> Any:
     """Lets the other process raise what is raised here; ends quietly once it has closed the pipe."""
     try:
         yield
@@ -118,16 +129,16 @@ def _tells(pipe: Connection) -> Any:
 
 def _offer(pipe: Connection, nbytes: int, device: str | None) -> None:
     """The process that is read from: offers ones until the pipe is closed."""
-    with _tells(pipe):
-        memory, agent, _ = _memory(nbytes, 1, device)
+    with tells(pipe):
+        memory, agent, _ = registered(nbytes, 1, device)
         pipe.send((agent.get_agent_metadata(), memory.data_ptr()))
         pipe.recv()
 
 
 def _fetch(pipe: Connection, nbytes: int, device: str | None) -> None:
     """The process that reads, whatever it is told to until the pipe is closed."""
-    with _tells(pipe):
-        target, agent, kind = _memory(nbytes, 0, device)
+    with tells(pipe):
+        target, agent, kind = registered(nbytes, 0, device)
         metadata, address = pipe.recv()
         name = agent.add_remote_agent(metadata)
         pipe.send("ready")
@@ -173,3 +184,6 @@ def _read(agent: Any, here: Any, theirs: Any, name: str) -> float:
         raise RuntimeError(f"expected a read to be DONE within {READ_SECONDS:g} s, got {state}")
     agent.release_xfer_handle(handle)
     return seconds
+
+
+Link.works = (_offer, _fetch)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-PROTOCOL = "xlayer-rows-1"
+PROTOCOL = "xlayer-rows-2"
 """Raise it when the meaning of a record, of a seal or of a message changes."""
 SHOWN = 4
 """Differences that are spelt out in one message."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
@@ -20,12 +21,14 @@ class RowNixlMetadata(NixlConnectorMetadata):
     Attributes:
         seals: (blocks, their tags) of requests whose prompt is computed once this step is done.
         tags: request to be read -> the tags of its prompt's blocks, by KV cache group.
+        idle: whether this step computes nothing.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seals: list[tuple[list[int], list[int]]] = []
-        self.tags: dict[str, list[list[int]]] = {}
+        self.seals: list[tuple[list[int], np.ndarray]] = []
+        self.tags: dict[str, list[np.ndarray]] = {}
+        self.idle = False
 
 
 class RowNixlScheduler(NixlPullConnectorScheduler):
@@ -57,6 +60,7 @@ class RowNixlScheduler(NixlPullConnectorScheduler):
         to_read = [entry[0] for entry in self._reqs_need_recv.values() if any(entry[1])]
         meta = RowNixlMetadata()
         vars(meta).update(vars(super().build_connector_meta(scheduler_output)))
+        meta.idle = scheduler_output.total_num_scheduled_tokens == 0
         meta.tags = {request.request_id: self._tags(request) for request in to_read}
         for name, scheduled in scheduler_output.num_scheduled_tokens.items():
             request = self.to_seal.get(name)
@@ -75,7 +79,7 @@ class RowNixlScheduler(NixlPullConnectorScheduler):
         self.to_seal.pop(request.request_id, None)
         return super().request_finished(request, block_ids)
 
-    def _tags(self, request: Request) -> list[list[int]]:
+    def _tags(self, request: Request) -> list[np.ndarray]:
         """Of the prompt's blocks, by group that is handed over."""
         assert request.prompt_token_ids is not None
         items = [(item.mm_position.offset, str(item.identifier)) for item in request.mm_features]

@@ -7,7 +7,9 @@ written, or arrived in part, does not match its digest. This finds accidents; it
 """
 
 import json
+from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,24 +23,28 @@ ROWS_AT_ONCE = 32
 
 def prompt_tags(
     tokens: Sequence[int], block_size: int, group: int, salt: str, items: Sequence[tuple[int, str]] = ()
-) -> list[int]:
-    """One tag for each block of a prompt, the last partly filled one included.
+) -> np.ndarray:
+    """int64, one tag for each block of a prompt, the last partly filled one included.
+
+    A tag is mixed from the sum of one random number for each token and its position, up to the block's end.
 
     Args:
         group: index of the KV cache group whose blocks these are.
         salt: the request's cache salt.
         items: (first token, identifier) of multimodal items.
     """
-    raw = np.asarray(tokens, np.int64).tobytes()
-    digest = xxhash.xxh3_64_digest(json.dumps([group, block_size, salt]).encode())
-    tags = []
-    for start in range(0, len(tokens), block_size):
-        end = start + block_size
-        inside = [[at, name] for at, name in items if start <= at < end] if items else []
-        names = json.dumps(inside).encode() if inside else b"[]"
-        digest = xxhash.xxh3_64_digest(digest + raw[8 * start : 8 * end] + names)
-        tags.append(int.from_bytes(digest, "little", signed=True))
-    return tags
+    at_positions = np.arange(len(tokens), dtype=np.uint64) << np.uint64(32)
+    at_positions |= np.frombuffer(array("I", tokens), np.uint32)  # from a list, a third of numpy's time
+    sums = np.add.reduceat(_mixed(at_positions), range(0, len(tokens), block_size))
+    np.cumsum(sums, out=sums)
+    for at, name in items:
+        if at < len(tokens):
+            sums[at // block_size :] += _number([at, name])
+    return _mixed(sums + _number([group, block_size, salt])).view(np.int64)
+
+
+def _number(of: list[Any]) -> np.uint64:
+    return np.uint64(xxhash.xxh3_64_intdigest(json.dumps(of).encode()))
 
 
 class RowDigest:
@@ -57,18 +63,34 @@ class RowDigest:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """int64 [n] of uint8 rows [n, row_bytes] that are dense."""
-        words = rows.view(torch.int64)
-        # On a GPU there is no such product of integers. Here it needs no memory as large as the rows.
-        return (words * self.factors).sum(-1) if words.is_cuda else torch.mv(words, self.factors)
+        digests = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+        self.into(digests, rows.view(torch.int64))
+        return digests
+
+    def into(self, digests: torch.Tensor, words: torch.Tensor, scratch: torch.Tensor | None = None) -> None:
+        """Writes the digests of rows of words, int64 [n, row_bytes / 8], into int64 [n].
+
+        scratch: a GPU's, like words; else it is made.
+        """
+        if words.is_cuda:  # there is no such product of integers there
+            torch.sum(torch.mul(words, self.factors, out=scratch), -1, out=digests)
+        else:  # needs no memory as large as the rows
+            torch.mv(words, self.factors, out=digests)
 
 
 def _odd_numbers(count: int) -> np.ndarray:
-    """splitmix64 of 1, 2, ..., made odd; as int64."""
-    with np.errstate(over="ignore"):
-        x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) | np.uint64(1)).view(np.int64)
+    """int64, random and the same everywhere."""
+    return (_mixed(np.arange(count, dtype=np.uint64)) | np.uint64(1)).view(np.int64)
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """uint64: splitmix64 of each, which is one-to-one and looks random."""
+    x = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def to_device(numbers: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
@@ -86,7 +108,7 @@ class SealTable:
         self.table = torch.zeros(len(pool), 2, dtype=torch.int64, device=pool.device)
         self.digest = RowDigest(pool.shape[1], pool.device)
 
-    def seal(self, blocks: Sequence[int], tags: Sequence[int]) -> None:
+    def seal(self, blocks: Sequence[int], tags: Sequence[int] | np.ndarray) -> None:
         """Seals rows as they are once all work launched so far is done."""
         all_ids, all_tags = to_device(blocks, self.pool.device), to_device(tags, self.pool.device)
         for ids, tag in zip(all_ids.split(ROWS_AT_ONCE), all_tags.split(ROWS_AT_ONCE), strict=True):

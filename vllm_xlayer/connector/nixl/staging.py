@@ -4,21 +4,33 @@ Nothing but a final state ends a read: NIXL lets go of a handle at once, and row
 read into a ring, never into the KV cache. A read that is given up takes its buffer into quarantine until its
 handle is final, and the request can be computed at once.
 
+A chunk is copied on as soon as it has arrived. Whether all rows are what they must be is asked once a read,
+after its last chunk: until then nobody hears of any of them.
+
 No vLLM and no NIXL here: `Wire` is what this needs of them.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 Peer = tuple[str, int]
 """(engine id, rank)"""
 
 
-POLL_SECONDS, QUIET_SECONDS = 2e-3, 0.5e-3
-"""How long a poll stays at most, and how long while nothing comes: 16 MiB take 0.05 ms over NVLink, 0.35 ms
-over 400 Gbit/s."""
+class Stay(NamedTuple):
+    """How long a poll stays, in seconds: at most, and while nothing comes."""
+
+    most: float
+    quiet: float
+
+
+BESIDE_STEPS, IDLE = Stay(2e-3, 0.5e-3), Stay(10e-3, 2e-3)
+"""Of an engine whose step computes something, and of one that has nothing else to do: then its steps are what
+reads wait for. 64 MiB take 0.6 ms over NVLink, 1.4 ms over 400 Gbit/s."""
 REASONS = ("late", "seal", "lost", "busy")
 """Why a read fails: no answer in time; rows that are not what they must be; the peer or the link is gone; an
 earlier read from that peer has not ended."""
@@ -31,33 +43,45 @@ class Failure(NamedTuple):
     text: str
 
 
-class Row(NamedTuple):
-    """One row to read."""
+class Rows(NamedTuple):
+    """Rows to read: int64 [n] each."""
 
-    remote: int
-    local: int
-    group: int
-    tag: int
+    remote: np.ndarray
+    """Blocks of the peer's pool."""
+    local: np.ndarray
+    """Blocks of ours."""
+    group: np.ndarray
+    """KV cache groups that they belong to."""
+    tag: np.ndarray
+    """What they must be sealed for."""
 
 
 class Landing(Protocol):
-    """A chunk's way from the ring into the KV cache."""
+    """What was launched for a chunk, or for a read."""
 
     def done(self) -> bool:
-        """Whether the ring's buffer is free again."""
+        """Whether it is over."""
+
+
+class Check(Landing, Protocol):
+    """Whether a read's rows are what they must be."""
 
     def problem(self) -> str | None:
-        """After `done`: why its rows are not what they must be, or None."""
+        """After `done`: why they are not, or None."""
 
 
 class Wire(Protocol):
     """What moves bytes."""
 
-    def capacity(self, peer: Peer) -> int:
-        """Rows of that peer that one buffer holds."""
+    def begin(self, peer: Peer, rows: Any) -> Any:
+        """Called when a read begins, whose blocks nothing uses that is launched later; for the others."""
 
-    def post(self, peer: Peer, buffer: int, rows: Sequence[Row]) -> Any:
-        """Starts to read rows, and their seals, into a buffer; returns a handle. May raise."""
+    def capacity(self, begun: Any, first: bool) -> int:
+        """Rows of a read that one buffer holds; fewer in its first chunk, which brings seals."""
+
+    def post(self, begun: Any, buffer: int, rows: range) -> Any:
+        """Starts to read some rows of a read into a buffer, with seals if they are the first; returns a
+        handle. May raise."""
 
     def state(self, handle: Any) -> str:
         """DONE, PROC, or an error's name. May raise, where the peer is gone."""
@@ -65,11 +89,11 @@ class Wire(Protocol):
     def release(self, handle: Any) -> bool:
         """Lets go of a handle that is final; False where it must be kept, and asked again."""
 
-    def begin(self) -> Any:
-        """Called when a read begins, whose blocks nothing uses that is launched later; for `land`."""
+    def land(self, begun: Any, buffer: int, rows: range) -> Landing:
+        """Copies what a buffer holds into the KV cache. The buffer is free again when that is done."""
 
-    def land(self, peer: Peer, buffer: int, rows: Sequence[Row], begun: Any) -> Landing:
-        """Checks what a buffer holds and copies it into the KV cache. begun: what `begin` returned."""
+    def check(self, begun: Any) -> Check:
+        """Called once, when all chunks of a read are landing."""
 
 
 @dataclass(eq=False)
@@ -78,7 +102,7 @@ class Chunk:
 
     read: "Read"
     buffer: int
-    rows: Sequence[Row]
+    rows: range
     handle: Any
     posted: float
     landing: Landing | None = None
@@ -90,7 +114,7 @@ class Read:
 
     request: str
     peer: Peer
-    rows: Sequence[Row]
+    rows: int
     begun: Any
     waits_since: float
     """When it was added, or had its last chunk."""
@@ -98,11 +122,16 @@ class Read:
     """Rows that are on their way or here."""
     under_way: int = 0
     """Chunks."""
+    landing: int = 0
+    """Rows that have arrived, and are copied or being copied."""
+    check: Check | None = None
+    checked: bool = False
+    """Whether the check is done, and nothing was wrong."""
     failure: Failure | None = None
 
     @property
     def over(self) -> bool:
-        return self.under_way == 0 and (self.failure is not None or self.posted == len(self.rows))
+        return self.under_way == 0 and (self.failure is not None or self.checked)
 
 
 @dataclass
@@ -113,6 +142,7 @@ class StagedReads:
         wire: what moves bytes.
         buffers: number of buffers of the ring.
         timeout: seconds that a chunk may take, and that a read may wait for a buffer.
+        stay: how long a poll stays.
     """
 
     wire: Wire
@@ -121,15 +151,22 @@ class StagedReads:
     clock: Callable[[], float] = time.monotonic
     reads: dict[str, list[Read]] = field(default_factory=dict)
     chunks: list[Chunk] = field(default_factory=list)
+    checks: list[Read] = field(default_factory=list)
+    """Reads whose check is not done."""
     quarantined: list[Chunk] = field(default_factory=list)
+    stay: Stay = BESIDE_STEPS
     free: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.free = list(range(self.buffers))
 
-    def add(self, request: str, peer: Peer, rows: Sequence[Row]) -> None:
-        """Reads rows for a request; several peers may be asked for parts of one request."""
-        self.reads.setdefault(request, []).append(Read(request, peer, rows, self.wire.begin(), self.clock()))
+    def add(self, request: str, peer: Peer, count: int, rows: Any) -> None:
+        """Reads rows for a request; several peers may be asked for parts of one request.
+
+        rows: so many, as the wire wants them.
+        """
+        read = Read(request, peer, count, self.wire.begin(peer, rows), self.clock())
+        self.reads.setdefault(request, []).append(read)
         self._post()
 
     def poll(self) -> dict[str, Failure | None]:
@@ -138,12 +175,14 @@ class StagedReads:
         Stays while chunks come: an engine polls once a step, and a step takes as long as dozens of chunks.
         """
         begin = last = now = time.monotonic()
-        while now - begin < POLL_SECONDS and now - last < QUIET_SECONDS:
+        self._look_at_quarantined()
+        while now - begin < self.stay.most and now - last < self.stay.quiet:
             came = self._move()
-            if not self.chunks:
-                break
             now = time.monotonic()
             last = now if came else last
+            if not self.chunks and not self.checks:
+                break
+        self._post()  # also where nothing came: a read that waits may have waited long enough
         over: dict[str, Failure | None] = {}
         for request, reads in list(self.reads.items()):
             failure = next((read.failure for read in reads if read.failure), None)
@@ -157,11 +196,13 @@ class StagedReads:
         return over
 
     def _move(self) -> bool:
-        """Whether a chunk arrived, or has landed."""
-        self._look_at_quarantined()
+        """Whether a chunk arrived, or has landed, or a read is checked."""
         # One that fails takes others of its read to quarantine.
         came = [self._advance(chunk) for chunk in list(self.chunks) if chunk in self.chunks]
-        self._post()
+        came += [self._look_at_check(read) for read in list(self.checks)]
+        if any(came):
+            self._look_at_quarantined()
+            self._post()
         return any(came)
 
     def peers(self) -> set[Peer]:
@@ -176,11 +217,7 @@ class StagedReads:
         state = self._state(chunk)
         if state == "DONE":
             self.wire.release(chunk.handle)
-            if chunk.read.failure:
-                self._drop(chunk)
-                return True
-            chunk.landing = self.wire.land(chunk.read.peer, chunk.buffer, chunk.rows, chunk.read.begun)
-            self._look_at_landing(chunk)
+            self._land(chunk)
             return True
         if state != "PROC":
             self._give_up(chunk.read, Failure("lost", f"the read failed: {state}"))
@@ -189,15 +226,36 @@ class StagedReads:
             self._give_up(chunk.read, Failure("late", text))
         return False
 
+    def _land(self, chunk: Chunk) -> None:
+        read = chunk.read
+        if read.failure:
+            self._drop(chunk)
+            return
+        chunk.landing = self.wire.land(read.begun, chunk.buffer, chunk.rows)
+        read.landing += len(chunk.rows)
+        if read.landing == read.rows:
+            read.check = self.wire.check(read.begun)
+            self.checks.append(read)
+        self._look_at_landing(chunk)
+
     def _look_at_landing(self, chunk: Chunk) -> bool:
         """Whether it is over."""
         assert chunk.landing is not None
         if not chunk.landing.done():
             return False
-        problem = chunk.landing.problem()
         self._drop(chunk)
+        return True
+
+    def _look_at_check(self, read: Read) -> bool:
+        """Whether it is over."""
+        assert read.check is not None
+        if not read.check.done():
+            return False
+        self.checks.remove(read)
+        problem = read.check.problem()
+        read.checked = problem is None
         if problem:
-            self._give_up(chunk.read, Failure("seal", problem))
+            self._give_up(read, Failure("seal", problem))
         return True
 
     def _give_up(self, read: Read, why: Failure) -> None:
@@ -233,7 +291,7 @@ class StagedReads:
         for read in [read for reads in self.reads.values() for read in reads if not read.over]:
             if read.peer in hung:
                 self._give_up(read, Failure("busy", "an earlier read from this peer has not ended yet"))
-            while self.free and not read.failure and read.posted < len(read.rows):
+            while self.free and not read.failure and read.posted < read.rows:
                 self._post_chunk(read)
             if read.under_way:
                 read.waits_since = self.clock()
@@ -242,10 +300,11 @@ class StagedReads:
                 self._give_up(read, Failure("late", text))
 
     def _post_chunk(self, read: Read) -> None:
-        rows = read.rows[read.posted : read.posted + self.wire.capacity(read.peer)]
+        capacity = self.wire.capacity(read.begun, first=read.posted == 0)
+        rows = range(read.posted, min(read.rows, read.posted + capacity))
         buffer = self.free.pop()
         try:
-            handle = self.wire.post(read.peer, buffer, rows)
+            handle = self.wire.post(read.begun, buffer, rows)
         except Exception as error:  # as in _state: nothing was begun
             self.free.append(buffer)
             text = f"the read could not be started: {type(error).__name__}: {error}"

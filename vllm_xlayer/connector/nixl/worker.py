@@ -28,7 +28,7 @@ from .reshard import CannotReshard, Move, heads_of, moves_between
 from .scheduler import RowNixlMetadata
 from .seals import SealTable
 from .settings import NixlSettings
-from .staging import Row, StagedReads
+from .staging import BESIDE_STEPS, IDLE, Rows, StagedReads
 from .stats import RowNixlStats
 from .wire import BUFFERS, NixlWire, RemotePool
 
@@ -58,7 +58,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
         self.layout, self.settings = layout, settings
         self.record: Record | None = None
         self.seals: SealTable | None = None
-        self.tags: dict[str, list[list[int]]] = {}
+        self.tags: dict[str, list[np.ndarray]] = {}
         """Request that is being received -> the tags of its prompt's blocks, by group."""
         self.xfer_stats = RowNixlStats()
         self.failures: Counter[str] = Counter()
@@ -78,6 +78,8 @@ class RowNixlWorker(NixlPullConnectorWorker):
         ring = torch.empty(BUFFERS, bytes_each, dtype=torch.uint8, device=self.pool.device)
         self._register(ring)
         self.wire = NixlWire(self.nixl_wrapper, self.nixl_memory_type, self.pool, ring, self._record_transfer)
+        if self.seals is not None:
+            self.wire.landings.prepare(self.layout.row_bytes)  # takes its memory now, or the start fails
         self.reads = StagedReads(self.wire, BUFFERS, self.settings.read_timeout_seconds)
         super().register_kv_caches(dict.fromkeys(own, self.pool))
         self._check_region()
@@ -228,7 +230,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
             self.wire.retire_peer(peer)
         self.wire.release_retired(self.reads.peers())
 
-    def seal(self, seals: Sequence[tuple[list[int], list[int]]]) -> None:
+    def seal(self, seals: Sequence[tuple[list[int], np.ndarray]]) -> None:
         """Seals rows that this step has completed: (blocks, tags) each.
 
         Launched before the step's tokens are fetched: nobody knows of the rows before they are sealed.
@@ -240,6 +242,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         assert isinstance(metadata, RowNixlMetadata)
         self.tags.update(metadata.tags)
+        self.reads.stay = IDLE if metadata.idle else BESIDE_STEPS
         super().start_load_kv(metadata)
 
     def _read_blocks(
@@ -263,19 +266,12 @@ class RowNixlWorker(NixlPullConnectorWorker):
         local, remote = self._apply_prefix_caching(
             read_spec.local_block_ids, read_spec.remote_block_ids, 1, 1
         )
-        rows = [
-            Row(theirs, ours, group, tag)
-            for group, (here, there, tags) in enumerate(
-                zip(local, remote, self.tags[request_id], strict=True)
-            )
-            # A group's last blocks: what comes before is in the prefix cache, or outside its window.
-            for ours, theirs, tag in zip(here, there, tags[len(tags) - len(here) :], strict=True)
-        ]
+        rows = _rows(local, remote, self.tags[request_id])
         agent = self._remote_agents[dst_engine_id][0, read_spec.remote_rank]
         note = (agent, f"{remote_request_id}:{expected_consumers}".encode())
         self._pending_recv_notifs.setdefault(request_id, []).append(note)
-        self.xfer_stats.record_rows(len(rows))
-        self.reads.add(request_id, (dst_engine_id, read_spec.remote_rank), rows)
+        self.xfer_stats.record_rows(len(rows.remote))
+        self.reads.add(request_id, (dst_engine_id, read_spec.remote_rank), len(rows.remote), rows)
         return True
 
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
@@ -305,3 +301,22 @@ class RowNixlWorker(NixlPullConnectorWorker):
 
     def _record_transfer(self, handle: int) -> None:
         self.xfer_stats.record_transfer(self.nixl_wrapper.get_xfer_telemetry(handle))
+
+
+def _rows(
+    local: Sequence[Sequence[int]], remote: Sequence[Sequence[int]], tags: Sequence[np.ndarray]
+) -> Rows:
+    """By KV cache group: blocks here, theirs, and the tags of the prompt's blocks, of which a group has the
+    last; what comes before is in the prefix cache, or outside its window.
+
+    Raises:
+        ValueError: not as many blocks here as there.
+    """
+    ours, theirs = (
+        np.concatenate([np.asarray(ids, np.int64) for ids in blocks]) for blocks in (local, remote)
+    )
+    counts = [len(ids) for ids in local]
+    if counts != [len(ids) for ids in remote]:
+        raise ValueError(f"expected as many blocks here as there, got {counts} and {[*map(len, remote)]}")
+    last = np.concatenate([mine[len(mine) - count :] for mine, count in zip(tags, counts, strict=True)])
+    return Rows(theirs, ours, np.repeat(np.arange(len(counts)), counts), last)
