@@ -17,6 +17,14 @@ constexpr float UNSCALE = 16384.0f;  // dequantised values are 2^-14 of what the
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
+// Rows of S^T = K Q^T are tokens in an order of the Config's (`token_of_row`), so that P^T, which takes them as its
+// k index (a lane has k = 2t, 2t + 1, 2t + 8, 2t + 9), meets V's tokens that a lane loads (`v_token`): here t, t + 4,
+// t + 8, t + 12, without conflicts.
+XLAYER_HD constexpr int spread_token(int row) {
+  return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2);
+}
+XLAYER_HD constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
+
 // D: head size of the cache. NT: query rows of a head tile / 8. WARPS: of a thread block. Blocks of sixteen
 // fill an SM each: a fourth as many share the keys of a head, and a fourth as many results are merged. With
 // four, a block that begins or ends a run holds up only a fourth of an SM.
@@ -74,17 +82,19 @@ struct Config {
   static XLAYER_HD int v_chunk(int row, int c) {
     return DP == 256 ? c ^ ((row & 3) << 1) : DP == 128 ? c ^ (row & 2) : c;
   }
+  // See token_of_row.
+  static XLAYER_HD constexpr int token_of_row(int row) { return spread_token(row); }
+  static XLAYER_HD constexpr int v_token(int t, int i) { return t + 4 * i; }
+  // K's rows are in shared memory in the order of S^T's.
+  static XLAYER_HD constexpr int k_place(int row) { return row; }
+  static constexpr bool PAIRED = false;
+  // Where a warp's head begins among the data, and among the scales, of a stage: it has the stage to itself.
+  static constexpr int HEAD_DATA = 0, HEAD_SCALES = 0;
+
   // First dimension of a lane's K word w (lane % 4 = t): 16-byte chunks t (and t + 4 of a row of 128 bytes).
   static XLAYER_HD int k_dim(int t, int w) {
     return DP == 64 ? 16 * t + 8 * w : 32 * t + 8 * (w % 4) + 128 * (w / 4);
   }
 };
-
-// Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k =
-// 2t, 2t + 1, 2t + 8, 2t + 9), meets V's tokens t, t + 4, t + 8, t + 12, which are loaded without conflicts.
-XLAYER_HD constexpr int token_of_row(int row) {
-  return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2);
-}
-XLAYER_HD constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
 
 }  // namespace xlayer::attention

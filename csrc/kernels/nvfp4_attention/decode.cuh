@@ -93,12 +93,13 @@ template <class C>
 __device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
                                               TileMask& mask, int tile, int last_tile) {
   if (tile >= last_tile) return;
-  const NewestTile<C> newest(p, p.newest_rows[run.request], run.kv_head);
+  const NewestTile<C> newest(p);
+  const NewestInMemory<C> from(p, p.newest_rows[run.request], run.kv_head);
   if constexpr (!C::NEWEST_FIRST) newest.to_newest_unit(state);
 #pragma unroll 1
   for (; tile < last_tile; tile += C::WARPS) {
     mask.first_token = tile * TILE;
-    newest.attend(state, mask);
+    newest.attend(state, from, mask.first_token % p.newest_tokens, mask);  // a tile's places are contiguous
   }
   newest.to_page_unit(state);
 }

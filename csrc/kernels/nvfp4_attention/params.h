@@ -30,6 +30,13 @@ struct Schedule {
   }
 };
 
+// What the kernel that works on whole pages of all heads (page_decode.cuh) takes for what, in pages.
+struct PageCosts {
+  int run = 2;     // to begin and to end a run
+  int newest = 4;  // a tile of newest tokens: 3.6 times the bytes
+  int least = 32;  // that a part has at least: what parts share goes through memory
+};
+
 struct Nvfp4AttentionParams {
   const void* q;       // [tokens][Hq][D] of dtype, D dense, 16-byte aligned rows
   int64_t q_stride_t;  // elements
@@ -78,6 +85,9 @@ struct Nvfp4AttentionParams {
   float* partial_out;  // [slots][tile rows][D padded], unnormalised
   float* partial_ml;   // [slots][tile rows][2] running maximum (base 2), sum
   uint32_t two = 2, sixteen = 16;  // see dequantise.cuh
+  // Page kernel only.
+  PageCosts costs;
+  uint32_t v_scale_flip;  // bits in which an even token's place among V's scales differs from the next one's
 };
 
 // Query tokens of one request: where they begin in q, and how many.

@@ -1,7 +1,7 @@
 // Cuts a batch into parts of equal work, on the device, from the lengths: a captured graph follows them.
 #pragma once
 
-#include "work.cuh"
+#include "page_work.cuh"
 
 namespace xlayer::attention {
 
@@ -33,9 +33,10 @@ __device__ __forceinline__ int whole_lines(int chunk, int line) {
 }
 
 // One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. parts: to
-// aim for.
+// aim for. whole_pages: a request has all its heads on the line at once (page_work.cuh), and costs in place of units.
 __global__ void __launch_bounds__(SCHEDULE_THREADS)
-    schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int parts) {
+    schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int parts,
+                    bool whole_pages) {
   __shared__ int sums[SCHEDULE_THREADS / 32];
   __shared__ int shortest, longest;  // line of a request and head tile, in units
   if (threadIdx.x == 0) shortest = INT32_MAX, longest = 0;
@@ -52,9 +53,12 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     if (r < p.num_requests) {
       const int q_len = queries_of(p, r).count;
       const Range keys = key_range(p.seq_lens[r], q_len, p.window, unit);
-      units = q_len > 0 ? line_units(keys.units, p.split_units) + newest_units(p, r, keys, unit) : 0;
+      if (q_len > 0) {
+        units = whole_pages ? PageLine(p, r, keys).length(p.costs)
+                            : line_units(keys.units, p.split_units) + newest_units(p, r, keys, unit);
+      }
       if (units > 0) atomicMin(&shortest, units), atomicMax(&longest, units);
-      units *= head_tiles_of(p, q_len, tile_rows);
+      units *= head_tiles_of(p, q_len, tile_rows) / (whole_pages ? p.page.heads : 1);
     }
     int sum = units;  // inclusive prefix sum over the block
     for (int i = 1; i < 32; i *= 2) {
@@ -72,7 +76,8 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    int chunk = p.split_units > 0 ? p.split_units : max((total + parts - 1) / parts, max(MIN_TOKENS / unit, 1));
+    const int least = whole_pages ? max(p.costs.least, p.costs.newest) : max(MIN_TOKENS / unit, 1);
+    int chunk = p.split_units > 0 ? p.split_units : max((total + parts - 1) / parts, least);
     if (p.split_units == 0 && shortest == longest) chunk = whole_lines(chunk, longest);
     begins[p.num_requests] = total;
     p.schedule[Schedule::CHUNK] = chunk;
