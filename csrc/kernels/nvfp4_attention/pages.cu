@@ -22,9 +22,21 @@ cudaError_t launch(const Nvfp4AttentionParams& p, cudaStream_t stream) {
   return p.newest == nullptr ? launch<C, false>(q, blocks, stream) : launch<C, true>(q, blocks, stream);
 }
 
+// What is compiled for an older architecture, also as PTX, is an empty kernel.
+template <class C>
+bool runs() {
+#if defined(XLAYER_FORCE_SM80)
+  return false;
+#else
+  cudaFuncAttributes made;
+  return cudaFuncGetAttributes(&made, page_decode_kernel<C, false>) == cudaSuccess && made.binaryVersion >= 90 &&
+         made.ptxVersion >= 90;
+#endif
+}
+
 template <class C>
 constexpr PageVariant page_variant() {
-  return {C::D, C::HEADS, C::SHARED_BYTES, launch<C>};
+  return {C::D, C::HEADS, C::SHARED_BYTES, launch<C>, runs<C>};
 }
 
 constexpr PageVariant VARIANTS[] = {page_variant<PageConfig<128, 4>>(), page_variant<PageConfig<128, 8>>()};
