@@ -69,13 +69,13 @@ class NewestTile {
   template <class From>
   __device__ __forceinline__ void attend(WarpState<C>& state, const From& from, int place,
                                          const TileMask& mask) const {
-    float s[C::NT][4];
-    multiply_k(state, from, place, s);
-    if (mask.soft_cap > 0.0f) Tile<C>::cap(s, mask.soft_cap, state);
-    Tile<C>::mask_logits(s, mask);
-    uint32_t weights[C::NT][2];
-    Tile<C>::softmax(state, s, weights);
-    multiply_v(state, from, place, weights, mask);
+    if constexpr (C::NEWEST_FIRST) {
+      attend_as(p_.dtype, state, from, place, mask);  // more code would cost these more spills
+    } else if (p_.dtype == Dtype::F16) {
+      attend_as(Dtype::F16, state, from, place, mask);
+    } else {
+      attend_as(Dtype::BF16, state, from, place, mask);
+    }
   }
 
  private:
@@ -91,18 +91,26 @@ class NewestTile {
   }
 
   // Two elements times `unit` as halves; beyond a half's range, its largest.
-  __device__ __forceinline__ uint32_t halves(uint32_t pair, float unit) const {
-    constexpr float MOST = 65504.0f;
-    float2 x = to_float2(pair, p_.dtype);
-    // fminf would make a number of a NaN.
-    x.x *= unit, x.y *= unit;
-    x.x = x.x > MOST ? MOST : x.x < -MOST ? -MOST : x.x;
-    x.y = x.y > MOST ? MOST : x.y < -MOST ? -MOST : x.y;
-    return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(x.x, x.y)));
+  __device__ __forceinline__ static uint32_t halves(Dtype dtype, uint32_t pair, float unit) {
+    const float2 x = to_float2(pair, dtype);
+    return ptx::saturated_halves(x.x * unit, x.y * unit);
+  }
+
+  // dtype: p_.dtype, as a constant where it can be: it is not looked at for each pair of elements then.
+  template <class From>
+  __device__ __forceinline__ void attend_as(Dtype dtype, WarpState<C>& state, const From& from, int place,
+                                            const TileMask& mask) const {
+    float s[C::NT][4];
+    multiply_k(dtype, state, from, place, s);
+    if (mask.soft_cap > 0.0f) Tile<C>::cap(s, mask.soft_cap, state);
+    Tile<C>::mask_logits(s, mask);
+    uint32_t weights[C::NT][2];
+    Tile<C>::softmax(state, s, weights);
+    multiply_v(dtype, state, from, place, weights, mask);
   }
 
   template <class From>
-  __device__ __forceinline__ void multiply_k(const WarpState<C>& state, const From& from, int place,
+  __device__ __forceinline__ void multiply_k(Dtype dtype, const WarpState<C>& state, const From& from, int place,
                                              float (&s)[C::NT][4]) const {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     typename From::Row rows[2];
@@ -125,8 +133,8 @@ class NewestTile {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint4 x = words[half][w];
-        const uint32_t a = halves(x.x, k_unit_), b = halves(x.y, k_unit_);
-        const uint32_t c = halves(x.z, k_unit_), d = halves(x.w, k_unit_);
+        const uint32_t a = halves(dtype, x.x, k_unit_), b = halves(dtype, x.y, k_unit_);
+        const uint32_t c = halves(dtype, x.z, k_unit_), d = halves(dtype, x.w, k_unit_);
         even[half] = __byte_perm(a, b, 0x5410u), even[2 + half] = __byte_perm(c, d, 0x5410u);
         odd[half] = __byte_perm(a, b, 0x7632u), odd[2 + half] = __byte_perm(c, d, 0x7632u);
       }
@@ -146,7 +154,7 @@ class NewestTile {
   }
 
   template <class From>
-  __device__ __forceinline__ void multiply_v(WarpState<C>& state, const From& from, int place,
+  __device__ __forceinline__ void multiply_v(Dtype dtype, WarpState<C>& state, const From& from, int place,
                                              const uint32_t (&weights)[C::NT][2],
                                              const TileMask& mask) const {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -171,7 +179,7 @@ class NewestTile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const uint4 w = words[i];
-          x[i] = halves(j == 0 ? w.x : j == 1 ? w.y : j == 2 ? w.z : w.w, v_unit_);
+          x[i] = halves(dtype, j == 0 ? w.x : j == 1 ? w.y : j == 2 ? w.z : w.w, v_unit_);
         }
         const uint32_t a[4] = {__byte_perm(x[0], x[1], 0x5410u), __byte_perm(x[0], x[1], 0x7632u),
                                __byte_perm(x[2], x[3], 0x5410u), __byte_perm(x[2], x[3], 0x7632u)};

@@ -23,7 +23,7 @@ struct PageConfig {
   static constexpr int WORDS = D / 32;
   static constexpr int V_WORDS = D / 64;
   static constexpr int M_TILES = D / 16;
-  static constexpr bool SHARED_Q = false;
+  static constexpr bool SHARED_Q = false, NEWEST_FIRST = false;
   static_assert(D == 128, "expected a head size of 128: rows of 64 bytes, of which two meet all banks");
 
   // A stage is a page as it is in memory (nvfp4/page.cuh), or a part of a tile of newest tokens: K and V, 16 tokens

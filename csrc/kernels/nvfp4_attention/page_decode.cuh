@@ -33,17 +33,18 @@ __device__ __forceinline__ TileMask mask_of(const Nvfp4AttentionParams& p, const
 // The run's tiles of newest tokens: each is in several stages, one of which has this warp's head.
 template <class C>
 __device__ __forceinline__ void attend_newest_stages(const Nvfp4AttentionParams& p, const PageNotes& notes,
-                                                     WarpState<C>& state, PageRing<C, true>& ring, int pages,
-                                                     int fills) {
+                                                     WarpState<C>& state, PageRing<C, true>& ring) {
   const int head = ptx::uniform(threadIdx.x / 32);
   const NewestTile<C> newest(p);
   newest.to_newest_unit(state);
+  const int pages = ptx::uniform(notes.pages), fills = ptx::uniform(notes.fills);
 #pragma unroll 1
-  for (int fill = 0; fill < fills; ++fill) {
-    const uint32_t stage = ring.wait(pages + fill);
-    if (fill % C::NEWEST_STAGES == head / C::NEWEST_HEADS) {
+  for (int fill = pages; fill < fills; ++fill) {
+    const uint32_t stage = ring.wait(fill);
+    const int part = fill - pages;
+    if (part % C::NEWEST_STAGES == head / C::NEWEST_HEADS) {
       const NewestInStage<C> from = {stage + head % C::NEWEST_HEADS * 2 * C::NEWEST_BYTES};
-      newest.attend(state, from, 0, mask_of(p, notes.run, notes.run.begin + pages + fill / C::NEWEST_STAGES));
+      newest.attend(state, from, 0, mask_of(p, notes.run, notes.run.begin + pages + part / C::NEWEST_STAGES));
     }
     ring.leave();
   }
@@ -56,9 +57,7 @@ __device__ __forceinline__ void attend_page_run(const Nvfp4AttentionParams& p, c
                                                 WarpState<C>& state, PageRing<C, NEWEST>& ring) {
   const int head = ptx::uniform(threadIdx.x / 32);
   const PageRun& run = notes.run;
-  const int pages = ptx::uniform(max(min(run.end, run.pages_end) - run.begin, 0));
-  const int newest = NEWEST ? ptx::uniform(run.end - run.begin - pages) : 0;
-  ring.start(pages, newest);
+  ring.start();
   state.clear();
   load_query(state, p, Queries{run.queries, run.q_len}, head, run.row_tile * C::TILE_ROWS);
 
@@ -70,6 +69,7 @@ __device__ __forceinline__ void attend_page_run(const Nvfp4AttentionParams& p, c
   const int all_see_to = run.last - run.q_len + 1;
   const int plain_from = ptx::uniform((all_see_from + TILE - 1) / TILE - run.begin);
   const int plain_to = ptx::uniform(p.soft_cap == 0.0f ? all_see_to / TILE - run.begin : 0);
+  const int pages = ptx::uniform(notes.pages);
 #pragma unroll 1
   for (int i = 0; i < pages; ++i) {
     const uint32_t stage = ring.wait(i);
@@ -82,7 +82,7 @@ __device__ __forceinline__ void attend_page_run(const Nvfp4AttentionParams& p, c
     ring.leave();
   }
   if constexpr (NEWEST) {
-    if (newest > 0) attend_newest_stages(p, notes, state, ring, pages, newest * C::NEWEST_STAGES);
+    if (ptx::uniform(notes.fills) > ptx::uniform(notes.pages)) attend_newest_stages(p, notes, state, ring);
   }
 
   const int group = p.num_q_heads / p.page.heads, first_row = run.row_tile * C::TILE_ROWS;
@@ -137,17 +137,19 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
   PageNotes& notes = *reinterpret_cast<PageNotes*>(shared + C::NOTES_OFFSET + threadIdx.x / 32 * C::NOTES_BYTES);
   PageRing<C, NEWEST> ring(p, ptx::shared_address(shared), notes);
   WarpState<C> state;
+  notes.begin();
 
   const int parts = p.schedule[Schedule::PARTS];
   for (int part = blockIdx.x; part < parts; part += gridDim.x) {
     const int chunk = p.schedule[Schedule::CHUNK], begin = part * chunk;
-    notes.write(page_run(p, part, begin, find_request(p.schedule + Schedule::BEGINS, p.num_requests, begin)));
+    const int request = find_request(p.schedule + Schedule::BEGINS, p.num_requests, begin);
+    notes.write(page_run(p, part, begin, request), C::NEWEST_STAGES);
     while (true) {
       // Nothing, where this part has only what was left over by another, or what a run costs.
-      if (ptx::uniform(notes.run.end - notes.run.begin) > 0) attend_page_run(p, notes, state, ring);
+      if (ptx::uniform(notes.fills) > 0) attend_page_run(p, notes, state, ring);
       const int next = ptx::uniform(notes.run.next);
       if (next >= min((notes.run.part + 1) * p.schedule[Schedule::CHUNK], p.schedule[Schedule::TOTAL])) break;
-      notes.write(page_run(p, notes.run.part, next, notes.run.request));
+      notes.write(page_run(p, notes.run.part, next, notes.run.request), C::NEWEST_STAGES);
     }
     part = ptx::uniform(notes.run.part);
   }

@@ -41,12 +41,9 @@ class PageRing {
     __syncthreads();
   }
 
-  // The fills of the noted run; the first are asked for. pages, newest: tiles.
-  __device__ __forceinline__ void start(int pages, int newest) {
-    base_ += fills_;
-    pages_ = pages;
-    fills_ = NEWEST ? pages + newest * C::NEWEST_STAGES : pages;
-    mine_ = (ptx::uniform(threadIdx.x / 32) - base_) & (C::WARPS - 1);
+  // The fills of the noted run; the first are asked for.
+  __device__ __forceinline__ void start() {
+    mine_ = next((threadIdx.x / 32 - notes_.number) & (C::WARPS - 1));
 #pragma unroll 1
     for (int i = 0; i < C::STAGES - C::LAG; ++i) ask(i);
   }
@@ -70,27 +67,30 @@ class PageRing {
  private:
   __device__ __forceinline__ uint32_t end() const { return ring_ + C::RING_BYTES; }
 
-  // Asks for a fill of the run, if it has so many and it is this warp's to ask for. Called for each in turn.
+  // `fill`, or a number that none has if the run has fewer.
+  __device__ __forceinline__ int next(int fill) const { return ptx::uniform(fill < notes_.fills ? fill : INT32_MAX); }
+
+  // Asks for a fill of the run, if it is this warp's to ask for. Called for each in turn.
   __device__ __forceinline__ void ask(int fill) {
-    if (fill != mine_ || fill >= fills_) return;
-    mine_ += C::WARPS;
+    if (fill != mine_) return;
+    mine_ = next(fill + C::WARPS);
     const int lane = threadIdx.x & 31, asked = fill / C::WARPS;  // by this warp
     if (asked % 32 == 0) {  // this warp's next 32 fills, one a lane
       const int page = fill + lane * C::WARPS;
       const int32_t* table = p_.block_table + notes_.run.request * p_.block_table_stride + notes_.run.begin;
-      if (page < pages_) block_ = table[page];
+      if (page < notes_.pages) block_ = table[page];
     }
     const int block = __shfl_sync(0xFFFFFFFFu, block_, asked % 32);
-    const uint32_t number = base_ + fill, round = number / C::STAGES;
+    const uint32_t number = notes_.number + fill, round = number / C::STAGES;
     const uint32_t to = ring_ + (number - round * C::STAGES) * C::STAGE_PITCH;
     if (lane == 0) {
       ptx::barrier_wait(to + C::EMPTY_BARRIER, (round & 1) ^ 1);  // complete from the beginning in the first round
-      if (!NEWEST || fill < pages_) {
+      if (!NEWEST || fill < notes_.pages) {
         ptx::barrier_expect(to + C::FULL, C::STAGE_BYTES);
         const uint64_t from = uint64_t(uint32_t(block)) * uint32_t(p_.block_stride);
         ptx::bulk_copy(to, p_.cache + from, C::STAGE_BYTES, to + C::FULL);
       } else {
-        copy_newest(fill - pages_, to);
+        copy_newest(fill - notes_.pages, to);
       }
     }
     __syncwarp();
@@ -98,7 +98,7 @@ class PageRing {
 
   // A part of one of the run's tiles of newest tokens.
   __device__ __forceinline__ void copy_newest(int part, uint32_t to) const {
-    const int tile = notes_.run.begin + pages_ + part / C::NEWEST_STAGES;
+    const int tile = notes_.run.begin + notes_.pages + part / C::NEWEST_STAGES;
     const int head = part % C::NEWEST_STAGES * C::NEWEST_HEADS;
     const int row = p_.newest_rows[notes_.run.request];
     const int place = tile * TILE % p_.newest_tokens;  // a tile's places are contiguous
@@ -115,11 +115,8 @@ class PageRing {
   const PageNotes& notes_;
   uint32_t ring_;
   uint32_t stage_, parity_ = 0;  // of the fill that comes next, or that the warp reads
-  // The run's:
-  int base_ = 0;  // number of its first fill
-  int pages_ = 0, fills_ = 0;
-  int mine_ = 0;   // the next fill that this warp asks for
-  int block_ = 0;  // of one of its next 32
+  int mine_ = 0;                 // the next fill of the run that this warp asks for
+  int block_ = 0;                // of one of its next 32
 };
 
 }  // namespace xlayer::attention

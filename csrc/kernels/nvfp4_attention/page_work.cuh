@@ -63,10 +63,25 @@ struct PageRun {
 // read from there is read anew behind each barrier.
 struct PageNotes {
   PageRun run;
+  int pages;   // tiles; the others are newest tokens'
+  int fills;   // what is copied for them: page_ring.cuh
+  int number;  // of the first fill among all of the block
 
-  __device__ __forceinline__ void write(const PageRun& made) {
+  __device__ __forceinline__ void begin() {
+    fills = number = 0;
+    __syncwarp();
+  }
+
+  // newest_stages: fills of a tile of newest tokens.
+  __device__ __forceinline__ void write(const PageRun& made, int newest_stages) {
+    const int next = number + fills, made_pages = max(min(made.end, made.pages_end) - made.begin, 0);
     __syncwarp();  // the last run's have been read
-    if ((threadIdx.x & 31) == 0) run = made;
+    if ((threadIdx.x & 31) == 0) {
+      run = made;
+      pages = made_pages;
+      fills = made_pages + (made.end - made.begin - made_pages) * newest_stages;
+      number = next;
+    }
     __syncwarp();
   }
 };

@@ -25,11 +25,12 @@ __device__ __forceinline__ int newest_units(const Nvfp4AttentionParams& p, int r
 
 // Where all lines are equally long: a somewhat larger chunk of which each is so many lines, or so many make a
 // line. Then no part begins or ends in the middle of a line for nothing: what that costs is in NOTES.md.
-__device__ __forceinline__ int whole_lines(int chunk, int line) {
+// more: that the chunk may grow by.
+__device__ __forceinline__ int whole_lines(int chunk, int line, int more) {
   const int parts_of_line = max(line / chunk, 1);
   const int whole =
       chunk > line ? (chunk + line - 1) / line * line : (line + parts_of_line - 1) / parts_of_line;
-  return whole - chunk <= chunk / 16 ? whole : chunk;
+  return whole - chunk <= more ? whole : chunk;
 }
 
 // One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. parts: to
@@ -76,9 +77,14 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    const int least = whole_pages ? max(p.costs.least, p.costs.newest) : max(MIN_TOKENS / unit, 1);
-    int chunk = p.split_units > 0 ? p.split_units : max((total + parts - 1) / parts, least);
-    if (p.split_units == 0 && shortest == longest) chunk = whole_lines(chunk, longest);
+    // No tile costs more than a part; and short requests are not cut, but no part has many of them for that.
+    const int least = whole_pages ? max(min(p.costs.least, longest), p.costs.newest) : max(MIN_TOKENS / unit, 1);
+    const int even = (total + parts - 1) / parts;
+    int chunk = p.split_units > 0 ? p.split_units : max(even, least);
+    if (p.split_units == 0 && shortest == longest) {
+      // Where there are fewer parts than could be, these may as well be of one size.
+      chunk = whole_lines(chunk, longest, whole_pages && even < least ? chunk : chunk / 16);
+    }
     begins[p.num_requests] = total;
     p.schedule[Schedule::CHUNK] = chunk;
     p.schedule[Schedule::PARTS] = (total + chunk - 1) / chunk;
