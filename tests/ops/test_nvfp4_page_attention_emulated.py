@@ -84,3 +84,48 @@ def test_ring_and_schedule(parts, newest, late_copies):
     """Long runs that go around the ring of stages, cut at many places. A copy may happen as late as it is
     waited for, or as early as it is asked for."""
     check(Case((1000, 1, 0, 2500, 40), newest=newest), parts=parts, late_copies=late_copies)
+
+
+@pytest.mark.parametrize("newest", [0, 64])
+@pytest.mark.parametrize("length", [40, 513, 1024])
+def test_equal_lengths(length, newest):
+    """Parts become whole requests, or a request whole parts."""
+    check(Case((length,) * 4, group=2, newest=newest), parts=7)
+
+
+RUN, NEWEST, LEAST = 2, 4, 32
+"""What the schedule takes a run and a tile of newest tokens for, and what a part has at least, in pages."""
+
+
+def line_of(length: int, newest_from: int) -> list[int]:
+    """Where the tiles of a request begin on its line, and its end."""
+    begins, at = [], RUN
+    for tile in range(-(-length // 16)):
+        begins.append(at)
+        at += NEWEST if 16 * tile >= newest_from else 1
+    return [*begins, at]
+
+
+@pytest.mark.parametrize("newest", [0, 64])
+@pytest.mark.parametrize(
+    "lengths", [(5000, 17, 0, 900, 16), (1024,) * 64, (8192,) * 64, (20,) * 40], ids=["ragged", "1k", "8k", "short"]
+)
+def test_schedule(lengths, newest):
+    """Requests follow each other on the line, and every part from a request's first tile to its last has one."""
+    starts = [-(-max(0, n - newest) // 16) * 16 for n in lengths] if newest else [1 << 30] * len(lengths)
+    made = schedule_of(list(lengths), 8, 264, 16, starts if newest else None, whole_pages=True)
+    lines = [line_of(n, first) if n else [0] for n, first in zip(lengths, starts, strict=True)]
+    longest = max(line[-1] for line in lines)
+    pieces = -(-longest // made.chunk)
+    equal = len(set(lengths)) == 1 and longest > made.chunk and pieces * len(lengths) <= 264
+    begins = [0]
+    for line in lines:
+        begins.append(begins[-1] + (pieces * made.chunk if equal else line[-1]))
+    assert made.begins == begins and made.total == begins[-1]
+    assert made.parts == -(-made.total // made.chunk) <= 264
+    for begin, line in zip(begins, lines, strict=False):
+        parts = [(begin + at) // made.chunk for at in line[:-1]]
+        assert sorted(set(parts)) == list(range(parts[0], parts[-1] + 1)) if parts else True
+    if len(set(lengths)) == 1 and made.chunk > longest:
+        assert made.chunk % longest == 0
+    assert made.chunk >= min(LEAST, longest)

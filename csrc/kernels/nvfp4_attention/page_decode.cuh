@@ -107,7 +107,10 @@ __device__ __forceinline__ PageRun page_run(const Nvfp4AttentionParams& p, int p
   const Queries queries = queries_of(p, request);
   const Range keys = key_range(p.seq_lens[request], queries.count, p.window, TILE);
   const PageLine line(p, request, keys);
-  const int length = line.length(p.costs), within = position - begins[request];
+  // As the schedule has it: there may be something behind the last tile.
+  const int row_tiles_here = row_tiles(queries.count, p.num_q_heads / p.page.heads, ROWS);
+  const int length = (begins[request + 1] - begins[request]) / row_tiles_here;
+  const int within = position - begins[request];
   PageRun run;
   run.request = request;
   run.row_tile = within / length;

@@ -5,8 +5,9 @@
 //
 //   | run |p|p|p| ... |p|p| newest | newest |
 //
-// what it costs to begin and to end a run; its pages, one each; its tiles of newest tokens, `newest` each. A tile
-// belongs to the part where its costs begin. As long as no tile costs more than a part holds, every part from that of
+// what it costs to begin and to end a run; its pages, one each; its tiles of newest tokens, `newest` each. Where all
+// are equally long and longer than a part, nothing may follow, so that each is so many parts. A tile belongs to the
+// part where its costs begin. As long as no tile costs more than a part holds, every part from that of
 // the first tile to that of the last has one of them.
 #pragma once
 

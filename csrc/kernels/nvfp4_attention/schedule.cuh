@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
                     bool whole_pages) {
   __shared__ int sums[SCHEDULE_THREADS / 32];
   __shared__ int shortest, longest;  // line of a request and head tile, in units
-  if (threadIdx.x == 0) shortest = INT32_MAX, longest = 0;
+  __shared__ int padding;            // that each gets
+  if (threadIdx.x == 0) shortest = INT32_MAX, longest = 0, padding = 0;
   __syncthreads();
   int32_t* begins = p.schedule + Schedule::BEGINS;
   int32_t* counters = p.schedule + Schedule::counters(p.num_requests);
@@ -85,11 +86,21 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
       // Where there are fewer parts than could be, these may as well be of one size.
       chunk = whole_lines(chunk, longest, whole_pages && even < least ? chunk : chunk / 16);
     }
+    if (whole_pages && shortest == longest) {
+      // So many whole parts a line, if there are enough: in each line they begin and end at the same places then.
+      const int parts_of_line = (longest + chunk - 1) / chunk, lines = total / longest;
+      if (longest > chunk && lines * parts_of_line <= parts) padding = parts_of_line * chunk - longest;
+      total += lines * padding;
+    }
     begins[p.num_requests] = total;
     p.schedule[Schedule::CHUNK] = chunk;
     p.schedule[Schedule::PARTS] = (total + chunk - 1) / chunk;
     p.schedule[Schedule::TOTAL] = total;
     p.schedule[Schedule::NEWEST] = p.newest_from != nullptr;
+  }
+  __syncthreads();
+  if (padding > 0) {
+    for (int r = threadIdx.x; r < p.num_requests; r += SCHEDULE_THREADS) begins[r] += begins[r] / longest * padding;
   }
 }
 
