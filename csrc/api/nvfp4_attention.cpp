@@ -62,8 +62,8 @@ void check_schedule(const Tensor& schedule, int64_t requests, const Nvfp4Attenti
 }
 
 // Where q_len is not the same for all requests.
-void take_query_starts(Nvfp4AttentionParams& p, const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                       const Tensor& seq_lens) {
+void take_query_starts(Nvfp4AttentionParams& p, const std::optional<Tensor>& query_starts,
+                       int64_t usual_q_len, const Tensor& seq_lens) {
   if (!query_starts) return;
   check_device("query_starts", *query_starts, "seq_lens", seq_lens);
   check_dtype("query_starts", *query_starts, {ScalarType::Int});
@@ -85,9 +85,9 @@ void check_requests(const char* name, const Tensor& tensor, const Tensor& seq_le
 
 Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                         int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
-                                        int64_t block_size, int64_t window, int64_t parts, int64_t split_units,
-                                        const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                                        const std::optional<Tensor>& newest_from) {
+                                        int64_t block_size, int64_t window, int64_t parts,
+                                        int64_t split_units, const std::optional<Tensor>& query_starts,
+                                        int64_t usual_q_len, const std::optional<Tensor>& newest_from) {
   check_device("schedule", schedule, "seq_lens", seq_lens);
   check_dtype("seq_lens", seq_lens, {ScalarType::Int});
   check_dtype("schedule", schedule, {ScalarType::Int});
@@ -130,8 +130,7 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
                            const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
                            int64_t q_len, int64_t window, double soft_cap, int64_t scale_order, int64_t parts,
                            int64_t split_units, const std::optional<Tensor>& newest,
-                           const std::optional<Tensor>& newest_rows,
-                           const std::optional<Tensor>& newest_from,
+                           const std::optional<Tensor>& newest_rows, const std::optional<Tensor>& newest_from,
                            const std::optional<Tensor>& query_starts, int64_t usual_q_len,
                            bool rotated_keys) {
   check_device("q", q, "kv_cache", kv_cache);

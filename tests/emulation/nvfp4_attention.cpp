@@ -27,7 +27,8 @@ void run_pages(Nvfp4AttentionParams p) {
   p.schedule = schedule.data();
   p.costs.least = 4;
   p.v_scale_flip = C::v_scale_flip(p.v_order);
-  simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] { schedule_kernel(p, TILE, C::TILE_ROWS, p.parts, true); });
+  simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0,
+               [&] { schedule_kernel(p, TILE, C::TILE_ROWS, p.parts, true); });
   simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
     p.newest == nullptr ? page_decode_kernel<C, false>(p) : page_decode_kernel<C, true>(p);
   });
@@ -49,12 +50,10 @@ void run(Nvfp4AttentionParams p) {
   p.partial_out = out.data();
   p.partial_ml = ml.data();
   p.schedule = schedule.data();
-  simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
-    schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.parts, false);
-  });
-  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
-    p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p);
-  });
+  simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0,
+               [&] { schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.parts, false); });
+  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES,
+               [&] { p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p); });
   check_counters(p, schedule);
 }
 
@@ -104,8 +103,8 @@ struct Args {
   int64_t usual_q_len, rotated_keys, whole_pages;
 };
 
-// Tile rows are chosen as launch.cu does; warps: 4, or 16 where there is such a kernel; whole_pages: the kernel of
-// page_decode.cuh. Returns 1 for a shape without a kernel.
+// Tile rows are chosen as launch.cu does; warps: 4, or 16 where there is such a kernel; whole_pages: the
+// kernel of page_decode.cuh. Returns 1 for a shape without a kernel.
 extern "C" int run_nvfp4_attention(const Args* a) {
   using namespace xlayer::attention;
   xlayer::Nvfp4AttentionParams p = {};

@@ -108,7 +108,9 @@ def line_of(length: int, newest_from: int) -> list[int]:
 
 @pytest.mark.parametrize("newest", [0, 64])
 @pytest.mark.parametrize(
-    "lengths", [(5000, 17, 0, 900, 16), (1024,) * 64, (8192,) * 64, (20,) * 40], ids=["ragged", "1k", "8k", "short"]
+    "lengths",
+    [(5000, 17, 0, 900, 16), (1024,) * 64, (8192,) * 64, (20,) * 40],
+    ids=["ragged", "1k", "8k", "short"],
 )
 def test_schedule(lengths, newest):
     """Requests follow each other on the line, and every part from a request's first tile to its last has one."""

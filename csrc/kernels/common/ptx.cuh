@@ -85,13 +85,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// A barrier in shared memory, 8 bytes. A phase of it is complete when `count` threads have arrived and as many bytes
-// have come as were announced; then the next begins.
+// A barrier in shared memory, 8 bytes. A phase of it is complete when `count` threads have arrived and as
+// many bytes have come as were announced; then the next begins.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-// What this thread wrote to shared memory, barriers too, comes before what asynchronous copies that are issued later
-// do there.
+// What this thread wrote to shared memory, barriers too, comes before what asynchronous copies that are
+// issued later do there.
 __device__ __forceinline__ void fence_async_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -100,7 +100,8 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 }
 // Arrives, and announces bytes that copies will bring in this phase.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 // Until the phase of this parity is complete: the last but one is taken for complete, too.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -117,9 +118,10 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 }
 // A multiple of 16 bytes, from and to multiples of 16.
 __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 // c += a * b, 16 x 8 x 16, halves with float sums.

@@ -64,19 +64,21 @@ const Variant* find(const Nvfp4AttentionParams& p) {
   if (v == nullptr || p.split_units > 0) return v;
   const Variant* large = find_large(*v);
   // As long as no large block has two lines to work on, one after the other.
-  const bool few = large != nullptr && int64_t(p.num_requests) * head_tiles_of(p, p.usual_q_len, v->tile_rows) <= large->blocks(p.parts);
+  const bool few =
+      large != nullptr &&
+      int64_t(p.num_requests) * head_tiles_of(p, p.usual_q_len, v->tile_rows) <= large->blocks(p.parts);
   return few ? large : v;
 }
 
-// The kernel for whole pages, if there is one for these heads and the current device; sm_90's, as it is measured
-// there.
+// The kernel for whole pages, if there is one for these heads and the current device; sm_90's, as it is
+// measured there.
 const PageVariant* page_variant(const Nvfp4AttentionParams& p) {
   int device = 0, major = 0;
   if (p.split_units > 0 || rows_of(p) > ROWS) return nullptr;
   const PageVariant* v = find_page_variant(p.page.head_size, p.page.heads);
   if (v == nullptr || cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major != 9 ||
-      !v->runs()) {
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      major != 9 || !v->runs()) {
     return nullptr;
   }
   return v;
@@ -86,7 +88,8 @@ const PageVariant* page_variant(const Nvfp4AttentionParams& p) {
 const PageVariant* find_pages(const Nvfp4AttentionParams& p) {
   if (p.page.block_size != TILE) return nullptr;
   const char* forced = std::getenv("XLAYER_KERNEL");  // "pages" or "tiles"
-  const bool many = forced != nullptr ? forced[0] == 'p' : int64_t(p.num_requests) * p.page.heads * 2 > p.parts;
+  const bool many =
+      forced != nullptr ? forced[0] == 'p' : int64_t(p.num_requests) * p.page.heads * 2 > p.parts;
   return many ? page_variant(p) : nullptr;
 }
 
@@ -103,13 +106,13 @@ Nvfp4AttentionParams with_costs(Nvfp4AttentionParams p) {
 cudaError_t launch_nvfp4_attention_schedule(const Nvfp4AttentionParams& p, cudaStream_t stream) {
   if (const PageVariant* pages = find_pages(p)) {
     attention::schedule_kernel<<<1, attention::SCHEDULE_THREADS, 0, stream>>>(with_costs(p), TILE, ROWS,
-                                                                               pages->blocks(p.parts), true);
+                                                                              pages->blocks(p.parts), true);
     return cudaGetLastError();
   }
   const Variant* v = find(p);
   if (v == nullptr) return cudaErrorInvalidValue;
   attention::schedule_kernel<<<1, attention::SCHEDULE_THREADS, 0, stream>>>(p, v->unit_tokens, v->tile_rows,
-                                                                             v->blocks(p.parts), false);
+                                                                            v->blocks(p.parts), false);
   return cudaGetLastError();
 }
 

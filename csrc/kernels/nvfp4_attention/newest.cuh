@@ -1,12 +1,12 @@
-// A warp's work on one tile of the newest tokens, which are not quantised: straight from global memory or from a
-// stage of shared memory, in a loop of its own before the pages' tiles or after them (`NEWEST_FIRST`).
+// A warp's work on one tile of the newest tokens, which are not quantised: straight from global memory or
+// from a stage of shared memory, in a loop of its own before the pages' tiles or after them (`NEWEST_FIRST`).
 //
-// Fragments are those of tile.cuh: a lane has of K rows g and g + 8, of V four tokens, and the same dimensions of
-// them. So Q's fragments, the softmax and the output's order are the same. What differs
-// is the unit. Both leave the global scale to others; but dequantised values are 2^-14 of what they stand for,
-// which would be too small for halves that have all their bits. These are NEWEST_UNIT times it. Scores are
-// brought to the pages' unit; the output goes into the other unit before the loop, where there is any, and back
-// after it: powers of two.
+// Fragments are those of tile.cuh: a lane has of K rows g and g + 8, of V four tokens, and the same
+// dimensions of them. So Q's fragments, the softmax and the output's order are the same. What differs is the
+// unit. Both leave the global scale to others; but dequantised values are 2^-14 of what they stand for, which
+// would be too small for halves that have all their bits. These are NEWEST_UNIT times it. Scores are brought
+// to the pages' unit; the output goes into the other unit before the loop, where there is any, and back after
+// it: powers of two.
 #pragma once
 
 #include "query.cuh"
@@ -110,8 +110,8 @@ class NewestTile {
   }
 
   template <class From>
-  __device__ __forceinline__ void multiply_k(Dtype dtype, const WarpState<C>& state, const From& from, int place,
-                                             float (&s)[C::NT][4]) const {
+  __device__ __forceinline__ void multiply_k(Dtype dtype, const WarpState<C>& state, const From& from,
+                                             int place, float (&s)[C::NT][4]) const {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     typename From::Row rows[2];
 #pragma unroll

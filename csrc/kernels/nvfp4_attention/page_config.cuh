@@ -1,5 +1,5 @@
-// Compile-time shape of the kernel that works on whole pages (page_decode.cuh), and where things are in shared
-// memory.
+// Compile-time shape of the kernel that works on whole pages (page_decode.cuh), and where things are in
+// shared memory.
 #pragma once
 
 #include "config.cuh"
@@ -26,8 +26,8 @@ struct PageConfig {
   static constexpr bool SHARED_Q = false, NEWEST_FIRST = false;
   static_assert(D == 128, "expected a head size of 128: rows of 64 bytes, of which two meet all banks");
 
-  // A stage is a page as it is in memory (nvfp4/page.cuh), or a part of a tile of newest tokens: K and V, 16 tokens
-  // each, of as many heads as there is room for.
+  // A stage is a page as it is in memory (nvfp4/page.cuh), or a part of a tile of newest tokens: K and V, 16
+  // tokens each, of as many heads as there is room for.
   static constexpr int HEAD_DATA = TILE * ROW, HEAD_SCALES = TILE * S;
   static constexpr int K_SCALE = HEADS * HEAD_DATA;
   static constexpr int V_DATA = HEADS * (HEAD_DATA + HEAD_SCALES);
@@ -42,8 +42,8 @@ struct PageConfig {
   // Blocks that an SM is to hold: sixteen warps of 128 registers, as decode_kernel's.
   static constexpr int BLOCKS = 16 / WARPS;
   static constexpr int STAGES = 6;
-  // A stage is filled anew so many pages after a warp has left it. The others will have left it, too: who fills it
-  // does not wait for them.
+  // A stage is filled anew so many pages after a warp has left it. The others will have left it, too: who
+  // fills it does not wait for them.
   static constexpr int LAG = 2;
   // Behind each stage are its two barriers, of 8 bytes: one address for all three.
   static constexpr int FULL = STAGE_BYTES, EMPTY_BARRIER = FULL + 8;
@@ -57,10 +57,10 @@ struct PageConfig {
   static XLAYER_HD int k_chunk(int, int c) { return c; }
   static XLAYER_HD int v_chunk(int, int c) { return c; }
   static XLAYER_HD int k_dim(int t, int w) { return 32 * t + 8 * w; }
-  // 0 1 3 2 4 5 7 6. Rows are 64 bytes apart and not moved on their way here, so tokens 2 i and 2 i + 1 meet all
-  // banks: those are neighbouring rows of S^T, for K's loads; and of V, half of the lanes ask for an even token,
-  // half for an odd one. (In any order V's loads meet a bank twice: a quarter of a row is all that a half-warp
-  // reads of it.)
+  // 0 1 3 2 4 5 7 6. Rows are 64 bytes apart and not moved on their way here, so tokens 2 i and 2 i + 1 meet
+  // all banks: those are neighbouring rows of S^T, for K's loads; and of V, half of the lanes ask for an even
+  // token, half for an odd one. (In any order V's loads meet a bank twice: a quarter of a row is all that a
+  // half-warp reads of it.)
   static XLAYER_HD constexpr int token_of_row(int row) { return row ^ (row >> 1 & 1); }
   static XLAYER_HD constexpr int v_token(int t, int i) { return token_of_row(2 * t + i % 2 + i / 2 * 8); }
   static XLAYER_HD constexpr int k_place(int row) { return token_of_row(row); }

@@ -1,11 +1,12 @@
-// Attention of a few query tokens to an NVFP4 cache, one pass over the bytes, for pages of 16 tokens of as many KV
-// heads as a thread block has warps.
+// Attention of a few query tokens to an NVFP4 cache, one pass over the bytes, for pages of 16 tokens of as
+// many KV heads as a thread block has warps.
 //
-// decode.cuh gives a thread block some tokens of one KV head, of which each warp copies its own; here it has all KV
-// heads of a request, a warp a head. A page is contiguous, so one bulk copy brings a tile for each warp, in place of
-// some twenty instructions in each; warps have nothing to merge with each other and meet at no barrier but those of
-// the ring (page_ring.cuh). What parts share is merged by a warp as well (page_output.cuh). The words are those of
-// decode.cuh, but that a tile is 16 tokens of all heads, and of costs (page_work.cuh).
+// decode.cuh gives a thread block some tokens of one KV head, of which each warp copies its own; here it has
+// all KV heads of a request, a warp a head. A page is contiguous, so one bulk copy brings a tile for each
+// warp, in place of some twenty instructions in each; warps have nothing to merge with each other and meet at
+// no barrier but those of the ring (page_ring.cuh). What parts share is merged by a warp as well
+// (page_output.cuh). The words are those of decode.cuh, but that a tile is 16 tokens of all heads, and of
+// costs (page_work.cuh).
 #pragma once
 
 #include "combine.cuh"
@@ -95,11 +96,13 @@ __device__ __forceinline__ void attend_page_run(const Nvfp4AttentionParams& p, c
   const int64_t row_tile = int64_t(run.request) * row_tiles(p.q_len, group, C::TILE_ROWS) + run.row_tile;
   int32_t* counter = p.schedule + Schedule::counters(p.num_requests) + row_tile * C::HEADS + head;
   const int parts = ptx::uniform(run.last_part - run.first_part + 1);
-  if (comes_last_of(counter, parts)) combine_parts<C>(p, run.first_part, parts, run.queries, head, first_row, rows);
+  if (comes_last_of(counter, parts))
+    combine_parts<C>(p, run.first_part, parts, run.queries, head, first_row, rows);
 }
 
 // What a part has from `position` on: of one request and row tile.
-__device__ __forceinline__ PageRun page_run(const Nvfp4AttentionParams& p, int part, int position, int request) {
+__device__ __forceinline__ PageRun page_run(const Nvfp4AttentionParams& p, int part, int position,
+                                            int request) {
   const int32_t* begins = p.schedule + Schedule::BEGINS;
   const int chunk = p.schedule[Schedule::CHUNK];
   const int part_end = min((part + 1) * chunk, p.schedule[Schedule::TOTAL]);
@@ -130,14 +133,16 @@ __device__ __forceinline__ PageRun page_run(const Nvfp4AttentionParams& p, int p
   return run;
 }
 
-// NEWEST: there may be tiles of newest tokens. A variant of its own, so that the other is not held up by them.
+// NEWEST: there may be tiles of newest tokens. A variant of its own, so that the other is not held up by
+// them.
 template <class C, bool NEWEST>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     page_decode_kernel(const __grid_constant__ Nvfp4AttentionParams p) {
 #if XLAYER_HAS_BULK_COPY
   XLAYER_DYNAMIC_SHARED(shared);
   static_assert(sizeof(PageNotes) <= C::NOTES_BYTES);
-  PageNotes& notes = *reinterpret_cast<PageNotes*>(shared + C::NOTES_OFFSET + threadIdx.x / 32 * C::NOTES_BYTES);
+  PageNotes& notes =
+      *reinterpret_cast<PageNotes*>(shared + C::NOTES_OFFSET + threadIdx.x / 32 * C::NOTES_BYTES);
   PageRing<C, NEWEST> ring(p, ptx::shared_address(shared), notes);
   WarpState<C> state;
   notes.begin();

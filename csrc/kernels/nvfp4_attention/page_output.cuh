@@ -1,7 +1,9 @@
-// The result of a warp that has a KV head to itself, from its registers: to the output, or to the workspace and from
-// there merged with the other parts' by whichever warp finishes the last of them. No other warp of the block takes part.
+// The result of a warp that has a KV head to itself, from its registers: to the output, or to the workspace
+// and from there merged with the other parts' by whichever warp finishes the last of them. No other warp of
+// the block takes part.
 //
-// The workspace has, for each slot (two a part), [HEADS][TILE_ROWS] rows of DP floats, and of two (maximum, sum).
+// The workspace has, for each slot (two a part), [HEADS][TILE_ROWS] rows of DP floats, and of two (maximum,
+// sum).
 #pragma once
 
 #include "../common/ptx.cuh"
@@ -11,8 +13,8 @@
 
 namespace xlayer::attention {
 
-// First row of what a part has of a request and row tile that it shares: of at most one such it has not the first
-// tile, of at most one the first, but not the last.
+// First row of what a part has of a request and row tile that it shares: of at most one such it has not the
+// first tile, of at most one the first, but not the last.
 template <class C>
 __device__ __forceinline__ int64_t page_slot(int part, bool has_first_tile, int head) {
   return ((2 * int64_t(part) + has_first_tile) * C::HEADS + head) * C::TILE_ROWS;
@@ -20,8 +22,8 @@ __device__ __forceinline__ int64_t page_slot(int part, bool has_first_tile, int 
 
 // rows: of the head tile that exist.
 template <class C>
-__device__ __forceinline__ void store_whole(const Nvfp4AttentionParams& p, const WarpState<C>& state, int first_token,
-                                            int head, int first_row, int rows) {
+__device__ __forceinline__ void store_whole(const Nvfp4AttentionParams& p, const WarpState<C>& state,
+                                            int first_token, int head, int first_row, int rows) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -43,8 +45,8 @@ __device__ __forceinline__ void store_whole(const Nvfp4AttentionParams& p, const
 }
 
 template <class C>
-__device__ __forceinline__ void store_partial(const Nvfp4AttentionParams& p, const WarpState<C>& state, int64_t slot,
-                                              int rows) {
+__device__ __forceinline__ void store_partial(const Nvfp4AttentionParams& p, const WarpState<C>& state,
+                                              int64_t slot, int rows) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -64,7 +66,8 @@ __device__ __forceinline__ void store_partial(const Nvfp4AttentionParams& p, con
   }
 }
 
-// Called by a whole warp after store_partial: true if the other parts have written theirs, which can be read then.
+// Called by a whole warp after store_partial: true if the other parts have written theirs, which can be read
+// then.
 __device__ __forceinline__ bool comes_last_of(int32_t* counter, int parts) {
   __syncwarp();
   int last = 0;
@@ -77,8 +80,8 @@ __device__ __forceinline__ bool comes_last_of(int32_t* counter, int parts) {
   return ptx::uniform(last) != 0;
 }
 
-// Adds up the parts' results, in the order of the parts. Four rows at a time, four dimensions of each a lane: so
-// sixteen loads are under way at once.
+// Adds up the parts' results, in the order of the parts. Four rows at a time, four dimensions of each a lane:
+// so sixteen loads are under way at once.
 template <class C>
 __device__ __forceinline__ void combine_parts(const Nvfp4AttentionParams& p, int first_part, int count,
                                               int first_token, int head, int first_row, int rows) {
@@ -108,7 +111,8 @@ __device__ __forceinline__ void combine_parts(const Nvfp4AttentionParams& p, int
     for (int r = 0; r < TOGETHER; ++r) {
       const float mine = top[r];
 #pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2) top[r] = fmaxf(top[r], __shfl_xor_sync(0xFFFFFFFFu, top[r], lanes));
+      for (int lanes = 1; lanes < 32; lanes *= 2)
+        top[r] = fmaxf(top[r], __shfl_xor_sync(0xFFFFFFFFu, top[r], lanes));
       sum[r] *= exp2f(mine - top[r]);
 #pragma unroll
       for (int lanes = 1; lanes < 32; lanes *= 2) sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], lanes);
@@ -124,11 +128,13 @@ __device__ __forceinline__ void combine_parts(const Nvfp4AttentionParams& p, int
         float4 y[TOGETHER][TOGETHER];
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
-          const float* from = p.partial_out + (at(base + min(first + i, here - 1)) + begin) * C::DP + 4 * lane;
+          const float* from =
+              p.partial_out + (at(base + min(first + i, here - 1)) + begin) * C::DP + 4 * lane;
 #pragma unroll
           for (int r = 0; r < TOGETHER; ++r) {
-            y[i][r] = first + i < here && begin + r < rows ? *reinterpret_cast<const float4*>(from + r * C::DP)
-                                                           : make_float4(0, 0, 0, 0);
+            y[i][r] = first + i < here && begin + r < rows
+                          ? *reinterpret_cast<const float4*>(from + r * C::DP)
+                          : make_float4(0, 0, 0, 0);
           }
         }
 #pragma unroll

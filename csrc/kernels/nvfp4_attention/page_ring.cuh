@@ -1,21 +1,23 @@
 // Pages and newest tokens to a thread block's ring of stages in shared memory, by bulk copies.
 //
-// What is copied at once is a fill: a page, or a part of a tile of newest tokens. A block's fills are numbered through
-// all of its runs; fill n goes to stage n % STAGES, warp n % WARPS asks for it, and all warps leave it one after the
-// other in the order of numbers. Each stage has two barriers:
+// What is copied at once is a fill: a page, or a part of a tile of newest tokens. A block's fills are
+// numbered through all of its runs; fill n goes to stage n % STAGES, warp n % WARPS asks for it, and all
+// warps leave it one after the other in the order of numbers. Each stage has two barriers:
 //
-//   full   one arrival a phase, of who asks for a fill, with the bytes that it brings. Phase n / STAGES is complete
-//          when fill n is there. Every lane that reads a stage has waited for it by itself: so the copy's writes, which
-//          the barrier's completion releases, come before that lane's reads.
-//   empty  one arrival a phase of each warp, by a lane that has met the other 31 (__syncwarp) after their last read
-//          of the stage. Who asks for fill n + STAGES waits for it in phase n / STAGES: so all reads come before the
-//          copy that overwrites what was read. Nobody writes to the ring but copies: there are no writes of threads
-//          that a copy would have to be kept behind.
+//   full   one arrival a phase, of who asks for a fill, with the bytes that it brings. Phase n / STAGES is
+//   complete
+//          when fill n is there. Every lane that reads a stage has waited for it by itself: so the copy's
+//          writes, which the barrier's completion releases, come before that lane's reads.
+//   empty  one arrival a phase of each warp, by a lane that has met the other 31 (__syncwarp) after their
+//   last read
+//          of the stage. Who asks for fill n + STAGES waits for it in phase n / STAGES: so all reads come
+//          before the copy that overwrites what was read. Nobody writes to the ring but copies: there are no
+//          writes of threads that a copy would have to be kept behind.
 //
-// A barrier is never two phases ahead of a thread that waits for it by parity: a stage is filled anew only when all
-// warps have left it, and a warp leaves it only when it is full, whether it has read from it or not. No warp waits for
-// ever: who waits for an empty stage, for fill n + STAGES, has left fill n itself, and the others need for that only
-// fills before n + STAGES.
+// A barrier is never two phases ahead of a thread that waits for it by parity: a stage is filled anew only
+// when all warps have left it, and a warp leaves it only when it is full, whether it has read from it or not.
+// No warp waits for ever: who waits for an empty stage, for fill n + STAGES, has left fill n itself, and the
+// others need for that only fills before n + STAGES.
 #pragma once
 
 #include "../common/ptx.cuh"
@@ -48,8 +50,8 @@ class PageRing {
     for (int i = 0; i < C::STAGES - C::LAG; ++i) ask(i);
   }
 
-  // Called for each of the run's fills in turn: waits until it is there, and returns the address of its stage. Asks
-  // for another, if this warp is to.
+  // Called for each of the run's fills in turn: waits until it is there, and returns the address of its
+  // stage. Asks for another, if this warp is to.
   __device__ __forceinline__ uint32_t wait(int fill) {
     ask(fill + C::STAGES - C::LAG);
     ptx::barrier_wait(stage_ + C::FULL, parity_);
@@ -68,14 +70,16 @@ class PageRing {
   __device__ __forceinline__ uint32_t end() const { return ring_ + C::RING_BYTES; }
 
   // `fill`, or a number that none has if the run has fewer.
-  __device__ __forceinline__ int next(int fill) const { return ptx::uniform(fill < notes_.fills ? fill : INT32_MAX); }
+  __device__ __forceinline__ int next(int fill) const {
+    return ptx::uniform(fill < notes_.fills ? fill : INT32_MAX);
+  }
 
   // Asks for a fill of the run, if it is this warp's to ask for. Called for each in turn.
   __device__ __forceinline__ void ask(int fill) {
     if (fill != mine_) return;
     mine_ = next(fill + C::WARPS);
     const int lane = threadIdx.x & 31, asked = fill / C::WARPS;  // by this warp
-    if (asked % 32 == 0) {  // this warp's next 32 fills, one a lane
+    if (asked % 32 == 0) {                                       // this warp's next 32 fills, one a lane
       const int page = fill + lane * C::WARPS;
       const int32_t* table = p_.block_table + notes_.run.request * p_.block_table_stride + notes_.run.begin;
       if (page < notes_.pages) block_ = table[page];
@@ -84,7 +88,8 @@ class PageRing {
     const uint32_t number = notes_.number + fill, round = number / C::STAGES;
     const uint32_t to = ring_ + (number - round * C::STAGES) * C::STAGE_PITCH;
     if (lane == 0) {
-      ptx::barrier_wait(to + C::EMPTY_BARRIER, (round & 1) ^ 1);  // complete from the beginning in the first round
+      ptx::barrier_wait(to + C::EMPTY_BARRIER,
+                        (round & 1) ^ 1);  // complete from the beginning in the first round
       if (!NEWEST || fill < notes_.pages) {
         ptx::barrier_expect(to + C::FULL, C::STAGE_BYTES);
         const uint64_t from = uint64_t(uint32_t(block)) * uint32_t(p_.block_stride);
@@ -106,8 +111,8 @@ class PageRing {
 #pragma unroll 1
     for (int i = 0; i < 2 * C::NEWEST_HEADS; ++i) {
       const int64_t from = newest_offset(p_.page, p_.newest_tokens, row, i % 2 != 0, head + i / 2, place);
-      ptx::bulk_copy(to + i * C::NEWEST_BYTES, static_cast<const uint16_t*>(p_.newest) + from, C::NEWEST_BYTES,
-                     to + C::FULL);
+      ptx::bulk_copy(to + i * C::NEWEST_BYTES, static_cast<const uint16_t*>(p_.newest) + from,
+                     C::NEWEST_BYTES, to + C::FULL);
     }
   }
 

@@ -1,14 +1,15 @@
-// How requests lie on the line of the kernel that works on whole pages (page_decode.cuh), and what a part of it is.
+// How requests lie on the line of the kernel that works on whole pages (page_decode.cuh), and what a part of
+// it is.
 //
-// The line is of costs. A tile here is 16 tokens of all KV heads, of one request and row tile: 8 of a KV head's query
-// rows. Each request and row tile has, in this order,
+// The line is of costs. A tile here is 16 tokens of all KV heads, of one request and row tile: 8 of a KV
+// head's query rows. Each request and row tile has, in this order,
 //
 //   | run |p|p|p| ... |p|p| newest | newest |
 //
-// what it costs to begin and to end a run; its pages, one each; its tiles of newest tokens, `newest` each. Where all
-// are equally long and longer than a part, nothing may follow, so that each is so many parts. A tile belongs to the
-// part where its costs begin. As long as no tile costs more than a part holds, every part from that of
-// the first tile to that of the last has one of them.
+// what it costs to begin and to end a run; its pages, one each; its tiles of newest tokens, `newest` each.
+// Where all are equally long and longer than a part, nothing may follow, so that each is so many parts. A
+// tile belongs to the part where its costs begin. As long as no tile costs more than a part holds, every part
+// from that of the first tile to that of the last has one of them.
 #pragma once
 
 #include "work.cuh"
@@ -49,19 +50,19 @@ struct PageLine {
 
 // Tiles of one request and row tile that one part has, and what there is to know of them.
 struct PageRun {
-  int begin, end;         // tiles, of the request's
-  int pages_end;          // where newest tokens begin
-  int first_seen, last;   // tokens of the request that some query sees
-  int queries, q_len;     // its query tokens: the first in the batch, and how many
+  int begin, end;        // tiles, of the request's
+  int pages_end;         // where newest tokens begin
+  int first_seen, last;  // tokens of the request that some query sees
+  int queries, q_len;    // its query tokens: the first in the batch, and how many
   int request, row_tile;
-  int part, next;         // what comes next on the line
+  int part, next;             // what comes next on the line
   int first_part, last_part;  // those that have tiles of this request and row tile
 
   __device__ __forceinline__ bool whole() const { return first_part == last_part; }
 };
 
-// A run's, for each warp in shared memory: in registers all this would be in the way of the tiles' arithmetic. What is
-// read from there is read anew behind each barrier.
+// A run's, for each warp in shared memory: in registers all this would be in the way of the tiles'
+// arithmetic. What is read from there is read anew behind each barrier.
 struct PageNotes {
   PageRun run;
   int pages;   // tiles; the others are newest tokens'

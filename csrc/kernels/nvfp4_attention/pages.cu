@@ -29,8 +29,8 @@ bool runs() {
   return false;
 #else
   cudaFuncAttributes made;
-  return cudaFuncGetAttributes(&made, page_decode_kernel<C, false>) == cudaSuccess && made.binaryVersion >= 90 &&
-         made.ptxVersion >= 90;
+  return cudaFuncGetAttributes(&made, page_decode_kernel<C, false>) == cudaSuccess &&
+         made.binaryVersion >= 90 && made.ptxVersion >= 90;
 #endif
 }
 

@@ -8,13 +8,14 @@ namespace xlayer::attention {
 constexpr int SCHEDULE_THREADS = 256;
 constexpr int MIN_TOKENS = 128;  // of a part: below, merging costs more than it spreads
 
-// A tile of newest tokens takes as long as so many of a page: it has 512 bytes a token and head size of 128 in
-// place of 144, and nothing is read ahead of it.
+// A tile of newest tokens takes as long as so many of a page: it has 512 bytes a token and head size of 128
+// in place of 144, and nothing is read ahead of it.
 constexpr int NEWEST_COST = 4;
 
 // Units that a request's newest tokens add to each of its lines, because they cost more. They come after the
 // line's own, at its end as the newest tokens are, and nobody attends to them: a part that has some has fewer
-// others. What is less than a unit is left out. Not with a fixed split, whose parts are the same in any batch.
+// others. What is less than a unit is left out. Not with a fixed split, whose parts are the same in any
+// batch.
 __device__ __forceinline__ int newest_units(const Nvfp4AttentionParams& p, int request, const Range& keys,
                                             int unit) {
   if (p.newest_from == nullptr || p.split_units > 0) return 0;
@@ -33,8 +34,9 @@ __device__ __forceinline__ int whole_lines(int chunk, int line, int more) {
   return whole - chunk <= more ? whole : chunk;
 }
 
-// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. parts: to
-// aim for. whole_pages: a request has all its heads on the line at once (page_work.cuh), and costs in place of units.
+// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. parts:
+// to aim for. whole_pages: a request has all its heads on the line at once (page_work.cuh), and costs in
+// place of units.
 __global__ void __launch_bounds__(SCHEDULE_THREADS)
     schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int parts,
                     bool whole_pages) {
@@ -79,7 +81,8 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
   }
   if (threadIdx.x == 0) {
     // No tile costs more than a part; and short requests are not cut, but no part has many of them for that.
-    const int least = whole_pages ? max(min(p.costs.least, longest), p.costs.newest) : max(MIN_TOKENS / unit, 1);
+    const int least =
+        whole_pages ? max(min(p.costs.least, longest), p.costs.newest) : max(MIN_TOKENS / unit, 1);
     const int even = (total + parts - 1) / parts;
     int chunk = p.split_units > 0 ? p.split_units : max(even, least);
     if (p.split_units == 0 && shortest == longest) {
@@ -87,7 +90,8 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
       chunk = whole_lines(chunk, longest, whole_pages && even < least ? chunk : chunk / 16);
     }
     if (whole_pages && shortest == longest) {
-      // So many whole parts a line, if there are enough: in each line they begin and end at the same places then.
+      // So many whole parts a line, if there are enough: in each line they begin and end at the same places
+      // then.
       const int parts_of_line = (longest + chunk - 1) / chunk, lines = total / longest;
       if (longest > chunk && lines * parts_of_line <= parts) padding = parts_of_line * chunk - longest;
       total += lines * padding;
@@ -100,7 +104,8 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
   }
   __syncthreads();
   if (padding > 0) {
-    for (int r = threadIdx.x; r < p.num_requests; r += SCHEDULE_THREADS) begins[r] += begins[r] / longest * padding;
+    for (int r = threadIdx.x; r < p.num_requests; r += SCHEDULE_THREADS)
+      begins[r] += begins[r] / longest * padding;
   }
 }
 

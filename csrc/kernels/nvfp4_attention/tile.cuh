@@ -25,7 +25,8 @@ struct TileMask {
   float soft_cap;        // 0: none
 };
 
-// What Q^T has for eight rows and a word of K, in one lane: its two fragments of even elements, then of odd ones.
+// What Q^T has for eight rows and a word of K, in one lane: its two fragments of even elements, then of odd
+// ones.
 struct QueryWord {
   uint32_t b[4];
 };
@@ -56,16 +57,18 @@ struct QueryFragments<C, true> {
   }
 
  private:
-  __device__ __forceinline__ uint32_t place(int n, int w) const { return at + (n * C::WORDS + w) * C::Q_WORD; }
+  __device__ __forceinline__ uint32_t place(int n, int w) const {
+    return at + (n * C::WORDS + w) * C::Q_WORD;
+  }
 };
 
 template <class C>
 struct WarpState {
   QueryFragments<C> q;
-  float out[C::NT][C::M_TILES][4];     // O^T, times UNSCALE^-1
-  float factor[C::NT][2];              // logits in base 2 = S^T * factor
-  float max[C::NT][2];                 // of the logits in base 2, less HEADROOM; may lag by LAZY
-  float sum[C::NT][2];                 // this lane's part
+  float out[C::NT][C::M_TILES][4];  // O^T, times UNSCALE^-1
+  float factor[C::NT][2];           // logits in base 2 = S^T * factor
+  float max[C::NT][2];              // of the logits in base 2, less HEADROOM; may lag by LAZY
+  float sum[C::NT][2];              // this lane's part
 
   __device__ __forceinline__ void clear() {
 #pragma unroll

@@ -1,10 +1,10 @@
 // Runs CUDA kernels on a CPU, lane by lane, for tests where no GPU is.
 //
 // Every thread of a block is a fiber. It runs until it meets the others (a warp's shuffle, vote, matrix
-// product; a block's barrier), and goes on when all of them are there. A warp runs on as far as barriers let it
-// before another does. So the code of the kernels themselves runs: their addresses, masks, schedules, rings of
-// buffers, and a barrier that is missing shows in one of the two orders of warps. What does not show: speed,
-// finer races between warps, and what nvcc makes of the code.
+// product; a block's barrier), and goes on when all of them are there. A warp runs on as far as barriers let
+// it before another does. So the code of the kernels themselves runs: their addresses, masks, schedules,
+// rings of buffers, and a barrier that is missing shows in one of the two orders of warps. What does not
+// show: speed, finer races between warps, and what nvcc makes of the code.
 //
 // Stricter than a GPU: lanes that meet at different operations, a block that waits for ever, or a
 // shared-memory access outside of what was asked for end the program with a message. Shared memory starts as
@@ -102,7 +102,7 @@ struct Barrier {
   int count = 0, pending = 0;  // arrivals: of a phase, and those that this one lacks
   long bytes = 0;              // announced less come
   long phase = 0;
-  std::vector<Copy> copies;    // that complete it, and have not happened
+  std::vector<Copy> copies;  // that complete it, and have not happened
 };
 
 struct Machine {
