@@ -1,6 +1,6 @@
-"""The CUDA kernel with a warp a KV head (page_decode.cuh) without a GPU, lane by lane, against float64 attention.
+"""The CUDA kernel with a warp a KV head (page_decode.cuh) without a GPU, lane by lane.
 
-What the emulation shows and what it does not: tests/emulation/include/simt.h.
+Against float64 attention. What the emulation shows and what it does not: tests/emulation/include/simt.h.
 """
 
 from dataclasses import replace
@@ -113,7 +113,7 @@ def line_of(length: int, newest_from: int) -> list[int]:
     ids=["ragged", "1k", "8k", "short"],
 )
 def test_schedule(lengths, newest):
-    """Requests follow each other on the line, and every part from a request's first tile to its last has one."""
+    """Requests follow each other, and every part from a request's first tile to its last has one."""
     starts = [-(-max(0, n - newest) // 16) * 16 for n in lengths] if newest else [1 << 30] * len(lengths)
     made = schedule_of(list(lengths), 8, 264, 16, starts if newest else None, whole_pages=True)
     lines = [line_of(n, first) if n else [0] for n, first in zip(lengths, starts, strict=True)]

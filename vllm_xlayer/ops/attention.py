@@ -17,8 +17,8 @@ class AttentionWorkspace:
     """Memory for the schedule and the partial results of ``nvfp4_paged_attention``.
 
     Made once; serves every batch up to its limits, also in captured CUDA graphs, since no address changes.
-    A schedule is for one set of lengths, heads, page size and window: layers that differ in them need a workspace
-    each, layers that run one after the other on one stream share it.
+    A schedule is for one set of lengths, heads, page size and window: layers that differ in them need a
+    workspace each, layers that run one after the other on one stream share it.
     """
 
     num_q_heads: int
@@ -51,6 +51,8 @@ class AttentionWorkspace:
         max_tokens: int = 0,
     ) -> "AttentionWorkspace":
         """For up to ``max_requests`` requests of 1 to ``max_q_len`` query tokens (at most 8) each.
+
+        ``block_size`` is that of the pages, in tokens: which kernel runs depends on it.
 
         ``max_tokens`` matters only with ``split_units``: the most tokens a request's row of the block table
         has room for (its width times the block size).
@@ -164,8 +166,8 @@ def nvfp4_paged_attention(
         block_table: int32 [R, M], a request's blocks in order; entries past its tokens, and those of blocks
             that lie wholly before its window, are not read.
         seq_lens: int32 [R], tokens of each request, its q_len new ones included; at most M * N.
-        workspace: for these heads and pages, with the schedule of exactly these seq_lens, q_len, window and newest_from
-            (``nvfp4_attention_schedule``).
+        workspace: for these heads and pages, with the schedule of exactly these seq_lens, q_len, window and
+            newest_from (``nvfp4_attention_schedule``).
         k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
         out: as q, not the same memory. Written in place.
         scale: what q . k is multiplied by (usually D**-0.5), positive.
