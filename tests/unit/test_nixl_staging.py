@@ -35,7 +35,7 @@ class FakeWire:
         self.states, self.buffers, self.landed, self.released = {}, {}, [], []
         self.bad_row = None
         self.dead, self.fast = False, False
-        self.begun, self.checked = [], []
+        self.begun, self.checked, self.checks = [], [], []
         self.asked_too_late = False
 
     def begin(self, peer, rows):
@@ -73,7 +73,8 @@ class FakeWire:
         rows = self.begun[begun][1]
         assert begun not in self.checked and set(rows) <= set(self.landed), "not all of it is landing"
         self.checked.append(begun)
-        return FakeLanding("torn" if self.bad_row in rows else None)
+        self.checks.append(FakeLanding("torn" if self.bad_row in rows else None))
+        return self.checks[-1]
 
 
 @pytest.fixture
@@ -113,6 +114,21 @@ def test_more_rows_than_the_ring_holds_all_land_once(reads, wire):
     assert poll_until_over(reads, wire) == {"a": None, "b": None}
     assert sorted(wire.landed) == sorted(rows(19) + rows(3, start=100))
     assert sorted(reads.free) == [0, 1] and not reads.reads
+
+
+@pytest.mark.parametrize("bad", [None, 5])
+def test_nobody_hears_of_rows_before_they_are_checked(reads, wire, monkeypatch, bad):
+    """However long the check takes, and though the ring is free again."""
+    checked, done = False, FakeLanding.done
+    monkeypatch.setattr(FakeLanding, "done", lambda self: done(self) and (checked or self not in wire.checks))
+    wire.fast, wire.bad_row = True, bad
+    add(reads, "a", PEER, rows(9))
+    for _ in range(20):
+        assert reads.poll() == {}
+    assert sorted(wire.landed) == rows(9) and sorted(reads.free) == [0, 1] and wire.checked == [0]
+    assert reads.peers() == {PEER}
+    checked = True
+    assert reads.poll() == {"a": bad and Failure("seal", "torn")} and not reads.checks
 
 
 def test_a_poll_stays_while_rows_come(reads, wire):
