@@ -28,14 +28,15 @@ class FakeLanding:
 
 
 class FakeWire:
-    """Transfers by hand. A buffer that is posted to while another transfer may write it is a failure."""
+    """Transfers by hand. A buffer that is posted to while another transfer may write it, or while what it holds
+    is copied, is a failure."""
 
     def __init__(self):
         self.now = 0.0
         self.states, self.buffers, self.landed, self.released = {}, {}, [], []
         self.bad_row = None
         self.dead, self.fast = False, False
-        self.begun, self.checked, self.checks = [], [], []
+        self.begun, self.checked, self.checks, self.landing = [], [], [], {}
         self.asked_too_late = False
 
     def begin(self, peer, rows):
@@ -50,6 +51,8 @@ class FakeWire:
             raise RuntimeError("REMOTE_DISCONNECT")
         writing = [h for h, b in self.buffers.items() if b == buffer and self.states[h] == "PROC"]
         assert not writing, f"buffer {buffer} may still be written by {writing}"
+        copied = self.landing.pop(buffer, None)
+        assert copied is None or copied.steps < 0, f"buffer {buffer} is being copied"
         assert 0 < len(rows) <= self.capacity(begun, rows.start == 0)
         assert rows.step == 1 and rows.start >= 0 and rows.stop <= len(self.begun[begun][1])
         handle = len(self.states)
@@ -67,7 +70,8 @@ class FakeWire:
 
     def land(self, begun, buffer, rows):
         self.landed += self.begun[begun][1][rows.start : rows.stop]
-        return FakeLanding()
+        self.landing[buffer] = FakeLanding()
+        return self.landing[buffer]
 
     def check(self, begun):
         rows = self.begun[begun][1]
