@@ -28,8 +28,8 @@ class FakeLanding:
 
 
 class FakeWire:
-    """Transfers by hand. A buffer that is posted to while another transfer may write it, or while what it holds
-    is copied, is a failure."""
+    """Transfers by hand. A buffer that is posted to while another transfer may write it, or while what it
+    holds is copied, is a failure."""
 
     def __init__(self):
         self.now = 0.0
