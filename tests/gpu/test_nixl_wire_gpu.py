@@ -106,6 +106,16 @@ def test_rows_of_another_prompt_are_found(wire):
     assert landing.done() and f"of {SOME} rows {SOME} are sealed for other tokens" in landing.problem()
 
 
+@pytest.mark.parametrize("chunk", range(len(CHUNKS)))
+def test_a_torn_row_is_found_in_whatever_chunk_it_came(wire, chunk):
+    wire.ring[chunk, ROW_BYTES + 77] ^= 4
+    torch.cuda.synchronize()
+    landing = land(wire, begin(wire))
+    torch.cuda.synchronize()
+    assert landing.done() and "0 are sealed for other tokens" in landing.problem()
+    assert landing.problem().endswith("and 1 are not what was sealed")
+
+
 def test_rows_are_sealed_without_waiting(theirs):
     rows, _ = theirs
     seals, blocks = SealTable(rows), list(range(BLOCKS))

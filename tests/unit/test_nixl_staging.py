@@ -28,14 +28,15 @@ class FakeLanding:
 
 
 class FakeWire:
-    """Transfers by hand. A buffer that is posted to while another transfer may write it is a failure."""
+    """Transfers by hand. A buffer that is posted to while another transfer may write it, or while what it
+    holds is copied, is a failure."""
 
     def __init__(self):
         self.now = 0.0
         self.states, self.buffers, self.landed, self.released = {}, {}, [], []
         self.bad_row = None
         self.dead, self.fast = False, False
-        self.begun, self.checked = [], []
+        self.begun, self.checked, self.checks, self.landing = [], [], [], {}
         self.asked_too_late = False
 
     def begin(self, peer, rows):
@@ -50,6 +51,8 @@ class FakeWire:
             raise RuntimeError("REMOTE_DISCONNECT")
         writing = [h for h, b in self.buffers.items() if b == buffer and self.states[h] == "PROC"]
         assert not writing, f"buffer {buffer} may still be written by {writing}"
+        copied = self.landing.pop(buffer, None)
+        assert copied is None or copied.steps < 0, f"buffer {buffer} is being copied"
         assert 0 < len(rows) <= self.capacity(begun, rows.start == 0)
         assert rows.step == 1 and rows.start >= 0 and rows.stop <= len(self.begun[begun][1])
         handle = len(self.states)
@@ -67,13 +70,15 @@ class FakeWire:
 
     def land(self, begun, buffer, rows):
         self.landed += self.begun[begun][1][rows.start : rows.stop]
-        return FakeLanding()
+        self.landing[buffer] = FakeLanding()
+        return self.landing[buffer]
 
     def check(self, begun):
         rows = self.begun[begun][1]
         assert begun not in self.checked and set(rows) <= set(self.landed), "not all of it is landing"
         self.checked.append(begun)
-        return FakeLanding("torn" if self.bad_row in rows else None)
+        self.checks.append(FakeLanding("torn" if self.bad_row in rows else None))
+        return self.checks[-1]
 
 
 @pytest.fixture
@@ -113,6 +118,21 @@ def test_more_rows_than_the_ring_holds_all_land_once(reads, wire):
     assert poll_until_over(reads, wire) == {"a": None, "b": None}
     assert sorted(wire.landed) == sorted(rows(19) + rows(3, start=100))
     assert sorted(reads.free) == [0, 1] and not reads.reads
+
+
+@pytest.mark.parametrize("bad", [None, 5])
+def test_nobody_hears_of_rows_before_they_are_checked(reads, wire, monkeypatch, bad):
+    """However long the check takes, and though the ring is free again."""
+    checked, done = False, FakeLanding.done
+    monkeypatch.setattr(FakeLanding, "done", lambda self: done(self) and (checked or self not in wire.checks))
+    wire.fast, wire.bad_row = True, bad
+    add(reads, "a", PEER, rows(9))
+    for _ in range(20):
+        assert reads.poll() == {}
+    assert sorted(wire.landed) == rows(9) and sorted(reads.free) == [0, 1] and wire.checked == [0]
+    assert reads.peers() == {PEER}
+    checked = True
+    assert reads.poll() == {"a": bad and Failure("seal", "torn")} and not reads.checks
 
 
 def test_a_poll_stays_while_rows_come(reads, wire):

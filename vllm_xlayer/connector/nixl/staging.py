@@ -28,7 +28,7 @@ class Stay(NamedTuple):
     quiet: float
 
 
-BESIDE_STEPS, IDLE = Stay(2e-3, 0.5e-3), Stay(10e-3, 2e-3)
+BESIDE_STEPS, IDLE = Stay(2e-3, 1e-3), Stay(10e-3, 2e-3)
 """Of an engine whose step computes something, and of one that has nothing else to do: then its steps are what
 reads wait for. 64 MiB take 0.6 ms over NVLink, 1.4 ms over 400 Gbit/s."""
 REASONS = ("late", "seal", "lost", "busy")
