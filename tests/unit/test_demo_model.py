@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from benchmarks.training import train as training
-from benchmarks.training.llama import END_ID, PAD_ID, Llama, Shape, export
+from benchmarks.training.batches import PAD_ID
+from benchmarks.training.export import END_ID, export
+from benchmarks.training.llama import Llama, Shape
 from benchmarks.training.score import _rows, exact_match, gaussian_noise, nvfp4_rounding, score
 from benchmarks.training.train import Curriculum, Settings, learning_rate, main
 from vllm_xlayer.demo.documents import Prefix, prefixes
