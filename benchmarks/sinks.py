@@ -3,8 +3,8 @@
     python -m benchmarks.training.train --architecture gpt_oss --out MODEL
     python -m benchmarks.sinks MODEL OUT.json
 
-Each cache answers the demo's tasks (lm_eval), and `vllm-xlayer quality` reads a text of the same kind with it.
-Everything is made of keys that training never draws. Caches that do not run here are left out.
+Each cache answers the demo's tasks (lm_eval), and `vllm-xlayer quality` reads a text of the same kind with
+it. Everything is made of keys that training never draws. Caches that do not run here are left out.
 """
 
 import argparse
@@ -53,11 +53,12 @@ def answered(model: Path, spec: str, limit: int, folder: Path) -> dict[str, Any]
     """Scores and answers of the tasks with one cache; None: its engine failed, which was said."""
     cache = Cache(REFERENCE, "auto") if spec == REFERENCE else Cache.parse(spec)
     out = folder / f"{spec}.json"
-    command = [sys.executable, "-m", "vllm_xlayer.demo.engine", "--out", out, "--limit", str(limit)]
-    command += ["--kv-cache-dtype", cache.kv_cache_dtype, "--model", model]
+    command = [sys.executable, "-m", "vllm_xlayer.demo.engine", "--out", str(out), "--limit", str(limit)]
+    command += ["--kv-cache-dtype", cache.kv_cache_dtype, "--model", str(model)]
     quiet = {
         "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }  # fmt: skip
     environment = {**quiet, **os.environ, **cache.environment}
     ended = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -117,16 +118,17 @@ def section(results: dict[str, Any]) -> str:
     return f"""\
 ## A small model with attention sinks
 
-gpt-oss has attention sinks, windows of 128 tokens in every other layer and heads of 64, and other engines have
-lost much with 4-bit KV there. Its weights were not at hand. So a small GptOssForCausalLM was trained, on the tasks
-of the demo's model (`python -m benchmarks.training.train --architecture gpt_oss`; {shape["layers"]} layers,
+gpt-oss has attention sinks, windows of 128 tokens in every other layer and heads of 64. Its weights were not
+at hand, so a small GptOssForCausalLM was trained on the tasks of the demo's model: {shape["layers"]} layers,
 {shape["heads"]} query and {shape["kv_heads"]} KV heads of {shape["head_size"]}, {shape["experts"]} experts,
-{training["parameters"] / 1e6:.1f} million parameters, gpt-oss-20b's RoPE; {training["seconds"]:.0f} seconds on one
-{training["hardware"]}). It uses both: of the attention in prompts of 2,000 bytes
-{100 * sum(shares) / len(shares):.0f} % goes to sinks ({100 * max(shares):.0f} % in the head where it is most), and
-in plain PyTorch it answers {_of(exact["bf16_kv"])} of the held-out documents, {changed}.
+{training["parameters"] / 1e6:.1f} million parameters, gpt-oss-20b's RoPE; {training["seconds"]:.0f} seconds
+on one {training["hardware"]} (`python -m benchmarks.training.train --architecture gpt_oss`). What it makes of
+both: of the attention in prompts of 2,000 bytes {100 * sum(shares) / len(shares):.0f} % goes to sinks
+({100 * max(shares):.0f} % in the head where it is most). In plain PyTorch it answers
+{_of(exact["bf16_kv"])} of the held-out documents, {changed}.
 
-The tasks in vLLM (lm_eval, {results["documents"]} documents each), and how many answers are the 16-bit cache's:
+The tasks in vLLM (lm_eval, {results["documents"]} documents each), and how many answers are those of the
+16-bit cache:
 
 {markdown.table(["KV", *(task.removeprefix("xlayer_") for task in TASKS), "same answers"], lines)}
 
@@ -138,11 +140,12 @@ Tables, questions and answers of the same kind, read with `vllm-xlayer quality`:
 
 `python -m benchmarks.sinks` is the command.
 
-**What it shows**: that sinks, windows, heads of 64 and 8 query heads a KV head go through these kernels with trained
-weights as with any others, and what the cache costs a model whose answers stand in it.
-**What it does not show**: what gpt-oss-20b loses. A model of this size, of three tasks with one right answer each, has
-margins that natural language does not have, no reasoning over thousands of tokens in which an error could grow, and not
-the outliers of large models' keys. Before you serve gpt-oss with NVFP4, run `vllm-xlayer quality` on it, with your text."""
+What this shows: sinks, windows, heads of 64 and 8 query heads a KV head, with trained weights, and what each
+cache costs a model whose answers stand in it. **What it does not show: what gpt-oss-20b loses.** Three tasks
+with one right answer each leave wider margins than language does, a model so small need not have the outliers
+of a large one's keys, and nothing here reasons over thousands of tokens, in which an error can grow; FP4
+caches have cost gpt-oss much in other engines there. Before you serve it with NVFP4, run
+`vllm-xlayer quality` on it, with your text."""
 
 
 def _of(scores: dict[str, float]) -> str:

@@ -6,16 +6,15 @@ layer, a mixture of experts, and the RoPE of gpt-oss-20b. What a small Llama has
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .batches import PAD_ID
-from .export import END_ID
 from .llama import Attention, Layer, Llama, Shape
 
 ALPHA, LIMIT = 1.702, 7.0
@@ -67,8 +66,8 @@ class GptOssShape(Shape):
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
     """Causal attention with sinks: q, k and v [batch, heads, length, D], sinks [heads] -> as q.
 
-    A sink is one more score in every softmax, of nothing. Here it is a key with a value of zeros: a coordinate
-    that is 1 in every query is its score in that key, 0 in all others, and NEVER in keys that fill up.
+    A sink is one more score in every softmax, of nothing. Here it is a key with a value of zeros: a
+    coordinate that is 1 in every query is its score in that key, 0 in others, NEVER in keys that fill up.
 
     Args:
         window: of how many newest tokens, itself among them, a query sees; None: of all.
@@ -148,6 +147,8 @@ class Mixture(nn.Module):
 
 
 class GptOssLayer(Layer):
+    self_attn: SinkAttention
+
     def __init__(self, s: GptOssShape, window: int | None):
         super().__init__(s)
         self.self_attn = SinkAttention(s)
@@ -173,6 +174,10 @@ class GptOss(Llama):
 
     def make_layer(self, index: int) -> Layer:
         return GptOssLayer(self.shape, None if index % 2 else self.shape.window)
+
+    def sink_layers(self) -> Iterator[GptOssLayer]:
+        """The layers with their type."""
+        return (cast(GptOssLayer, layer) for layer in self.model.layers)
 
     def output_embedding(self) -> Tensor:
         return self.lm_head.weight
@@ -201,20 +206,12 @@ class GptOss(Llama):
 
     def variants(self) -> dict[str, Llama]:
         """Copies without sinks, and without windows: what the trained model makes of each."""
-        made = {}
-        for name, change in (("without_sinks", _no_sink), ("without_windows", _no_window)):
-            made[name] = copy.deepcopy(self)
-            for layer in made[name].model.decoder_layers():
-                change(layer)
-        return made
-
-
-def _no_sink(layer: GptOssLayer) -> None:
-    nn.init.constant_(layer.self_attn.sinks, NEVER)
-
-
-def _no_window(layer: GptOssLayer) -> None:
-    layer.window = None
+        without_sinks, without_windows = copy.deepcopy(self), copy.deepcopy(self)
+        for layer in without_sinks.sink_layers():
+            nn.init.constant_(layer.self_attn.sinks, NEVER)
+        for layer in without_windows.sink_layers():
+            layer.window = None
+        return {"without_sinks": without_sinks, "without_windows": without_windows}
 
 
 @torch.no_grad()

@@ -295,7 +295,7 @@ def of_sinks(model: GptOss, size: int) -> dict[str, Any]:
     texts = [prefixes(task, TEST_SEED, (size,))[0]["prefix"].encode() for task in TASK_NAMES]
     shares = [sink_shares(model, torch.tensor([list(text)], device=device)) for text in texts]
     return {
-        "scores": [layer.self_attn.sinks.tolist() for layer in model.model.decoder_layers()],
+        "scores": [layer.self_attn.sinks.tolist() for layer in model.sink_layers()],
         "shares": torch.tensor(shares).mean(0).tolist(),
     }
 
