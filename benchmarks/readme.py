@@ -18,6 +18,7 @@ from . import (
     markdown_models,
     markdown_tier,
     quality,
+    sinks,
     transforms,
     versions,
 )
@@ -75,6 +76,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "quality": (("h200-demo.json",), markdown.demo_table),
     "accuracy": (("h200-quality.json",), quality.table),
     "accuracy_short": (("h200-quality.json",), quality.short_table),
+    "sinks": (("h200-quality-sinks.json",), sinks.section),
     "transforms": (("h200-transforms.json", "h200-transforms-essays.json"), transforms.table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
     "load": (("h200-load.json",), markdown.load_section),
@@ -101,6 +103,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
 }
 """Marker in a document -> (results files, function of their contents that makes the Markdown)."""
 SECTIONS = (
+    "sinks",
     "transforms",
     "engine_qwen",
     "engine_gpt_oss",

@@ -1,24 +1,19 @@
 """A small Llama in plain PyTorch, with the names and the arithmetic of transformers' LlamaForCausalLM.
 
 Everything but attention works on flat [tokens, hidden] rows, so that one compiled graph serves every
-row length of a curriculum. ``export`` writes a folder that transformers and vLLM load.
+row length of a curriculum. Another architecture replaces a layer's parts (`gpt_oss`).
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import PAD_ID
-
-END_ID = 256
-TOKENS = 258
-"""256 bytes, end, padding. The vocabulary is padded to a multiple of 64."""
+from .export import END_ID
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,15 @@ class Shape:
     rope_theta: float = 1000000.0
     max_length: int = 2560
     eps: float = 1e-5
+
+    @property
+    def rope_scale(self) -> float:
+        """What RoPE multiplies queries and keys by, besides turning them."""
+        return 1.0
+
+    def rope_rates(self) -> Tensor:
+        """[head_size / 2]: radians a position by which each pair of a head turns."""
+        return self.rope_theta ** -(torch.arange(0, self.head_size, 2, dtype=torch.float32) / self.head_size)
 
 
 KVChange = Callable[[Tensor], Tensor]
@@ -59,13 +63,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, s: Shape):
+    def __init__(self, s: Shape, bias: bool = False):
         super().__init__()
         self.s = s
-        self.q_proj = nn.Linear(s.hidden, s.heads * s.head_size, bias=False)
-        self.k_proj = nn.Linear(s.hidden, s.kv_heads * s.head_size, bias=False)
-        self.v_proj = nn.Linear(s.hidden, s.kv_heads * s.head_size, bias=False)
-        self.o_proj = nn.Linear(s.heads * s.head_size, s.hidden, bias=False)
+        self.q_proj = nn.Linear(s.hidden, s.heads * s.head_size, bias=bias)
+        self.k_proj = nn.Linear(s.hidden, s.kv_heads * s.head_size, bias=bias)
+        self.v_proj = nn.Linear(s.hidden, s.kv_heads * s.head_size, bias=bias)
+        self.o_proj = nn.Linear(s.heads * s.head_size, s.hidden, bias=bias)
 
 
 class MLP(nn.Module):
@@ -75,8 +79,17 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(s.hidden, s.mlp, bias=False)
         self.down_proj = nn.Linear(s.mlp, s.hidden, bias=False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def output_weight(self) -> Tensor:
+        """The matrix whose product goes to the residual stream."""
+        return self.down_proj.weight
+
 
 class Layer(nn.Module):
+    mlp: Any
+
     def __init__(self, s: Shape):
         super().__init__()
         self.input_layernorm = RMSNorm(s.hidden, s.eps)
@@ -91,18 +104,23 @@ class Layer(nn.Module):
         q, k, v = (w(h).unflatten(-1, (-1, size)) for w in (a.q_proj, a.k_proj, a.v_proj))
         return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention: q [batch, heads, length, D], k and v [batch, kv_heads, length, D] -> as q."""
+        # Repeated K and V rather than enable_gqa: every SDPA backend takes them.
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection and MLP: x [tokens, hidden], attended [tokens, heads * D]."""
         x = x + self.self_attn.o_proj(attended)
-        h = self.post_attention_layernorm(x)
-        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    def __init__(self, s: Shape):
+    def __init__(self, s: Shape, make_layer: Callable[[int], Layer]):
         super().__init__()
         self.embed_tokens = nn.Embedding(s.vocabulary, s.hidden)
-        self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
+        self.layers = nn.ModuleList(make_layer(i) for i in range(s.layers))
         self.norm = RMSNorm(s.hidden, s.eps)
 
     def decoder_layers(self) -> Iterator[Layer]:
@@ -119,15 +137,17 @@ class Llama(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = shape
-        self.model = Decoder(shape)
-        half = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
-        angles = torch.outer(torch.arange(shape.max_length), shape.rope_theta**-half).repeat(1, 2)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.model = Decoder(shape, self.make_layer)
+        angles = torch.outer(torch.arange(shape.max_length), shape.rope_rates()).repeat(1, 2)
+        self.register_buffer("cos", angles.cos() * shape.rope_scale, persistent=False)
+        self.register_buffer("sin", angles.sin() * shape.rope_scale, persistent=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=(p.shape[1] * (2 * shape.layers if adds_to_residual else 1)) ** -0.5)
+
+    def make_layer(self, index: int) -> Layer:
+        return Layer(self.shape)
 
     def forward(
         self, ids: Tensor, change_k: KVChange | None = None, change_v: KVChange | None = None
@@ -145,14 +165,16 @@ class Llama(nn.Module):
             )
             k = change_k(k) if change_k else k
             v = change_v(v) if change_v else v
-            # Repeated K and V rather than enable_gqa: every SDPA backend takes them.
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            out = layer.attend(q, k, v)
             x = layer.after(x, out.transpose(1, 2).flatten(2).flatten(0, 1))
         return self.head(x)
 
+    def output_embedding(self) -> Tensor:
+        """[vocabulary, hidden]: the rows that the last hidden states are compared with."""
+        return self.model.embed_tokens.weight
+
     def head(self, x: Tensor) -> Tensor:
-        return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+        return F.linear(self.model.norm(x), self.output_embedding())
 
     def compile_parts(self) -> None:
         """Compiles all but attention. Shapes stay the same as long as batch * length does."""
@@ -160,68 +182,33 @@ class Llama(nn.Module):
             layer.before = torch.compile(layer.before, dynamic=False)  # type: ignore[method-assign]
             layer.after = torch.compile(layer.after, dynamic=False)  # type: ignore[method-assign]
 
+    def config(self) -> dict[str, object]:
+        """Hugging Face configuration of the model."""
+        s = self.shape
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": s.hidden,
+            "num_hidden_layers": s.layers,
+            "num_attention_heads": s.heads,
+            "num_key_value_heads": s.kv_heads,
+            "head_dim": s.head_size,
+            "intermediate_size": s.mlp,
+            "vocab_size": s.vocabulary,
+            "max_position_embeddings": s.max_length,
+            "rms_norm_eps": s.eps,
+            "rope_theta": s.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": s.rope_theta},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+            "bos_token_id": END_ID,
+            "eos_token_id": END_ID,
+            "pad_token_id": PAD_ID,
+            "dtype": "bfloat16",
+        }
 
-def config(s: Shape) -> dict[str, object]:
-    """Hugging Face configuration of the model."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": s.hidden,
-        "num_hidden_layers": s.layers,
-        "num_attention_heads": s.heads,
-        "num_key_value_heads": s.kv_heads,
-        "head_dim": s.head_size,
-        "intermediate_size": s.mlp,
-        "vocab_size": s.vocabulary,
-        "max_position_embeddings": s.max_length,
-        "rms_norm_eps": s.eps,
-        "rope_theta": s.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": s.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": END_ID,
-        "eos_token_id": END_ID,
-        "pad_token_id": PAD_ID,
-        "dtype": "bfloat16",
-    }
-
-
-def write_tokenizer(folder: Path, max_length: int) -> None:
-    """Byte-level tokenizer: id i < 256 is byte i. It adds nothing to a prompt."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    # ByteLevel spells a byte that is not printable as a letter beyond 255, in byte order.
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    shifted = iter(range(256, 512))
-    vocabulary = {chr(b if b in plain else next(shifted)): b for b in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = ["<|end|>", "<|pad|>"]
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": names[0],
-        "eos_token": names[0],
-        "pad_token": names[1],
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def export(model: Llama, folder: Path) -> None:
-    """Writes config.json, model.safetensors (bf16), generation_config.json and the tokenizer."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config(model.shape), indent=2) + "\n")
-    generation = {"do_sample": False, "bos_token_id": END_ID, "eos_token_id": END_ID, "pad_token_id": PAD_ID}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    write_tokenizer(folder, model.shape.max_length)
+    def variants(self) -> dict[str, "Llama"]:
+        """Copies without something that this architecture has, by what they lack."""
+        return {}

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.training.batches import batch
-from benchmarks.training.llama import PAD_ID
+from benchmarks.training.batches import PAD_ID, batch
 from vllm_xlayer.demo import TASKS, tasks_path
 from vllm_xlayer.demo.documents import CUE, EXAMPLES, HELD_OUT, HOPS, QUESTIONS, SIZES, TEST_SEED, prefixes
 

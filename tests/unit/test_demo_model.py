@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from benchmarks.training import train as training
-from benchmarks.training.llama import END_ID, PAD_ID, Llama, Shape, export
+from benchmarks.training.batches import PAD_ID
+from benchmarks.training.export import END_ID, export
+from benchmarks.training.gpt_oss import GptOssShape
+from benchmarks.training.llama import Llama, Shape
 from benchmarks.training.score import _rows, exact_match, gaussian_noise, nvfp4_rounding, score
 from benchmarks.training.train import Curriculum, Settings, learning_rate, main
 from vllm_xlayer.demo.documents import Prefix, prefixes
@@ -216,20 +219,21 @@ def test_scores_count_every_document() -> None:
     assert scores["overall"] == 0
 
 
-def test_training_starts_with_heads_that_look_back() -> None:
+@pytest.mark.parametrize(("shape", "looking"), [(Shape(), 8), (GptOssShape(), 5)], ids=["llama", "gpt-oss"])
+def test_training_starts_with_heads_that_look_back(shape: Shape, looking: int) -> None:
     """Head h of layer 0 attends h + 1 bytes back, also through an NVFP4 cache."""
     from benchmarks.training.start import start_as_induction
 
     torch.manual_seed(0)
-    model = Llama(Shape())
+    model = training.model_of(shape)
     start_as_induction(model)
     ids = torch.randint(97, 123, (40,))
     layer = next(model.model.decoder_layers())
     with torch.no_grad():
         q, k, _ = layer.before(model.model.embed_tokens(ids), model.cos[:40, None], model.sin[:40, None])
     for change in (lambda x: x, nvfp4_rounding):
-        for head in range(model.shape.heads):
-            keys = change(k[:, head * model.shape.kv_heads // model.shape.heads])
-            weights = ((q[30:, head] @ keys.T) / model.shape.head_size**0.5).tril(30).softmax(-1)
+        for head in range(looking):
+            keys = change(k[:, head * shape.kv_heads // shape.heads])
+            weights = ((q[30:, head] @ keys.T) / shape.head_size**0.5).tril(30).softmax(-1)
             looks = weights[torch.arange(10), torch.arange(10) + 30 - (head + 1)]
             assert looks.min() > 0.8

@@ -45,7 +45,7 @@ def _names(rng: random.Random, count: int) -> list[str]:
     return [_name(key) for key in rng.sample(range(0, KEYS, HELD_OUT), count)]
 
 
-def _records(task: str, size: int, rng: random.Random) -> tuple[list[str], list[tuple[str, str]]]:
+def records(task: str, size: int, rng: random.Random) -> tuple[list[str], list[tuple[str, str]]]:
     """Table lines, and a (question, answer) of each, for a prefix of about ``size`` bytes."""
     if task == "recall":
         names = _names(rng, max(EXAMPLES + QUESTIONS, (size - 4 - 9 * EXAMPLES) // 9))
@@ -77,7 +77,7 @@ def prefixes(task: str, seed: int, sizes: tuple[int, ...] = SIZES) -> list[Prefi
     out: list[Prefix] = []
     for size in sizes:
         rng = random.Random(f"{task} {size} {seed}")
-        lines, pairs = _records(task, size, rng)
+        lines, pairs = records(task, size, rng)
         asked = rng.sample(pairs, EXAMPLES + QUESTIONS)
         shown = "".join(question + answer + "\n" for question, answer in asked[:EXAMPLES])
         text = HEADERS[task] + "".join(line + "\n" for line in lines) + QUERIES + shown

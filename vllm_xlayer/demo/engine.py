@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=int, required=True)
     parser.add_argument("--kv-cache-dtype", required=True)
+    parser.add_argument("--model", type=Path, default=model_path(), help="default: the shipped one")
     parser.add_argument("--rows", action="store_true", help="serve with XLayerConnector")
     parser.add_argument("--progress", type=int, default=1, help="file descriptor (default: stdout)")
     args = parser.parse_args()
@@ -41,7 +42,7 @@ def main() -> None:
 
     documents = f"{args.limit} documents of each of {len(TASKS)} tasks"
     say("starting the engine")
-    engine = start(args.kv_cache_dtype, args.rows)
+    engine = start(args.kv_cache_dtype, args.rows, args.model)
     llm = engine.model
     come_to_rest(llm)  # the host tier is pinned
     say(f"answering {documents}")
@@ -64,8 +65,8 @@ def main() -> None:
     args.out.write_text(json.dumps(result))
 
 
-def start(kv_cache_dtype: str, rows: bool) -> Any:
-    """lm_eval's vLLM model, with the engine in it."""
+def start(kv_cache_dtype: str, rows: bool, model: Path) -> Any:
+    """lm_eval's vLLM model, with the engine in it that serves the folder ``model``."""
     from lm_eval.models.vllm_causallms import VLLM
 
     options: dict[str, Any] = {}
@@ -76,7 +77,7 @@ def start(kv_cache_dtype: str, rows: bool) -> Any:
             "kv_connector_extra_config": {"cpu_bytes_to_use": HOST_BYTES},
         }
     return VLLM(
-        pretrained=str(model_path()),
+        pretrained=str(model),
         dtype="bfloat16",
         max_model_len=2560,
         batch_size="auto",
