@@ -157,7 +157,8 @@ def _interval(share: float, count: int) -> str:
     z = 1.96
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return f"{100 * share:.1f} % ({100 * (middle - half):.1f} .. {100 * min(1.0, middle + half):.1f})"
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return f"{100 * share:.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
 
 
 def main() -> int:
