@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
       "bool rotated_keys=False) -> ()");
   m.def(
       "nvfp4_attention_schedule(Tensor seq_lens, Tensor(a!) schedule, int q_len, int num_q_heads, "
-      "int num_kv_heads, int head_size, int block_size, int window, int parts, int split_units, "
+      "int num_kv_heads, int head_size, int window, int parts, int split_units, "
       "Tensor? query_starts=None, int usual_q_len=0, Tensor? newest_from=None) -> ()");
   m.def(
       "nvfp4_paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
@@ -63,8 +63,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr &&
-      PyModule_AddStringConstant(module, "build_info", xlayer::api::build_info().c_str()) != 0) {
+  if (module != nullptr && PyModule_AddStringConstant(module, "build_info", xlayer::api::build_info().c_str()) != 0) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -62,8 +62,8 @@ void check_schedule(const Tensor& schedule, int64_t requests, const Nvfp4Attenti
 }
 
 // Where q_len is not the same for all requests.
-void take_query_starts(Nvfp4AttentionParams& p, const std::optional<Tensor>& query_starts,
-                       int64_t usual_q_len, const Tensor& seq_lens) {
+void take_query_starts(Nvfp4AttentionParams& p, const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                       const Tensor& seq_lens) {
   if (!query_starts) return;
   check_device("query_starts", *query_starts, "seq_lens", seq_lens);
   check_dtype("query_starts", *query_starts, {ScalarType::Int});
@@ -85,16 +85,15 @@ void check_requests(const char* name, const Tensor& tensor, const Tensor& seq_le
 
 Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                         int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
-                                        int64_t block_size, int64_t window, int64_t parts,
-                                        int64_t split_units, const std::optional<Tensor>& query_starts,
-                                        int64_t usual_q_len, const std::optional<Tensor>& newest_from) {
+                                        int64_t window, int64_t parts, int64_t split_units,
+                                        const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                        const std::optional<Tensor>& newest_from) {
   check_device("schedule", schedule, "seq_lens", seq_lens);
   check_dtype("seq_lens", seq_lens, {ScalarType::Int});
   check_dtype("schedule", schedule, {ScalarType::Int});
   check_seq_lens(seq_lens);
   Nvfp4AttentionParams p =
       check_shape(q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units);
-  p.page.block_size = int_between("block_size", block_size, 1, INT32_MAX);
   check_schedule(schedule, seq_lens.size(0), p);
   take_query_starts(p, query_starts, usual_q_len, seq_lens);
   if (newest_from) {
@@ -130,7 +129,8 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
                            const std::optional<Tensor>& sinks, const Tensor& workspace, double scale,
                            int64_t q_len, int64_t window, double soft_cap, int64_t scale_order, int64_t parts,
                            int64_t split_units, const std::optional<Tensor>& newest,
-                           const std::optional<Tensor>& newest_rows, const std::optional<Tensor>& newest_from,
+                           const std::optional<Tensor>& newest_rows,
+                           const std::optional<Tensor>& newest_from,
                            const std::optional<Tensor>& query_starts, int64_t usual_q_len,
                            bool rotated_keys) {
   check_device("q", q, "kv_cache", kv_cache);
@@ -259,11 +259,11 @@ void check_newest_indices(const Nvfp4AttentionParams& p, int64_t rows) {
 // The CPU op has no parts: it checks what the CUDA op would, and leaves the schedule alone.
 void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
-                                  int64_t block_size, int64_t window, int64_t parts, int64_t split_units,
+                                  int64_t window, int64_t parts, int64_t split_units,
                                   const std::optional<Tensor>& query_starts, int64_t usual_q_len,
                                   const std::optional<Tensor>& newest_from) {
-  check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, block_size, window,
-                     parts, split_units, query_starts, usual_q_len, newest_from);
+  check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, window, parts,
+                     split_units, query_starts, usual_q_len, newest_from);
 }
 
 void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
@@ -328,8 +328,6 @@ Workspace workspace_of(const Nvfp4AttentionParams& p, int64_t requests, int64_t 
   if (p.split_units > 0) {
     const int64_t splits = ceil_div(ceil_div(max_tokens, SPLIT_UNIT_TOKENS), p.split_units);
     slots = requests * p.page.heads * ceil_div(rows, tile_rows) * splits;
-  } else {
-    slots = std::max(slots, nvfp4_attention_page_slots(p));
   }
   return {slots * tile_rows * nvfp4_attention_padded_head_size(p.page.head_size), slots * tile_rows * 2};
 }
@@ -338,12 +336,12 @@ Workspace workspace_of(const Nvfp4AttentionParams& p, int64_t requests, int64_t 
 
 void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                    int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
-                                   int64_t block_size, int64_t window, int64_t parts, int64_t split_units,
+                                   int64_t window, int64_t parts, int64_t split_units,
                                    const std::optional<Tensor>& query_starts, int64_t usual_q_len,
                                    const std::optional<Tensor>& newest_from) {
-  const Nvfp4AttentionParams p =
-      check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, block_size, window,
-                         parts, split_units, query_starts, usual_q_len, newest_from);
+  const Nvfp4AttentionParams p = check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads,
+                                                    head_size, window, parts, split_units, query_starts,
+                                                    usual_q_len, newest_from);
   check_head_size(p.page.head_size);
   if (p.num_requests == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(seq_lens.get_device_index());

@@ -2,38 +2,10 @@
 #include "simt.h"
 
 #include "kernels/nvfp4_attention/decode.cuh"
-#include "kernels/nvfp4_attention/page_decode.cuh"
 #include "kernels/nvfp4_attention/schedule.cuh"
 
 namespace xlayer::attention {
 namespace {
-
-void check_counters(const Nvfp4AttentionParams& p, const std::vector<int32_t>& schedule) {
-  for (int64_t i = Schedule::counters(p.num_requests); i < int64_t(schedule.size()); ++i) {
-    if (schedule[i] > 0) simt::fail("a counter is not 0 after the launch");  // -1: never used
-  }
-}
-
-// The kernel that works on whole pages.
-template <int D, int HEADS>
-void run_pages(Nvfp4AttentionParams p) {
-  using C = PageConfig<D, HEADS>;
-  const int64_t rows = 2 * p.parts * HEADS * C::TILE_ROWS;
-  std::vector<float> out(rows * C::DP, NAN), ml(rows * 2, NAN);
-  std::vector<int32_t> schedule(
-      Schedule::size(p.num_requests, p.page.heads, p.q_len * (p.num_q_heads / p.page.heads)), -1);
-  p.partial_out = out.data();
-  p.partial_ml = ml.data();
-  p.schedule = schedule.data();
-  p.costs.least = 4;
-  p.v_scale_flip = C::v_scale_flip(p.v_order);
-  simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0,
-               [&] { schedule_kernel(p, TILE, C::TILE_ROWS, p.parts, true); });
-  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
-    p.newest == nullptr ? page_decode_kernel<C, false>(p) : page_decode_kernel<C, true>(p);
-  });
-  check_counters(p, schedule);
-}
 
 template <class C>
 void run(Nvfp4AttentionParams p) {
@@ -50,11 +22,15 @@ void run(Nvfp4AttentionParams p) {
   p.partial_out = out.data();
   p.partial_ml = ml.data();
   p.schedule = schedule.data();
-  simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0,
-               [&] { schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.parts, false); });
-  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES,
-               [&] { p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p); });
-  check_counters(p, schedule);
+  simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
+    schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.parts);
+  });
+  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
+    p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p);
+  });
+  for (int64_t i = Schedule::counters(p.num_requests); i < int64_t(schedule.size()); ++i) {
+    if (schedule[i] > 0) simt::fail("a counter is not 0 after the launch");  // -1: never used
+  }
 }
 
 }  // namespace
@@ -63,7 +39,7 @@ void run(Nvfp4AttentionParams p) {
 // The schedule alone, for a query head a KV head. newest_from: null without newest tokens.
 extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, const int32_t* newest_from, int64_t requests,
                                    int64_t unit, int64_t heads, int64_t parts, int64_t q_len, int64_t window,
-                                   int64_t split_units, int64_t whole_pages, int32_t* schedule) {
+                                   int64_t split_units, int32_t* schedule) {
   using namespace xlayer::attention;
   simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
     xlayer::Nvfp4AttentionParams p = {};
@@ -75,7 +51,7 @@ extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, const int32_t* newes
     p.window = int(window);
     p.split_units = int(split_units);
     p.page.heads = p.num_q_heads = int(heads);
-    schedule_kernel(p, int(unit), 8, int(parts), whole_pages != 0);
+    schedule_kernel(p, int(unit), 8, int(parts));
   });
 }
 
@@ -100,11 +76,11 @@ struct Args {
   const int32_t *newest_rows, *newest_from;
   int64_t newest_tokens;
   const int32_t* query_starts;
-  int64_t usual_q_len, rotated_keys, whole_pages;
+  int64_t usual_q_len, rotated_keys;
 };
 
-// Tile rows are chosen as launch.cu does; warps: 4, or 16 where there is such a kernel; whole_pages: the
-// kernel of page_decode.cuh. Returns 1 for a shape without a kernel.
+// Tile rows are chosen as launch.cu does; warps: 4, or 16 where there is such a kernel. Returns 1 for a head
+// size without a kernel.
 extern "C" int run_nvfp4_attention(const Args* a) {
   using namespace xlayer::attention;
   xlayer::Nvfp4AttentionParams p = {};
@@ -146,14 +122,6 @@ extern "C" int run_nvfp4_attention(const Args* a) {
   simt::machine().late_copies = a->late_copies != 0;
 
   const int rows = p.usual_q_len * (p.num_q_heads / p.page.heads);
-  if (a->whole_pages) {
-    if (rows > 8 || p.page.head_size != 128 || p.page.block_size != TILE || p.split_units > 0) return 1;
-    switch (p.page.heads) {
-      case 4: run_pages<128, 4>(p); return 0;
-      case 8: run_pages<128, 8>(p); return 0;
-    }
-    return 1;
-  }
   if (a->warps == 16) {
     if (rows > 8) return 1;
     switch (p.page.head_size) {

@@ -186,7 +186,6 @@ def decode_batch(case: Case, totals: list[int], block_table: torch.Tensor, devic
         num_heads=case.num_heads,
         num_kv_heads=case.num_kv_heads,
         head_size=case.head_size,
-        block_size=case.block_size,
         max_requests=len(totals),
         max_query_len=4,
         windows=[None, case.window],

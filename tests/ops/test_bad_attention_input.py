@@ -59,7 +59,6 @@ def schedule_arguments() -> dict[str, torch.Tensor | int]:
         "num_q_heads": 4,
         "num_kv_heads": H,
         "head_size": D,
-        "block_size": 16,
         "window": 0,
         "parts": 1,
         "split_units": 0,

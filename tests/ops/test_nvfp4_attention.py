@@ -260,7 +260,7 @@ def test_layer_major_caches(device):
 
 
 def test_workspace_limits():
-    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_size": 128, "block_size": 16, "max_requests": 4}
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_size": 128, "max_requests": 4}
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="max_tokens: expected a positive number with split_units, got 0"):
         ops.AttentionWorkspace.create(cpu, **shape, split_units=2)

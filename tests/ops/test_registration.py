@@ -35,7 +35,7 @@ def arguments_of(name: str, device: torch.device) -> tuple:
         workspace, one = batch.workspace(), scalar(1.0, device)
         shape = (8, 2, 64)
         if name == "nvfp4_attention_schedule":
-            return batch.seq_lens, workspace.schedule, 2, *shape, 16, 0, workspace.parts_for(2), 0
+            return batch.seq_lens, workspace.schedule, 2, *shape, 0, workspace.parts_for(2), 0
         if name == "nvfp4_attention_parts":
             return workspace.partial, 64, 8
         if name == "nvfp4_attention_workspace_size":

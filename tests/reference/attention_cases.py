@@ -145,7 +145,6 @@ class Batch:
             num_q_heads=c.heads,
             num_kv_heads=c.kv_heads,
             head_size=c.head_size,
-            block_size=c.block_size,
             max_requests=len(c.lengths) if max_requests is None else max_requests,
             max_q_len=c.q_len,
             split_units=c.split_units,

@@ -31,7 +31,7 @@ FIELDS = [
     ("window", INT), ("swizzled", INT), ("parts", INT), ("split_units", INT), ("late_copies", INT),
     ("warps", INT),
     ("newest", POINTER), ("newest_rows", POINTER), ("newest_from", POINTER), ("newest_tokens", INT),
-    ("query_starts", POINTER), ("usual_q_len", INT), ("rotated_keys", INT), ("whole_pages", INT),
+    ("query_starts", POINTER), ("usual_q_len", INT), ("rotated_keys", INT),
 ]  # fmt: skip
 
 
@@ -87,8 +87,6 @@ class EmulatedBatch(Batch):
     parts: int = 3
     late_copies: bool = True
     warps: int = 4
-    whole_pages: bool = False
-    """The kernel with a warp a KV head."""
 
     def launch(self, workspace: object, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         c, cache = self.case, self.pool.cache
@@ -108,7 +106,7 @@ class EmulatedBatch(Batch):
             *(None if t is None else t.data_ptr() for t in (self.newest, self.newest_rows, self.newest_from)),
             c.newest,
             None if self.query_starts is None else self.query_starts.data_ptr(), c.usual_q_len,
-            c.rotated_keys, self.whole_pages,
+            c.rotated_keys,
         )  # fmt: skip
         assert library("nvfp4_attention").run_nvfp4_attention(ctypes.byref(args)) == 0
 
@@ -139,19 +137,17 @@ def schedule_of(
     q_len: int = 1,
     window: int = 0,
     split_units: int = 0,
-    whole_pages: bool = False,
 ) -> Schedule:
-    """Of a batch with a query head for each of so many KV heads. parts: to aim for. unit: tokens.
-    whole_pages: of the kernel with a warp a KV head, whose unit is 16."""
+    """Of a batch with a query head for each of so many KV heads. parts: to aim for. unit: tokens."""
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     newest = None if newest_from is None else torch.tensor(newest_from, dtype=torch.int32)
     schedule = torch.empty(5 + len(lengths) * (1 + heads), dtype=torch.int32)
     run = library("nvfp4_attention").run_nvfp4_schedule
-    run.argtypes = [POINTER, POINTER, *(INT,) * 8, POINTER]
+    run.argtypes = [POINTER, POINTER, INT, INT, INT, INT, INT, INT, INT, POINTER]
     newest_at = None if newest is None else newest.data_ptr()
     run(
         seq_lens.data_ptr(), newest_at, len(lengths), unit, heads, parts, q_len, window, split_units,
-        whole_pages, schedule.data_ptr(),
+        schedule.data_ptr(),
     )  # fmt: skip
     chunk, made, total, counts_newest, *begins = schedule[: 5 + len(lengths)].tolist()
     return Schedule(chunk, made, total, counts_newest, begins)

@@ -80,7 +80,6 @@ class DecodePlanner:
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
-        block_size: int,
         max_requests: int,
         max_query_len: int,
         windows: Iterable[int | None],
@@ -90,7 +89,6 @@ class DecodePlanner:
             num_q_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_size=head_size,
-            block_size=block_size,
             max_requests=max_requests,
             max_q_len=max_query_len,
         )

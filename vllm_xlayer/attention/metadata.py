@@ -191,7 +191,6 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             num_heads=shape[0],
             num_kv_heads=shape[1],
             head_size=shape[2],
-            block_size=self.kv_cache_spec.block_size,
             max_requests=max(vllm_config.scheduler_config.max_num_seqs, captured),
             max_query_len=self._decode_len,
             windows={layers[name].impl.window for name in layer_names},

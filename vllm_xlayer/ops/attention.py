@@ -17,15 +17,13 @@ class AttentionWorkspace:
     """Memory for the schedule and the partial results of ``nvfp4_paged_attention``.
 
     Made once; serves every batch up to its limits, also in captured CUDA graphs, since no address changes.
-    A schedule is for one set of lengths, heads, page size and window: layers that differ in them need a
-    workspace each, layers that run one after the other on one stream share it.
+    A schedule is for one set of lengths, heads and window: layers that differ in them need a workspace
+    each, layers that run one after the other on one stream share it.
     """
 
     num_q_heads: int
     num_kv_heads: int
     head_size: int
-    block_size: int
-    """Tokens of a page."""
     split_units: int
     """0: a batch is cut into parts of equal work. n > 0: every request is cut into parts of n units of
     ``UNIT_TOKENS`` tokens, so that its result has the same bits in any batch, at some cost in speed."""
@@ -44,15 +42,12 @@ class AttentionWorkspace:
         num_q_heads: int,
         num_kv_heads: int,
         head_size: int,
-        block_size: int,
         max_requests: int,
         max_q_len: int = 1,
         split_units: int = 0,
         max_tokens: int = 0,
     ) -> "AttentionWorkspace":
         """For up to ``max_requests`` requests of 1 to ``max_q_len`` query tokens (at most 8) each.
-
-        ``block_size`` is that of the pages, in tokens: which kernel runs depends on it.
 
         ``max_tokens`` matters only with ``split_units``: the most tokens a request's row of the block table
         has room for (its width times the block size).
@@ -79,7 +74,6 @@ class AttentionWorkspace:
             floats = max(floats, needed)
         return cls(
             *shape,
-            block_size=block_size,
             split_units=split_units,
             parts=tuple(parts),
             schedule=torch.zeros(5 + max_requests * (1 + counters), dtype=torch.int32, device=device),
@@ -118,7 +112,6 @@ def nvfp4_attention_schedule(
         workspace.num_q_heads,
         workspace.num_kv_heads,
         workspace.head_size,
-        workspace.block_size,
         window,
         workspace.parts_for(usual_q_len or q_len),
         workspace.split_units,
@@ -166,8 +159,8 @@ def nvfp4_paged_attention(
         block_table: int32 [R, M], a request's blocks in order; entries past its tokens, and those of blocks
             that lie wholly before its window, are not read.
         seq_lens: int32 [R], tokens of each request, its q_len new ones included; at most M * N.
-        workspace: for these heads and pages, with the schedule of exactly these seq_lens, q_len, window and
-            newest_from (``nvfp4_attention_schedule``).
+        workspace: for these heads, with the schedule of exactly these seq_lens, q_len, window and newest_from
+            (``nvfp4_attention_schedule``).
         k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
         out: as q, not the same memory. Written in place.
         scale: what q . k is multiplied by (usually D**-0.5), positive.
@@ -193,11 +186,6 @@ def nvfp4_paged_attention(
     """
     require_cuda_build("nvfp4_paged_attention", q, kv_cache)
     load()
-    if kv_cache.dim() == 4 and kv_cache.shape[2] != workspace.block_size:
-        raise ValueError(
-            f"kv_cache: expected pages of {workspace.block_size} tokens, as the workspace was made for, got "
-            f"{kv_cache.shape[2]}"
-        )
     if checks_values(seq_lens):
         _check_indices(kv_cache, block_table, seq_lens, q_len, window)
         check_schedule(workspace.schedule, newest_from)

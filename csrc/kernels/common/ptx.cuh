@@ -18,13 +18,6 @@
 #define XLAYER_HAS_CVT_E4M3 0
 #endif
 
-// Bulk copies and the barriers that they complete: sm_90.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || defined(XLAYER_FORCE_SM80))
-#define XLAYER_HAS_BULK_COPY 0
-#else
-#define XLAYER_HAS_BULK_COPY 1
-#endif
-
 #if defined(XLAYER_EMULATED)
 #include <emulated_ptx.h>  // tests/emulation: the kernels on a CPU, lane by lane
 #else
@@ -85,45 +78,6 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// A barrier in shared memory, 8 bytes. A phase of it is complete when `count` threads have arrived and as
-// many bytes have come as were announced; then the next begins.
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-// What this thread wrote to shared memory, barriers too, comes before what asynchronous copies that are
-// issued later do there.
-__device__ __forceinline__ void fence_async_copies() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrives, and announces bytes that copies will bring in this phase.
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-// Until the phase of this parity is complete: the last but one is taken for complete, too.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t complete;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(complete)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (complete == 0);
-}
-// A multiple of 16 bytes, from and to multiples of 16.
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
 // c += a * b, 16 x 8 x 16, halves with float sums.
 __device__ __forceinline__ void mma_16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                           uint32_t b0, uint32_t b1) {
@@ -149,13 +103,6 @@ __device__ __forceinline__ int add_acq_rel(int* counter, int x) {
                : "l"(counter), "r"(x)
                : "memory");
   return before;
-}
-
-// Two floats as halves; what is beyond a half's range as its largest, a NaN as one.
-__device__ __forceinline__ uint32_t saturated_halves(float low, float high) {
-  uint32_t halves;
-  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
-  return halves;
 }
 
 // 1 / x to within one ulp.

@@ -5,23 +5,17 @@
 
 namespace xlayer::attention {
 
-constexpr int TILE = 16;         // tokens a warp works on at a time
-constexpr int ROWS = 8;          // query rows of one MMA
-constexpr float EMPTY = -1e30f;  // running maximum of no key; finite, so that exp2(x - EMPTY) has no NaN
-// P is a half, relative to the running maximum: beside a key that has nearly all of the mass, as a model's
-// first token often does, all others' P together is what the output is made of. So the maximum's P is
-// 2^HEADROOM, and what is 2^-26 of it (e^-18) is still a normal half.
+constexpr int TILE = 16;             // tokens a warp works on at a time
+constexpr int ROWS = 8;              // query rows of one MMA
+constexpr float EMPTY = -1e30f;      // running maximum of no key; finite, so that exp2(x - EMPTY) has no NaN
+// P is a half, relative to the running maximum: beside a key that has nearly all of the mass, as a model's first
+// token often does, all others' P together is what the output is made of. So the maximum's P is 2^HEADROOM, and
+// what is 2^-26 of it (e^-18) is still a normal half.
 constexpr float HEADROOM = 12.0f;
-constexpr float LAZY = 3.0f;         // P may reach 2^(HEADROOM + LAZY) before the accumulators are rescaled
+constexpr float LAZY = 3.0f;  // P may reach 2^(HEADROOM + LAZY) before the accumulators are rescaled
 constexpr float UNSCALE = 16384.0f;  // dequantised values are 2^-14 of what they stand for
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
-
-// Rows of S^T = K Q^T are tokens in an order of the Config's (`token_of_row`), so that P^T, which takes them
-// as its k index (a lane has k = 2t, 2t + 1, 2t + 8, 2t + 9), meets V's tokens that a lane loads (`v_token`):
-// here t, t + 4, t + 8, t + 12, without conflicts.
-XLAYER_HD constexpr int spread_token(int row) { return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2); }
-XLAYER_HD constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
 
 // D: head size of the cache. NT: query rows of a head tile / 8. WARPS: of a thread block. Blocks of sixteen
 // fill an SM each: a fourth as many share the keys of a head, and a fourth as many results are merged. With
@@ -49,8 +43,8 @@ struct Config {
   static constexpr int V_SCALE = K_SCALE + TILE * S;
   static constexpr int STAGE_BYTES = K_SCALE + 2 * TILE * S;
 
-  // For merging the warps' results: in the ring, which is read by then. Not where the ring has padding that
-  // must stay zero.
+  // For merging the warps' results: in the ring, which is read by then. Not where the ring has padding that must
+  // stay zero.
   static constexpr int OUT_STRIDE = DP + 4;  // floats; the padding spreads rows over the banks
   static constexpr int MERGE_FLOATS = WARPS * TILE_ROWS * (OUT_STRIDE + 2);
   static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
@@ -59,12 +53,12 @@ struct Config {
   static constexpr int MERGE_END = MERGE_OFFSET + MERGE_FLOATS * 4;
   static constexpr int Q_OFFSET = MERGE_END > RING_BYTES ? MERGE_END : RING_BYTES;
 
-  // Large head tiles have their queries in shared memory, once for all warps: 32 registers less, for a block
-  // more on an SM.
+  // Large head tiles have their queries in shared memory, once for all warps: 32 registers less, for a block more
+  // on an SM.
   static constexpr bool SHARED_Q = NT * DP == 256;
-  // Of a run with newest tokens these come before its pages, and where pages are copied to is worked out
-  // after them: the other way round nvcc puts away what the pages' loop then reads in every tile. Smaller
-  // tiles have registers enough, and better begin with the copies of pages.
+  // Of a run with newest tokens these come before its pages, and where pages are copied to is worked out after them:
+  // the other way round nvcc puts away what the pages' loop then reads in every tile. Smaller tiles have registers
+  // enough, and better begin with the copies of pages.
   static constexpr bool NEWEST_FIRST = SHARED_Q;
   static constexpr int Q_WORD = 32 * 16;  // bytes: of all lanes, what Q has for a word of K
   static constexpr int SHARED_BYTES = Q_OFFSET + (SHARED_Q ? NT * WORDS * Q_WORD : 0);
@@ -74,23 +68,23 @@ struct Config {
   static constexpr int BLOCKS = (NT == 4 || D == 192 ? 3 : 4) * 4 / WARPS;
 
   // Which 16-byte chunk of a row chunk c is put at, so that the fragment loads meet no bank twice.
-  static XLAYER_HD int k_chunk(int row, int c) { return DP == 256 ? c ^ ((row & 1) << 2) : c; }
+  static XLAYER_HD int k_chunk(int row, int c) {
+    return DP == 256 ? c ^ ((row & 1) << 2) : c;
+  }
   static XLAYER_HD int v_chunk(int row, int c) {
     return DP == 256 ? c ^ ((row & 3) << 1) : DP == 128 ? c ^ (row & 2) : c;
   }
-  // See token_of_row.
-  static XLAYER_HD constexpr int token_of_row(int row) { return spread_token(row); }
-  static XLAYER_HD constexpr int v_token(int t, int i) { return t + 4 * i; }
-  // K's rows are in shared memory in the order of S^T's.
-  static XLAYER_HD constexpr int k_place(int row) { return row; }
-  static constexpr bool PAIRED = false;
-  // Where a warp's head begins among the data, and among the scales, of a stage: it has the stage to itself.
-  static constexpr int HEAD_DATA = 0, HEAD_SCALES = 0;
-
   // First dimension of a lane's K word w (lane % 4 = t): 16-byte chunks t (and t + 4 of a row of 128 bytes).
   static XLAYER_HD int k_dim(int t, int w) {
     return DP == 64 ? 16 * t + 8 * w : 32 * t + 8 * (w % 4) + 128 * (w / 4);
   }
 };
+
+// Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k =
+// 2t, 2t + 1, 2t + 8, 2t + 9), meets V's tokens t, t + 4, t + 8, t + 12, which are loaded without conflicts.
+XLAYER_HD constexpr int token_of_row(int row) {
+  return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2);
+}
+XLAYER_HD constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
 
 }  // namespace xlayer::attention

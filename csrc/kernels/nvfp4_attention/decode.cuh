@@ -15,8 +15,7 @@
 //   run      consecutive units of one request and head tile that one block takes
 //   chunk    units of a part; all parts but the last have as many
 //   part     what a block takes at a time: consecutive units of the line, in one or several runs
-//   slot     where in the workspace a run's partial result is, if other parts have units of the same head
-//   tile
+//   slot     where in the workspace a run's partial result is, if other parts have units of the same head tile
 #pragma once
 
 #include "combine.cuh"
@@ -91,16 +90,15 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
 
 // This warp's tiles of a run that are among the newest tokens, from tile `tile` to `last_tile`, WARPS apart.
 template <class C>
-__device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, const Run& run,
-                                              WarpState<C>& state, TileMask& mask, int tile, int last_tile) {
+__device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
+                                              TileMask& mask, int tile, int last_tile) {
   if (tile >= last_tile) return;
-  const NewestTile<C> newest(p);
-  const NewestInMemory<C> from(p, p.newest_rows[run.request], run.kv_head);
+  const NewestTile<C> newest(p, p.newest_rows[run.request], run.kv_head);
   if constexpr (!C::NEWEST_FIRST) newest.to_newest_unit(state);
 #pragma unroll 1
   for (; tile < last_tile; tile += C::WARPS) {
     mask.first_token = tile * TILE;
-    newest.attend(state, from, mask.first_token % p.newest_tokens, mask);  // a tile's places are contiguous
+    newest.attend(state, mask);
   }
   newest.to_page_unit(state);
 }

@@ -15,9 +15,6 @@ cudaError_t launch_nvfp4_attention(const Nvfp4AttentionParams& params, cudaStrea
 int nvfp4_attention_parts(int head_size, int rows);
 // Query rows of one head tile: 8, 16 or 32.
 int nvfp4_attention_tile_rows(int head_size, int rows);
-// Slots of a head tile that the kernel for whole pages (page_decode.cuh) takes if it is chosen for these
-// heads and query tokens, whatever the batch and the pages; 0 if it never is.
-int64_t nvfp4_attention_page_slots(const Nvfp4AttentionParams& params);
 // The head size the kernel works with: 64, 128 or 256; 0 if head_size has no kernel.
 int nvfp4_attention_padded_head_size(int head_size);
 

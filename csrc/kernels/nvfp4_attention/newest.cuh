@@ -1,12 +1,12 @@
-// A warp's work on one tile of the newest tokens, which are not quantised: straight from global memory or
-// from a stage of shared memory, in a loop of its own before the pages' tiles or after them (`NEWEST_FIRST`).
+// A warp's work on one tile of the newest tokens, which are not quantised: straight from global memory, in a
+// loop of its own before the pages' tiles or after them (`NEWEST_FIRST`).
 //
-// Fragments are those of tile.cuh: a lane has of K rows g and g + 8, of V four tokens, and the same
-// dimensions of them. So Q's fragments, the softmax and the output's order are the same. What differs is the
-// unit. Both leave the global scale to others; but dequantised values are 2^-14 of what they stand for, which
-// would be too small for halves that have all their bits. These are NEWEST_UNIT times it. Scores are brought
-// to the pages' unit; the output goes into the other unit before the loop, where there is any, and back after
-// it: powers of two.
+// Fragments are those of tile.cuh: a lane has of K rows g and g + 8, of V tokens t, t + 4, t + 8 and t + 12, and
+// the same dimensions of them. So Q's fragments, the softmax and the output's order are the same. What differs
+// is the unit. Both leave the global scale to others; but dequantised values are 2^-14 of what they stand for,
+// which would be too small for halves that have all their bits. These are NEWEST_UNIT times it. Scores are
+// brought to the pages' unit; the output goes into the other unit before the loop, where there is any, and back
+// after it: powers of two.
 #pragma once
 
 #include "query.cuh"
@@ -16,47 +16,17 @@ namespace xlayer::attention {
 // Pages end at 2688 times the global scale: that is still a half, and so is what is 2^-29 of it.
 constexpr float NEWEST_UNIT = 16.0f;
 
-// One head's newest tokens of a row, in global memory.
-template <class C>
-struct NewestInMemory {
-  using Row = const uint16_t*;
-  const uint16_t *k, *v;
-
-  __device__ __forceinline__ NewestInMemory(const Nvfp4AttentionParams& p, int row, int kv_head)
-      : k(static_cast<const uint16_t*>(p.newest) +
-          newest_offset(p.page, p.newest_tokens, row, false, kv_head, 0)),
-        v(k + int64_t(p.page.heads) * p.newest_tokens * C::D) {}
-
-  // place: of the token in its row.
-  __device__ __forceinline__ Row k_row(int place) const { return k + place * C::D; }
-  __device__ __forceinline__ Row v_row(int place) const { return v + place * C::D; }
-  // Elements d .. d + 7 of a token; zeros beyond the head.
-  __device__ __forceinline__ static uint4 eight(Row token, int d) {
-    if (!C::EXACT && d >= C::D) return make_uint4(0, 0, 0, 0);
-    return __ldg(reinterpret_cast<const uint4*>(token + d));
-  }
-};
-
-// One head's tile, in shared memory: 16 tokens of K, then of V.
-template <class C>
-struct NewestInStage {
-  using Row = uint32_t;
-  uint32_t at;
-
-  __device__ __forceinline__ Row k_row(int token) const { return at + token * 2 * C::D; }
-  __device__ __forceinline__ Row v_row(int token) const { return at + (TILE + token) * 2 * C::D; }
-  __device__ __forceinline__ static uint4 eight(Row token, int d) {
-    uint32_t words[4];
-    ptx::load_shared<16>(token + 2 * d, words);
-    return make_uint4(words[0], words[1], words[2], words[3]);
-  }
-};
-
 template <class C>
 class NewestTile {
  public:
-  __device__ __forceinline__ explicit NewestTile(const Nvfp4AttentionParams& p)
-      : p_(p), k_unit_(NEWEST_UNIT / *p.k_scale), v_unit_(NEWEST_UNIT / *p.v_scale) {}
+  // A row's K and V of one head.
+  __device__ __forceinline__ NewestTile(const Nvfp4AttentionParams& p, int row, int kv_head)
+      : p_(p),
+        k_(static_cast<const uint16_t*>(p.newest) +
+           newest_offset(p.page, p.newest_tokens, row, false, kv_head, 0)),
+        v_(k_ + int64_t(p.page.heads) * p.newest_tokens * C::D),
+        k_unit_(NEWEST_UNIT / *p.k_scale),
+        v_unit_(NEWEST_UNIT / *p.v_scale) {}
 
   __device__ __forceinline__ static void to_newest_unit(WarpState<C>& state) {
     scale_out(state, UNSCALE * NEWEST_UNIT);
@@ -65,17 +35,15 @@ class NewestTile {
     scale_out(state, 1.0f / (UNSCALE * NEWEST_UNIT));
   }
 
-  // place: of the tile's first token among those of `from`.
-  template <class From>
-  __device__ __forceinline__ void attend(WarpState<C>& state, const From& from, int place,
-                                         const TileMask& mask) const {
-    if constexpr (C::NEWEST_FIRST) {
-      attend_as(p_.dtype, state, from, place, mask);  // more code would cost these more spills
-    } else if (p_.dtype == Dtype::F16) {
-      attend_as(Dtype::F16, state, from, place, mask);
-    } else {
-      attend_as(Dtype::BF16, state, from, place, mask);
-    }
+  __device__ __forceinline__ void attend(WarpState<C>& state, const TileMask& mask) const {
+    const int place = mask.first_token % p_.newest_tokens;  // a tile's places are contiguous
+    float s[C::NT][4];
+    multiply_k(state, place, s);
+    if (mask.soft_cap > 0.0f) Tile<C>::cap(s, mask.soft_cap, state);
+    Tile<C>::mask_logits(s, mask);
+    uint32_t weights[C::NT][2];
+    Tile<C>::softmax(state, s, weights);
+    multiply_v(state, place, weights, mask);
   }
 
  private:
@@ -91,31 +59,22 @@ class NewestTile {
   }
 
   // Two elements times `unit` as halves; beyond a half's range, its largest.
-  __device__ __forceinline__ static uint32_t halves(Dtype dtype, uint32_t pair, float unit) {
-    const float2 x = to_float2(pair, dtype);
-    return ptx::saturated_halves(x.x * unit, x.y * unit);
+  __device__ __forceinline__ uint32_t halves(uint32_t pair, float unit) const {
+    constexpr float MOST = 65504.0f;
+    float2 x = to_float2(pair, p_.dtype);
+    // fminf would make a number of a NaN.
+    x.x *= unit, x.y *= unit;
+    x.x = x.x > MOST ? MOST : x.x < -MOST ? -MOST : x.x;
+    x.y = x.y > MOST ? MOST : x.y < -MOST ? -MOST : x.y;
+    return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(x.x, x.y)));
   }
 
-  // dtype: p_.dtype, as a constant where it can be: it is not looked at for each pair of elements then.
-  template <class From>
-  __device__ __forceinline__ void attend_as(Dtype dtype, WarpState<C>& state, const From& from, int place,
-                                            const TileMask& mask) const {
-    float s[C::NT][4];
-    multiply_k(dtype, state, from, place, s);
-    if (mask.soft_cap > 0.0f) Tile<C>::cap(s, mask.soft_cap, state);
-    Tile<C>::mask_logits(s, mask);
-    uint32_t weights[C::NT][2];
-    Tile<C>::softmax(state, s, weights);
-    multiply_v(dtype, state, from, place, weights, mask);
-  }
-
-  template <class From>
-  __device__ __forceinline__ void multiply_k(Dtype dtype, const WarpState<C>& state, const From& from,
-                                             int place, float (&s)[C::NT][4]) const {
+  __device__ __forceinline__ void multiply_k(const WarpState<C>& state, int place,
+                                             float (&s)[C::NT][4]) const {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    typename From::Row rows[2];
+    const uint16_t* rows[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) rows[half] = from.k_row(place + C::token_of_row(g) + 8 * half);
+    for (int half = 0; half < 2; ++half) rows[half] = k_ + (place + token_of_row(g) + 8 * half) * C::D;
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
@@ -125,7 +84,7 @@ class NewestTile {
 #pragma unroll
     for (int w = 0; w < C::WORDS; ++w) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) words[half][w] = From::eight(rows[half], C::k_dim(t, w));
+      for (int half = 0; half < 2; ++half) words[half][w] = eight(rows[half], C::k_dim(t, w));
     }
 #pragma unroll
     for (int w = 0; w < C::WORDS; ++w) {
@@ -133,8 +92,8 @@ class NewestTile {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint4 x = words[half][w];
-        const uint32_t a = halves(dtype, x.x, k_unit_), b = halves(dtype, x.y, k_unit_);
-        const uint32_t c = halves(dtype, x.z, k_unit_), d = halves(dtype, x.w, k_unit_);
+        const uint32_t a = halves(x.x, k_unit_), b = halves(x.y, k_unit_);
+        const uint32_t c = halves(x.z, k_unit_), d = halves(x.w, k_unit_);
         even[half] = __byte_perm(a, b, 0x5410u), even[2 + half] = __byte_perm(c, d, 0x5410u);
         odd[half] = __byte_perm(a, b, 0x7632u), odd[2 + half] = __byte_perm(c, d, 0x7632u);
       }
@@ -153,17 +112,16 @@ class NewestTile {
     }
   }
 
-  template <class From>
-  __device__ __forceinline__ void multiply_v(Dtype dtype, WarpState<C>& state, const From& from, int place,
+  __device__ __forceinline__ void multiply_v(WarpState<C>& state, int place,
                                              const uint32_t (&weights)[C::NT][2],
                                              const TileMask& mask) const {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    typename From::Row rows[4];
+    const uint16_t* rows[4];
     bool there[4];  // the weight is 0 elsewhere, but 0 times what was never written, which may be NaN, is not
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      rows[i] = from.v_row(place + C::v_token(t, i));
-      const int token = mask.first_token + C::v_token(t, i);
+      rows[i] = v_ + (place + t + 4 * i) * C::D;
+      const int token = mask.first_token + t + 4 * i;
       there[i] = token >= mask.first && token < mask.last;
     }
 #pragma unroll
@@ -171,7 +129,7 @@ class NewestTile {
       uint4 words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        words[i] = there[i] ? From::eight(rows[i], g * (C::DP / 8) + 8 * chunk) : make_uint4(0, 0, 0, 0);
+        words[i] = there[i] ? eight(rows[i], g * (C::DP / 8) + 8 * chunk) : make_uint4(0, 0, 0, 0);
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // two dimensions: rows g and g + 8 of an MMA tile
@@ -179,7 +137,7 @@ class NewestTile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const uint4 w = words[i];
-          x[i] = halves(dtype, j == 0 ? w.x : j == 1 ? w.y : j == 2 ? w.z : w.w, v_unit_);
+          x[i] = halves(j == 0 ? w.x : j == 1 ? w.y : j == 2 ? w.z : w.w, v_unit_);
         }
         const uint32_t a[4] = {__byte_perm(x[0], x[1], 0x5410u), __byte_perm(x[0], x[1], 0x7632u),
                                __byte_perm(x[2], x[3], 0x5410u), __byte_perm(x[2], x[3], 0x7632u)};
@@ -191,7 +149,14 @@ class NewestTile {
     }
   }
 
+  // Elements d .. d + 7 of a token; zeros beyond the head.
+  __device__ __forceinline__ static uint4 eight(const uint16_t* token, int d) {
+    if (!C::EXACT && d >= C::D) return make_uint4(0, 0, 0, 0);
+    return __ldg(reinterpret_cast<const uint4*>(token + d));
+  }
+
   const Nvfp4AttentionParams& p_;
+  const uint16_t *k_, *v_;
   const float k_unit_, v_unit_;
 };
 

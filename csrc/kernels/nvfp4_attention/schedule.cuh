@@ -1,21 +1,20 @@
 // Cuts a batch into parts of equal work, on the device, from the lengths: a captured graph follows them.
 #pragma once
 
-#include "page_work.cuh"
+#include "work.cuh"
 
 namespace xlayer::attention {
 
 constexpr int SCHEDULE_THREADS = 256;
 constexpr int MIN_TOKENS = 128;  // of a part: below, merging costs more than it spreads
 
-// A tile of newest tokens takes as long as so many of a page: it has 512 bytes a token and head size of 128
-// in place of 144, and nothing is read ahead of it.
+// A tile of newest tokens takes as long as so many of a page: it has 512 bytes a token and head size of 128 in
+// place of 144, and nothing is read ahead of it.
 constexpr int NEWEST_COST = 4;
 
 // Units that a request's newest tokens add to each of its lines, because they cost more. They come after the
 // line's own, at its end as the newest tokens are, and nobody attends to them: a part that has some has fewer
-// others. What is less than a unit is left out. Not with a fixed split, whose parts are the same in any
-// batch.
+// others. What is less than a unit is left out. Not with a fixed split, whose parts are the same in any batch.
 __device__ __forceinline__ int newest_units(const Nvfp4AttentionParams& p, int request, const Range& keys,
                                             int unit) {
   if (p.newest_from == nullptr || p.split_units > 0) return 0;
@@ -26,24 +25,20 @@ __device__ __forceinline__ int newest_units(const Nvfp4AttentionParams& p, int r
 
 // Where all lines are equally long: a somewhat larger chunk of which each is so many lines, or so many make a
 // line. Then no part begins or ends in the middle of a line for nothing: what that costs is in NOTES.md.
-// more: that the chunk may grow by.
-__device__ __forceinline__ int whole_lines(int chunk, int line, int more) {
+__device__ __forceinline__ int whole_lines(int chunk, int line) {
   const int parts_of_line = max(line / chunk, 1);
   const int whole =
       chunk > line ? (chunk + line - 1) / line * line : (line + parts_of_line - 1) / parts_of_line;
-  return whole - chunk <= more ? whole : chunk;
+  return whole - chunk <= chunk / 16 ? whole : chunk;
 }
 
-// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. parts:
-// to aim for. whole_pages: a request has all its heads on the line at once (page_work.cuh), and costs in
-// place of units.
+// One thread block, for a decode kernel with units of so many tokens and head tiles of so many rows. parts: to
+// aim for.
 __global__ void __launch_bounds__(SCHEDULE_THREADS)
-    schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int parts,
-                    bool whole_pages) {
+    schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int parts) {
   __shared__ int sums[SCHEDULE_THREADS / 32];
   __shared__ int shortest, longest;  // line of a request and head tile, in units
-  __shared__ int padding;            // that each gets
-  if (threadIdx.x == 0) shortest = INT32_MAX, longest = 0, padding = 0;
+  if (threadIdx.x == 0) shortest = INT32_MAX, longest = 0;
   __syncthreads();
   int32_t* begins = p.schedule + Schedule::BEGINS;
   int32_t* counters = p.schedule + Schedule::counters(p.num_requests);
@@ -57,12 +52,9 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     if (r < p.num_requests) {
       const int q_len = queries_of(p, r).count;
       const Range keys = key_range(p.seq_lens[r], q_len, p.window, unit);
-      if (q_len > 0) {
-        units = whole_pages ? PageLine(p, r, keys).length(p.costs)
-                            : line_units(keys.units, p.split_units) + newest_units(p, r, keys, unit);
-      }
+      units = q_len > 0 ? line_units(keys.units, p.split_units) + newest_units(p, r, keys, unit) : 0;
       if (units > 0) atomicMin(&shortest, units), atomicMax(&longest, units);
-      units *= head_tiles_of(p, q_len, tile_rows) / (whole_pages ? p.page.heads : 1);
+      units *= head_tiles_of(p, q_len, tile_rows);
     }
     int sum = units;  // inclusive prefix sum over the block
     for (int i = 1; i < 32; i *= 2) {
@@ -80,32 +72,13 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    // No tile costs more than a part; and short requests are not cut, but no part has many of them for that.
-    const int least =
-        whole_pages ? max(min(p.costs.least, longest), p.costs.newest) : max(MIN_TOKENS / unit, 1);
-    const int even = (total + parts - 1) / parts;
-    int chunk = p.split_units > 0 ? p.split_units : max(even, least);
-    if (p.split_units == 0 && shortest == longest) {
-      // Where there are fewer parts than could be, these may as well be of one size.
-      chunk = whole_lines(chunk, longest, whole_pages && even < least ? chunk : chunk / 16);
-    }
-    if (whole_pages && shortest == longest) {
-      // So many whole parts a line, if there are enough: in each line they begin and end at the same places
-      // then.
-      const int parts_of_line = (longest + chunk - 1) / chunk, lines = total / longest;
-      if (longest > chunk && lines * parts_of_line <= parts) padding = parts_of_line * chunk - longest;
-      total += lines * padding;
-    }
+    int chunk = p.split_units > 0 ? p.split_units : max((total + parts - 1) / parts, max(MIN_TOKENS / unit, 1));
+    if (p.split_units == 0 && shortest == longest) chunk = whole_lines(chunk, longest);
     begins[p.num_requests] = total;
     p.schedule[Schedule::CHUNK] = chunk;
     p.schedule[Schedule::PARTS] = (total + chunk - 1) / chunk;
     p.schedule[Schedule::TOTAL] = total;
     p.schedule[Schedule::NEWEST] = p.newest_from != nullptr;
-  }
-  __syncthreads();
-  if (padding > 0) {
-    for (int r = threadIdx.x; r < p.num_requests; r += SCHEDULE_THREADS)
-      begins[r] += begins[r] / longest * padding;
   }
 }
 

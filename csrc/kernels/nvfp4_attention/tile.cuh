@@ -5,7 +5,7 @@
 //   transposed
 //
 // Lane = 4 g + t. It holds, of K, rows g and g + 8 (tokens token_of_row(g), + 8), D/4 dimensions each; of V,
-// D/8 dimensions of four tokens (v_token); of S^T and O^T, query rows 2t and 2t + 1. The dimensions
+// D/8 dimensions of tokens t, t + 4, t + 8, t + 12; of S^T and O^T, query rows 2t and 2t + 1. The dimensions
 // are permuted so that a lane's bytes are contiguous: Q is permuted with K, the output comes out in V's
 // order.
 #pragma once
@@ -25,8 +25,7 @@ struct TileMask {
   float soft_cap;        // 0: none
 };
 
-// What Q^T has for eight rows and a word of K, in one lane: its two fragments of even elements, then of odd
-// ones.
+// What Q^T has for eight rows and a word of K, in one lane: its two fragments of even elements, then of odd ones.
 struct QueryWord {
   uint32_t b[4];
 };
@@ -57,18 +56,16 @@ struct QueryFragments<C, true> {
   }
 
  private:
-  __device__ __forceinline__ uint32_t place(int n, int w) const {
-    return at + (n * C::WORDS + w) * C::Q_WORD;
-  }
+  __device__ __forceinline__ uint32_t place(int n, int w) const { return at + (n * C::WORDS + w) * C::Q_WORD; }
 };
 
 template <class C>
 struct WarpState {
   QueryFragments<C> q;
-  float out[C::NT][C::M_TILES][4];  // O^T, times UNSCALE^-1
-  float factor[C::NT][2];           // logits in base 2 = S^T * factor
-  float max[C::NT][2];              // of the logits in base 2, less HEADROOM; may lag by LAZY
-  float sum[C::NT][2];              // this lane's part
+  float out[C::NT][C::M_TILES][4];     // O^T, times UNSCALE^-1
+  float factor[C::NT][2];              // logits in base 2 = S^T * factor
+  float max[C::NT][2];                 // of the logits in base 2, less HEADROOM; may lag by LAZY
+  float sum[C::NT][2];                 // this lane's part
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -90,48 +87,33 @@ struct LaneOffsets {
   static constexpr int V_GROUPS = C::DP == 256 ? 2 : 1;  // scale groups of V's dimensions of a lane
   uint32_t k_data, k_scale[C::EXACT && C::DP > 64 ? 1 : 2], v_data, v_scale[V_GROUPS];
   const Shifts shifts;
-  const uint32_t& v_scale_flip;  // where C::PAIRED
 
-  // head: of the page, where a stage is one.
-  __device__ __forceinline__ LaneOffsets(uint32_t ring, const Nvfp4AttentionParams& p, int head = 0)
-      : shifts{p.two, p.sixteen}, v_scale_flip(p.v_scale_flip) {
-    const uint32_t data = ring + head * C::HEAD_DATA, scales = ring + head * C::HEAD_SCALES;
+  __device__ __forceinline__ LaneOffsets(uint32_t ring, const Nvfp4AttentionParams& p)
+      : shifts{p.two, p.sixteen} {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int token = C::token_of_row(g);
+    const int token = token_of_row(g);
     if (C::DP == 64) {
-      k_data = data + C::k_place(g) * C::ROW + 8 * t;
-      k_scale[0] = scales + C::K_SCALE + token * C::S + t;
+      k_data = ring + g * C::ROW + 8 * t;
+      k_scale[0] = ring + C::K_SCALE + token * C::S + t;
     } else {
-      k_data = data + C::k_place(g) * C::ROW + 16 * C::k_chunk(g, t);
-      k_scale[0] = scales + C::K_SCALE + token * C::S + (C::EXACT ? 2 * t : min(2 * t, C::S - 1));
-      if (!C::EXACT) k_scale[1] = scales + C::K_SCALE + token * C::S + min(2 * t + 1, C::S - 1);
+      k_data = ring + g * C::ROW + 16 * C::k_chunk(g, t);
+      k_scale[0] = ring + C::K_SCALE + token * C::S + (C::EXACT ? 2 * t : min(2 * t, C::S - 1));
+      if (!C::EXACT) k_scale[1] = ring + C::K_SCALE + token * C::S + min(2 * t + 1, C::S - 1);
     }
-    const int v_token = C::v_token(t, 0);  // the others' rows are swizzled alike
+    // Rows t, t + 4, ... are swizzled alike.
     const int byte = g * (C::DP / 16);
-    v_data = data + C::V_DATA + v_token * C::ROW + 16 * C::v_chunk(v_token, byte / 16) + byte % 16;
+    v_data = ring + C::V_DATA + t * C::ROW + 16 * C::v_chunk(t, byte / 16) + byte % 16;
 #pragma unroll
     for (int i = 0; i < V_GROUPS; ++i) {
       const int s = min(C::DP == 256 ? 2 * g + i : C::DP == 128 ? g : g / 2, C::S - 1);
-      v_scale[i] = scales + C::V_SCALE;
+      v_scale[i] = ring + C::V_SCALE;
       if (p.v_order == ScaleOrder::LINEAR) {
-        v_scale[i] += v_token * C::S + s;
+        v_scale[i] += t * C::S + s;
       } else {  // Page::scale_index: a group of four tokens is [4][S/4][4], the token last
         constexpr int QUARTER = C::S >= 4 ? C::S / 4 : 1;
-        v_scale[i] += ((v_token & ~3) + s / QUARTER) * C::S + s % QUARTER * 4 + (v_token & 3);
+        v_scale[i] += s / QUARTER * C::S + s % QUARTER * 4 + t;
       }
     }
-  }
-
-  // Of V's token v_token(t, i). Where PAIRED tokens 0 and 1 are neighbours, 2 and 3 those eight further on.
-  __device__ __forceinline__ uint32_t v_data_of(uint32_t stage, int i) const {
-    if constexpr (!C::PAIRED) return stage + v_data + i * 4 * C::ROW;
-    const uint32_t first = stage + v_data;
-    return (i % 2 == 0 ? first : first ^ C::ROW) + i / 2 * 8 * C::ROW;
-  }
-  __device__ __forceinline__ uint32_t v_scale_of(uint32_t stage, int group, int i) const {
-    if constexpr (!C::PAIRED) return stage + v_scale[group] + i * 4 * C::S;
-    const uint32_t first = stage + v_scale[group];
-    return (i % 2 == 0 ? first : first ^ v_scale_flip) + i / 2 * 8 * C::S;
   }
 };
 
@@ -171,7 +153,7 @@ class Tile {
 
   __device__ __forceinline__ static void mask_logits(float (&s)[C::NT][4], const TileMask& mask) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int token = mask.first_token + C::token_of_row(g);
+    const int token = mask.first_token + token_of_row(g);
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
@@ -317,19 +299,19 @@ class Tile {
                                                     const LaneOffsets<C>& at, const uint32_t (&p)[C::NT][2],
                                                     const TileMask* mask) {
     constexpr int BYTES = 4 * C::V_WORDS;
-    uint32_t words[4][C::V_WORDS];  // of tokens v_token(t, 0) to (t, 3)
+    uint32_t words[4][C::V_WORDS];  // of tokens t, t + 4, t + 8, t + 12
 #pragma unroll
-    for (int i = 0; i < 4; ++i) ptx::load_shared<BYTES>(at.v_data_of(stage, i), words[i]);
-    __half2 scales[LaneOffsets<C>::V_GROUPS][2];  // of tokens 0 and 1, and of 2 and 3
+    for (int i = 0; i < 4; ++i) ptx::load_shared<BYTES>(stage + at.v_data + i * 4 * C::ROW, words[i]);
+    __half2 scales[LaneOffsets<C>::V_GROUPS][2];  // (t, t + 4) and (t + 8, t + 12)
 #pragma unroll
     for (int group = 0; group < LaneOffsets<C>::V_GROUPS; ++group) {
       uint32_t bytes[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        bytes[i] = ptx::load_shared_u8(at.v_scale_of(stage, group, i));
+        bytes[i] = ptx::load_shared_u8(stage + at.v_scale[group] + i * 4 * C::S);
         if (mask != nullptr) {
           // P is 0 there, but 0 times a garbage scale, which may be NaN, is not.
-          const int token = mask->first_token + C::v_token(threadIdx.x & 3, i);
+          const int token = mask->first_token + int(threadIdx.x & 3) + 4 * i;
           if (token < mask->first || token >= mask->last) bytes[i] = 0;
         }
       }

@@ -18,15 +18,4 @@ struct Variant {
 template <class C>
 Variant variant();
 
-// The kernel of page_decode.cuh for pages of so many heads.
-struct PageVariant {
-  int head_size, heads, shared_bytes;
-  int blocks(int parts) const { return parts * 4 / heads > 0 ? parts * 4 / heads : 1; }
-  cudaError_t (*launch)(const Nvfp4AttentionParams&, cudaStream_t);
-  bool (*runs)();  // on the current device: code for it was compiled, and an SM has room
-};
-
-// Null if there is none.
-const PageVariant* find_page_variant(int head_size, int heads);
-
 }  // namespace xlayer::attention

@@ -67,66 +67,8 @@ void cp_async_wait() {
   }
 }
 
-inline simt::Barrier& barrier_at(uint32_t at) {
-  const auto found = simt::machine().barriers.find(at);
-  if (found == simt::machine().barriers.end()) simt::fail("a barrier that nobody made");
-  return found->second;
-}
-inline void complete_if_done(simt::Barrier& b) {
-  if (b.pending > 0 || b.bytes > 0) return;
-  if (b.bytes < 0) simt::fail("a barrier got more bytes than were announced");
-  b.pending = b.count;
-  ++b.phase;
-  ++simt::machine().progress;
-}
-inline void barrier_init(uint32_t at, int count) {
-  simt::shared_at(at, 8);
-  simt::Barrier b;
-  b.count = b.pending = count;
-  simt::machine().barriers[at] = b;
-}
-inline void fence_async_copies() {}
-inline void barrier_expect(uint32_t at, uint32_t bytes) {
-  simt::Barrier& b = barrier_at(at);
-  if (b.pending == 0) simt::fail("a barrier got more arrivals than a phase has");
-  b.bytes += bytes;
-  --b.pending;
-  complete_if_done(b);
-}
-inline void barrier_arrive(uint32_t at) { barrier_expect(at, 0); }
-inline void do_bulk_copies(simt::Barrier& b) {
-  for (const simt::Copy& c : std::exchange(b.copies, {})) {
-    std::memcpy(simt::shared_at(c.to, 1), c.from, c.bytes);
-    b.bytes -= c.bytes;
-  }
-  complete_if_done(b);
-}
-inline void barrier_wait(uint32_t at, uint32_t parity) {
-  simt::Barrier& b = barrier_at(at);
-  while (uint32_t(b.phase & 1) == parity) {
-    b.copies.empty() ? simt::yield() : do_bulk_copies(b);
-  }
-}
-inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || to % 16 != 0 || bytes % 16 != 0) {
-    simt::fail("bulk copy: misaligned");
-  }
-  simt::shared_at(to + bytes - 1, 1);
-  simt::Barrier& b = barrier_at(barrier);
-  b.copies.push_back({to, from, int(bytes)});
-  if (!simt::machine().late_copies) do_bulk_copies(b);
-}
-
 inline _Float16 half_of(uint32_t pair, int i) {
   return __builtin_bit_cast(_Float16, uint16_t(pair >> (16 * i)));
-}
-
-inline uint32_t saturated_halves(float low, float high) {
-  constexpr float MOST = 65504.0f;
-  const auto half = [](float x) {
-    return uint32_t(__builtin_bit_cast(uint16_t, _Float16(x > MOST ? MOST : x < -MOST ? -MOST : x)));
-  };
-  return half(low) | half(high) << 16;
 }
 
 // PTX ISA, "Matrix Fragments for mma.m16n8k16": lane = 4 g + t holds A rows g and g + 8, columns 2t, 2t + 1

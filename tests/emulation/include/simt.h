@@ -1,10 +1,10 @@
 // Runs CUDA kernels on a CPU, lane by lane, for tests where no GPU is.
 //
 // Every thread of a block is a fiber. It runs until it meets the others (a warp's shuffle, vote, matrix
-// product; a block's barrier), and goes on when all of them are there. A warp runs on as far as barriers let
-// it before another does. So the code of the kernels themselves runs: their addresses, masks, schedules,
-// rings of buffers, and a barrier that is missing shows in one of the two orders of warps. What does not
-// show: speed, finer races between warps, and what nvcc makes of the code.
+// product; a block's barrier), and goes on when all of them are there. A warp runs on as far as barriers let it
+// before another does. So the code of the kernels themselves runs: their addresses, masks, schedules, rings of
+// buffers, and a barrier that is missing shows in one of the two orders of warps. What does not show: speed,
+// finer races between warps, and what nvcc makes of the code.
 //
 // Stricter than a GPU: lanes that meet at different operations, a block that waits for ever, or a
 // shared-memory access outside of what was asked for end the program with a message. Shared memory starts as
@@ -20,7 +20,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -97,21 +96,12 @@ struct Copy {
   int bytes;
 };
 
-// An mbarrier. A phase is complete when all have arrived and all announced bytes have come.
-struct Barrier {
-  int count = 0, pending = 0;  // arrivals: of a phase, and those that this one lacks
-  long bytes = 0;              // announced less come
-  long phase = 0;
-  std::vector<Copy> copies;  // that complete it, and have not happened
-};
-
 struct Machine {
   std::vector<uint8_t> shared;
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   Meeting block;
   std::vector<std::vector<std::vector<Copy>>> copies;  // [thread][group]
-  std::map<uint32_t, Barrier> barriers;                // by address
   bool late_copies = true;  // asynchronous copies happen when they are waited for, else at once
   ucontext_t scheduler;
   int current = 0;
@@ -182,7 +172,6 @@ inline void run_block(int threads) {
   m.warps.assign(threads / WARP, {});
   m.block = {};
   m.copies.assign(threads, {});
-  m.barriers.clear();
   for (Fiber& f : m.fibers) {
     if (!f.stack) f.stack.reset(new char[STACK_BYTES]);
     f.done = false;
@@ -197,9 +186,6 @@ inline void run_block(int threads) {
     left = 0;
     for (int w = 0; w < warps; ++w) left += run_warp(m.late_copies ? w : warps - 1 - w);
     if (left > 0 && m.progress == before) fail("some threads wait for others that never come");
-  }
-  for (const auto& [at, barrier] : m.barriers) {
-    if (!barrier.copies.empty() || barrier.bytes != 0) fail("a block ends before its copies do");
   }
 }
 

@@ -38,7 +38,6 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None, newest_tokens: int = 0)
         num_q_heads=s.num_q_heads,
         num_kv_heads=s.num_kv_heads,
         head_size=s.head_size,
-        block_size=s.block_size,
         max_requests=len(s.lens),
         max_q_len=s.q_len,
     )
