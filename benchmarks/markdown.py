@@ -321,6 +321,8 @@ def settings() -> str:
             _text_table(["key", "what"], hand_over),
             f"Of vLLM's NixlConnector, and the same here: {', '.join(f'`{name}`' for name in nixl.VLLMS)}.",
             "Refused: " + "; ".join(f"`{name}` ({why})" for name, why in nixl.REFUSED.items()) + ".",
+            "XLayerTieredNixlConnector ([with tiers](prefill-decode.md#with-tiers)) takes these, and those "
+            "of XLayerConnector.",
             "## Environment",
             _text_table(["variable", "default", "meaning"], variables),
         ]

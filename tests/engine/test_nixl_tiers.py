@@ -1,97 +1,25 @@
-"""Hand-over and tiers in one decode engine, in vLLM's MultiConnector: who loads what, and where one fails."""
+"""Hand-over and tiers in one decode engine, in vLLM's MultiConnector, which gives a prompt to one of them."""
 
 import pytest
 
 pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
 
-from faults import TALLY, Copies, compare, core_of, finish, live_connector
-from model_fixture import random_prompts, vllm_greedy
-from nixl_fixture import (
-    ON_DEVICE,
-    OtherEngine,
-    add_all,
-    blocks_in_use,
-    flip_a_bit,
-    free_port,
-    side_channel,
-    transfer,
-)
-
-from vllm_xlayer.compat.engine import empty_device_cache
-from vllm_xlayer.connector.host.accounts import check_accounts
+from faults import TALLY, Copies
+from model_fixture import random_prompts
+from nixl_fixture import flip_a_bit
+from nixl_tiers_fixture import Pair, multi_connector
 
 pytestmark = pytest.mark.anywhere
 
-NUM_TOKENS = 8
 PROMPTS = random_prompts([100, 33, 200])
 ROWS = [-(-len(prompt) // 16) for prompt in PROMPTS]
 WHOLE_ROWS = sum(len(prompt) // 16 for prompt in PROMPTS)
-NOT_HANDED_OVER = [None] * len(PROMPTS)
-SETTINGS = dict(skip_tokenizer_init=True, max_model_len=512, seed=0, **ON_DEVICE)
-BOTH = dict(
-    kv_connector="MultiConnector", kv_role="kv_both", kv_load_failure_policy="recompute",
-    kv_connector_extra_config={"connectors": [
-        transfer(), dict(kv_connector="XLayerConnector", kv_role="kv_both",
-                         kv_connector_extra_config={"cpu_bytes_to_use": 4 << 20}),
-    ]},
-)  # fmt: skip
-
-
-class Pair:
-    """A decode engine with tiers, here, and a prefill engine beside it."""
-
-    def __init__(self, make_llm, model):
-        with side_channel(free_port()):
-            self.decode = make_llm(model, kv_transfer_config=BOTH, **SETTINGS)
-        nixl, tiers = live_connector().sub_connectors
-        self.reads, self.pool = nixl.connector_worker, tiers.pool
-        self.tiers = tiers.connector_worker.worker
-        _, self.tiers_scheduler = core_of(self.decode).scheduler.connector.sub_connectors
-        self.prefill = OtherEngine(
-            model, kv_transfer_config=transfer(), kv_cache_memory_bytes=4 << 20, **SETTINGS
-        )
-        self.answers = {f"r{i}": a for i, a in enumerate(vllm_greedy(self.decode, PROMPTS, NUM_TOKENS))}
-        self.rows_read, land = 0, self.reads.wire.land
-
-        def spy(begun, buffer, rows):
-            self.rows_read += len(rows)
-            return land(begun, buffer, rows)
-
-        self.reads.wire.land = spy
-
-    def begin(self, tiers_too=False):
-        """Nothing is on the device, nor in the tiers if that is said; what is not loaded shows as NaN."""
-        empty_device_cache(self.decode)
-        if tiers_too:
-            assert self.decode.reset_prefix_cache(reset_connector=True)
-        self.pool.fill_(0xFF)
-        self.reads.failures.clear()
-
-    def ask(self, handed_over=NOT_HANDED_OVER):
-        """(rows read from the other engine, rows loaded from host memory), once the answers are right and
-        nothing is kept."""
-        read, loaded = self.rows_read, self.tiers.rows_loaded
-        add_all(self.decode, PROMPTS, handed_over, NUM_TOKENS)
-        outputs = {name.split("-")[0]: output for name, output in finish(self.decode).items()}
-        compare(outputs, self.answers)
-        self.check_nothing_is_kept()
-        return self.rows_read - read, self.tiers.rows_loaded - loaded
-
-    def hand_over(self):
-        return [self.prefill.prefill(prompt) for prompt in PROMPTS]
-
-    def check_nothing_is_kept(self):
-        empty_device_cache(self.decode)  # refused while a block is in use
-        check_accounts(self.tiers_scheduler.connector_scheduler, idle=True)
-        kept = len(self.reads.reads.quarantined) + len(self.reads.reads.reads) + len(self.reads.tags)
-        kept += self.prefill.call(blocks_in_use)
-        TALLY["leaked"] += kept
-        assert kept == 0
 
 
 @pytest.fixture(scope="module")
 def pair(make_llm, tiny_llama):
-    pair = Pair(make_llm, tiny_llama)
+    pair = Pair(make_llm, tiny_llama, PROMPTS, multi_connector(4 << 20))
+    assert pair.cached == pair.computed
     yield pair
     pair.prefill.kill()
 

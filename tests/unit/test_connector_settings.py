@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_xlayer.config import VLLMS_SETTINGS, ConfigError, ConnectorSettings
-from vllm_xlayer.connector.nixl.settings import VLLMS, NixlSettings
+from vllm_xlayer.connector.nixl.settings import VLLMS, NixlSettings, settings_of_both
 
 
 def test_nothing_is_needed():
@@ -73,6 +73,23 @@ def test_of_the_hand_over():
 def test_what_the_hand_over_refuses(extra, message):
     with pytest.raises(ConfigError, match=f"^XLayerNixlConnector: kv_connector_extra_config: {message}$"):
         NixlSettings.read(extra)
+
+
+def test_of_hand_over_and_tiers():
+    link = {"row_seals": True, "kv_lease_duration": 9, "bidirectional_kv_xfer": False}
+    tiers = {"cpu_bytes_to_use": 4e9, "block_size": 48, "canonical_layout": False}
+    assert settings_of_both(tiers | link) == (link, tiers)
+    assert settings_of_both({}) == ({}, {})
+    for key, meant in (("row_seal", "row_seals"), ("cpu_byte_to_use", "cpu_bytes_to_use")):
+        with pytest.raises(
+            ConfigError, match=f"^XLayerTieredNixl.*: expected {meant}, got unknown .*'{key}'$"
+        ):
+            settings_of_both(link | {key: 1} | tiers)
+
+
+def test_no_key_is_of_both():
+    link = {*NixlSettings.model_fields, *VLLMS}
+    assert not link & {*ConnectorSettings.model_fields, *VLLMS_SETTINGS}
 
 
 def test_vllms_keys_are_those_that_it_reads():

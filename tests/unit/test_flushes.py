@@ -68,10 +68,11 @@ def test_stores_are_waited_for_before_blocks_are_zeroed(events):
     assert events == [("flushed", "metadata"), ("zeroed", [7])]
 
 
-def test_below_multi_connector_ours_gets_its_own(events, monkeypatch):
+@pytest.mark.parametrize("name", ["XLayerConnector", "XLayerTieredNixlConnector"])
+def test_below_multi_connector_ours_gets_its_own(events, monkeypatch, name):
     others = SimpleNamespace()
     _serve(monkeypatch, SimpleNamespace(_connectors=[others, Connector(events)]))
-    make()
+    make(name)
     _step(SimpleNamespace(metadata=["theirs", "ours"]))
     assert events == [("flushed", "ours"), ("zeroed", [7])]
 

@@ -4,9 +4,11 @@ import logging
 
 CONNECTOR = "XLayerConnector"
 NIXL_CONNECTOR = "XLayerNixlConnector"
+TIERED_NIXL_CONNECTOR = "XLayerTieredNixlConnector"
 _MODULES = {
     CONNECTOR: "vllm_xlayer.connector.connector",
     NIXL_CONNECTOR: "vllm_xlayer.connector.nixl.connector",
+    TIERED_NIXL_CONNECTOR: "vllm_xlayer.connector.nixl.tiered",
 }
 
 

@@ -1,6 +1,7 @@
 """XLayerNixlConnector's part of the table in `private`: names of vLLM's NIXL connector."""
 
 from .dependence import Private
+from .extension_points import TIERED_NIXL_CONNECTOR
 
 NIXL_FEATURE = "XLayerNixlConnector"
 _NIXL = "vllm.distributed.kv_transfer.kv_connector.v1.nixl"
@@ -64,6 +65,16 @@ DEPENDENCES = (
         remove_when="as above",
         methods={"get_exchange_clipped_blocks": "self block_ids"},
         attributes=("_reqs_need_recv",),
+    ),
+    Private(
+        TIERED_NIXL_CONNECTOR,
+        f"{_NIXL}.pull_scheduler:NixlPullConnectorScheduler",
+        why="the link would write to blocks that the tiers load",
+        how="relied on: of a request it reads the blocks that it is shown and that have no hash, no others",
+        remove_when="vLLM lets two connectors load parts of a prompt",
+        upstream="vllm-project/vllm#54240",
+        methods={"update_state_after_alloc": "self request blocks num_external_tokens"},
+        attributes=("get_unhashed_block_ids_all_groups",),
     ),
     Private(
         NIXL_FEATURE,

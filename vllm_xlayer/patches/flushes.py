@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from ..compat.dependence import Patch
-from ..compat.extension_points import CONNECTOR
+from ..compat.extension_points import CONNECTOR, TIERED_NIXL_CONNECTOR
 from ..compat.private_connector import RUNNER_V2
 from .wrapping import wrap
 
@@ -34,7 +34,8 @@ def see_to_the_runner(original: Any, cls: Any, config: Any, *args: Any, **kwargs
     from ..connector.flushes import expect_flushes_first
 
     module, _, name = RUNNER_V2.owner.partition(":")
-    ours = config.kv_transfer_config is not None and config.kv_transfer_config.has_connector(CONNECTOR)
+    transfer = config.kv_transfer_config
+    ours = transfer is not None and any(map(transfer.has_connector, (CONNECTOR, TIERED_NIXL_CONNECTOR)))
     if ours and module in sys.modules and RUNNER_V2.problem() is None:
         wrap(getattr(sys.modules[module], name), "update_requests", flush_first, "vllm")
         expect_flushes_first()

@@ -1,11 +1,11 @@
-"""What XLayerNixlConnector reads from kv_connector_extra_config."""
+"""What XLayerNixlConnector, and XLayerTieredNixlConnector, read from kv_connector_extra_config."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ...config import ByteCount, ConfigError, nearest
+from ...config import VLLMS_SETTINGS, ByteCount, ConfigError, ConnectorSettings, nearest
 
 VLLMS = (
     "backends",
@@ -65,3 +65,24 @@ class NixlSettings(BaseModel, extra="forbid", strict=True, frozen=True):
             name = str(first["loc"][0])
             expected = cls.model_fields[name].description
             raise ConfigError(f"{where}: {name}: expected {expected}, got {first['input']!r}") from error
+
+
+def settings_of_both(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """XLayerTieredNixlConnector's keys, cut into XLayerNixlConnector's and XLayerConnector's, which check
+    the values.
+
+    Raises:
+        ConfigError: a key of neither.
+    """
+    link = (*NixlSettings.model_fields, *VLLMS, *REFUSED)
+    tiers = (*ConnectorSettings.model_fields, *VLLMS_SETTINGS)
+    for name in extra:
+        if name not in link and name not in tiers:
+            raise ConfigError(
+                "XLayerTieredNixlConnector: kv_connector_extra_config: expected "
+                f"{nearest(name, (*link, *tiers))}, got unknown key {name!r}"
+            )
+    return (
+        {name: value for name, value in extra.items() if name in link},
+        {name: value for name, value in extra.items() if name in tiers},
+    )
