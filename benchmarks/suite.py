@@ -6,6 +6,7 @@ With ``--sanitizer`` under NVIDIA's compute-sanitizer, which makes an access or 
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ TESTS = ROOT / "tests"
 SANITIZER = "compute-sanitizer"
 FOUND = 86
 """Exit code of a run in which the sanitizer found something."""
+END_SECONDS = 20
+"""For tests that are stopped to end, and to report what they have found."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-suite-") as folder:
         report = Path(folder) / "report.xml"
         paths = [str(TESTS / path) for path in args.paths]
-        command = [sys.executable, "-m", "pytest", "-q", "-m", args.mark, f"--junitxml={report}", *paths]
+        # With every test's name as it ends: what a run has found that is stopped is in its output.
+        command = [sys.executable, "-m", "pytest", "-v", "-m", args.mark, f"--junitxml={report}", *paths]
         if args.select:
             command += ["-k", args.select]
         environment = dict(os.environ)
@@ -48,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             command = [SANITIZER, *options, *command]
             # Every tensor an allocation of its own: what lies beside it is not another tensor's.
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-        code = subprocess.run(command, cwd=TESTS.parent, env=environment, check=False).returncode
+        code = _run(command, environment)
         if not report.exists():
             print(f"suite: pytest ended with {code} and left no report", file=sys.stderr)
             return code or 1
@@ -56,6 +60,20 @@ def run(args: argparse.Namespace) -> int:
     asked = {"mark": args.mark, "select": args.select, "sanitizer": args.sanitizer}
     write(args.json, {**asked, "exit_code": code, "seconds": seconds, "files": files})
     return code
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """Its exit code. Ctrl-C stops the tests, and what they have found is reported."""
+    process = subprocess.Popen(command, cwd=TESTS.parent, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.wait(END_SECONDS)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            return process.wait()
 
 
 def outcomes(report: Path) -> tuple[dict[str, dict[str, int]], float]:

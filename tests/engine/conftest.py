@@ -16,6 +16,8 @@ if ON_GPU:
     # Tokens are compared exactly, of requests that were batched in other ways.
     os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    # Ranks of an engine in a process that has used a GPU already: forked ones cannot use any.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 import pytest
 import torch

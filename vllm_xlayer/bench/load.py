@@ -6,6 +6,7 @@ computes with.
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..nvfp4 import content_bytes
-from ..provenance import write
+from ..provenance import hardware, provenance, write
 from .bounds import SHAPE
 from .engines import CACHES, GRAPHS_ONLY, WARM_STEPS, Engine, goes_on, prompts
 from .shapes import SHAPES, write_model
@@ -49,18 +50,19 @@ def run(args: argparse.Namespace) -> int:
     settings = dict(
         max_model_len=tokens + LONGEST, max_num_seqs=requests, kv_cache_memory_bytes=memory, **GRAPHS_ONLY
     )
-    caches: dict[str, Any] = {}
-    results = {
-        "shape": args.shape, "requests": requests, "tokens": tokens, "output": OUTPUT,
-        "kv_bytes": memory, "caches": caches,
+    asked = {
+        "shape": args.shape, "requests": requests, "tokens": tokens, "output": OUTPUT, "kv_bytes": memory,
     }  # fmt: skip
+    caches = kept(args.json, asked, args.caches)
+    results = {**asked, "caches": caches}
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-load-") as folder:
         model = write_model(Path(folder), args.shape)
         for cache in args.caches:
             print(f"{cache}: starting", flush=True)
             with goes_on(cache, failed), Engine(model, cache, **settings) as engine:
-                caches[cache] = measure(engine, requests, tokens)
+                taken = {key: provenance()[key] for key in ("date", "commit")}
+                caches[cache] = taken | measure(engine, requests, tokens)
             # What is measured is kept, whatever happens to the next engine.
             write(args.json, results)
     if caches:
@@ -69,6 +71,17 @@ def run(args: argparse.Namespace) -> int:
             grid.add_row(label, *cells)
         Console(width=100).print(grid)
     return int(bool(failed))
+
+
+def kept(path: Path, asked: dict[str, Any], anew: list[str]) -> dict[str, Any]:
+    """What a results file has of other caches than those that are measured anew; nothing unless it asked
+    the same, on such hardware: an engine takes minutes, for which a machine is not always lent."""
+    try:
+        before = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    same = all(before.get(key) == value for key, value in {**asked, "hardware": hardware()}.items())
+    return {name: found for name, found in before["caches"].items() if same and name not in anew}
 
 
 def measure(engine: Engine, requests: int, tokens: int) -> dict[str, Any]:
