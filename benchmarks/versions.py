@@ -23,7 +23,10 @@ OLD_COMMIT = "a9f7579"
 OLD_FOLDER = "vllm_xlayer/bench/results"
 """Where results were then."""
 OLD_FILE = RESULTS / "vllm-0.26.json"
-FILES = {name: f"h200-{name}.json" for name in ("engine", "decode", "write", "capacity", "offload")}
+FILES = {
+    name: f"h200-{name}.json"
+    for name in ("engine", "decode", "write", "capacity", "offload", "prefill", "load")
+}
 """What was measured with both."""
 WORSE = 0.01
 """A change that is not worth a reason."""
@@ -67,6 +70,8 @@ REASONS = {
     "tokens that fit": "Newest tokens take at most 2.5 % of the GPU's memory, and vLLM takes more of it, "
     "too: of bf16 834,608 tokens fitted, and 824,432 do.",
     "times the tokens": "Newest tokens' memory.",
+    "first token of": "Not known: the host's time. Another benchmark ran on the machine's second GPU, and "
+    "bf16's, all cached, went from 27 to 39 ms.",
     "first token": "Not known. It is the host's time, which launches such a step kernel by kernel: bf16's "
     "cached one went from 19.3 to 23.7 ms, and with 0.26 ours took 27.6 ms on one machine, 53.0 on another.",
     "computed, first token": "Not known. `bench capacity` has 495 ms with both.",
@@ -113,6 +118,18 @@ def figures(results: dict[str, dict[str, Any]]) -> Iterator[Figure]:
     for title, step_seconds, *_ in step_lines(engines):
         yield Figure("offload", f"{title}, decode step", step_seconds, "ms")
 
+    prefill = results["prefill"]
+    nvfp4, long = prefill["caches"]["nvfp4"], f"first token of {prefill['long']:,}"
+    batch = f"prefill {prefill['requests']} x {prefill['tokens']:,}"
+    for key, title in (("batch", batch), ("half", f"{long}, half cached"), ("cached", f"{long}, all cached")):
+        yield Figure("prefill", title, statistics.median(nvfp4[f"{key}_seconds"]), "ms")
+    # As parts of fp8's: more contexts were offered with 0.26.
+    ours, fp8 = (results["load"]["caches"][name] for name in ("nvfp4", "fp8"))
+    rates = [cache["fit"] / cache["step_seconds"] for cache in (ours, fp8)]
+    yield Figure("load", "output of as many contexts as fit, ours / fp8", rates[0] / rates[1], "x")
+    new = fp8["new"]["seconds"] / ours["new"]["seconds"]
+    yield Figure("load", "new contexts, fp8 / ours", new, "x")
+
 
 def section(old: dict[str, Any], *new: dict[str, Any]) -> str:
     """Markdown of every figure that is worse than with vLLM 0.26, and why.
@@ -148,7 +165,7 @@ and with {versions}, {rest} are better, or worse by 1 % at most. The others, wit
 
 {reasons}
 
-Load, prefill and copies were not measured again. The figures of 0.26, each with file, date and commit, are in
+Copies were not measured again. The figures of 0.26, each with file, date and commit, are in
 results/vllm-0.26.json (`python -m benchmarks.versions`)."""
 
 
