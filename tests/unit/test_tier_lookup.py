@@ -134,6 +134,20 @@ def test_expected_numbers(manager):
     assert as_found(KEYS[:5], manager) == 0
 
 
+def test_events_say_that_all_is_gone_from_a_tier_that_is_off():
+    manager = HostTierManager(8, enable_events=True)
+    manager.prepare_store(KEYS[:5], REQUEST)
+    manager.complete_store(KEYS[:3], REQUEST)
+    (stored,) = manager.take_events()
+    manager.turn_off("for this test")
+    manager.turn_off("again")
+    manager.complete_store(KEYS[3:5], REQUEST)  # was under way
+    gone, *others = manager.take_events()
+    assert [*stored.keys] == KEYS[:3] and not stored.removed
+    assert [*gone.keys] == KEYS[:3] and gone.removed
+    assert all(event.removed for event in others) and len(manager.chunks()) == 3
+
+
 def test_nothing_is_found_before_the_memory_may_be_used():
     manager = HostTierManager(8, workers_to_wait_for=1)
     manager.ready(1)

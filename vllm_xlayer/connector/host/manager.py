@@ -61,11 +61,17 @@ class HostTierManager(CPUOffloadingManager):
         self.waits_for = max(0, self.waits_for - workers)
 
     def turn_off(self, problem: str) -> None:
-        """From now on nothing is found and nothing is stored. Transfers under way complete as usual."""
+        """From now on nothing is found and nothing is stored, and events say that all is gone. Transfers
+        under way end as usual; what they store is dropped."""
         self.waits_for = 0
         if not self.problem:
             self.problem = problem
             logger.warning("XLayerConnector: the host tier is off: %s", problem)
+            # Routers that follow vLLM's KV events send prompts to where these were.
+            ready = [key for key, chunk in self.chunks().items() if chunk.is_ready]
+            gone = [key for key in ready if key not in self._failed]
+            if gone and self.events is not None:
+                self.events.append(OffloadingEvent(keys=gone, medium=self.medium, removed=True))
 
     def fail(self, keys: Iterable[OffloadKey]) -> None:
         """Marks chunks whose transfer failed on some worker; complete_store/complete_load follow."""
@@ -141,7 +147,7 @@ class HostTierManager(CPUOffloadingManager):
     def complete_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True
     ) -> None:
-        lost = self._failed.intersection(keys)
+        lost = {*keys} if self.problem else self._failed.intersection(keys)
         if lost:
             self._failed -= lost
             super().complete_store(lost, req_context, success=False)
