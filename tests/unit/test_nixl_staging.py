@@ -38,8 +38,11 @@ class FakeWire:
         self.dead, self.fast = False, False
         self.begun, self.checked, self.checks, self.landing = [], [], [], {}
         self.asked_too_late = False
+        self.broken, self.keeps = "", set()
 
     def begin(self, peer, rows):
+        if self.broken == "begin":
+            raise RuntimeError("out of memory")
         self.begun.append((peer, rows))
         return len(self.begun) - 1
 
@@ -65,15 +68,25 @@ class FakeWire:
 
     def release(self, handle):
         assert self.states[handle] != "PROC", "released, and rows go on arriving"
+        if handle in self.keeps:
+            return False
         self.released.append(handle)
         return True
 
+    def launched(self):
+        self.landing = dict.fromkeys(self.landing, landing := FakeLanding())
+        return landing
+
     def land(self, begun, buffer, rows):
+        if self.broken == "land":
+            raise RuntimeError("out of memory")
         self.landed += self.begun[begun][1][rows.start : rows.stop]
         self.landing[buffer] = FakeLanding()
         return self.landing[buffer]
 
     def check(self, begun):
+        if self.broken == "check":
+            raise RuntimeError("out of memory")
         rows = self.begun[begun][1]
         assert begun not in self.checked and set(rows) <= set(self.landed), "not all of it is landing"
         self.checked.append(begun)
@@ -207,19 +220,33 @@ def test_a_read_that_hangs_is_given_up_and_its_buffers_are_not_reused(reads, wir
     assert reads.free == [] and len(reads.quarantined) == 2 and not reads.chunks
     add(reads, "b", PEER, rows(1))
     assert reads.poll()["b"].reason == "busy"
-    add(reads, "c", OTHER, rows(1))  # waits: the whole ring is in quarantine
-    add(reads, "e", OTHER, rows(1))
-    assert reads.poll() == {}
-    wire.now = 20.3
-    over = reads.poll()
-    assert over.keys() == {"c", "e"} and over["c"].reason == "late" and "room in the ring" in over["c"].text
     add(reads, "c", OTHER, rows(1))
+    assert reads.poll() == {"c": Failure("busy", "reads that hang have all of the ring")}
     end_all(wire)
+    reads.poll()
+    add(reads, "c", OTHER, rows(1))
     assert poll_until_over(reads, wire) == {"c": None}
     assert sorted(reads.free) == [0, 1] and not reads.quarantined
     assert wire.landed == rows(1), "what came too late must not land"
     add(reads, "d", PEER, rows(1))
     assert poll_until_over(reads, wire) == {"d": None}
+
+
+def test_a_read_waits_for_room_only_so_long(reads, wire):
+    """One buffer is in quarantine, the other one in use by a read that goes on and on."""
+    add(reads, "hung", PEER, rows(3))
+    wire.now = 10.1
+    assert reads.poll()["hung"].reason == "late"
+    add(reads, "long", OTHER, rows(50))
+    add(reads, "waits", OTHER, rows(1, start=100))
+    over = {}
+    for _ in range(6):
+        wire.now += 2
+        wire.states[max(wire.states)] = "DONE"
+        for _ in range(3):
+            over |= reads.poll()
+    assert over.keys() == {"waits"} and over["waits"].reason == "late"
+    assert "room in the ring" in over["waits"].text
 
 
 def test_requests_that_wait_for_a_peer_that_hangs_are_over_with_it(reads, wire):
@@ -286,3 +313,52 @@ def test_any_order_of_events(seed):
         assert failure or sorted(landed) == sorted(wanted[name])
     reasons = {failure.reason for failure in over.values() if failure}
     assert None in over.values() and reasons <= {*REASONS}
+
+
+@pytest.mark.parametrize("where", ["begin", "land", "check"])
+def test_what_the_wire_raises_fails_one_request(reads, wire, where):
+    wire.broken = where
+    add(reads, "a", PEER, rows(5))
+    over = poll_until_over(reads, wire)
+    assert over["a"].reason == "lost" and "out of memory" in over["a"].text
+    assert sorted(reads.free) == [0, 1] and not reads.reads and not reads.chunks and not reads.quarantined
+    wire.broken = ""
+    add(reads, "b", PEER, rows(5))
+    assert poll_until_over(reads, wire) == {"b": None}
+
+
+def test_a_ring_that_hangs_as_a_whole_lets_nobody_wait(reads, wire):
+    """Requests from other engines are computed at once, and read again once the hung reads have ended."""
+    add(reads, "hung", PEER, rows(9))
+    wire.now = 11
+    assert reads.poll()["hung"].reason == "late" and len(reads.quarantined) == 2
+    add(reads, "other", OTHER, rows(3))
+    assert reads.poll()["other"].reason == "busy"
+    end_all(wire)
+    reads.poll()
+    add(reads, "another", OTHER, rows(3))
+    assert poll_until_over(reads, wire) == {"another": None}
+
+
+def test_a_sibling_that_was_given_up_is_no_peer_that_hangs(wire):
+    """One rank's rows are stale while the other's are on their way: others' reads from both go on."""
+    reads = StagedReads(wire, buffers=4, timeout=10, clock=lambda: wire.now)
+    wire.bad_row = 1
+    add(reads, "stale", PEER, rows(3))
+    add(reads, "stale", OTHER, rows(3, start=10))
+    wire.states[0] = "DONE"
+    over = {}
+    for _ in range(5):
+        over |= reads.poll()
+    assert over["stale"].reason == "seal" and len(reads.quarantined) == 1
+    add(reads, "fine", OTHER, rows(3, start=20))
+    assert poll_until_over(reads, wire) == {"fine": None}
+
+
+def test_handles_that_are_kept_are_asked_for_again(reads, wire):
+    wire.keeps = {0}
+    add(reads, "a", PEER, rows(3))
+    assert poll_until_over(reads, wire) == {"a": None} and reads.unreleased == [0]
+    wire.keeps = set()
+    reads.poll()
+    assert reads.unreleased == [] and wire.released == [0]

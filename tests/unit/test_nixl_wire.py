@@ -186,6 +186,35 @@ def test_seals_come_with_the_first_chunk_and_are_for_all(checking, sealed, order
         assert "of 6 rows 0 are sealed for other tokens" in problem and "and 1 are not" in problem
 
 
+def test_what_is_checked_is_what_lies_in_the_cache(checking, sealed, monkeypatch):
+    """Bytes that came into the ring between the copy and the check, or before both, are no excuse."""
+    ring, pool = checking.ring, checking.pool
+    ring[0, : 2 * ROW].view(2, ROW).copy_(THEIRS[[3, 0]])
+    ring[0, 4 * ROW :] = sealed.view(torch.uint8).flatten()
+    some = rows((3, 1, 0, -13), (0, 2, 0, 10))
+    select = torch.index_select
+
+    def late(source, *args, **kwargs):
+        ring[0, : 2 * ROW] = 0
+        return select(source, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "index_select", late)
+    assert landed(checking, 0, some) is None and pool[[1, 2]].equal(THEIRS[[3, 0]])
+    assert "2 are not what was sealed" in landed(checking, 0, some)  # and zeros are found
+
+
+def test_with_memory_of_its_own_for_the_check(checking, sealed):
+    """As on a GPU, where words and products have a place that is taken at the start."""
+    checking.landings.scratch = torch.empty(5 * ROW // 8, dtype=torch.int64)
+    checking.ring[0, : 3 * ROW].view(3, ROW).copy_(THEIRS[[3, 0, 2]])
+    checking.ring[0, 4 * ROW :] = sealed.view(torch.uint8).flatten()
+    some = rows((3, 0, 0, -13), (0, 2, 0, 10), (2, 1, 0, 12))
+    assert landed(checking, 0, some) is None
+    assert checking.landings.scratch[: 3 * ROW // 8].view(3, -1).equal(THEIRS[[3, 0, 2]].view(torch.int64))
+    checking.ring[0, ROW + 3] ^= 4
+    assert "1 are not what was sealed" in landed(checking, 0, some)
+
+
 def test_the_table_of_seals_is_read_once_a_read(checking, agent, monkeypatch):
     made = []
     monkeypatch.setattr(agent, "make_prepped_xfer", lambda *args: made.append(args[1:]) or 0)

@@ -29,13 +29,13 @@ DEPENDENCES = (
         CONNECTOR_FEATURE,
         f"{_OFFLOADING}.scheduler:OffloadingConnectorScheduler",
         why="a request whose load failed would ask the tier for ever, and failed jobs would count as done",
-        how="read: jobs and requests under way, whether a group holds states; called: how much of a request "
-        "can be in a tier",
+        how="read: jobs and requests under way, whether a group holds states; added to: blocks that another "
+        "connector loads into; called: how much of a request can be in a tier",
         remove_when="vLLM's connector takes a failed transfer as its own",
         methods={"_calc_num_offloadable_tokens": "self req_status num_computed_tokens"},
         attributes=(
             "_jobs", "_req_status", "_block_id_to_pending_jobs", "_chunks_being_loaded", "_mamba_align_size",
-            "_current_batch_load_jobs",
+            "_current_batch_load_jobs", "_current_batch_allocated_block_ids",
         ),
     ),
     Private(

@@ -31,6 +31,7 @@ DEPENDENCES = (
         "rest is called and read as vLLM's own methods do",
         remove_when="vLLM's reads have a deadline and a checksum, and are staged",
         methods={
+            "_engines_with_inflight_transfers": "self",
             "_read_blocks": "self read_spec dst_engine_id request_id remote_request_id "
             "local_xfer_side_handle local_dram_handle remote_xfer_side_handle expected_consumers "
             "awaiting_kvs",

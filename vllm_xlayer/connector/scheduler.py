@@ -35,6 +35,9 @@ from .worker import RowWorkerMetadata
 
 logger = init_logger(__name__)
 
+NULL_BLOCK = 0
+"""vLLM's, in place of blocks that a window has left behind."""
+
 
 class RowConnectorScheduler(OffloadingConnectorScheduler):
     """Takes what OffloadingConnectorScheduler takes; the spec must be a RowOffloadingSpec.
@@ -165,6 +168,10 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
+        # Stores that still read these blocks are waited for, also where another connector loads into them
+        # (vLLM 0.31 looks at no block where it has nothing to load itself).
+        ids = {block.block_id for group in blocks.blocks for block in group}
+        self._current_batch_allocated_block_ids |= ids - {NULL_BLOCK}
         super().update_state_after_alloc(request, blocks, num_external_tokens)
         self.activity.lookups.admitted(request.request_id)
 

@@ -86,7 +86,7 @@ class Landings:
         self.digests: dict[int, RowDigest] = {}
         """By bytes of a row."""
         self.scratch: torch.Tensor | None = None
-        """On a GPU: a chunk's words times their factors."""
+        """On a GPU: a chunk's words, then these times their factors."""
 
     def prepare(self, row_bytes: int) -> None:
         """Before rows of that size are checked; also in another thread."""
@@ -150,22 +150,33 @@ class Landings:
         moves: tuple[tuple[Move, ...], ...],
     ) -> None:
         some = slice(rows.start, rows.stop)
-        words = as_words(arrived)
+        words, blocks = as_words(arrived), read.blocks[some]
         if seals is not None:
             read.seals = seals[read.remote]
-        if read.digests is not None:
-            scratch = None
-            if self.scratch is not None:
-                scratch = self.scratch[: words.numel()].view(words.shape)
-            self.digests[arrived.shape[1]].into(read.digests[some], words, scratch)
-        blocks = read.blocks[some]
-        if not moves:
+        if moves:
+            self._scatter(read.groups[some], blocks, arrived, moves)
+        else:
             self.words.index_copy_(0, blocks, words)
+        if read.digests is None:
             return
-        groups = read.groups[some]
+        scratch = None
+        if self.scratch is not None:
+            scratch = self.scratch[: words.numel()].view(words.shape)
+        if not moves:
+            # Of what is in the cache now, whatever came into the ring before or after it was copied.
+            words = torch.index_select(self.words, 0, blocks, out=scratch)
+        self.digests[arrived.shape[1]].into(read.digests[some], words, scratch)
+
+    def _scatter(
+        self,
+        groups: np.ndarray,
+        blocks: torch.Tensor,
+        arrived: torch.Tensor,
+        moves: tuple[tuple[Move, ...], ...],
+    ) -> None:
         for group, its_moves in enumerate(moves):
             mine = np.flatnonzero(groups == group)
-            if len(mine) == len(rows):
+            if len(mine) == len(groups):
                 scatter(arrived, self.pool, blocks, its_moves)
             elif len(mine):
                 which = to_device(mine, self.pool.device)

@@ -70,7 +70,7 @@ class RowDigest:
     def into(self, digests: torch.Tensor, words: torch.Tensor, scratch: torch.Tensor | None = None) -> None:
         """Writes the digests of rows of words, int64 [n, row_bytes / 8], into int64 [n].
 
-        scratch: a GPU's, like words; else it is made.
+        scratch: a GPU's, like words, or words themselves; else it is made.
         """
         if words.is_cuda:  # there is no such product of integers there
             torch.sum(torch.mul(words, self.factors, out=scratch), -1, out=digests)

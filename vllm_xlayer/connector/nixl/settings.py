@@ -33,15 +33,15 @@ class NixlSettings(BaseModel, extra="forbid", strict=True, frozen=True):
     )
     staging_bytes: ByteCount = Field(
         256 << 20,
-        description="bytes of the ring of each rank that rows are read into before they are checked and "
-        "copied into the cache, above 0; a quarter more is taken on a GPU for checksums (not given: 256 MiB)",
+        description="bytes of the ring of each rank that rows are read into, and copied from into the cache, "
+        "above 0; a quarter more is taken on a GPU for checksums (not given: 256 MiB)",
     )
     read_timeout_seconds: float = Field(
         30.0,
         gt=0,
         strict=False,
-        description="seconds that a read may take before the request is computed, above 0; what a late "
-        "answer may still write is left alone (not given: 30)",
+        description="seconds that a quarter of the ring may take, or a read wait for one, before the request "
+        "is computed, above 0; what a late answer may still write is left alone (not given: 30)",
     )
 
     @classmethod

@@ -92,6 +92,9 @@ class Wire(Protocol):
     def land(self, begun: Any, buffer: int, rows: range) -> Landing:
         """Copies what a buffer holds into the KV cache. The buffer is free again when that is done."""
 
+    def launched(self) -> Landing:
+        """What was launched so far, for whatever read."""
+
     def check(self, begun: Any) -> Check:
         """Called once, when all chunks of a read are landing."""
 
@@ -106,6 +109,8 @@ class Chunk:
     handle: Any
     posted: float
     landing: Landing | None = None
+    final: bool = False
+    """In quarantine: whether nothing arrives any more, and its handle is to be given back."""
 
 
 @dataclass(eq=False)
@@ -154,6 +159,8 @@ class StagedReads:
     checks: list[Read] = field(default_factory=list)
     """Reads whose check is not done."""
     quarantined: list[Chunk] = field(default_factory=list)
+    unreleased: list[Any] = field(default_factory=list)
+    """Handles of chunks that have arrived, which the wire keeps for now."""
     stay: Stay = BESIDE_STEPS
     free: list[int] = field(init=False)
 
@@ -165,7 +172,12 @@ class StagedReads:
 
         rows: so many, as the wire wants them.
         """
-        read = Read(request, peer, count, self.wire.begin(peer, rows), self.clock())
+        read = Read(request, peer, count, None, self.clock())
+        try:
+            read.begun = self.wire.begin(peer, rows)
+        except Exception as error:
+            text = f"the read could not be begun: {type(error).__name__}: {error}"
+            read.failure = Failure("lost", text)
         self.reads.setdefault(request, []).append(read)
         self._post()
 
@@ -216,7 +228,8 @@ class StagedReads:
             return self._look_at_landing(chunk)
         state = self._state(chunk)
         if state == "DONE":
-            self.wire.release(chunk.handle)
+            if not self.wire.release(chunk.handle):
+                self.unreleased.append(chunk.handle)
             self._land(chunk)
             return True
         if state != "PROC":
@@ -231,11 +244,15 @@ class StagedReads:
         if read.failure:
             self._drop(chunk)
             return
-        chunk.landing = self.wire.land(read.begun, chunk.buffer, chunk.rows)
-        read.landing += len(chunk.rows)
-        if read.landing == read.rows:
-            read.check = self.wire.check(read.begun)
-            self.checks.append(read)
+        try:
+            chunk.landing = self.wire.land(read.begun, chunk.buffer, chunk.rows)
+            read.landing += len(chunk.rows)
+            if read.landing == read.rows:
+                read.check = self.wire.check(read.begun)
+                self.checks.append(read)
+        except Exception as error:  # a GPU without memory left: a part of it may be launched
+            chunk.landing = self.wire.launched()
+            self._give_up(read, Failure("lost", f"rows could not be copied: {type(error).__name__}: {error}"))
         self._look_at_landing(chunk)
 
     def _look_at_landing(self, chunk: Chunk) -> bool:
@@ -268,8 +285,10 @@ class StagedReads:
         self._look_at_quarantined()
 
     def _look_at_quarantined(self) -> None:
+        self.unreleased = [handle for handle in self.unreleased if not self.wire.release(handle)]
         for chunk in list(self.quarantined):
-            if self._state(chunk) != "PROC" and self.wire.release(chunk.handle):
+            chunk.final = chunk.final or self._state(chunk) != "PROC"
+            if chunk.final and self.wire.release(chunk.handle):
                 self.quarantined.remove(chunk)
                 self.free.append(chunk.buffer)
 
@@ -287,10 +306,15 @@ class StagedReads:
 
     def _post(self) -> None:
         """Fills free buffers, first come first served."""
-        hung = {chunk.read.peer for chunk in self.quarantined}
+        # Not those whose reads were given up for another reason, and end soon.
+        late = self.clock() - self.timeout
+        hung = {chunk.read.peer for chunk in self.quarantined if chunk.posted < late and not chunk.final}
+        full = len(self.quarantined) == self.buffers and all(c.posted < late for c in self.quarantined)
         for read in [read for reads in self.reads.values() for read in reads if not read.over]:
             if read.peer in hung:
                 self._give_up(read, Failure("busy", "an earlier read from this peer has not ended yet"))
+            elif full and read.posted < read.rows:
+                self._give_up(read, Failure("busy", "reads that hang have all of the ring"))
             while self.free and not read.failure and read.posted < read.rows:
                 self._post_chunk(read)
             if read.under_way:

@@ -210,5 +210,8 @@ class NixlWire:
         seals = peer.tables[buffer] if peer.tables and rows.start == 0 else None
         return self.landings.land(begun.into, rows, arrived, seals, peer.pool.moves)
 
+    def launched(self) -> Launched:
+        return Launched(self.landings.stream)
+
     def check(self, begun: PoolRead) -> SealCheck:
         return self.landings.check(begun.into)

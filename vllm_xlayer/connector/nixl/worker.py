@@ -224,9 +224,14 @@ class RowNixlWorker(NixlPullConnectorWorker):
         """Whole rows of ours, once a source: as above. NIXL refuses a read between rows of two sizes."""
         return (src_blocks_data for _ in plan.all_source_ranks)
 
+    def _engines_with_inflight_transfers(self) -> set[str]:
+        """With those whose reads were given up, and may write into the ring yet."""
+        inflight: set[str] = super()._engines_with_inflight_transfers()
+        return inflight | {engine for engine, _ in self.reads.peers()}
+
     def _cleanup_remote_engine(self, engine_id: str, log_eviction: bool = True) -> None:
         super()._cleanup_remote_engine(engine_id, log_eviction=log_eviction)
-        for peer in [peer for peer in self.wire.peers if peer[0] == engine_id]:
+        for peer in [peer for peer in list(self.wire.peers) if peer[0] == engine_id]:
             self.wire.retire_peer(peer)
         self.wire.release_retired(self.reads.peers())
 
