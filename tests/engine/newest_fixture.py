@@ -32,11 +32,12 @@ class Life:
 
     def begin(self) -> None:
         """What is known to be dangerous, before what is drawn at random."""
-        stem, other, *pairs = random_prompts([97] + [100] * 7, seed=self.seed + 1)
+        stem, other, *pairs = random_prompts([97] + [100] * 9, seed=self.seed + 1)
         for prompt in (stem, other, stem):  # the third is found, and its row was the second's
             self._run([prompt], 2)
-        for i in (0, 2, 4):  # rows are given back in any order: often, each gets the other's
-            self._run(pairs[i : i + 2], 24, preempt_after=5)
+        # Rows are given back in any order: often, each gets the other's. With drafts few tokens may be all.
+        for i, tokens in ((0, 6), (2, 6), (4, 6), (6, 24)):
+            self._run(pairs[i : i + 2], tokens, preempt_after=5)
         self.stems[0] = stem[:96]
 
     def _run(self, prompts, tokens: int, preempt_after: int | None = None) -> None:

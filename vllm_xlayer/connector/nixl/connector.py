@@ -71,6 +71,13 @@ class XLayerNixlConnector(NixlPullConnector):
         assert isinstance(self.connector_scheduler, RowNixlScheduler)
         self.connector_scheduler.kv_cache_manager = kv_cache_manager
 
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """The worker's, or the scheduler's."""
+        if not isinstance(self.connector_scheduler, RowNixlScheduler):
+            return super().get_kv_connector_stats()
+        stats = self.connector_scheduler.stats
+        return None if stats.is_empty() else stats.clone_and_reset()
+
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
         return RowNixlStats() if data is None else RowNixlStats(data)

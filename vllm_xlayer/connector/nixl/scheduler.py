@@ -7,12 +7,18 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
+from .params import problem_in, without_reading
 from .seals import prompt_tags
+from .stats import RowNixlStats
+
+logger = init_logger(__name__)
 
 
 class RowNixlMetadata(NixlConnectorMetadata):
@@ -36,6 +42,7 @@ class RowNixlScheduler(NixlPullConnectorScheduler):
 
     Attributes:
         kv_cache_manager: set by the connector when vLLM has made it.
+        stats: requests that cannot be read, since vLLM asked last.
     """
 
     kv_cache_manager: KVCacheManager
@@ -43,6 +50,34 @@ class RowNixlScheduler(NixlPullConnectorScheduler):
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.to_seal: dict[str, Request] = {}
+        self.stats = RowNixlStats()
+        self.warned: set[str] = set()
+        """Kinds of problems in kv_transfer_params that the log has named."""
+
+    def on_new_request(self, request: Request) -> None:
+        """As vLLM's, which sees a request's kv_transfer_params here first, once they are checked: a request
+        whose fields do not fit goes on as if it had none to read by."""
+        params = request.kv_transfer_params
+        if params is not None:
+            blocks = None if request.abort_immediately else self._blocks(request.num_prompt_tokens)
+            if problem := problem_in(params, blocks):
+                request.kv_transfer_params = without_reading(params)
+                self.stats.record_failure("params")
+                if problem.kind not in self.warned:
+                    self.warned.add(problem.kind)
+                    logger.warning(
+                        "request %s is computed, as are others like it, which are counted only: "
+                        "kv_transfer_params: %s",
+                        request.request_id,
+                        problem.text,
+                    )
+        super().on_new_request(request)
+
+    def _blocks(self, tokens: int) -> list[int]:
+        """How many blocks of a prompt are handed over, by KV cache group."""
+        groups = self.kv_cache_config.kv_cache_groups
+        ids = tuple([*range(cdiv(tokens, group.kv_cache_spec.block_size))] for group in groups)
+        return [len(group) for group in self.get_exchange_clipped_blocks(ids)]
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         if request.prompt_token_ids is None:

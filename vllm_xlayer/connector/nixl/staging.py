@@ -31,9 +31,9 @@ class Stay(NamedTuple):
 BESIDE_STEPS, IDLE = Stay(2e-3, 1e-3), Stay(10e-3, 2e-3)
 """Of an engine whose step computes something, and of one that has nothing else to do: then its steps are what
 reads wait for. 64 MiB take 0.6 ms over NVLink, 1.4 ms over 400 Gbit/s."""
-REASONS = ("late", "seal", "lost", "busy")
-"""Why a read fails: no answer in time; rows that are not what they must be; the peer or the link is gone; an
-earlier read from that peer has not ended."""
+REASONS = ("late", "seal", "lost", "busy", "params")
+"""Why rows do not come: no answer in time; rows that are not what they must be; the peer or the link is gone;
+an earlier read from that peer has not ended; no read begins, as the request does not say where they are."""
 
 
 class Failure(NamedTuple):

@@ -6,7 +6,8 @@
 | failures_total                  | reason | requests that were computed, as their rows did not come: late  |
 |                                 |        | (not in read_timeout_seconds), seal (rows of other tokens, or  |
 |                                 |        | torn), lost (the other engine or the link is gone), busy (an   |
-|                                 |        | earlier read from that engine has not ended)                   |
+|                                 |        | earlier read from that engine has not ended), params (a        |
+|                                 |        | request's kv_transfer_params do not fit)                       |
 
 A handshake that fails is in vLLM's vllm:nixl_num_failed_transfers.
 """
@@ -25,7 +26,7 @@ FAILURES = {reason: f"xlayer_{reason}" for reason in REASONS}
 
 
 class RowNixlStats(NixlKVConnectorStats):
-    """What one rank counted since it was last asked; vLLM adds up the lists of all ranks."""
+    """What one rank, or the scheduler, counted since it was last asked; vLLM adds up the lists of all."""
 
     def reset(self) -> None:
         super().reset()
