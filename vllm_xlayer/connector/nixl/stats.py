@@ -2,8 +2,9 @@
 
 | name (vllm:xlayer_handover_...) | labels | meaning                                                        |
 |---------------------------------|--------|----------------------------------------------------------------|
-| rows_total                      |        | rows that were asked for, of all TP ranks                      |
-| failures_total                  | reason | requests that were computed, as their rows did not come: late  |
+| rows_total                      |        | rows that were asked for, by each TP rank of each TP rank      |
+| failures_total                  | reason | requests that were computed, as their rows did not come, once  |
+|                                 |        | for each TP rank that saw it: late                             |
 |                                 |        | (not in read_timeout_seconds), seal (rows of other tokens, or  |
 |                                 |        | torn), lost (the other engine or the link is gone), busy (an   |
 |                                 |        | earlier read from that engine has not ended), params (a        |
