@@ -48,9 +48,15 @@ def cached(make_llm, folder):
     return stock_answers(make_llm, folder, "auto", PROMPTS)
 
 
+@pytest.fixture(scope="module")
+def engine(make_llm, folder, cached):
+    return start(make_llm, folder, "auto", {})
+
+
 @pytest.fixture
-def llm(make_llm, folder, cached):
-    engine = start(make_llm, folder, "auto", {})
+def llm(engine):
+    """The engine, which has computed all prompts and nothing else."""
+    assert engine.reset_prefix_cache(reset_connector=True)
     fill(engine, PROMPTS)
     return engine
 
@@ -110,6 +116,55 @@ def test_a_groups_blocks_on_the_device_are_lost(llm, cached, group):
     assert rows_loaded() > before
 
 
+def add(llm, name, prompt):
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+    llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_load_is_cut_off(llm, cached, steps):
+    """While rows of all groups are on their way the requests are aborted."""
+    engine = llm.llm_engine
+    empty_device(llm)
+    for i, prompt in enumerate(PROMPTS):
+        add(llm, f"cut {i}", prompt)
+    before = rows_loaded()
+    for _ in range(steps):
+        engine.step()
+    engine.abort_request([f"cut {i}" for i in range(len(PROMPTS))])
+    while engine.has_unfinished_requests():
+        engine.step()
+    one_by_one(llm, [STEM], 1)  # what was on its way has come
+    assert rows_loaded() > before
+    empty_device(llm)
+    assert one_by_one(llm, PROMPTS) == cached
+
+
+def test_as_much_is_found_as_by_vllms_own_lookup(llm, cached, monkeypatch):
+    """Ours asks the tier for many keys at once and reckons with a prompt's last token."""
+    beyond = [prompt + tail for prompt, tail in zip(PROMPTS, ENDS, strict=True)]
+    asked = [*PROMPTS, *(prompt[:n] for prompt in PROMPTS for n in (15, 16, 17, 64, 65, 96, 97)), *beyond]
+
+    def hits():
+        found = []
+        for prompt in asked:
+            empty_device(llm)
+            found += [hit for *_, hit in one_by_one(llm, [prompt], 1)]
+        return found
+
+    # Asking stores, too: the second time all that is asked has been stored.
+    hits()
+    ours = hits()
+    for name in ("get_num_new_matched_tokens", "_maximal_prefix_lookup"):
+        monkeypatch.setattr(RowConnectorScheduler, name, getattr(OffloadingConnectorScheduler, name))
+    assert hits() == ours and max(ours) == 192
+
+
+# Engines of their own: the one above ends with the first of these.
+
+
 def test_prompts_that_part_within_a_block(make_llm, folder):
     """Of the last of them is found what two others share, on the device as in the host."""
     first, second, third = PARTED
@@ -138,32 +193,6 @@ def test_two_at_a_time_that_part_within_a_block(make_llm, folder):
         assert rows_loaded() > before
 
 
-def add(llm, name, prompt):
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
-    llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_a_load_is_cut_off(llm, cached, steps):
-    """While rows of all groups are on their way the requests are aborted."""
-    engine = llm.llm_engine
-    empty_device(llm)
-    for i, prompt in enumerate(PROMPTS):
-        add(llm, f"cut {i}", prompt)
-    before = rows_loaded()
-    for _ in range(steps):
-        engine.step()
-    engine.abort_request([f"cut {i}" for i in range(len(PROMPTS))])
-    while engine.has_unfinished_requests():
-        engine.step()
-    one_by_one(llm, [STEM], 1)  # what was on its way has come
-    assert rows_loaded() > before
-    empty_device(llm)
-    assert one_by_one(llm, PROMPTS) == cached
-
-
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("interval", [None, 4 * BLOCK])
 def test_more_states_are_kept(make_llm, folder, kind, interval):
@@ -182,23 +211,3 @@ def test_more_states_are_kept(make_llm, folder, kind, interval):
         found[extra is None] = answers
     assert found[False] == found[True]
     assert [hit for *_, hit in found[True]] == [6 * BLOCK, 9 * BLOCK, 10 * BLOCK] + [4 * BLOCK] * 3
-
-
-def test_as_much_is_found_as_by_vllms_own_lookup(llm, cached, monkeypatch):
-    """Ours asks the tier for many keys at once and reckons with a prompt's last token."""
-    beyond = [prompt + tail for prompt, tail in zip(PROMPTS, ENDS, strict=True)]
-    asked = [*PROMPTS, *(prompt[:n] for prompt in PROMPTS for n in (15, 16, 17, 64, 65, 96, 97)), *beyond]
-
-    def hits():
-        found = []
-        for prompt in asked:
-            empty_device(llm)
-            found += [hit for *_, hit in one_by_one(llm, [prompt], 1)]
-        return found
-
-    # Asking stores, too: the second time all that is asked has been stored.
-    hits()
-    ours = hits()
-    for name in ("get_num_new_matched_tokens", "_maximal_prefix_lookup"):
-        monkeypatch.setattr(RowConnectorScheduler, name, getattr(OffloadingConnectorScheduler, name))
-    assert hits() == ours and max(ours) == 192
