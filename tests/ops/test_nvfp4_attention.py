@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import attention_ref as ref
 from reference import nvfp4_ref
-from reference.attention_cases import SHARP, Case, check_batch, check_case, make_batch
+from reference.attention_cases import SHARP, Case, check_batch, check_case, check_one_newest, make_batch
 from reference.pools import make_pool
 
 from vllm_xlayer import ops
@@ -36,6 +36,15 @@ def test_the_references_decode_is_the_byte_wise_one(is_v, swizzled):
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_head_sizes_and_groups(device, head_size, group, dtype):
     check_case(Case(AROUND_PAGES_AND_UNITS, head_size=head_size, group=group, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_a_newest_token_is_exact_whatever_the_global_scale(device, head_size, dtype):
+    """All bits of it, where it is the only token."""
+    for v_scale in (2.9, 0.0113):
+        case = Case((1,), group=9, head_size=head_size, dtype=dtype, v_scale=v_scale, newest=16)
+        check_one_newest(make_batch(case, device))
 
 
 @pytest.mark.parametrize("newest", [0, 64])

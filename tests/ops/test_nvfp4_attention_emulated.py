@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.attention_cases import SHARP, Case, check_batch, make_batch
+from reference.attention_cases import SHARP, Case, check_batch, check_one_newest, make_batch
 from reference.emulated import emulated, why_not
 
 from vllm_xlayer.nvfp4 import ScaleOrder
@@ -101,6 +101,15 @@ def test_newest_tokens(head_size, places):
     """Tiles of unquantised tokens, of none to all of a request's; everything that is not read is NaN."""
     check(Case((*AROUND, 300), head_size=head_size, newest=places, seed=places), parts=5)
     check(Case((*AROUND, 300), 2, head_size=head_size, newest=places, window=40, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", [64, 112, 128, 256])
+def test_a_newest_token_is_exact_whatever_the_global_scale(head_size, dtype):
+    """All bits of it, where it is the only token."""
+    for v_scale in (2.9, 0.0113):
+        case = Case((1,), group=9, head_size=head_size, dtype=dtype, v_scale=v_scale, newest=16)
+        check_one_newest(emulated(make_batch(case, CPU)))
 
 
 @pytest.mark.parametrize(("q_len", "group"), [(1, 16), (4, 4), (8, 16)], ids=str)

@@ -433,3 +433,12 @@ def rotated_query_error(case: Case, q: torch.Tensor, k: torch.Tensor) -> float:
 def check_case(case: Case, device: torch.device) -> None:
     batch = make_batch(case, device)
     check_batch(batch, *batch.run())
+
+
+def check_one_newest(batch: Batch) -> None:
+    """Of a batch of one token, which is among the newest: the output is its V, bit for bit."""
+    newest_from = batch.newest_from
+    assert batch.case.lengths == (1,) and newest_from is not None and int(newest_from[0]) == 0
+    values = batch.newest[int(batch.newest_rows[0]), 1, :, 0].cpu()
+    out, _ = batch.run()
+    assert torch.equal(out[0], values.repeat_interleave(batch.case.group, 0))

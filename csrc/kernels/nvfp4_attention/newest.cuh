@@ -3,10 +3,10 @@
 //
 // Fragments are those of tile.cuh: a lane has of K rows g and g + 8, of V tokens t, t + 4, t + 8 and t + 12, and
 // the same dimensions of them. So Q's fragments, the softmax and the output's order are the same. What differs
-// is the unit. Both leave the global scale to others; but dequantised values are 2^-14 of what they stand for,
-// which would be too small for halves that have all their bits. These are NEWEST_UNIT times it. Scores are
-// brought to the pages' unit; the output goes into the other unit before the loop, where there is any, and back
-// after it: powers of two.
+// is the unit. Pages' values are 2^-14 of what they stand for and leave the global scale to others, which is
+// no power of two, nor would that leave halves all their bits. These are as many times a power of two as lies
+// below NEWEST_UNIT over the global scale: so they are exact. Scores are brought to the pages' unit; the output
+// goes into the other unit before the loop, where there is any, and back after it, as floats.
 #pragma once
 
 #include "query.cuh"
@@ -25,14 +25,15 @@ class NewestTile {
         k_(static_cast<const uint16_t*>(p.newest) +
            newest_offset(p.page, p.newest_tokens, row, false, kv_head, 0)),
         v_(k_ + int64_t(p.page.heads) * p.newest_tokens * C::D),
-        k_unit_(NEWEST_UNIT / *p.k_scale),
-        v_unit_(NEWEST_UNIT / *p.v_scale) {}
+        k_unit_(unit(*p.k_scale)),
+        v_unit_(unit(*p.v_scale)),
+        k_to_pages_(to_pages(k_unit_, *p.k_scale)) {}
 
-  __device__ __forceinline__ static void to_newest_unit(WarpState<C>& state) {
-    scale_out(state, UNSCALE * NEWEST_UNIT);
+  __device__ __forceinline__ void to_newest_unit(WarpState<C>& state) const {
+    scale_out(state, UNSCALE * v_unit_ * *p_.v_scale);
   }
-  __device__ __forceinline__ static void to_page_unit(WarpState<C>& state) {
-    scale_out(state, 1.0f / (UNSCALE * NEWEST_UNIT));
+  __device__ __forceinline__ void to_page_unit(WarpState<C>& state) const {
+    scale_out(state, to_pages(v_unit_, *p_.v_scale));
   }
 
   __device__ __forceinline__ void attend(WarpState<C>& state, const TileMask& mask) const {
@@ -47,6 +48,14 @@ class NewestTile {
   }
 
  private:
+  __device__ __forceinline__ static float unit(float scale) {
+    constexpr uint32_t SIGN_AND_EXPONENT = 0xFF800000u;
+    return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, NEWEST_UNIT / scale) & SIGN_AND_EXPONENT);
+  }
+  __device__ __forceinline__ static float to_pages(float unit, float scale) {
+    return 1.0f / (UNSCALE * unit * scale);
+  }
+
   __device__ __forceinline__ static void scale_out(WarpState<C>& state, float by) {
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
@@ -104,11 +113,10 @@ class NewestTile {
         ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], q.b[2], q.b[3]);
       }
     }
-    constexpr float TO_PAGES = 1.0f / (UNSCALE * NEWEST_UNIT);
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] *= TO_PAGES;
+      for (int i = 0; i < 4; ++i) s[n][i] *= k_to_pages_;
     }
   }
 
@@ -157,7 +165,7 @@ class NewestTile {
 
   const Nvfp4AttentionParams& p_;
   const uint16_t *k_, *v_;
-  const float k_unit_, v_unit_;
+  const float k_unit_, v_unit_, k_to_pages_;
 };
 
 }  // namespace xlayer::attention
