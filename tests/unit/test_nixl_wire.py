@@ -140,7 +140,7 @@ def sealed():
 def checking(agent):
     """A wire with room for four rows and the seals in a buffer; for five without them."""
     agent.state = "DONE"
-    pool = torch.zeros(4, ROW, dtype=torch.uint8)
+    pool = torch.zeros(6, ROW, dtype=torch.uint8)
     ring = torch.zeros(BUFFERS, 4 * (ROW + BYTES), dtype=torch.uint8)
     wire = NixlWire(agent, "DRAM", pool, ring, lambda handle: None)
     wire.add_peer(PEER, dataclasses.replace(remote(), seals=8192))
@@ -151,7 +151,7 @@ def test_each_row_is_checked_against_its_own_seal(checking, sealed):
     pool, ring = checking.pool, checking.ring
     some = rows((3, 0, 0, -13), (0, 2, 0, 10), (2, 1, 0, 12))
     arrived = ring[1, : 3 * ROW].view(3, ROW)
-    arrived.copy_(THEIRS[[3, 0, 2]])
+    arrived.copy_(THEIRS[[0, 2, 3]])
     ring[1, 4 * ROW :] = sealed.view(torch.uint8).flatten()
     assert landed(checking, 1, some) is None
     assert pool[[0, 2, 1]].equal(THEIRS[[3, 0, 2]]) and not pool[3].any()
@@ -167,7 +167,8 @@ def test_each_row_is_checked_against_its_own_seal(checking, sealed):
 def test_seals_come_with_the_first_chunk_and_are_for_all(checking, sealed, order, wrong):
     """Chunks of a read, in whatever order they arrive: their rows are checked together."""
     which = [3, 0, 2, 1, 0, 3]
-    some = rows(*((i, i, 0, [10, 11, 12, -13][i]) for i in which))
+    which.sort()  # as they are read
+    some = rows(*((i, place, 0, [10, 11, 12, -13][i]) for place, i in enumerate(which)))
     begun = checking.begin(PEER, some)
     assert checking.capacity(begun, first=True) == 4 and checking.capacity(begun, first=False) == 5
     chunks = [range(2), range(2, 5), range(5, 6)]
@@ -181,7 +182,7 @@ def test_seals_come_with_the_first_chunk_and_are_for_all(checking, sealed, order
         assert checking.land(begun, i, chunks[i]).done()
     problem = checking.check(begun).problem()
     if wrong is None:
-        assert problem is None and checking.pool.equal(THEIRS)
+        assert problem is None and checking.pool.equal(THEIRS[which])
     else:
         assert "of 6 rows 0 are sealed for other tokens" in problem and "and 1 are not" in problem
 
@@ -189,7 +190,7 @@ def test_seals_come_with_the_first_chunk_and_are_for_all(checking, sealed, order
 def test_what_is_checked_is_what_lies_in_the_cache(checking, sealed, monkeypatch):
     """Bytes that came into the ring between the copy and the check, or before both, are no excuse."""
     ring, pool = checking.ring, checking.pool
-    ring[0, : 2 * ROW].view(2, ROW).copy_(THEIRS[[3, 0]])
+    ring[0, : 2 * ROW].view(2, ROW).copy_(THEIRS[[0, 3]])
     ring[0, 4 * ROW :] = sealed.view(torch.uint8).flatten()
     some = rows((3, 1, 0, -13), (0, 2, 0, 10))
     select = torch.index_select
@@ -206,11 +207,11 @@ def test_what_is_checked_is_what_lies_in_the_cache(checking, sealed, monkeypatch
 def test_with_memory_of_its_own_for_the_check(checking, sealed):
     """As on a GPU, where words and products have a place that is taken at the start."""
     checking.landings.scratch = torch.empty(5 * ROW // 8, dtype=torch.int64)
-    checking.ring[0, : 3 * ROW].view(3, ROW).copy_(THEIRS[[3, 0, 2]])
+    checking.ring[0, : 3 * ROW].view(3, ROW).copy_(THEIRS[[0, 2, 3]])
     checking.ring[0, 4 * ROW :] = sealed.view(torch.uint8).flatten()
     some = rows((3, 0, 0, -13), (0, 2, 0, 10), (2, 1, 0, 12))
     assert landed(checking, 0, some) is None
-    assert checking.landings.scratch[: 3 * ROW // 8].view(3, -1).equal(THEIRS[[3, 0, 2]].view(torch.int64))
+    assert checking.landings.scratch[: 3 * ROW // 8].view(3, -1).equal(THEIRS[[0, 2, 3]].view(torch.int64))
     checking.ring[0, ROW + 3] ^= 4
     assert "1 are not what was sealed" in landed(checking, 0, some)
 
@@ -225,8 +226,22 @@ def test_the_table_of_seals_is_read_once_a_read(checking, agent, monkeypatch):
     (local, local_ids, remote_, remote_ids), (_, local_ids_, _, remote_ids_) = made
     assert (local, remote_) == (peer.local, peer.remote)
     # Five places for rows in each of four buffers, then one for seals in each; four rows, then their seals.
-    assert local_ids.tolist() == [10, 11, 12, 13, 22] and remote_ids.tolist() == [0, 1, 2, 3, 4]
-    assert local_ids_.tolist() == [0, 1, 2, 3, 4] and remote_ids_.tolist() == [0, 1, 2, 3, 0]
+    assert local_ids.tolist() == [10, 11, 12, 13, 22] and remote_ids.tolist() == [0, 0, 0, 1, 4]
+    assert local_ids_.tolist() == [0, 1, 2, 3, 4] and remote_ids_.tolist() == [1, 2, 2, 3, 3]
+
+
+def test_blocks_that_were_given_out_backwards_are_read_forwards(wire, agent, monkeypatch):
+    """As one descriptor, which NIXL makes of places that follow each other on both sides; each into its own."""
+    made = []
+    monkeypatch.setattr(agent, "make_prepped_xfer", lambda *args: made.append(args[1:]) or 0)
+    wire.add_peer(PEER, remote())
+    begun = wire.begin(PEER, rows((3, 0, 0, 0), (2, 1, 0, 0), (1, 3, 0, 0)))
+    wire.post(begun, 1, range(3))
+    ((_, local_ids, _, remote_ids),) = made
+    assert local_ids.tolist() == [4, 5, 6] and remote_ids.tolist() == [1, 2, 3]
+    wire.ring[1, : 3 * ROW].view(3, ROW).copy_(THEIRS[[1, 2, 3]])
+    wire.land(begun, 1, range(3))
+    assert wire.pool[[0, 1, 3]].equal(THEIRS[[3, 2, 1]]) and not wire.pool[2].any()
 
 
 @pytest.mark.parametrize("beyond", [-1, 4, 2**32 + 1])

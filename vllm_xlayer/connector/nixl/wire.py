@@ -73,7 +73,7 @@ class PoolRead:
 
     Args:
         peer: from whom.
-        remote: its rows, int32 [n] as NIXL wants them.
+        remote: its rows, int32 [n] as NIXL wants them, the lowest first.
         least, most: of these rows.
         into: the same on the device, and more.
     """
@@ -88,8 +88,9 @@ class PoolRead:
 class NixlWire:
     """`staging.Wire` of one rank.
 
-    A transfer has one descriptor a row. The first of a read has one more for the peer's table of seals: that
-    is 16 bytes a row, read as a whole, since a descriptor costs as much as some hundred KiB.
+    A transfer has one descriptor a row, or one for several that follow each other in the peer's pool. The first
+    of a read has one more for the peer's table of seals: that is 16 bytes a row, read as a whole, since a
+    descriptor costs as much as some hundred KiB.
 
     Args:
         agent: NIXL's agent, at which pool and ring are registered.
@@ -162,8 +163,12 @@ class NixlWire:
 
     def begin(self, peer: Peer, rows: Rows) -> PoolRead:
         known = self.peers[peer]
+        # NIXL makes one descriptor of rows that follow each other on both sides, and in the ring all do. A free
+        # list gives out blocks in either direction, so that their order in a prompt has such rows by chance only.
+        order = np.argsort(rows.remote, kind="stable")
+        rows = Rows(*(field[order] for field in rows))
         into = self.landings.begin(rows, checked=bool(known.pool.seals))
-        least, most = int(rows.remote.min()), int(rows.remote.max())
+        least, most = int(rows.remote[0]), int(rows.remote[-1])
         return PoolRead(known, rows.remote.astype(np.int32), least, most, into)
 
     def capacity(self, begun: PoolRead, first: bool) -> int:
