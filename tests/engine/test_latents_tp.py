@@ -5,8 +5,8 @@ import torch
 from faults import live_connector, manager_of, settle, slow_direction, under_way
 from hybrid_fixture import answers_and_hits, save_hybrid
 from model_fixture import ON_GPU
-from test_latents import BLOCK, HITS, LENGTHS, NUM_TOKENS, PROMPTS, one_by_one, start
-from test_tensor_parallel import TALLY, counts, forget, spoil_pool
+from test_latents import BLOCK, HITS, LENGTHS, NUM_TOKENS, PROMPTS, UNWRITTEN, one_by_one, start
+from test_tensor_parallel import TALLY, counts
 
 HOST_BYTES, WHOLE = 16 << 20, sum(length // BLOCK for length in LENGTHS)
 USABLE = sum(HITS) // BLOCK
@@ -26,9 +26,10 @@ def seen(_):
     return *host.shape, host.long().sum().item(), connector.pool.long().sum().item()
 
 
-def spoil_all(_):
-    live_connector().pool.fill_(0xFF)
-    live_connector().connector_worker.worker.host.fill_(0xFF)
+def spoil(_, tier=True):
+    live_connector().pool.fill_(UNWRITTEN)
+    if tier:
+        live_connector().connector_worker.worker.host.fill_(UNWRITTEN)
 
 
 def slow_stores(_, delay):
@@ -39,6 +40,12 @@ def slow_stores(_, delay):
 # These here.
 
 
+def forget(llm):
+    settle(llm)
+    assert llm.reset_prefix_cache()
+    llm.collective_rpc(spoil, args=(False,))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_hybrid("deepseek_v2", tmp_path_factory.mktemp("deepseek"))
@@ -46,7 +53,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(make_llm, folder):
-    """Starts two ranks, whose memory is 0xFF, with the connector."""
+    """Starts two ranks, whose memory is UNWRITTEN, with the connector."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_XLAYER_DEBUG", "OMP_NUM_THREADS"):
             patch.setenv(name, "1")
@@ -54,7 +61,7 @@ def make(make_llm, folder):
 
         def make(**extra):
             llm = start(make_llm, folder, {"cpu_bytes_to_use": HOST_BYTES} | extra, tensor_parallel_size=2)
-            llm.collective_rpc(spoil_pool)
+            llm.collective_rpc(spoil, args=(False,))
             return llm
 
         yield make
@@ -84,7 +91,7 @@ def llm(engine, cached):
     counts(engine)
     settle(engine)
     assert engine.reset_prefix_cache(reset_connector=True)
-    engine.collective_rpc(spoil_all)
+    engine.collective_rpc(spoil)
     return engine
 
 
@@ -152,7 +159,7 @@ def test_the_disk_has_each_row_once(make, engine, cached, tmp_path):
     assert tier.chunk_bytes == row_bytes and tier.counts["stored"] == WHOLE
     assert llm.reset_prefix_cache()
     manager_of(llm).host.reset_cache()
-    llm.collective_rpc(spoil_all)
+    llm.collective_rpc(spoil)
     before = counts(llm)
     assert one_by_one(llm) == cached and tier.counts["hit"] == USABLE
     # The last block of two prompts is computed, and so stored again.

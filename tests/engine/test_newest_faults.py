@@ -27,7 +27,6 @@ from faults import (
 from model_fixture import ON_GPU, random_prompts
 from newest_oracles import PageOracle, RowOracle
 from vllm import SamplingParams, envs
-from vllm.v1.request import RequestStatus
 
 PROMPTS = random_prompts([40, 64, 100, 129, 200])
 NUM_TOKENS, NEWEST = 24, 64
@@ -178,8 +177,11 @@ def test_reset_during_loads(engine, tier_too):
     check_alone(llm, right.cached)
 
 
-def waits_for_rows(request):
-    return request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+def hold_blocks_and_wait(scheduler):
+    """The requests whose rows are on their way; or have come, and they wait for their turn in a step."""
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    holding = {request for manager in managers for request, blocks in manager.req_to_blocks.items() if blocks}
+    return holding - {request.request_id for request in scheduler.running}
 
 
 @fault("newest tokens: preemption")
@@ -195,10 +197,8 @@ def test_preempted_requests_read_no_row_of_before(engine, monkeypatch):
         step_until(llm, lambda: len(core_of(llm).scheduler.running) == len(PROMPTS), outputs)
         for _ in range(steps):
             outputs += llm.llm_engine.step()
-        # vLLM resets nothing while a request's rows are on their way, such a one's that the others preempted.
-        step_until(
-            llm, lambda: not any(map(waits_for_rows, core_of(llm).scheduler.requests.values())), outputs
-        )
+        # vLLM resets nothing while such a one, which the others preempted, has blocks.
+        step_until(llm, lambda: not hold_blocks_and_wait(core_of(llm).scheduler), outputs)
         TALLY["tries"] += len(core_of(llm).scheduler.running)
         llm.reset_prefix_cache(reset_running_requests=True)
         outputs = finish(llm, outputs)

@@ -76,7 +76,7 @@ def search(folder: Path, drafts: str, mutation: str | None, seconds: float) -> l
     asked = json.dumps([drafts, mutation, seconds])
     command = [sys.executable, "-c", SCRIPT, fixtures, str(folder / "model"), asked]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=seconds + 180, cwd=folder
+        command, env=environment, capture_output=True, text=True, timeout=seconds + 900, cwd=folder
     )
     assert done.returncode == 0, done.stderr[-4000:]
     report: list = json.loads(done.stdout.partition("REPORT")[2])
