@@ -84,12 +84,18 @@ def _lines(step: dict[str, Any], length: dict[str, Any]) -> list[tuple[str, list
     what = f"{step['cache']}, {length['tokens']:,} ({nbytes / 1e6:,.0f})"
     floors = {pieces: nbytes / rate for pieces, rate in link.items()}
     lines = []
-    for staging, rate in length.get("worker", {}).items():
-        took = nbytes / rate
-        times = [f"{took / floors[floor]:.2f}" if floor in floors else "-" for floor in ("one", "rows")]
-        alone = [_alone(nbytes, floors.get(pieces)) for pieces in ("one", "rows")]
-        says = f"rows, without engines, ring of {int(staging) >> 20:,} MiB"
-        lines.append((what, [says, *alone, "", "", milliseconds(took, 1), *times, ""]))
+    for how, rates in length.get("worker", {}).items():
+        # NIXL makes one piece of neighbours.
+        pieces = {"neighbours": ("one",), "scattered": ("one", "rows")}[how]
+        for staging, rate in rates.items():
+            took = nbytes / rate
+            floor = {name: floors.get(name) for name in pieces}
+            cells = [
+                *(_alone(nbytes, floor.get(name)) for name in ("one", "rows")), "", "", milliseconds(took, 1),
+                *(f"{took / floor[name]:.2f}" if floor.get(name) else "-" for name in ("one", "rows")), "",
+            ]  # fmt: skip
+            says = f"rows, {how}, without engines, ring of {int(staging) >> 20:,} MiB"
+            lines.append((what, [says, *cells]))
     for way, numbers in length["ways"].items():
         seconds = statistics.median(numbers["seconds"])
         as_many = way.partition("-")[0]

@@ -102,15 +102,15 @@ class FakeLink:
 
 
 class FakeWorkerLink(FakeLink):
-    """A millisecond more a row."""
+    """A millisecond more a row, unless they are neighbours."""
 
     def __init__(self, geometry, devices):
         super().__init__(0, devices)
         self.geometry = geometry
 
-    def rows_rate(self, rows, staging_bytes):
+    def rows_rate(self, rows, staging_bytes, neighbours):
         assert rows <= self.geometry.blocks and staging_bytes <= self.geometry.staging_bytes
-        return rows * self.geometry.row_bytes / (0.1 + 0.002 * rows)
+        return rows * self.geometry.row_bytes / (0.1 + (0.001 if neighbours else 0.002) * rows)
 
 
 @pytest.fixture
@@ -148,6 +148,7 @@ def test_all_ways(bench, capsys):
         ["101.0", "", "", "1.00"],
         ["132.0", "", "", "1.31"],
         ["228.0", "", "", "2.26"],
+        ["132.0", "", "", "1.31"],
         ["164.0", "", "", "1.62"],
         ["500.0", "200.0", "33", "2.97"],
         ["500.0", "200.0", "33", "2.97"],
@@ -273,9 +274,11 @@ def test_an_engine_is_given_up_when_its_answers_are_due(monkeypatch):
 def test_a_worker_reads_sealed_rows_without_an_engine():
     """Two real processes: what they check themselves, rows and that a wrong seal is found, they raise."""
     pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
-    with WorkerLink(Geometry(1024, 100, 4 * (12 * 1024 + 1600))) as link:
+    seals = 2 * 100 * 16
+    with WorkerLink(Geometry(1024, 100, 4 * (12 * 1024 + seals))) as link:
         link.wait()
-        assert link.rows_rate(100, 4 * (12 * 1024 + 1600)) > 0
-        assert link.rows_rate(7, 4 * (2 * 1024 + 1600)) > 0
+        assert link.rows_rate(100, 4 * (12 * 1024 + seals), neighbours=False) > 0
+        assert link.rows_rate(100, 4 * (12 * 1024 + seals), neighbours=True) > 0
+        assert link.rows_rate(7, 4 * (2 * 1024 + seals), neighbours=False) > 0
         with pytest.raises(RuntimeError, match="staging_bytes: expected at least"):
-            link.rows_rate(7, 4 * 1600)
+            link.rows_rate(7, 4 * seals, neighbours=False)

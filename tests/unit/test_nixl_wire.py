@@ -231,7 +231,7 @@ def test_the_table_of_seals_is_read_once_a_read(checking, agent, monkeypatch):
 
 
 def test_blocks_that_were_given_out_backwards_are_read_forwards(wire, agent, monkeypatch):
-    """As one descriptor, which NIXL makes of places that follow each other on both sides; each into its own."""
+    """NIXL makes one descriptor of places that follow each other on both sides."""
     made = []
     monkeypatch.setattr(agent, "make_prepped_xfer", lambda *args: made.append(args[1:]) or 0)
     wire.add_peer(PEER, remote())

@@ -7,6 +7,7 @@ say nothing of a GPU's.
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import tempfile
 import time
@@ -63,9 +64,12 @@ def run(args: argparse.Namespace) -> int:
     end_when_told()
     of_a_token = token_bytes(args.shape, args.cache)
     lengths: list[dict[str, Any]] = [
-        {"tokens": tokens, "kv_bytes": tokens * of_a_token, "link": {}, "worker": {}, "ways": {}}
+        {
+            "tokens": tokens, "kv_bytes": tokens * of_a_token, "link": {},
+            "worker": {"neighbours": {}, "scattered": {}}, "ways": {},
+        }
         for tokens in sorted(set(args.tokens))
-    ]
+    ]  # fmt: skip
     problems: dict[str, str] = {}
     results = {
         "shape": args.shape, "cache": args.cache, "devices": args.devices, "lengths": lengths,
@@ -171,10 +175,10 @@ def _measure_worker(
     worker.wait()
     for length in lengths:
         blocks = -(-length["tokens"] // BLOCK)
-        for staging in stagings:
-            rate = length["worker"][str(staging)] = worker.rows_rate(blocks, staging)
+        for staging, (how, rates) in itertools.product(stagings, length["worker"].items()):
+            rate = rates[str(staging)] = worker.rows_rate(blocks, staging, how == "neighbours")
             say(
-                f"a worker alone: {blocks:,} sealed rows, staging_bytes {staging >> 20} MiB, "
+                f"a worker alone: {blocks:,} sealed rows, {how}, staging_bytes {staging >> 20} MiB, "
                 f"{rate / 1e9:.2f} GB/s"
             )
 
@@ -229,9 +233,10 @@ def rows(length: dict[str, Any]) -> list[tuple[str, ...]]:
     for pieces, rate in link.items():
         what = f"NIXL alone, in {'one piece' if pieces == 'one' else pieces} ({rate / 1e9:.2f} GB/s)"
         lines.append((what, f"{nbytes / rate * 1e3:.1f}", "", "", of_floor(nbytes / rate)))
-    for staging, rate in length["worker"].items():
-        what = f"rows, no engines, ring of {int(staging) >> 20} MiB ({rate / 1e9:.2f} GB/s)"
-        lines.append((what, f"{nbytes / rate * 1e3:.1f}", "", "", of_floor(nbytes / rate)))
+    for how, rates in length["worker"].items():
+        for staging, rate in rates.items():
+            what = f"rows, {how}, no engines, ring of {int(staging) >> 20} MiB ({rate / 1e9:.2f} GB/s)"
+            lines.append((what, f"{nbytes / rate * 1e3:.1f}", "", "", of_floor(nbytes / rate)))
     for way, numbers in length["ways"].items():
         seconds = statistics.median(numbers["seconds"])
         cells = ["", "", ""]

@@ -17,11 +17,16 @@ AT_ONCE = 32
 
 
 class Geometry(NamedTuple):
-    """Of the rows that one process has and the other reads, and the largest ring that it reads them into."""
+    """Of the rows that are read, at most so many, and the largest ring that they are read into."""
 
     row_bytes: int
     blocks: int
     staging_bytes: int
+
+    @property
+    def offered(self) -> int:
+        """Blocks of the pool that is read from: so many that every second one is enough."""
+        return 2 * self.blocks
 
 
 class WorkerLink(Link):
@@ -31,16 +36,19 @@ class WorkerLink(Link):
         self.geometry = geometry
         super().__init__(geometry, devices)
 
-    def rows_rate(self, rows: int, staging_bytes: int) -> float:
-        """Bytes a second, the best of READS, of so many rows in any order, with a ring of so many bytes."""
+    def rows_rate(self, rows: int, staging_bytes: int, neighbours: bool) -> float:
+        """Bytes a second, the best of READS, of so many rows in any order, with a ring of so many bytes.
+
+        neighbours: whether they are the first rows of the pool, or every second one.
+        """
         what = f"read {rows} sealed rows of {self.geometry.row_bytes} bytes"
-        return self.asked((rows, staging_bytes), what)
+        return self.asked((rows, staging_bytes, neighbours), what)
 
 
 def _offer_rows(pipe: Connection, geometry: Geometry, device: str | None) -> None:
     """The process that is read from, until the pipe is closed."""
     with tells(pipe):
-        row_bytes, blocks, _ = geometry
+        row_bytes, blocks = geometry.row_bytes, geometry.offered
         memory, agent, _ = registered(row_bytes * blocks, 0, device)
         from ..connector.nixl.seals import SealTable
 
@@ -70,24 +78,25 @@ def _fetch_rows(pipe: Connection, geometry: Geometry, device: str | None) -> Non
         staging = torch.empty(most, dtype=torch.uint8, device=pool.device)
         agent.register_memory(staging)
         metadata, address, seals = pipe.recv()
-        remote = RemotePool(agent.add_remote_agent(metadata), address, 0, kind, row_bytes, blocks, seals)
+        name = agent.add_remote_agent(metadata)
+        remote = RemotePool(name, address, 0, kind, row_bytes, geometry.offered, seals)
         pipe.send("ready")
         while True:
-            rows, staging_bytes = pipe.recv()
+            rows, staging_bytes, neighbours = pipe.recv()
             each = staging_bytes // BUFFERS // 16 * 16
             ring = staging[: BUFFERS * each].view(BUFFERS, each)
             wire = NixlWire(agent, kind, pool, ring, lambda handle: None)
             wire.add_peer(PEER, remote)
-            pipe.send(_rate(wire, rows))
+            pipe.send(_rate(wire, rows, neighbours))
             wire.retire_peer(PEER)
             wire.release_retired(())
 
 
-def _rate(wire: Any, rows: int) -> float:
+def _rate(wire: Any, rows: int, neighbours: bool) -> float:
     """Bytes a second; raises RuntimeError unless rows and seals are checked."""
     pool = wire.pool
     draw = np.random.default_rng(0)
-    remote, local = (draw.permutation(len(pool))[:rows] for _ in "12")
+    remote, local = draw.permutation(rows) * (1 if neighbours else 2), draw.permutation(len(pool))[:rows]
     pool.zero_()
     pool[:1, :1].cpu()  # waits for it
     best, end = float("inf"), time.perf_counter() + ENOUGH_SECONDS

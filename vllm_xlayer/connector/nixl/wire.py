@@ -88,7 +88,7 @@ class PoolRead:
 class NixlWire:
     """`staging.Wire` of one rank.
 
-    A transfer has one descriptor a row, or one for several that follow each other in the peer's pool. The first
+    A transfer has one descriptor a row, or one for several that are neighbours in the peer's pool. The first
     of a read has one more for the peer's table of seals: that is 16 bytes a row, read as a whole, since a
     descriptor costs as much as some hundred KiB.
 
@@ -163,8 +163,8 @@ class NixlWire:
 
     def begin(self, peer: Peer, rows: Rows) -> PoolRead:
         known = self.peers[peer]
-        # NIXL makes one descriptor of rows that follow each other on both sides, and in the ring all do. A free
-        # list gives out blocks in either direction, so that their order in a prompt has such rows by chance only.
+        # NIXL makes one descriptor of rows that follow each other on both sides, and in the ring all do. A
+        # prompt has neighbours in either direction: a free list gets a request's blocks back the last first.
         order = np.argsort(rows.remote, kind="stable")
         rows = Rows(*(field[order] for field in rows))
         into = self.landings.begin(rows, checked=bool(known.pool.seals))
