@@ -235,7 +235,7 @@ def rows(length: dict[str, Any]) -> list[tuple[str, ...]]:
         lines.append((what, f"{nbytes / rate * 1e3:.1f}", "", "", of_floor(nbytes / rate)))
     for how, rates in length["worker"].items():
         for staging, rate in rates.items():
-            what = f"rows, {how}, no engines, ring of {int(staging) >> 20} MiB ({rate / 1e9:.2f} GB/s)"
+            what = f"worker, {how}, {int(staging) >> 20} MiB ({rate / 1e9:.2f} GB/s)"
             lines.append((what, f"{nbytes / rate * 1e3:.1f}", "", "", of_floor(nbytes / rate)))
     for way, numbers in length["ways"].items():
         seconds = statistics.median(numbers["seconds"])
