@@ -8,7 +8,8 @@ import os
 import pytest
 from hybrid_fixture import save_hybrid
 from model_fixture import random_prompts, save_eagle, vllm_greedy
-from newest_fixture import HAPPENS, MUTATIONS, accepted, allow_drafts, draft_at_random, live
+from newest_drafts import accepted, allow_drafts, draft_at_random
+from newest_fixture import HAPPENS, MUTATIONS, live
 from newest_oracles import PageOracle
 
 pytestmark = pytest.mark.usefixtures("reference_platform")
