@@ -1,7 +1,12 @@
 """Drafts for tests of unquantised newest tokens on the CPU platform: made, and accepted, at random."""
 
 import random
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle
+from unittest.mock import patch
 
 import torch
 from model_fixture import VOCAB
@@ -33,17 +38,39 @@ def draft_at_random(monkeypatch) -> None:
     torch.set_num_threads(1)  # the compiled search for n-grams has set the machine's
 
 
-_RANDOM = random.Random(0)
+RANDOM = random.Random(0)
 _LIBRARY = torch.library.Library("_C", "FRAGMENT")
 accepted: Counter[bool] = Counter()
 """Drafts that were accepted, and rejected."""
 
 
+@contextmanager
+def all_wrong_every_other_step() -> Iterator[None]:
+    """Of a request that runs alone: in turn as many drafts as there may be, and none; all are rejected.
+
+    Drafters draft in each step. Without `draft_at_random` drafts are what they are.
+    """
+    here, turns = sys.modules[__name__], cycle((True, False))
+    with (
+        patch.object(here, "_how_many", lambda most: most if next(turns) else 0),
+        patch.object(here, "_is_right", lambda: False),
+    ):
+        yield
+
+
+def _how_many(most: int) -> int:
+    return RANDOM.randint(0, most)
+
+
+def _is_right() -> bool:
+    return RANDOM.random() < 2 / 3
+
+
 def _draft(proposer, num_requests, valid, num_tokens, tokens, k) -> list[list[int]]:
     """Of each request that wants some, up to k drafts."""
     room = {i: min(k, proposer.max_model_len - 1 - int(num_tokens[i])) for i in valid}
-    counts = [_RANDOM.randint(0, max(0, room.get(i, 0))) for i in range(num_requests)]
-    return [[_RANDOM.randrange(1, VOCAB) for _ in range(count)] for count in counts]
+    counts = [_how_many(max(0, room.get(i, 0))) for i in range(num_requests)]
+    return [[RANDOM.randrange(1, VOCAB) for _ in range(count)] for count in counts]
 
 
 def _accept(out, ends, drafts, best, bonus, is_greedy, most) -> None:
@@ -51,7 +78,7 @@ def _accept(out, ends, drafts, best, bonus, is_greedy, most) -> None:
     start = 0
     for row, end in enumerate(ends.tolist()):
         took = 0
-        while start + took < end and _RANDOM.random() < 2 / 3:
+        while start + took < end and _is_right():
             out[row, took] = drafts[start + took]
             took += 1
         out[row, took] = bonus[row] if start + took == end else best[start + took]
