@@ -1,4 +1,4 @@
-"""What tests of unquantised newest tokens share: a random life of requests, what may go wrong, drafts."""
+"""What tests of unquantised newest tokens share: a random life of requests, and what may go wrong."""
 
 import random
 import time
@@ -6,8 +6,8 @@ from collections import Counter
 from contextlib import nullcontext
 from unittest.mock import patch
 
-import torch
-from model_fixture import VOCAB, random_prompts
+import newest_drafts
+from model_fixture import random_prompts
 
 
 class Life:
@@ -29,9 +29,18 @@ class Life:
         self.running: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.stems = random_prompts([96] * 3, seed=seed)
+        newest_drafts.RANDOM.seed(seed)  # so that a life with this seed can be lived again
+        self.engine.reset_prefix_cache()
 
     def begin(self) -> None:
         """What is known to be dangerous, before what is drawn at random."""
+        for tokens in (
+            20,
+            36,
+        ):  # 16 are found: of 20, or of 36 where vLLM (0.31) finds a block less for drafters
+            self._resume_in_anothers_row(tokens)
+            self._start_in_anothers_row(tokens)
+        self._reject_drafts()
         stem, other, *pairs = random_prompts([97] + [100] * 9, seed=self.seed + 1)
         for prompt in (stem, other, stem):  # the third is found, and its row was the second's
             self._run([prompt], 2)
@@ -40,13 +49,49 @@ class Life:
             self._run(pairs[i : i + 2], tokens, preempt_after=5)
         self.stems[0] = stem[:96]
 
+    # What another request left in a row is read where a request begins at c if the other one wrote the block
+    # before c, and c, but nothing over that block; and if the step ends before it would be written over, too.
+    # Here c is 16, and a row has places for 32 tokens: all three rows are left by requests that wrote tokens
+    # 0 to between 16 and 32, and the step ends before 32, as another request takes most of its 64 tokens.
+
+    def _resume_in_anothers_row(self, tokens: int) -> None:
+        """A request with a prompt of so many tokens runs without a row, is preempted, and gets one."""
+        prompt, long, *others = random_prompts([tokens, 116] + [17] * 3, seed=self.seed + tokens)
+        names = [self._add(other, 40) for other in others]
+        name = self._add(prompt, 40)
+        while self._request(name).num_computed_tokens < tokens:
+            self._step_engine()
+        self._abort(names)
+        self._add(long, 1)
+        self._step_engine()
+        self._preempt(keep=True, name=name)
+        self._step_engine()
+        self._abort(sorted(self.running))
+
+    def _start_in_anothers_row(self, tokens: int) -> None:
+        """A prompt of so many tokens comes again.
+
+        Those who leave the rows were preempted, too, before there was a block to find. So their rows hold
+        nothing older, whether starts of new requests are counted or only of resumed ones.
+        """
+        prompt, long, *others = random_prompts([tokens, 116] + [14] * 3, seed=self.seed + tokens + 1)
+        self._run([prompt], 2)
+        self._run(others, 6, preempt_after=1)
+        self._run([long, prompt], 2)
+
+    def _reject_drafts(self) -> None:
+        """With places for 32 tokens, drafts at 32 and beyond are written over the first ones. The next step
+        has none, ends before 32, and reads those."""
+        with newest_drafts.all_wrong_every_other_step():
+            self._run(random_prompts([24], seed=self.seed + 2), 12)
+
     def _run(self, prompts, tokens: int, preempt_after: int | None = None) -> None:
         for prompt in prompts:
             self._add(prompt, tokens)
         steps = 0
         while self.running:
             if steps == preempt_after:
-                self._preempt_all(keep=True)
+                self._preempt(keep=True)
             self._step_engine()
             steps += 1
 
@@ -55,12 +100,10 @@ class Life:
         while len(self.running) < 5 and self.rng.random() < 0.4:
             self._add(*self._draw())
         if self.running and self.rng.random() < 0.02:
-            name = self.rng.choice(sorted(self.running))
-            self.engine.abort_request([name])
-            self.running.discard(name)
+            self._abort([self.rng.choice(sorted(self.running))])
             self.counts["aborted"] += 1
         if self.rng.random() < 0.02:
-            self._preempt_all(keep=self.rng.random() < 0.8)
+            self._preempt(keep=self.rng.random() < 0.8)
         self._step_engine()
 
     def _step_engine(self) -> None:
@@ -78,13 +121,25 @@ class Life:
         while self.engine.has_unfinished_requests():
             self.engine.step()
 
-    def _preempt_all(self, keep: bool) -> None:
-        """As for new weights; with keep, what they have computed is found again."""
+    def _preempt(self, keep: bool, name: str | None = None) -> None:
+        """As for new weights, all or one; with keep, what they have computed is found again."""
+        running = self.scheduler.running
+        others = [] if name is None else [r for r in running if r is not self._request(name)]
+        running[:] = [r for r in running if r not in others]
         manager = self.scheduler.kv_cache_manager
         kept = patch.object(manager, "reset_prefix_cache", return_value=True) if keep else nullcontext()
         with kept:
             self.engine.reset_prefix_cache(reset_running_requests=True)
+        running += others
         self.counts["kept" if keep else "reset"] += 1
+
+    def _abort(self, names: list[str]) -> None:
+        self.engine.abort_request(names)
+        self.running.difference_update(names)
+
+    def _request(self, name: str):
+        """The scheduler's, which calls it name-something."""
+        return next(r for its, r in self.scheduler.requests.items() if its.startswith(f"{name}-"))
 
     def _draw(self) -> tuple[list[int], int]:
         rng = self.rng
@@ -94,7 +149,7 @@ class Life:
         stem = rng.choice(self.stems)
         return stem[: rng.choice([16, 48, 96, 96])] + tail, rng.choice([2] * 5 + [17, 60])
 
-    def _add(self, prompt: list[int], tokens: int) -> None:
+    def _add(self, prompt: list[int], tokens: int) -> str:
         from vllm import SamplingParams
 
         self.names += 1
@@ -104,6 +159,7 @@ class Life:
         )
         self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
         self.running.add(name)
+        return name
 
 
 HAPPENS = ("aborted", "preempted", "reset", "cached", "finished")
@@ -209,56 +265,3 @@ MUTATIONS = (
     no_reset_after_a_rejected_draft,
 )
 """Each leaves out one thing that keeps rows right; they take a monkeypatch."""
-
-
-def allow_drafts(monkeypatch) -> None:
-    """Lets the CPU reference platform speculate: it refuses, as vLLM's sampler for it is compiled."""
-    from vllm_xlayer.platform import reference
-
-    monkeypatch.setattr(reference, "_refusal", lambda config: None)
-    if not hasattr(torch.ops._C, "rejection_greedy_sample_kernel_impl"):
-        schema = (
-            "rejection_greedy_sample_kernel_impl(Tensor(a!) out, Tensor ends, Tensor drafts, Tensor best, "
-            "Tensor bonus, Tensor? is_greedy, SymInt most) -> ()"
-        )
-        _LIBRARY.define(schema)
-        _LIBRARY.impl("rejection_greedy_sample_kernel_impl", _accept, "CompositeExplicitAutograd")
-
-
-def draft_at_random(monkeypatch) -> None:
-    """Drafts are made at random from now on, and accepted at random.
-
-    What an answer is does not matter here, and what the tiny model says can hardly be guessed. Once an engine
-    was made: vLLM does not start where numba was imported before it.
-    """
-    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
-
-    monkeypatch.setattr(NgramProposer, "batch_propose", _draft)
-    torch.set_num_threads(1)  # the compiled search for n-grams has set the machine's
-
-
-_RANDOM = random.Random(0)
-_LIBRARY = torch.library.Library("_C", "FRAGMENT")
-accepted: Counter[bool] = Counter()
-"""Drafts that were accepted, and rejected."""
-
-
-def _draft(proposer, num_requests, valid, num_tokens, tokens, k) -> list[list[int]]:
-    """Of each request that wants some, up to k drafts."""
-    room = {i: min(k, proposer.max_model_len - 1 - int(num_tokens[i])) for i in valid}
-    counts = [_RANDOM.randint(0, max(0, room.get(i, 0))) for i in range(num_requests)]
-    return [[_RANDOM.randrange(1, VOCAB) for _ in range(count)] for count in counts]
-
-
-def _accept(out, ends, drafts, best, bonus, is_greedy, most) -> None:
-    """Drafts up to one at random, and then what the model says: out [requests, most + 1]."""
-    start = 0
-    for row, end in enumerate(ends.tolist()):
-        took = 0
-        while start + took < end and _RANDOM.random() < 2 / 3:
-            out[row, took] = drafts[start + took]
-            took += 1
-        out[row, took] = bonus[row] if start + took == end else best[start + took]
-        accepted[True] += took
-        accepted[False] += end - start - took
-        start = end

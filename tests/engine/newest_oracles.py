@@ -20,7 +20,7 @@ class PageOracle:
     """
 
     def __init__(self, monkeypatch) -> None:
-        from vllm_xlayer.attention.cpu import CpuReferenceImpl
+        from vllm_xlayer.attention.cpu_impl import CpuReferenceImpl
 
         self.written: dict[str, torch.Tensor] = {}  # layer -> [slots, 2, H, D]
         self.wrong: list[str] = []

@@ -15,6 +15,7 @@ from multiprocessing import forkserver
 
 import pytest
 import torch
+from faults import finish
 from model_fixture import ON_GPU
 from vllm import SamplingParams
 
@@ -181,6 +182,19 @@ def _core(llm):
 def _prefill(llm, prompt):
     (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling(1, dict(PREFILL)), use_tqdm=False)
     return output.kv_transfer_params
+
+
+def hand_over(llm, prompts):
+    """What vLLM's proxy hands to the decode engine, of each prompt once it is computed."""
+    return [_prefill(llm, prompt) for prompt in prompts]
+
+
+def greedy_answers(llm, prompts, handed_over, num_tokens):
+    """Tokens by prompt of a decode engine; None: no answer."""
+    add_all(llm, prompts, handed_over, num_tokens)
+    # A request's name gets a suffix.
+    outputs = {name.split("-")[0]: list(out.outputs[0].token_ids) for name, out in finish(llm).items()}
+    return [outputs.get(f"r{i}") for i in range(len(prompts))]
 
 
 def blocks_in_use(llm):

@@ -1,5 +1,7 @@
 """A decode engine with tiers and hand-over, and a prefill engine: what they have and what they keep."""
 
+from typing import Self
+
 from faults import TALLY, compare, core_of, finish, live_connector
 from model_fixture import vllm_greedy
 from nixl_fixture import (
@@ -8,6 +10,7 @@ from nixl_fixture import (
     OtherEngine,
     add_all,
     blocks_in_use,
+    flip_a_bit,
     free_port,
     side_channel,
     transfer,
@@ -22,7 +25,7 @@ LEASE_SECONDS = 600
 
 
 class Pair:
-    """A decode engine with tiers, here, and a prefill engine beside it.
+    """A decode engine with tiers, here, and a prefill engine beside it, which is killed at the end.
 
     Args:
         prompts: what both are asked; a request's name is r and its number.
@@ -54,6 +57,12 @@ class Pair:
 
         self.reads.wire.land = spy
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error):
+        self.prefill.kill()
+
     def begin(self, tiers_too=False):
         """Nothing is on the device, nor in the tiers if that is said; what is not loaded shows as NaN."""
         empty_device_cache(self.decode)
@@ -70,6 +79,14 @@ class Pair:
 
     def hand_over(self):
         return [self.prefill.prefill(prompt) for prompt in self.prompts]
+
+    def hand_over_damaged(self):
+        """As hand_over; then a bit of each prompt's last row is another."""
+        handed_over = self.hand_over()
+        for params in handed_over:
+            self.prefill.call(flip_a_bit, params["remote_block_ids"][0][-1], 1001)
+            TALLY["tries"] += 1
+        return handed_over
 
     def add(self, handed_over=None):
         """handed_over: what the prefill engine said of each prompt; else nothing was said."""
@@ -97,6 +114,13 @@ class Pair:
         kept += self.prefill.call(blocks_in_use) if prefill else 0
         TALLY["leaked"] += kept
         assert kept == 0
+
+
+def tiered_connector(cpu_bytes_to_use):
+    return dict(
+        kv_connector="XLayerTieredNixlConnector", kv_role="kv_both",
+        kv_connector_extra_config={"cpu_bytes_to_use": cpu_bytes_to_use},
+    )  # fmt: skip
 
 
 def multi_connector(cpu_bytes_to_use, **transfer_extra):

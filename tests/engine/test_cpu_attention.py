@@ -48,7 +48,7 @@ class Step:
     requests = ((37, 1), (50, 21), (0, 150), (31, 1), (0, 1))
 
     def __init__(self, impl, kv_cache_dtype="auto", dtype=torch.float32):
-        from vllm_xlayer.attention.cpu import CpuReferenceMetadata
+        from vllm_xlayer.attention.cpu_impl import CpuReferenceMetadata
 
         torch.manual_seed(0)
         lens = [computed + new for computed, new in self.requests]
@@ -111,7 +111,7 @@ class Step:
 def make_impl(**settings):
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from vllm_xlayer.attention.cpu import CpuReferenceImpl
+    from vllm_xlayer.attention.cpu_impl import CpuReferenceImpl
 
     with set_current_vllm_config(VllmConfig()):
         return CpuReferenceImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, **settings)

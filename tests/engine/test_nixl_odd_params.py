@@ -22,6 +22,7 @@ from nixl_fixture import (
     side_channel,
     transfer,
 )
+from nixl_tiers_fixture import tiered_connector
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_xlayer.compat.engine import empty_device_cache
@@ -32,11 +33,7 @@ NUM_TOKENS = 4
 PROMPTS = random_prompts([97, 96, 33])
 """The second ends with a block."""
 BLOCKS = 7
-TIERED = dict(
-    kv_connector="XLayerTieredNixlConnector", kv_role="kv_both",
-    kv_connector_extra_config={"cpu_bytes_to_use": 4 << 20},
-)  # fmt: skip
-CONNECTORS = {CONNECTOR: transfer(), "XLayerTieredNixlConnector": TIERED}
+CONNECTORS = {CONNECTOR: transfer(), "XLayerTieredNixlConnector": tiered_connector(4 << 20)}
 
 CHANGES = {
     **{f"no {name}": {name: "missing"} for name in (

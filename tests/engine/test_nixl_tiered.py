@@ -14,8 +14,8 @@ pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
 from faults import TALLY, Copies, core_of, step_until
 from metrics_fixture import record_every_step, scrape
 from model_fixture import ON_GPU, random_prompts, vllm_greedy
-from nixl_fixture import blocks_kept, flip_a_bit, forget_prompts
-from nixl_tiers_fixture import Pair
+from nixl_fixture import blocks_kept, forget_prompts
+from nixl_tiers_fixture import Pair, tiered_connector
 from vllm.v1.request import RequestStatus
 
 pytestmark = pytest.mark.anywhere
@@ -30,20 +30,16 @@ HELD, REST = 3 + 1 + 6, 4 + 2 + 7
 KINDS = {"bf16": {}, "nvfp4": dict(dtype="float32", kv_cache_dtype="nvfp4")}
 if ON_GPU:  # where with NVFP4 a prompt's answer depends on who shares its batch
     del KINDS["nvfp4"]
-TIERED = dict(
-    kv_connector="XLayerTieredNixlConnector", kv_role="kv_both",
-    kv_connector_extra_config={"cpu_bytes_to_use": 4 << 20},
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, make_llm, tiny_llama):
-    pair = Pair(make_llm, tiny_llama, PROMPTS, TIERED, disable_log_stats=False, **KINDS[request.param])
-    record_every_step(pair.decode)
-    pair.exact = request.param == "bf16"
-    assert pair.cached == pair.computed or not pair.exact
-    yield pair
-    pair.prefill.kill()
+    settings = dict(disable_log_stats=False) | KINDS[request.param]
+    with Pair(make_llm, tiny_llama, PROMPTS, tiered_connector(4 << 20), **settings) as pair:
+        record_every_step(pair.decode)
+        pair.exact = request.param == "bf16"
+        assert pair.cached == pair.computed or not pair.exact
+        yield pair
 
 
 @pytest.fixture
@@ -102,8 +98,13 @@ def link_held_back(pair):
         yield SimpleNamespace(go=patch.undo)
 
 
-def both_under_way(pair):
-    return bool(pair.reads.reads.chunks) and bool(pair.tiers._load.jobs)
+@contextmanager
+def both_under_way(pair, handed_over):
+    """(the tiers' part, the link's), of all prompts: held back."""
+    with tiers_held_back(pair) as tiers, link_held_back(pair) as link:
+        pair.add(handed_over)
+        step_until(pair.decode, lambda: pair.reads.reads.chunks and tiers.jobs)
+        yield tiers, link
 
 
 def let_go(pair, part):
@@ -185,9 +186,7 @@ def test_a_prompt_that_is_on_the_device(pair):
 def test_a_request_goes_on_when_both_parts_are_here(pair, first):
     pair.hold(HEADS)
     handed_over = pair.hand_over()
-    with tiers_held_back(pair) as tiers, link_held_back(pair) as link:
-        pair.add(handed_over)
-        step_until(pair.decode, lambda: both_under_way(pair))
+    with both_under_way(pair, handed_over) as (tiers, link):
         step(pair)
         assert waiting(pair) == len(PROMPTS)
         let_go(pair, link if first == "link" else tiers)
@@ -202,9 +201,7 @@ def test_a_request_goes_on_when_both_parts_are_here(pair, first):
 def test_the_client_goes_away_while_both_are_under_way(pair, first):
     pair.hold(HEADS)
     handed_over = pair.hand_over()
-    with tiers_held_back(pair) as tiers, link_held_back(pair) as link:
-        pair.add(handed_over)
-        step_until(pair.decode, lambda: both_under_way(pair))
+    with both_under_way(pair, handed_over) as (tiers, link):
         TALLY["tries"] += 1
         pair.decode.llm_engine.abort_request([f"r{i}" for i in range(len(PROMPTS))])
         step(pair)
@@ -221,9 +218,7 @@ def test_the_client_goes_away_while_both_are_under_way(pair, first):
 def test_the_caches_are_reset_while_both_are_under_way(pair, tiers_too):
     pair.hold(HEADS)
     handed_over = pair.hand_over()
-    with tiers_held_back(pair), link_held_back(pair):
-        pair.add(handed_over)
-        step_until(pair.decode, lambda: both_under_way(pair))
+    with both_under_way(pair, handed_over):
         TALLY["tries"] += 1
         assert not pair.decode.reset_prefix_cache(reset_connector=tiers_too), "their blocks are in use"
         step(pair)
@@ -241,9 +236,7 @@ def test_the_tiers_fail(exact, first, monkeypatch):
     copies = Copies(monkeypatch, lambda: exact.pool)
     copies.fail_loads = lambda n: True
     read = exact.rows_read
-    with tiers_held_back(exact) as tiers, link_held_back(exact) as link:
-        exact.add(handed_over)
-        step_until(exact.decode, lambda: both_under_way(exact))
+    with both_under_way(exact, handed_over) as (tiers, link):
         let_go(exact, link if first == "link" else tiers)
         assert waiting(exact) == len(PROMPTS)
     exact.finish()
@@ -256,14 +249,9 @@ def test_the_tiers_fail(exact, first, monkeypatch):
 def test_the_link_fails(exact, first):
     """What the tiers have is loaded once more, the rest computed."""
     exact.hold(HEADS)
-    handed_over = exact.hand_over()
-    for params in handed_over:
-        exact.prefill.call(flip_a_bit, params["remote_block_ids"][0][-1], 1001)
-        TALLY["tries"] += 1
+    handed_over = exact.hand_over_damaged()
     loaded = exact.tiers.rows_loaded
-    with tiers_held_back(exact) as tiers, link_held_back(exact) as link:
-        exact.add(handed_over)
-        step_until(exact.decode, lambda: both_under_way(exact))
+    with both_under_way(exact, handed_over) as (tiers, link):
         let_go(exact, link if first == "link" else tiers)
         assert waiting(exact) == len(PROMPTS)
     exact.finish()
@@ -274,10 +262,7 @@ def test_the_link_fails(exact, first):
 @pytest.mark.fault("hand-over: failed, with tiers")
 def test_both_fail(exact, monkeypatch):
     exact.hold(HEADS)
-    handed_over = exact.hand_over()
-    for params in handed_over:
-        exact.prefill.call(flip_a_bit, params["remote_block_ids"][0][-1], 1001)
-        TALLY["tries"] += 1
+    handed_over = exact.hand_over_damaged()
     copies = Copies(monkeypatch, lambda: exact.pool)
     copies.fail_loads = lambda n: True
     exact.ask(handed_over)

@@ -5,17 +5,19 @@ import torch
 
 pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
 
-from faults import finish, live_connector
+from faults import live_connector
 from model_fixture import ON_GPU, random_prompts, vllm_greedy
 from nixl_fixture import (
     ON_DEVICE,
     OtherEngine,
-    add_all,
     blocks_in_use,
     free_port,
+    greedy_answers,
+    hand_over,
     side_channel,
     transfer,
 )
+from nixl_tiers_fixture import tiered_connector
 
 pytestmark = [
     pytest.mark.anywhere,
@@ -29,10 +31,6 @@ HELD, REST = 3 + 1 + 6, 4 + 2 + 7
 SETTINGS = ON_DEVICE | dict(
     skip_tokenizer_init=True, max_model_len=512, seed=0, dtype="float32", kv_cache_memory_bytes=8 << 20
 )  # fmt: skip
-TIERED = dict(
-    kv_connector="XLayerTieredNixlConnector", kv_role="kv_both",
-    kv_connector_extra_config={"cpu_bytes_to_use": 4 << 20},
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +39,10 @@ def engines(make_llm, tiny_llama):
     with side_channel(free_port()):
         prefill = make_llm(tiny_llama, kv_transfer_config=transfer(kv_lease_duration=600), **SETTINGS)
     answers = vllm_greedy(prefill, PROMPTS, NUM_TOKENS)
-    decode = OtherEngine(tiny_llama, kv_transfer_config=TIERED, tensor_parallel_size=2, **SETTINGS)
+    tiered = tiered_connector(4 << 20)
+    decode = OtherEngine(tiny_llama, kv_transfer_config=tiered, tensor_parallel_size=2, **SETTINGS)
     yield prefill, decode, answers
     decode.kill()
-
-
-def hand_over(prefill):
-    from nixl_fixture import _prefill
-
-    return [_prefill(prefill, prompt) for prompt in PROMPTS]
 
 
 # These run in the decode engine's process.
@@ -66,11 +59,9 @@ def hold(llm):
 
 def answers_to(llm, handed_over):
     """(tokens by prompt, (rows read, rows loaded, failed requests, requests still awaited) of each rank)"""
-    add_all(llm, PROMPTS, handed_over, NUM_TOKENS)
-    # A request's name gets a suffix.
-    outputs = {name.split("-")[0]: list(out.outputs[0].token_ids) for name, out in finish(llm).items()}
+    tokens = greedy_answers(llm, PROMPTS, handed_over, NUM_TOKENS)
     assert blocks_in_use(llm) == 0
-    return [outputs.get(f"r{i}") for i in range(len(PROMPTS))], llm.collective_rpc(counted)
+    return tokens, llm.collective_rpc(counted)
 
 
 def fail_loads_of_the_second_rank(llm):
@@ -111,7 +102,7 @@ def fail_loads(_):
 def test_both_ranks_load_both_parts(engines):
     prefill, decode, answers = engines
     decode.call(hold)
-    assert decode.call(answers_to, hand_over(prefill)) == (answers, [(REST, HELD, {}, 0)] * 2)
+    assert decode.call(answers_to, hand_over(prefill, PROMPTS)) == (answers, [(REST, HELD, {}, 0)] * 2)
     assert blocks_in_use(prefill) == 0
 
 
@@ -120,7 +111,7 @@ def test_the_tiers_of_one_rank_fail(engines):
     prefill, decode, answers = engines
     decode.call(hold)
     assert decode.call(fail_loads_of_the_second_rank)
-    got, ranks = decode.call(answers_to, hand_over(prefill))
+    got, ranks = decode.call(answers_to, hand_over(prefill, PROMPTS))
     assert got == answers
     assert ranks == [(REST, HELD, {}, 0), (REST, 0, {}, 0)]
     assert blocks_in_use(prefill) == 0

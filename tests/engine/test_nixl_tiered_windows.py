@@ -6,25 +6,20 @@ pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
 
 from hybrid_fixture import CONFIGS, groups, save_hybrid
 from model_fixture import random_prompts
-from nixl_tiers_fixture import Pair
+from nixl_tiers_fixture import Pair, tiered_connector
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 NAME = "cohere2"
 PROMPTS = random_prompts([161, 97, 33])
 HEADS = [80, 80, 16]
-TIERED = dict(
-    kv_connector="XLayerTieredNixlConnector", kv_role="kv_both",
-    kv_connector_extra_config={"cpu_bytes_to_use": 16 << 20},
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def pair(make_llm, tmp_path_factory):
     folder = save_hybrid(NAME, tmp_path_factory.mktemp(NAME))
-    pair = Pair(make_llm, folder, PROMPTS, TIERED, dtype=CONFIGS[NAME]["dtype"])
-    assert pair.cached == pair.computed
-    yield pair
-    pair.prefill.kill()
+    with Pair(make_llm, folder, PROMPTS, tiered_connector(16 << 20), dtype=CONFIGS[NAME]["dtype"]) as pair:
+        assert pair.cached == pair.computed
+        yield pair
 
 
 def test_it_has_several_groups_with_and_without_a_window(pair):

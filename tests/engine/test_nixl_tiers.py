@@ -18,10 +18,9 @@ WHOLE_ROWS = sum(len(prompt) // 16 for prompt in PROMPTS)
 
 @pytest.fixture(scope="module")
 def pair(make_llm, tiny_llama):
-    pair = Pair(make_llm, tiny_llama, PROMPTS, multi_connector(4 << 20))
-    assert pair.cached == pair.computed
-    yield pair
-    pair.prefill.kill()
+    with Pair(make_llm, tiny_llama, PROMPTS, multi_connector(4 << 20)) as pair:
+        assert pair.cached == pair.computed
+        yield pair
 
 
 def test_a_prompt_is_read_and_later_comes_from_host_memory(pair):
@@ -40,11 +39,7 @@ def test_the_hand_over_goes_first(pair):
 @pytest.mark.fault("hand-over: failed, with tiers")
 def test_a_prompt_that_cannot_be_read_comes_from_host_memory(pair):
     pair.begin()
-    handed_over = pair.hand_over()
-    for params in handed_over:
-        pair.prefill.call(flip_a_bit, params["remote_block_ids"][0][-1], 1001)
-        TALLY["tries"] += 1
-    assert pair.ask(handed_over) == (sum(ROWS), WHOLE_ROWS)
+    assert pair.ask(pair.hand_over_damaged()) == (sum(ROWS), WHOLE_ROWS)
     assert pair.reads.failures == {"seal": len(PROMPTS)}
 
 
@@ -67,10 +62,7 @@ def test_rows_that_were_not_right_are_not_stored(pair):
 @pytest.mark.fault("hand-over: failed, with tiers")
 def test_both_fail(pair, monkeypatch):
     pair.begin()
-    handed_over = pair.hand_over()
-    for params in handed_over:
-        pair.prefill.call(flip_a_bit, params["remote_block_ids"][0][-1], 1001)
-        TALLY["tries"] += 1
+    handed_over = pair.hand_over_damaged()
     copies = Copies(monkeypatch, lambda: pair.pool)
     copies.fail_loads = lambda n: True
     pair.ask(handed_over)

@@ -8,15 +8,16 @@ import torch
 
 pytest.importorskip("nixl", reason="needs nixl: pip install vllm-xlayer[nixl]")
 
-from faults import finish, live_connector
+from faults import live_connector
 from model_fixture import ON_GPU, random_prompts, vllm_greedy
 from nixl_fixture import (
     ON_DEVICE,
     OtherEngine,
-    add_all,
     blocks_in_use,
     end_leases,
     free_port,
+    greedy_answers,
+    hand_over,
     side_channel,
     transfer,
 )
@@ -63,20 +64,11 @@ def own_answers(llm):
     return [vllm_greedy(llm, PROMPTS, NUM_TOKENS) for _ in range(2)]
 
 
-def prefill(llm):
-    from nixl_fixture import _prefill
-
-    return [_prefill(llm, prompt) for prompt in PROMPTS]
-
-
 def answers_to(llm, handed_over):
     """Tokens by prompt; what is not read shows as NaN."""
     assert blocks_in_use(llm) == 0 and llm.reset_prefix_cache()
     llm.collective_rpc(spoil_pool)
-    add_all(llm, PROMPTS, handed_over, NUM_TOKENS)
-    # A request's name gets a suffix.
-    outputs = {name.split("-")[0]: list(out.outputs[0].token_ids) for name, out in finish(llm).items()}
-    return [outputs.get(f"r{i}") for i in range(len(PROMPTS))]
+    return greedy_answers(llm, PROMPTS, handed_over, NUM_TOKENS)
 
 
 def in_workers(llm, function, *args):
@@ -150,7 +142,7 @@ def way(request, engines):
 
 def test_equal_tokens_and_every_row_read_once(engines, way):
     source, target, sources = way
-    assert target.call(answers_to, source.call(prefill)) == engines["answers"].read
+    assert target.call(answers_to, source.call(hand_over, PROMPTS)) == engines["answers"].read
     for (landed, failed), ranks in zip(target.call(in_workers, counted), sources, strict=True):
         assert landed == sorted((rank, rows) for rank in ranks for rows in BLOCKS)
         assert not failed
@@ -163,7 +155,7 @@ def test_a_row_cannot_be_cut_by_its_layers(engines, way):
     source, target, _ = way
     target.call(in_workers, read_as_vllm_does, True)
     try:
-        assert target.call(answers_to, source.call(prefill)) == engines["answers"].computed
+        assert target.call(answers_to, source.call(hand_over, PROMPTS)) == engines["answers"].computed
     finally:
         target.call(in_workers, read_as_vllm_does, False)
         source.call(end_leases)  # vLLM's reads that failed leave them to their time

@@ -20,11 +20,8 @@ from vllm.v1.attention.backend import (
     MLAAttentionImpl,
 )
 
-from vllm_xlayer.attention.cpu import (
-    CpuReferenceImpl,
-    CpuReferenceMetadata,
-    CpuReferenceMetadataBuilder,
-)
+from vllm_xlayer.attention.cpu import CpuReferenceMetadataBuilder
+from vllm_xlayer.attention.cpu_impl import CpuReferenceImpl, CpuReferenceMetadata
 
 
 class CpuMlaBackend(AttentionBackend):

@@ -101,7 +101,7 @@ class Landings:
         begun = None
         if self.stream is not None:
             begun = torch.cuda.current_stream(self.pool.device).record_event()
-        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+        with self._on_stream():
             # One transfer for all. Not after `begun`: what is launched for other reads would wait for it.
             all_three = np.stack((rows.remote, rows.local, rows.tag))
             remote, blocks, tags = to_device(all_three, self.pool.device).unbind()
@@ -123,23 +123,22 @@ class Landings:
             seals: int64 [blocks of the peer, 2], where they have come with these rows.
             moves: as in `wire.RemotePool`.
         """
-        if self.stream is None:
-            self._land(read, rows, arrived, seals, moves)
-            return Launched(None)
-        with torch.cuda.stream(self.stream):
-            if read.begun is not None:
+        with self._on_stream():
+            if self.stream is not None and read.begun is not None:
                 # Not after a step that was launched since: rows would wait for all of it.
                 self.stream.wait_event(read.begun)
                 read.begun = None
             self._land(read, rows, arrived, seals, moves)
-        return Launched(self.stream)
+            return Launched(self.stream)
 
     def check(self, read: RowsInto) -> SealCheck:
         """Of all rows of a read, whose chunks are landing."""
-        if self.stream is None:
-            return SealCheck(len(read.blocks), _wrong(read), None)
-        with torch.cuda.stream(self.stream):
+        with self._on_stream():
             return SealCheck(len(read.blocks), _wrong(read), self.stream)
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
+        """Launches go to the stream; on a CPU, which has none, they are done at once."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def _land(
         self,
