@@ -93,7 +93,7 @@ def test_digests_are_of_what_is_stored_while_other_bytes_come():
 
 @pytest.mark.gpu
 def test_digests_are_of_what_is_stored_while_other_bytes_come_on_a_gpu():
-    given, mixed = Landing.make(torch.device("cuda", 0), 4 << 20, 64), 0
+    given, mixed = Landing.make(torch.device("cuda", 0), 4 << 20, 16), 0
     writing, landing = torch.cuda.Stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
     for _ in range(20):
@@ -104,12 +104,13 @@ def test_digests_are_of_what_is_stored_while_other_bytes_come_on_a_gpu():
             land(given)
         torch.cuda.synchronize()
         assert given.digests.tolist() == digests_of_what_lies_there(given)
-        mixed += len(given.pool[given.blocks].unique()) > 1
+        landed = given.pool[given.blocks]
+        mixed += int(landed.min() != landed.max())
     assert mixed, "nothing came while rows were copied: this showed nothing"
 
 
-OUTSIDE = [-1, 12, 13, 2**40, -(2**63), 2**63 - 1]
-"""The first three are in the memory around a pool of 12 blocks."""
+OUTSIDE = [-1, 12, 2**40, -(2**63), 2**63 - 1]
+"""The first two are in the memory around a pool of 12 blocks."""
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
@@ -123,14 +124,14 @@ def test_blocks_that_the_pool_does_not_have_on_a_cpu(outside):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("digested", [True, False], ids=["digests", "none"])
 @pytest.mark.parametrize("row_bytes", [64, TILE_BYTES + 16])
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_blocks_that_the_pool_does_not_have_on_a_gpu(monkeypatch, outside, row_bytes):
+def test_blocks_that_the_pool_does_not_have_on_a_gpu(monkeypatch, outside, row_bytes, digested):
     """Their rows go nowhere, the others land. In debug mode they are refused."""
     given = Landing.make(torch.device("cuda", 0), row_bytes, 7)
     given.blocks[[0, 3]] = torch.tensor([outside, outside], device="cuda")
-    land_and_compare(given)
-    land_and_compare(given, digested=False)
+    land_and_compare(given, digested)
     monkeypatch.setenv(ops.DEBUG_ENV, "1")
     with pytest.raises(RuntimeError, match="blocks: expected blocks from 0 to 11, got"):
         land(given)
@@ -154,6 +155,7 @@ def test_on_a_side_stream_and_in_a_graph():
     expected = given.expected()
     given.rows.zero_()
     given.blocks.fill_(-1)
+    land(given)  # the kernel is loaded
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         land(given)
