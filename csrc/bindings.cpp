@@ -32,6 +32,9 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
       "nvfp4_attention_workspace_size(Tensor like, int requests, int max_tokens, int q_len, "
       "int num_q_heads, int num_kv_heads, int head_size, int parts, int split_units) -> int");
   m.def("copy_blocks(Tensor src, Tensor(a!) dst, Tensor src_ids, Tensor dst_ids, int method) -> ()");
+  m.def(
+      "land_rows(Tensor rows, Tensor(a!) pool, Tensor blocks, Tensor? factors=None, Tensor(b!)? "
+      "digests=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CPU, m) {
@@ -43,6 +46,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CPU, m) {
   m.impl("nvfp4_attention_workspace_size", TORCH_BOX(&xlayer::api::nvfp4_attention_workspace_size_cpu));
   m.impl("newest_step", TORCH_BOX(&xlayer::api::newest_step_cpu));
   m.impl("copy_blocks", TORCH_BOX(&xlayer::api::copy_blocks_cpu));
+  m.impl("land_rows", TORCH_BOX(&xlayer::api::land_rows_cpu));
 }
 
 #if defined(XLAYER_WITH_CUDA)
@@ -55,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CUDA, m) {
   m.impl("nvfp4_attention_workspace_size", TORCH_BOX(&xlayer::api::nvfp4_attention_workspace_size_cuda));
   m.impl("newest_step", TORCH_BOX(&xlayer::api::newest_step_cuda));
   m.impl("copy_blocks", TORCH_BOX(&xlayer::api::copy_blocks_cuda));
+  m.impl("land_rows", TORCH_BOX(&xlayer::api::land_rows_cuda));
 }
 #endif
 

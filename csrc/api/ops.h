@@ -45,6 +45,8 @@ void newest_step_cpu(const Tensor& query_starts, const Tensor& seq_lens, const T
                      const Tensor& newest_from, int64_t newest_tokens);
 void copy_blocks_cpu(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids,
                      int64_t method);
+void land_rows_cpu(const Tensor& rows, const Tensor& pool, const Tensor& blocks,
+                   const std::optional<Tensor>& factors, const std::optional<Tensor>& digests);
 
 #if defined(XLAYER_WITH_CUDA)
 void reshape_and_cache_nvfp4_cuda(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
@@ -79,6 +81,8 @@ void newest_step_cuda(const Tensor& query_starts, const Tensor& seq_lens, const 
                       const Tensor& newest_from, int64_t newest_tokens);
 void copy_blocks_cuda(const Tensor& src, const Tensor& dst, const Tensor& src_ids, const Tensor& dst_ids,
                       int64_t method);
+void land_rows_cuda(const Tensor& rows, const Tensor& pool, const Tensor& blocks,
+                    const std::optional<Tensor>& factors, const std::optional<Tensor>& digests);
 #endif
 
 }  // namespace xlayer::api

@@ -46,6 +46,9 @@ def arguments_of(name: str, device: torch.device) -> tuple:
         # Finite, so that what a call leaves there can be compared.
         partial = torch.zeros_like(workspace.partial)
         return *inputs, out, lse, batch.sinks, partial, 0.125, 2, 0, 0.0, 0, workspace.parts_for(2), 0
+    if name == "land_rows":
+        rows, blocks = pool.raw[:2].clone(), torch.tensor([2, 0], device=device)
+        return rows, pool.raw, blocks, torch.arange(rows.shape[1] // 8, device=device), blocks.clone()
     ids = torch.tensor([0, 2])
     return pool.raw, pool.raw.clone(), ids, ids.flip(0), 1
 
@@ -68,7 +71,8 @@ def test_build_info():
     info = ops.build_info()
     assert set(info) == {"cuda", "nvcc", "archs", "force_sm80", "kernels", "cxx", "decode"}
     assert info["cuda"] is bool(info["archs"]) is bool(info["nvcc"])
-    assert set(info["kernels"]) == {"nvfp4_write", "nvfp4_gather", "nvfp4_attention", "block_copy"}
+    attention = {"nvfp4_write", "nvfp4_gather", "nvfp4_attention"}
+    assert set(info["kernels"]) == {*attention, "block_copy", "land_rows"}
 
 
 def test_a_missing_extension_is_reported_at_first_use():

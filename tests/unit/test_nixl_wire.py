@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_xlayer import ops
 from vllm_xlayer.connector.nixl.reshard import Move
 from vllm_xlayer.connector.nixl.seals import BYTES, SealTable
 from vllm_xlayer.connector.nixl.staging import Rows, StagedReads
@@ -188,31 +189,33 @@ def test_seals_come_with_the_first_chunk_and_are_for_all(checking, sealed, order
 
 
 def test_what_is_checked_is_what_lies_in_the_cache(checking, sealed, monkeypatch):
-    """Bytes that came into the ring between the copy and the check, or before both, are no excuse."""
+    """Bytes that came into the ring before the copy, or after it, are no excuse."""
     ring, pool = checking.ring, checking.pool
     ring[0, : 2 * ROW].view(2, ROW).copy_(THEIRS[[0, 3]])
     ring[0, 4 * ROW :] = sealed.view(torch.uint8).flatten()
     some = rows((3, 1, 0, -13), (0, 2, 0, 10))
-    select = torch.index_select
+    copy = ops.land_rows
 
-    def late(source, *args, **kwargs):
+    def late(*args):
+        copy(*args)
         ring[0, : 2 * ROW] = 0
-        return select(source, *args, **kwargs)
 
-    monkeypatch.setattr(torch, "index_select", late)
+    monkeypatch.setattr(ops, "land_rows", late)
     assert landed(checking, 0, some) is None and pool[[1, 2]].equal(THEIRS[[3, 0]])
     assert "2 are not what was sealed" in landed(checking, 0, some)  # and zeros are found
 
 
-def test_with_memory_of_its_own_for_the_check(checking, sealed):
-    """As on a GPU, where words and products have a place that is taken at the start."""
-    checking.landings.scratch = torch.empty(5 * ROW // 8, dtype=torch.int64)
-    checking.ring[0, : 3 * ROW].view(3, ROW).copy_(THEIRS[[0, 2, 3]])
+def test_rows_of_other_parallel_sizes_are_checked_as_they_arrived(checking, sealed):
+    """Of which the cache has a part only."""
+    half = ROW // 2
+    moves = ((Move(half, 0, half, 1, half, half),),)
+    checking.add_peer(PEER, dataclasses.replace(remote(), seals=8192, moves=moves))
+    checking.ring[0, : 2 * ROW].view(2, ROW).copy_(THEIRS[[0, 3]])
     checking.ring[0, 4 * ROW :] = sealed.view(torch.uint8).flatten()
-    some = rows((3, 0, 0, -13), (0, 2, 0, 10), (2, 1, 0, 12))
+    some = rows((0, 2, 0, 10), (3, 1, 0, -13))
     assert landed(checking, 0, some) is None
-    assert checking.landings.scratch[: 3 * ROW // 8].view(3, -1).equal(THEIRS[[0, 2, 3]].view(torch.int64))
-    checking.ring[0, ROW + 3] ^= 4
+    assert checking.pool[[2, 1], :half].equal(THEIRS[[0, 3], half:]) and not checking.pool[:, half:].any()
+    checking.ring[0, 3] ^= 4
     assert "1 are not what was sealed" in landed(checking, 0, some)
 
 

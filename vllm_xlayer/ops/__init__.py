@@ -10,7 +10,7 @@ in CUDA graphs; on the CPU they are always checked.
 """
 
 from .attention import AttentionWorkspace, nvfp4_attention_schedule, nvfp4_paged_attention
-from .cache import CopyMethod, copy_blocks, gather_nvfp4, reshape_and_cache_nvfp4
+from .cache import CopyMethod, copy_blocks, gather_nvfp4, land_rows, reshape_and_cache_nvfp4
 from .extension import DEBUG_ENV, ExtensionMissingError, build_info, load
 from .newest import newest_step
 
@@ -22,6 +22,7 @@ __all__ = [
     "build_info",
     "copy_blocks",
     "gather_nvfp4",
+    "land_rows",
     "load",
     "newest_step",
     "nvfp4_attention_schedule",

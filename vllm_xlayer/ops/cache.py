@@ -171,3 +171,37 @@ def copy_blocks(
     if method is None:
         method = CopyMethod.KERNEL if src.is_cuda and dst.is_cuda else CopyMethod.ENGINE
     torch.ops.vllm_xlayer.copy_blocks(src, dst, src_ids, dst_ids, int(method))
+
+
+def land_rows(
+    rows: torch.Tensor,
+    pool: torch.Tensor,
+    blocks: torch.Tensor,
+    factors: torch.Tensor | None = None,
+    digests: torch.Tensor | None = None,
+) -> None:
+    """Copy rows into blocks of a pool, and say what was stored: pool[blocks[i]] = rows[i] for every i.
+
+    Args:
+        rows: uint8 [n, row_bytes], dense. row_bytes a multiple of 8; of 16 is faster.
+        pool: uint8 [B, row_bytes], each row dense, any stride between rows that is a multiple of 8 bytes and
+            at least row_bytes. Written in place. Rows and pool start at multiples of 8 bytes (faster: of 16).
+        blocks: int64 [n], each from 0 to B - 1, no two the same.
+        factors: int64 [row_bytes / 8], or None: no digests.
+        digests: int64 [n] with ``factors``. Written: of each row the sum of its 8-byte words times their
+            factors, modulo 2**64.
+
+    All on one device, CPU or CUDA; there on torch's current stream, by as many thread blocks as a quarter of
+    the SMs, so that a step runs beside it. A digest is of what was stored, whatever else came into ``rows``.
+
+    A block that the pool does not have raises RuntimeError on the CPU and with ``VLLM_XLAYER_DEBUG=1``. Else,
+    on CUDA, its row is written nowhere and has the digest 0. That ``rows`` and ``pool`` do not overlap and no
+    block occurs twice is the caller's duty; it is not checked.
+    """
+    require_cuda_build("land_rows", pool)
+    load()
+    if checks_values(blocks) and blocks.numel():
+        low, high = (int(x) for x in blocks.aminmax())
+        if low < 0 or high >= pool.shape[0]:
+            raise RuntimeError(f"blocks: expected blocks from 0 to {pool.shape[0] - 1}, got {low} to {high}")
+    torch.ops.vllm_xlayer.land_rows(rows, pool, blocks, factors, digests)

@@ -13,6 +13,7 @@ OPS = (
     "reshape_and_cache_nvfp4",
     "gather_nvfp4",
     "copy_blocks",
+    "land_rows",
     "newest_step",
     "nvfp4_attention_schedule",
     "nvfp4_paged_attention",

@@ -56,6 +56,16 @@ __device__ __forceinline__ uint32_t load_shared_u16(uint32_t at) {
   return bytes;
 }
 
+// BYTES (8 or 16) from global memory, in one instruction that is not repeated, however often they are used.
+template <int BYTES>
+__device__ __forceinline__ void load_global(const void* from, uint64_t* words) {
+  if constexpr (BYTES == 16) {
+    asm volatile("ld.global.v2.b64 {%0,%1}, [%2];" : "=l"(words[0]), "=l"(words[1]) : "l"(from));
+  } else {
+    asm volatile("ld.global.b64 %0, [%1];" : "=l"(words[0]) : "l"(from));
+  }
+}
+
 // Keeps a value in its register: where registers are short, nvcc would compute it anew in every iteration.
 __device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)); }
 

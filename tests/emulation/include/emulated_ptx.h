@@ -25,6 +25,12 @@ inline uint32_t load_shared_u16(uint32_t at) {
   return x;
 }
 
+template <int BYTES>
+void load_global(const void* from, uint64_t* words) {
+  if (reinterpret_cast<uintptr_t>(from) % BYTES != 0) simt::fail("ld.global: misaligned");
+  std::memcpy(words, from, BYTES);
+}
+
 // Wrong by one ulp either way, or right: nobody may rely on more.
 inline float rcp_approx(float x) {
   static int calls = 0;

@@ -37,6 +37,9 @@ using std::min;
 
 // Fibers do not run at the same time.
 inline int atomicMin(int* at, int x) { return std::exchange(*at, min(*at, x)); }
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long x) {
+  return std::exchange(*at, *at + x);
+}
 inline int atomicMax(int* at, int x) { return std::exchange(*at, max(*at, x)); }
 
 struct dim3 {
@@ -257,6 +260,10 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
   const uint32_t got =
       simt::exchange("__shfl_xor_sync", __builtin_bit_cast(uint32_t, x), simt::lane() ^ mask);
   return __builtin_bit_cast(T, got);
+}
+inline uint64_t __shfl_xor_sync(unsigned, uint64_t x, int mask) {
+  const uint64_t low = simt::exchange("__shfl_xor_sync", uint32_t(x), simt::lane() ^ mask);
+  return low | uint64_t(simt::exchange("__shfl_xor_sync", uint32_t(x >> 32), simt::lane() ^ mask)) << 32;
 }
 template <class T>
 T __shfl_up_sync(unsigned, T x, int by) {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ... import ops
 from .reshard import Move, scatter
 from .seals import RowDigest, to_device
 from .staging import Rows
@@ -76,25 +77,18 @@ class Landings:
 
     Args:
         pool: uint8 [blocks, row_bytes], this rank's KV cache.
-        most_bytes: of a chunk's rows.
     """
 
-    def __init__(self, pool: torch.Tensor, most_bytes: int):
-        self.pool, self.most_bytes = pool, most_bytes
-        self.words = as_words(pool)
+    def __init__(self, pool: torch.Tensor):
+        self.pool = pool
         self.stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None
         self.digests: dict[int, RowDigest] = {}
         """By bytes of a row."""
-        self.scratch: torch.Tensor | None = None
-        """On a GPU: a chunk's words, then these times their factors."""
 
     def prepare(self, row_bytes: int) -> None:
         """Before rows of that size are checked; also in another thread."""
         if row_bytes not in self.digests:
             self.digests[row_bytes] = RowDigest(row_bytes, self.pool.device)
-        if self.stream is not None and self.scratch is None:
-            with torch.cuda.stream(self.stream):  # its own: what the main one has let go of may be in use yet
-                self.scratch = torch.empty(self.most_bytes // 8, dtype=torch.int64, device=self.pool.device)
 
     def begin(self, rows: Rows, checked: bool) -> RowsInto:
         """After all that uses the blocks' former contents has been launched."""
@@ -149,22 +143,19 @@ class Landings:
         moves: tuple[tuple[Move, ...], ...],
     ) -> None:
         some = slice(rows.start, rows.stop)
-        words, blocks = as_words(arrived), read.blocks[some]
+        blocks = read.blocks[some]
         if seals is not None:
             read.seals = seals[read.remote]
-        if moves:
-            self._scatter(read.groups[some], blocks, arrived, moves)
-        else:
-            self.words.index_copy_(0, blocks, words)
-        if read.digests is None:
-            return
-        scratch = None
-        if self.scratch is not None:
-            scratch = self.scratch[: words.numel()].view(words.shape)
+        digest = digests = None
+        if read.digests is not None:
+            digest, digests = self.digests[arrived.shape[1]], read.digests[some]
         if not moves:
-            # Of what is in the cache now, whatever came into the ring before or after it was copied.
-            words = torch.index_select(self.words, 0, blocks, out=scratch)
-        self.digests[arrived.shape[1]].into(read.digests[some], words, scratch)
+            # The digests are of what it stores, whatever comes into the ring before or after.
+            ops.land_rows(arrived, self.pool, blocks, None if digest is None else digest.factors, digests)
+            return
+        self._scatter(read.groups[some], blocks, arrived, moves)
+        if digest is not None and digests is not None:
+            digest.into(digests, arrived.view(torch.int64))
 
     def _scatter(
         self,
@@ -180,11 +171,6 @@ class Landings:
             elif len(mine):
                 which = to_device(mine, self.pool.device)
                 scatter(arrived[which], self.pool, blocks[which], its_moves)
-
-
-def as_words(rows: torch.Tensor) -> torch.Tensor:
-    """The same memory, eight bytes an element where rows have whole ones: copies are faster."""
-    return rows if rows.shape[1] % 8 else rows.view(torch.int64)
 
 
 def _wrong(read: RowsInto) -> torch.Tensor | None:

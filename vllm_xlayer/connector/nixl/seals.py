@@ -67,13 +67,10 @@ class RowDigest:
         self.into(digests, rows.view(torch.int64))
         return digests
 
-    def into(self, digests: torch.Tensor, words: torch.Tensor, scratch: torch.Tensor | None = None) -> None:
-        """Writes the digests of rows of words, int64 [n, row_bytes / 8], into int64 [n].
-
-        scratch: a GPU's, like words, or words themselves; else it is made.
-        """
+    def into(self, digests: torch.Tensor, words: torch.Tensor) -> None:
+        """Writes the digests of rows of words, int64 [n, row_bytes / 8], into int64 [n]."""
         if words.is_cuda:  # there is no such product of integers there
-            torch.sum(torch.mul(words, self.factors, out=scratch), -1, out=digests)
+            torch.sum(words * self.factors, -1, out=digests)
         else:  # needs no memory as large as the rows
             torch.mv(words, self.factors, out=digests)
 

@@ -34,7 +34,8 @@ class NixlSettings(BaseModel, extra="forbid", strict=True, frozen=True):
     staging_bytes: ByteCount = Field(
         256 << 20,
         description="bytes of the ring of each rank that rows are read into, and copied from into the cache, "
-        "above 0; a quarter more is taken on a GPU for checksums (not given: 256 MiB)",
+        "above 0; on a GPU a quarter more while rows of another tensor parallel size come (not given: "
+        "256 MiB)",
     )
     read_timeout_seconds: float = Field(
         30.0,

@@ -110,7 +110,7 @@ class NixlWire:
     ):
         self.agent, self.memory, self.pool, self.ring = agent, memory, pool, ring
         self.on_done = on_done
-        self.landings = Landings(pool, ring.shape[1])
+        self.landings = Landings(pool)
         self.peers: dict[Peer, PreparedPeer] = {}
         self.retired: list[tuple[Peer, PreparedPeer]] = []
         """Peers that are gone, or have been met again."""
