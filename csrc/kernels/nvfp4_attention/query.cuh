@@ -72,8 +72,14 @@ __device__ __forceinline__ void load_query(WarpState<C>& state, const Nvfp4Atten
       // The order in which Tile::multiply_k takes a word's elements: 0 2 | 4 6, then 1 3 | 5 7.
       state.q.store(n, w, {pair(e[0], e[2]), pair(e[4], e[6]), pair(e[1], e[3]), pair(e[5], e[7])});
     }
+    if constexpr (C::ROWS_M) {
+      state.factor[n] = common * down;
+    } else {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) state.factor[n][j] = common * __shfl_sync(0xFFFFFFFFu, down, 4 * (2 * t + j));
+      for (int j = 0; j < 2; ++j) {
+        state.factor[2 * n + j] = common * __shfl_sync(0xFFFFFFFFu, down, 4 * (2 * t + j));
+      }
+    }
   }
   state.q.stored();
 }
