@@ -194,19 +194,14 @@ class Tile {
 
   __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4],
                                                  uint32_t (&p)[C::NT][2]) {
+    if constexpr (C::ROWS_M) return softmax_of_rows(state, s, p);
     float x[C::NT][4];
     exponents(state, s, x);
     bool lags = false;
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if constexpr (C::ROWS_M) {  // `||` of many becomes branches at which lanes part
-          lags |= fmaxf(x[n][j], x[n][2 + j]) > HEADROOM + LAZY;
-        } else {
-          lags = lags || fmaxf(x[n][j], x[n][2 + j]) > HEADROOM + LAZY;
-        }
-      }
+      for (int j = 0; j < 2; ++j) lags = lags || fmaxf(x[n][j], x[n][2 + j]) > HEADROOM + LAZY;
     }
     if (__any_sync(0xFFFFFFFFu, lags)) {
       rescale(state, s);
@@ -220,11 +215,43 @@ class Tile {
         e[i] = ptx::exp2_approx(x[n][i]);
         state.sum[Held<C>::stat(n, i)] += e[i];
       }
+      p[n][0] = ptx::transpose_8x8(pack(e[0], e[1]));
+      p[n][1] = ptx::transpose_8x8(pack(e[2], e[3]));
+    }
+  }
+
+  // With ROWS_M a lane has four P of a row, of which it needs the sum anyway. If that is within what one may reach,
+  // so is each.
+  __device__ __forceinline__ static void softmax_of_rows(WarpState<C>& state, const float (&s)[C::NT][4],
+                                                         uint32_t (&p)[C::NT][2]) {
+    constexpr float MOST = float(1 << int(HEADROOM + LAZY));
+    float e[C::NT][4], added[C::STATS];
+    bool lags = false;
+    const auto weigh = [&] {
+      exponents(state, s, e);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const uint32_t pair = pack(e[2 * j], e[2 * j + 1]);
-        p[n][j] = C::ROWS_M ? pair : ptx::transpose_8x8(pair);
+      for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) e[n][i] = ptx::exp2_approx(e[n][i]);
       }
+#pragma unroll
+      for (int stat = 0; stat < C::STATS; ++stat) {
+        const int n = stat / 2 * 2, i = stat % 2 * 2;
+        added[stat] = (e[n][i] + e[n][i + 1]) + (e[n + 1][i] + e[n + 1][i + 1]);
+        lags |= added[stat] > MOST;
+      }
+    };
+    weigh();
+    if (__any_sync(0xFFFFFFFFu, lags)) {
+      rescale(state, s);
+      weigh();
+    }
+#pragma unroll
+    for (int stat = 0; stat < C::STATS; ++stat) state.sum[stat] += added[stat];
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) p[n][j] = pack(e[n][2 * j], e[n][2 * j + 1]);
     }
   }
 
