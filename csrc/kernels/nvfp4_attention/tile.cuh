@@ -204,7 +204,8 @@ class Tile {
       for (int j = 0; j < 2; ++j) lags = lags || fmaxf(x[n][j], x[n][2 + j]) > HEADROOM + LAZY;
     }
     if (__any_sync(0xFFFFFFFFu, lags)) {
-      rescale(state, s);
+#pragma unroll
+      for (int stat = 0; stat < C::STATS; ++stat) rescale(state, s, stat);
       exponents(state, s, x);
     }
 #pragma unroll
@@ -220,31 +221,28 @@ class Tile {
     }
   }
 
-  // With ROWS_M a lane has four P of a row, of which it needs the sum anyway. If that is within what one may reach,
-  // so is each.
+  // With ROWS_M a lane has four P of a row, of which it needs the sum anyway: if that is within what one may
+  // reach, so is each. Of the eight rows that the warp has as one of its lanes' those that lag are rescaled: with
+  // logits that differ by 18 bits (random pages) a row lags in a third of a short run's tiles, and the accumulators
+  // of eight rows are 32 registers.
   __device__ __forceinline__ static void softmax_of_rows(WarpState<C>& state, const float (&s)[C::NT][4],
                                                          uint32_t (&p)[C::NT][2]) {
     constexpr float MOST = float(1 << int(HEADROOM + LAZY));
     float e[C::NT][4], added[C::STATS];
     bool lags = false;
-    const auto weigh = [&] {
-      exponents(state, s, e);
 #pragma unroll
-      for (int n = 0; n < C::NT; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) e[n][i] = ptx::exp2_approx(e[n][i]);
-      }
+    for (int stat = 0; stat < C::STATS; ++stat) {
+      added[stat] = weigh(state, s, stat, e);
+      lags |= added[stat] > MOST;
+    }
+    if (__any_sync(0xFFFFFFFFu, lags)) {
 #pragma unroll
       for (int stat = 0; stat < C::STATS; ++stat) {
-        const int n = stat / 2 * 2, i = stat % 2 * 2;
-        added[stat] = (e[n][i] + e[n][i + 1]) + (e[n + 1][i] + e[n + 1][i + 1]);
-        lags |= added[stat] > MOST;
+        if (__any_sync(0xFFFFFFFFu, added[stat] > MOST)) {
+          rescale(state, s, stat);
+          added[stat] = weigh(state, s, stat, e);
+        }
       }
-    };
-    weigh();
-    if (__any_sync(0xFFFFFFFFu, lags)) {
-      rescale(state, s);
-      weigh();
     }
 #pragma unroll
     for (int stat = 0; stat < C::STATS; ++stat) state.sum[stat] += added[stat];
@@ -312,6 +310,22 @@ class Tile {
     }
   }
 
+  // The same, as P, with ROWS_M and of one row of the lane's; returns their sum.
+  __device__ __forceinline__ static float weigh(const WarpState<C>& state, const float (&s)[C::NT][4], int stat,
+                                                float (&e)[C::NT][4]) {
+    float sums[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {  // tokens 0 to 7 of the tile, and 8 to 15
+      const int n = stat / 2 * 2 + j, i = stat % 2 * 2;
+#pragma unroll
+      for (int k = i; k < i + 2; ++k) {
+        e[n][k] = ptx::exp2_approx(fmaf(s[n][k], state.factor[stat], -state.max[stat]));
+      }
+      sums[j] = e[n][i] + e[n][i + 1];
+    }
+    return sums[0] + sums[1];
+  }
+
   __device__ __forceinline__ static void multiply_k(const WarpState<C>& state, uint32_t stage,
                                                     const LaneOffsets<C>& at, float (&s)[C::NT][4]) {
     uint32_t words[2][C::WORDS];
@@ -372,35 +386,32 @@ class Tile {
     return w % 4 < 2 ? __low2half2(scales[w / 4]) : __high2half2(scales[w / 4]);
   }
 
-  __device__ __forceinline__ static void rescale(WarpState<C>& state, const float (&s)[C::NT][4]) {
+  // Brings the maximum of one row of the lane's up to date, and its sum and output with it.
+  __device__ __forceinline__ static void rescale(WarpState<C>& state, const float (&s)[C::NT][4], int stat) {
+    const int n = stat / 2, j = stat % 2;
+    float m;
+    if constexpr (C::ROWS_M) {
+      const int first = n * 2;
+      m = fmaxf(fmaxf(s[first][2 * j], s[first][2 * j + 1]), fmaxf(s[first + 1][2 * j], s[first + 1][2 * j + 1]));
+    } else {
+      m = fmaxf(s[n][j], s[n][2 + j]);
+    }
+    m *= state.factor[stat];
 #pragma unroll
-    for (int stat = 0; stat < C::STATS; ++stat) {
-      const int n = stat / 2, j = stat % 2;
-      float m;
-      if constexpr (C::ROWS_M) {
-        const int first = n * 2;
-        m = fmaxf(fmaxf(s[first][2 * j], s[first][2 * j + 1]),
-                  fmaxf(s[first + 1][2 * j], s[first + 1][2 * j + 1]));
-      } else {
-        m = fmaxf(s[n][j], s[n][2 + j]);
-      }
-      m *= state.factor[stat];
+    for (int lanes = Held<C>::LANES; lanes < Held<C>::LANES_END; lanes *= 2) {
+      m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, lanes));
+    }
+    m = fmaxf(m - HEADROOM, state.max[stat]);
+    const float shrink = ptx::exp2_approx(state.max[stat] - m);
+    state.max[stat] = m;
+    state.sum[stat] *= shrink;
 #pragma unroll
-      for (int lanes = Held<C>::LANES; lanes < Held<C>::LANES_END; lanes *= 2) {
-        m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, lanes));
-      }
-      m = fmaxf(m - HEADROOM, state.max[stat]);
-      const float shrink = ptx::exp2_approx(state.max[stat] - m);
-      state.max[stat] = m;
-      state.sum[stat] *= shrink;
+    for (int k = 0; k < C::NT; ++k) {
 #pragma unroll
-      for (int k = 0; k < C::NT; ++k) {
+      for (int d = 0; d < C::M_TILES; ++d) {
 #pragma unroll
-        for (int d = 0; d < C::M_TILES; ++d) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (Held<C>::stat(k, i) == stat) state.out[k][d][i] *= shrink;
-          }
+        for (int i = 0; i < 4; ++i) {
+          if (Held<C>::stat(k, i) == stat) state.out[k][d][i] *= shrink;
         }
       }
     }
