@@ -62,11 +62,13 @@ struct Config {
   static constexpr int Q_BYTES = SHARED_Q ? NT * WORDS * Q_WORD : 0;
   // Behind the ring: where results are merged, queries are read by then.
   static constexpr int Q_OFFSET = MERGES_IN_RING ? RING_BYTES : MERGE_END;
+  static constexpr int Q_FACTORS = Q_OFFSET + Q_BYTES;  // a float a row
+  static constexpr int Q_END = SHARED_Q ? Q_FACTORS + TILE_ROWS * 4 : Q_OFFSET;
   // Of a run with newest tokens these come before its pages, and where pages are copied to is worked out after them:
   // the other way round nvcc puts away what the pages' loop then reads in every tile. Smaller tiles have registers
   // enough, and better begin with the copies of pages.
   static constexpr bool NEWEST_FIRST = SHARED_Q;
-  static constexpr int SHARED_BYTES = Q_OFFSET + Q_BYTES > MERGE_END ? Q_OFFSET + Q_BYTES : MERGE_END;
+  static constexpr int SHARED_BYTES = Q_END > MERGE_END ? Q_END : MERGE_END;
   static_assert(Q_OFFSET % 16 == 0);
 
   // Thread blocks an SM should hold, by registers (64K) and shared memory (227 KB on sm_90).
@@ -86,6 +88,9 @@ struct Config {
   static XLAYER_HD int k_dim(int t, int w) {
     return DP == 64 ? 16 * t + 8 * w : 32 * t + 8 * (w % 4) + 128 * (w / 4);
   }
+  // Dimension d is in word k_word(d) of the lanes that have t = k_lane(d).
+  static XLAYER_HD int k_lane(int d) { return DP == 64 ? d / 16 : d % 128 / 32; }
+  static XLAYER_HD int k_word(int d) { return DP == 64 ? d % 16 / 8 : d % 32 / 8 + d / 128 * 4; }
 };
 
 // Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k =

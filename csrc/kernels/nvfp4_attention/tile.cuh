@@ -53,27 +53,31 @@ struct QueryFragments {
       all[n][w] = q;
     }
   }
-  __device__ __forceinline__ void stored() {}
   __device__ __forceinline__ const QueryWord& load(int n, int w) const { return all[n][w]; }
 };
 
-// In shared memory: the same for all warps, which store some words each. None may still read the last run's.
+// In shared memory: the same for all warps, and each stores some rows. None may still read the last run's.
 template <class C>
 struct QueryFragments<C, true> {
   uint32_t at;  // this lane's first
 
-  __device__ __forceinline__ void store(int n, int w, const QueryWord& q) {
-    if (w % C::WARPS != int(threadIdx.x / 32)) return;
+  // What lane `lane` has as b[i] of rows n and word w, and its row's factor.
+  __device__ __forceinline__ void store(int lane, int n, int w, int i, uint32_t pair) {
+    const uint32_t theirs = 16 * (lane - int(threadIdx.x & 31));
     if constexpr (C::ROWS_M) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ptx::store_shared(place(n / 2 * 2 + i / 2, w) + 4 * (n % 2 + i % 2 * 2), q.b[i]);
-      }
+      ptx::store_shared(place(n / 2 * 2 + i / 2, w) + theirs + 4 * (n % 2 + i % 2 * 2), pair);
     } else {
-      ptx::store_shared(place(n, w), q.b);
+      ptx::store_shared(place(n, w) + theirs + 4 * i, pair);
     }
   }
-  __device__ __forceinline__ void stored() { __syncthreads(); }
+  __device__ __forceinline__ void store_factor(int row, float factor) {
+    ptx::store_shared(factors() + 4 * row, float_bits(factor));
+  }
+  __device__ __forceinline__ float load_factor(int row) const {
+    uint32_t bits;
+    ptx::load_shared<4>(factors() + 4 * row, &bits);
+    return bits_float(bits);
+  }
   __device__ __forceinline__ QueryWord load(int n, int w) const {
     QueryWord q;
     ptx::load_shared<16>(place(n, w), q.b);
@@ -82,6 +86,9 @@ struct QueryFragments<C, true> {
 
  private:
   __device__ __forceinline__ uint32_t place(int n, int w) const { return at + (n * C::WORDS + w) * C::Q_WORD; }
+  __device__ __forceinline__ uint32_t factors() const {
+    return at - 16 * int(threadIdx.x & 31) + (C::Q_FACTORS - C::Q_OFFSET);
+  }
 };
 
 template <class C>
