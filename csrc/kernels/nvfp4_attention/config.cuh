@@ -81,8 +81,8 @@ struct Config {
   static XLAYER_HD int v_chunk(int row, int c) {
     return DP == 256 ? c ^ ((row & 3) << 1) : DP == 128 ? c ^ (row & 2) : c;
   }
-  // Where dimension d of a row of results is in the merge buffer. With ROWS_M lanes t = 0 to 3 have DP / 4 each,
-  // which would begin in the same bank.
+  // Where dimension d of a row of results is in the merge buffer. With ROWS_M lanes t = 0 to 3 have DP / 4
+  // each, which would begin in the same bank.
   static XLAYER_HD int out_place(int d) { return ROWS_M ? d + d / (DP / 4) * 4 : d; }
   // First dimension of a lane's K word w (lane % 4 = t): 16-byte chunks t (and t + 4 of a row of 128 bytes).
   static XLAYER_HD int k_dim(int t, int w) {
@@ -100,7 +100,7 @@ XLAYER_HD constexpr int token_of_row(int row) {
 }
 XLAYER_HD constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
 
-// What lane 4 g + t has of S, of the maxima and of O: S is s[NT][4], the output out[NT][M_TILES][4] (tile.cuh).
+// What lane 4 g + t has of S, of the maxima and of O: S is s[NT][4], the output out[NT][M_TILES][4].
 template <class C>
 struct Held {
   // Its row, among those the lane has, of s[n][i] and of out[n][..][i].

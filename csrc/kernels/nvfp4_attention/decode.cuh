@@ -54,8 +54,8 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
         for (int d = 0; d < C::DP / 8; d += 4) {
           const float(*tiles)[C::M_TILES][4] = state.out + 2 * n;
           *reinterpret_cast<float4*>(out + d) =
-              make_float4(tiles[0][d / 2][2 * j + i], tiles[1][d / 2][2 * j + i], tiles[0][d / 2 + 1][2 * j + i],
-                          tiles[1][d / 2 + 1][2 * j + i]);
+              make_float4(tiles[0][d / 2][2 * j + i], tiles[1][d / 2][2 * j + i],
+                          tiles[0][d / 2 + 1][2 * j + i], tiles[1][d / 2 + 1][2 * j + i]);
         }
       }
     } else {

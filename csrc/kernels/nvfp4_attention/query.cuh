@@ -24,8 +24,8 @@ __device__ __forceinline__ void rotate_query(float (&x)[N]) {
   for (int i = 0; i < N; ++i) x[i] *= rotation_back(BLOCK);
 }
 
-// The power of two that a row is multiplied by, and its inverse: the row's largest element comes to [128, 256). So a
-// bf16 row keeps all its bits where they matter, and no logit overflows.
+// The power of two that a row is multiplied by, and its inverse: the row's largest element comes to [128, 256).
+// So a bf16 row keeps all its bits where they matter, and no logit overflows.
 struct RowScale {
   float up, down;
 
@@ -90,7 +90,9 @@ __device__ __forceinline__ void load_shared_query(WarpState<C>& state, const Nvf
 #pragma unroll
   for (int i = 0; i < N; ++i) amax = fmaxf(amax, fabsf(x[i]));
 #pragma unroll
-  for (int lanes = 1; lanes < LANES; lanes *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, lanes));
+  for (int lanes = 1; lanes < LANES; lanes *= 2) {
+    amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, lanes));
+  }
   const RowScale scale(amax);
 #pragma unroll
   for (int i = 0; i < N; i += 4) {

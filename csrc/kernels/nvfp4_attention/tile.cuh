@@ -9,8 +9,8 @@
 // are permuted so that a lane's bytes are contiguous: Q is permuted with K, the output comes out in V's
 // order.
 //
-// Sixteen query rows are operand A instead (ROWS_M). B's fragment of eight tokens is half of A's of sixteen, in
-// the same registers, so K and V are dequantised alike:
+// Sixteen query rows are operand A instead (ROWS_M). B's fragment of eight tokens is half of A's of sixteen,
+// in the same registers, so K and V are dequantised alike:
 //
 //   S [16 rows x 8 tokens]  = Q [16 x D] K^T [D x 8]         for tokens 0 to 7 and 8 to 15 of the tile
 //   O [16 rows x 8]        += P [16 x 16] V [16 x 8]         for the dimensions of A's rows g, and of g + 8
@@ -39,8 +39,8 @@ struct QueryWord {
   uint32_t b[4];
 };
 
-// Q^T fragments: halves, each row times a power of two; of rows n and word w of K. With ROWS_M `load` has of rows
-// 8 n and the eight beside them the even elements where n is even, else the odd ones.
+// Q^T fragments: halves, each row times a power of two; of rows n and word w of K. With ROWS_M `load` has, of
+// sixteen rows, the even elements where n is even, else the odd ones.
 template <class C, bool SHARED = C::SHARED_Q>
 struct QueryFragments {
   QueryWord all[C::NT][C::WORDS];
@@ -229,9 +229,9 @@ class Tile {
   }
 
   // With ROWS_M a lane has four P of a row, of which it needs the sum anyway: if that is within what one may
-  // reach, so is each. Of the eight rows that the warp has as one of its lanes' those that lag are rescaled: with
-  // logits that differ by 18 bits (random pages) a row lags in a third of a short run's tiles, and the accumulators
-  // of eight rows are 32 registers.
+  // reach, so is each. A lane has two rows of sixteen, the warp eight of either kind: only where one of those
+  // eight lags are they rescaled, which takes 32 multiplications. With logits that differ by 18 bits (random
+  // pages) that happens in a third of a short run's tiles.
   __device__ __forceinline__ static void softmax_of_rows(WarpState<C>& state, const float (&s)[C::NT][4],
                                                          uint32_t (&p)[C::NT][2]) {
     constexpr float MOST = float(1 << int(HEADROOM + LAZY));
@@ -318,8 +318,8 @@ class Tile {
   }
 
   // The same, as P, with ROWS_M and of one row of the lane's; returns their sum.
-  __device__ __forceinline__ static float weigh(const WarpState<C>& state, const float (&s)[C::NT][4], int stat,
-                                                float (&e)[C::NT][4]) {
+  __device__ __forceinline__ static float weigh(const WarpState<C>& state, const float (&s)[C::NT][4],
+                                                int stat, float (&e)[C::NT][4]) {
     float sums[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {  // tokens 0 to 7 of the tile, and 8 to 15
@@ -399,7 +399,8 @@ class Tile {
     float m;
     if constexpr (C::ROWS_M) {
       const int first = n * 2;
-      m = fmaxf(fmaxf(s[first][2 * j], s[first][2 * j + 1]), fmaxf(s[first + 1][2 * j], s[first + 1][2 * j + 1]));
+      m = fmaxf(fmaxf(s[first][2 * j], s[first][2 * j + 1]),
+                fmaxf(s[first + 1][2 * j], s[first + 1][2 * j + 1]));
     } else {
       m = fmaxf(s[n][j], s[n][2 + j]);
     }
