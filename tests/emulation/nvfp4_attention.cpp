@@ -123,10 +123,9 @@ extern "C" int run_nvfp4_attention(const Args* a) {
 
   const int rows = p.usual_q_len * (p.num_q_heads / p.page.heads);
   if (a->warps == 16) {
-    if (rows > 8) return 1;
     switch (p.page.head_size) {
       case 64: run<Config<64, 1, 16>>(p); return 0;
-      case 128: run<Config<128, 1, 16>>(p); return 0;
+      case 128: rows <= 8 ? run<Config<128, 1, 16>>(p) : run<Config<128, 2, 16>>(p); return 0;
     }
     return 1;
   }

@@ -89,16 +89,17 @@ def test_many_requests():
     check_case(replace(case, split_units=2), CUDA)
 
 
+@pytest.mark.parametrize("q_len", [2, 4])
 @pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize(
     "how",
     [{}, {"window": 100, "sinks": True}, {"soft_cap": 20.0, "dtype": torch.float16}, {"block_size": 48}],
     ids=str,
 )
-def test_more_lines_than_multiprocessors(head_size, how):
+def test_more_lines_than_multiprocessors(head_size, how, q_len):
     """The kernels with small thread blocks, which small batches get with a fixed split only."""
     lengths = (0, 1, 16, 17, 63, 64, 65, 129, 500) * 12
-    check_case(Case(lengths, 2, head_size=head_size, **how), CUDA)
+    check_case(Case(lengths, q_len, head_size=head_size, **how), CUDA)
 
 
 @pytest.mark.parametrize("length", [640, 1023])

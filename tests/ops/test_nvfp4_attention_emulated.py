@@ -147,6 +147,14 @@ def test_sixteen_warps(head_size):
     check(Case((300, 1300), 1, group=8, head_size=head_size, block_size=48), warps=16, late_copies=False)
 
 
+@pytest.mark.parametrize(("q_len", "group"), [(1, 16), (4, 4), (5, 4)], ids=str)
+def test_sixteen_warps_of_many_rows(q_len, group):
+    case = Case((0, 3, 16, 257, 700), q_len, group=group, kv_heads=1, sinks=True, rotated_keys=True)
+    check(case, warps=16)
+    check(replace(case, newest=64, dtype=torch.float16), warps=16, parts=7, late_copies=False)
+    check(replace(case, window=100, block_size=64), warps=16, parts=3)
+
+
 @pytest.mark.parametrize("parts", [3, 7, 8, 15, 16])
 @pytest.mark.parametrize("length", [513, 1024])
 def test_equal_lengths(length, parts):

@@ -45,6 +45,9 @@ __device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&words
                "r"(words[3])
                : "memory");
 }
+__device__ __forceinline__ void store_shared(uint32_t at, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(word) : "memory");
+}
 __device__ __forceinline__ uint32_t load_shared_u8(uint32_t at) {
   uint32_t byte;
   asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(at));

@@ -31,6 +31,9 @@ struct Config {
   static constexpr int NT = NT_;
   static constexpr int STAGES = DP == 256 ? 2 : 3;  // tiles in flight or in use a warp
   static constexpr int TILE_ROWS = NT * ROWS;
+  // Which side of an MMA has sixteen: query rows, where there are as many, else tokens (tile.cuh).
+  static constexpr bool ROWS_M = NT % 2 == 0;
+  static constexpr int STATS = ROWS_M ? NT : 2 * NT;  // query rows that a lane has logits of
   static constexpr int S = D / GROUP;      // block scales a token
   static constexpr int ROW = DP / 2;       // bytes of a token's data in shared memory
   static constexpr int WORDS = DP / 32;    // 8-element words of one token a lane has of K
@@ -45,23 +48,27 @@ struct Config {
 
   // For merging the warps' results: in the ring, which is read by then. Not where the ring has padding that must
   // stay zero.
-  static constexpr int OUT_STRIDE = DP + 4;  // floats; the padding spreads rows over the banks
+  static constexpr int OUT_STRIDE = DP + (ROWS_M ? 16 : 4);  // floats; padding spreads rows over the banks
   static constexpr int MERGE_FLOATS = WARPS * TILE_ROWS * (OUT_STRIDE + 2);
   static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
   static constexpr bool MERGES_IN_RING = EXACT;
   static constexpr int MERGE_OFFSET = MERGES_IN_RING ? 0 : RING_BYTES;
   static constexpr int MERGE_END = MERGE_OFFSET + MERGE_FLOATS * 4;
-  static constexpr int Q_OFFSET = MERGE_END > RING_BYTES ? MERGE_END : RING_BYTES;
 
   // Large head tiles have their queries in shared memory, once for all warps: 32 registers less, for a block more
   // on an SM.
   static constexpr bool SHARED_Q = NT * DP == 256;
+  static constexpr int Q_WORD = 32 * 16;  // bytes: of all lanes, what Q has for eight rows and a word of K
+  static constexpr int Q_BYTES = SHARED_Q ? NT * WORDS * Q_WORD : 0;
+  // Behind the ring: where results are merged, queries are read by then.
+  static constexpr int Q_OFFSET = MERGES_IN_RING ? RING_BYTES : MERGE_END;
+  static constexpr int Q_FACTORS = Q_OFFSET + Q_BYTES;  // a float a row
+  static constexpr int Q_END = SHARED_Q ? Q_FACTORS + TILE_ROWS * 4 : Q_OFFSET;
   // Of a run with newest tokens these come before its pages, and where pages are copied to is worked out after them:
   // the other way round nvcc puts away what the pages' loop then reads in every tile. Smaller tiles have registers
   // enough, and better begin with the copies of pages.
   static constexpr bool NEWEST_FIRST = SHARED_Q;
-  static constexpr int Q_WORD = 32 * 16;  // bytes: of all lanes, what Q has for a word of K
-  static constexpr int SHARED_BYTES = Q_OFFSET + (SHARED_Q ? NT * WORDS * Q_WORD : 0);
+  static constexpr int SHARED_BYTES = Q_END > MERGE_END ? Q_END : MERGE_END;
   static_assert(Q_OFFSET % 16 == 0);
 
   // Thread blocks an SM should hold, by registers (64K) and shared memory (227 KB on sm_90).
@@ -74,10 +81,16 @@ struct Config {
   static XLAYER_HD int v_chunk(int row, int c) {
     return DP == 256 ? c ^ ((row & 3) << 1) : DP == 128 ? c ^ (row & 2) : c;
   }
+  // Where dimension d of a row of results is in the merge buffer. With ROWS_M lanes t = 0 to 3 have DP / 4
+  // each, which would begin in the same bank.
+  static XLAYER_HD int out_place(int d) { return ROWS_M ? d + d / (DP / 4) * 4 : d; }
   // First dimension of a lane's K word w (lane % 4 = t): 16-byte chunks t (and t + 4 of a row of 128 bytes).
   static XLAYER_HD int k_dim(int t, int w) {
     return DP == 64 ? 16 * t + 8 * w : 32 * t + 8 * (w % 4) + 128 * (w / 4);
   }
+  // Dimension d is in word k_word(d) of the lanes that have t = k_lane(d).
+  static XLAYER_HD int k_lane(int d) { return DP == 64 ? d / 16 : d % 128 / 32; }
+  static XLAYER_HD int k_word(int d) { return DP == 64 ? d % 16 / 8 : d % 32 / 8 + d / 128 * 4; }
 };
 
 // Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k =
@@ -86,5 +99,22 @@ XLAYER_HD constexpr int token_of_row(int row) {
   return (row & 8) | ((row & 7) >> 1) | ((row & 1) << 2);
 }
 XLAYER_HD constexpr int row_of_token(int n) { return (n & 8) | ((n & 3) << 1) | ((n >> 2) & 1); }
+
+// What lane 4 g + t has of S, of the maxima and of O: S is s[NT][4], the output out[NT][M_TILES][4].
+template <class C>
+struct Held {
+  // Its row, among those the lane has, of s[n][i] and of out[n][..][i].
+  static XLAYER_HD constexpr int stat(int n, int i) { return C::ROWS_M ? n / 2 * 2 + i / 2 : 2 * n + i % 2; }
+  // That row, if the head tile begins with row `first`.
+  static XLAYER_HD constexpr int row(int first, int g, int t, int stat) {
+    return C::ROWS_M ? first + stat * ROWS + g : first + stat / 2 * ROWS + 2 * t + stat % 2;
+  }
+  // The token of s[n][i], if the tile begins with token `first`.
+  static XLAYER_HD constexpr int token(int first, int g, int t, int n, int i) {
+    return C::ROWS_M ? first + token_of_row(2 * t + i % 2) + n % 2 * 8 : first + token_of_row(g) + i / 2 * 8;
+  }
+  // A row is in the lanes so many apart, up to so many.
+  static constexpr int LANES = C::ROWS_M ? 1 : 4, LANES_END = C::ROWS_M ? 4 : 32;
+};
 
 }  // namespace xlayer::attention

@@ -36,18 +36,32 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
   float* sums = maxima + C::WARPS * C::TILE_ROWS;
   __syncthreads();  // all warps have read their tiles, and the last run's results
 #pragma unroll
-  for (int n = 0; n < C::NT; ++n) {
+  for (int stat = 0; stat < C::STATS; ++stat) {
+    const int row = Held<C>::row(warp * C::TILE_ROWS, g, t, stat);
+    const int n = stat / 2, j = stat % 2;
+    float sum = state.sum[stat];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int row = warp * C::TILE_ROWS + n * ROWS + 2 * t + j;
-      float sum = state.sum[n][j];
+    for (int lanes = Held<C>::LANES; lanes < Held<C>::LANES_END; lanes *= 2) {
+      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+    }
+    if ((C::ROWS_M ? t : g) == 0) maxima[row] = state.max[stat], sums[row] = sum;
+    // Dimensions 2 m and 2 m + 1 of those of V's lane group: rows g and g + 8 of MMA tile m as operand A.
+    if constexpr (C::ROWS_M) {
 #pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-      if (g == 0) maxima[row] = state.max[n][j], sums[row] = sum;
+      for (int i = 0; i < 2; ++i) {  // of V's lane groups 2 t and 2 t + 1
+        float* out = outs + row * C::OUT_STRIDE + C::out_place((2 * t + i) * (C::DP / 8));
+#pragma unroll
+        for (int d = 0; d < C::DP / 8; d += 4) {
+          const float(*tiles)[C::M_TILES][4] = state.out + 2 * n;
+          *reinterpret_cast<float4*>(out + d) =
+              make_float4(tiles[0][d / 2][2 * j + i], tiles[1][d / 2][2 * j + i],
+                          tiles[0][d / 2 + 1][2 * j + i], tiles[1][d / 2 + 1][2 * j + i]);
+        }
+      }
+    } else {
       float* out = outs + row * C::OUT_STRIDE + g * (C::DP / 8);
 #pragma unroll
       for (int d = 0; d < C::DP / 8; d += 4) {
-        // Dimensions 2 m and 2 m + 1 are in MMA tile m's first and second row.
         *reinterpret_cast<float4*>(out + d) =
             make_float4(state.out[n][d / 2][j], state.out[n][d / 2][2 + j], state.out[n][d / 2 + 1][j],
                         state.out[n][d / 2 + 1][2 + j]);
@@ -69,7 +83,7 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
       const int at = w * C::TILE_ROWS + row;
       const float weight = exp2f(maxima[at] - max);
       sum += sums[at] * weight;
-      const float4 y = *reinterpret_cast<const float4*>(outs + at * C::OUT_STRIDE + d);
+      const float4 y = *reinterpret_cast<const float4*>(outs + at * C::OUT_STRIDE + C::out_place(d));
       x[0] += y.x * weight, x[1] += y.y * weight, x[2] += y.z * weight, x[3] += y.w * weight;
     }
     if (run.whole()) {

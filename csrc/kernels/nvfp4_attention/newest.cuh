@@ -106,12 +106,7 @@ class NewestTile {
         even[half] = __byte_perm(a, b, 0x5410u), even[2 + half] = __byte_perm(c, d, 0x5410u);
         odd[half] = __byte_perm(a, b, 0x7632u), odd[2 + half] = __byte_perm(c, d, 0x7632u);
       }
-#pragma unroll
-      for (int n = 0; n < C::NT; ++n) {
-        const auto& q = state.q.load(n, w);
-        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], q.b[0], q.b[1]);
-        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], q.b[2], q.b[3]);
-      }
+      Tile<C>::multiply_k_word(state, w, even, odd, s);
     }
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
@@ -149,10 +144,7 @@ class NewestTile {
         }
         const uint32_t a[4] = {__byte_perm(x[0], x[1], 0x5410u), __byte_perm(x[0], x[1], 0x7632u),
                                __byte_perm(x[2], x[3], 0x5410u), __byte_perm(x[2], x[3], 0x7632u)};
-#pragma unroll
-        for (int n = 0; n < C::NT; ++n) {
-          ptx::mma_16816(state.out[n][4 * chunk + j], a[0], a[1], a[2], a[3], weights[n][0], weights[n][1]);
-        }
+        Tile<C>::multiply_v_tile(state, 4 * chunk + j, a, weights);
       }
     }
   }

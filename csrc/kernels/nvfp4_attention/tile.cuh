@@ -8,6 +8,14 @@
 // D/8 dimensions of tokens t, t + 4, t + 8, t + 12; of S^T and O^T, query rows 2t and 2t + 1. The dimensions
 // are permuted so that a lane's bytes are contiguous: Q is permuted with K, the output comes out in V's
 // order.
+//
+// Sixteen query rows are operand A instead (ROWS_M). B's fragment of eight tokens is half of A's of sixteen,
+// in the same registers, so K and V are dequantised alike:
+//
+//   S [16 rows x 8 tokens]  = Q [16 x D] K^T [D x 8]         for tokens 0 to 7 and 8 to 15 of the tile
+//   O [16 rows x 8]        += P [16 x 16] V [16 x 8]         for the dimensions of A's rows g, and of g + 8
+//
+// P is S's registers as they are; a lane has rows g and g + 8 of S and O, so half as many maxima and sums.
 #pragma once
 
 #include "../common/ptx.cuh"
@@ -26,29 +34,50 @@ struct TileMask {
 };
 
 // What Q^T has for eight rows and a word of K, in one lane: its two fragments of even elements, then of odd ones.
+// Or (ROWS_M) operand A of sixteen rows.
 struct QueryWord {
   uint32_t b[4];
 };
 
-// Q^T fragments: halves, each row times a power of two; of rows n and word w of K.
+// Q^T fragments: halves, each row times a power of two; of rows n and word w of K. With ROWS_M `load` has, of
+// sixteen rows, the even elements where n is even, else the odd ones.
 template <class C, bool SHARED = C::SHARED_Q>
 struct QueryFragments {
   QueryWord all[C::NT][C::WORDS];
 
-  __device__ __forceinline__ void store(int n, int w, const QueryWord& q) { all[n][w] = q; }
-  __device__ __forceinline__ void stored() {}
+  __device__ __forceinline__ void store(int n, int w, const QueryWord& q) {
+    if constexpr (C::ROWS_M) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) all[n / 2 * 2 + i / 2][w].b[n % 2 + i % 2 * 2] = q.b[i];
+    } else {
+      all[n][w] = q;
+    }
+  }
   __device__ __forceinline__ const QueryWord& load(int n, int w) const { return all[n][w]; }
 };
 
-// In shared memory: the same for all warps, which store some words each. None may still read the last run's.
+// In shared memory: the same for all warps, and each stores some rows. None may still read the last run's.
 template <class C>
 struct QueryFragments<C, true> {
   uint32_t at;  // this lane's first
 
-  __device__ __forceinline__ void store(int n, int w, const QueryWord& q) {
-    if (w % C::WARPS == int(threadIdx.x / 32)) ptx::store_shared(place(n, w), q.b);
+  // What lane `lane` has as b[i] of rows n and word w, and its row's factor.
+  __device__ __forceinline__ void store(int lane, int n, int w, int i, uint32_t pair) {
+    const uint32_t theirs = 16 * (lane - int(threadIdx.x & 31));
+    if constexpr (C::ROWS_M) {
+      ptx::store_shared(place(n / 2 * 2 + i / 2, w) + theirs + 4 * (n % 2 + i % 2 * 2), pair);
+    } else {
+      ptx::store_shared(place(n, w) + theirs + 4 * i, pair);
+    }
   }
-  __device__ __forceinline__ void stored() { __syncthreads(); }
+  __device__ __forceinline__ void store_factor(int row, float factor) {
+    ptx::store_shared(factors() + 4 * row, float_bits(factor));
+  }
+  __device__ __forceinline__ float load_factor(int row) const {
+    uint32_t bits;
+    ptx::load_shared<4>(factors() + 4 * row, &bits);
+    return bits_float(bits);
+  }
   __device__ __forceinline__ QueryWord load(int n, int w) const {
     QueryWord q;
     ptx::load_shared<16>(place(n, w), q.b);
@@ -57,15 +86,19 @@ struct QueryFragments<C, true> {
 
  private:
   __device__ __forceinline__ uint32_t place(int n, int w) const { return at + (n * C::WORDS + w) * C::Q_WORD; }
+  __device__ __forceinline__ uint32_t factors() const {
+    return at - 16 * int(threadIdx.x & 31) + (C::Q_FACTORS - C::Q_OFFSET);
+  }
 };
 
 template <class C>
 struct WarpState {
   QueryFragments<C> q;
   float out[C::NT][C::M_TILES][4];     // O^T, times UNSCALE^-1
-  float factor[C::NT][2];              // logits in base 2 = S^T * factor
-  float max[C::NT][2];                 // of the logits in base 2, less HEADROOM; may lag by LAZY
-  float sum[C::NT][2];                 // this lane's part
+  // Of the rows that this lane has (Held):
+  float factor[C::STATS];              // logits in base 2 = S^T * factor
+  float max[C::STATS];                 // of the logits in base 2, less HEADROOM; may lag by LAZY
+  float sum[C::STATS];                 // this lane's part
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -75,9 +108,9 @@ struct WarpState {
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[n][m][i] = 0.0f;
       }
-#pragma unroll
-      for (int j = 0; j < 2; ++j) max[n][j] = EMPTY, sum[n][j] = 0.0f;
     }
+#pragma unroll
+    for (int j = 0; j < C::STATS; ++j) max[j] = EMPTY, sum[j] = 0.0f;
   }
 };
 
@@ -143,7 +176,7 @@ class Tile {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // tanh(x) = 1 - 2 / (1 + e^2x): more exact than tanh.approx.
-        const float factor = state.factor[n][i % 2];
+        const float factor = state.factor[Held<C>::stat(n, i)];
         const float x = __fdividef(s[n][i] * factor, soft_cap * LOG2E);
         const float tanh_x = 1.0f - __fdividef(2.0f, 1.0f + ptx::exp2_approx(2.0f * LOG2E * x));
         s[n][i] = __fdividef(soft_cap * LOG2E * tanh_x, factor);
@@ -153,14 +186,13 @@ class Tile {
 
   __device__ __forceinline__ static void mask_logits(float (&s)[C::NT][4], const TileMask& mask) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int token = mask.first_token + token_of_row(g);
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = mask.first_row + n * ROWS + 2 * t + i % 2;
+        const int row = Held<C>::row(mask.first_row, g, t, Held<C>::stat(n, i));
         const int query = mask.last - mask.q_len + row / mask.group;
-        const int key = token + (i / 2) * 8;
+        const int key = Held<C>::token(mask.first_token, g, t, n, i);
         const bool seen = key <= query && (mask.window == 0 || key > query - mask.window);
         if (!seen) s[n][i] = -INFINITY;
       }
@@ -169,6 +201,7 @@ class Tile {
 
   __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4],
                                                  uint32_t (&p)[C::NT][2]) {
+    if constexpr (C::ROWS_M) return softmax_of_rows(state, s, p);
     float x[C::NT][4];
     exponents(state, s, x);
     bool lags = false;
@@ -178,7 +211,8 @@ class Tile {
       for (int j = 0; j < 2; ++j) lags = lags || fmaxf(x[n][j], x[n][2 + j]) > HEADROOM + LAZY;
     }
     if (__any_sync(0xFFFFFFFFu, lags)) {
-      rescale(state, s);
+#pragma unroll
+      for (int stat = 0; stat < C::STATS; ++stat) rescale(state, s, stat);
       exponents(state, s, x);
     }
 #pragma unroll
@@ -187,10 +221,85 @@ class Tile {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         e[i] = ptx::exp2_approx(x[n][i]);
-        state.sum[n][i % 2] += e[i];
+        state.sum[Held<C>::stat(n, i)] += e[i];
       }
       p[n][0] = ptx::transpose_8x8(pack(e[0], e[1]));
       p[n][1] = ptx::transpose_8x8(pack(e[2], e[3]));
+    }
+  }
+
+  // With ROWS_M a lane has four P of a row, of which it needs the sum anyway: if that is within what one may
+  // reach, so is each. A lane has two rows of sixteen, the warp eight of either kind: only where one of those
+  // eight lags are they rescaled, which takes 32 multiplications. With logits that differ by 18 bits (random
+  // pages) that happens in a third of a short run's tiles.
+  __device__ __forceinline__ static void softmax_of_rows(WarpState<C>& state, const float (&s)[C::NT][4],
+                                                         uint32_t (&p)[C::NT][2]) {
+    constexpr float MOST = float(1 << int(HEADROOM + LAZY));
+    float e[C::NT][4], added[C::STATS];
+    bool lags = false;
+#pragma unroll
+    for (int stat = 0; stat < C::STATS; ++stat) {
+      added[stat] = weigh(state, s, stat, e);
+      lags |= added[stat] > MOST;
+    }
+    if (__any_sync(0xFFFFFFFFu, lags)) {
+#pragma unroll
+      for (int stat = 0; stat < C::STATS; ++stat) {
+        if (__any_sync(0xFFFFFFFFu, added[stat] > MOST)) {
+          rescale(state, s, stat);
+          added[stat] = weigh(state, s, stat, e);
+        }
+      }
+    }
+#pragma unroll
+    for (int stat = 0; stat < C::STATS; ++stat) state.sum[stat] += added[stat];
+#pragma unroll
+    for (int n = 0; n < C::NT; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) p[n][j] = pack(e[n][2 * j], e[n][2 * j + 1]);
+    }
+  }
+
+  // Adds what a word of K has: even[4] and odd[4] are operand A of its even and odd elements.
+  __device__ __forceinline__ static void multiply_k_word(const WarpState<C>& state, int w,
+                                                         const uint32_t (&even)[4], const uint32_t (&odd)[4],
+                                                         float (&s)[C::NT][4]) {
+    if constexpr (C::ROWS_M) {
+#pragma unroll
+      for (int parity = 0; parity < 2; ++parity) {
+        const uint32_t(&k)[4] = parity == 0 ? even : odd;
+#pragma unroll
+        for (int n = 0; n < C::NT; n += 2) {
+          const auto& q = state.q.load(n + parity, w);
+          ptx::mma_16816(s[n], q.b[0], q.b[1], q.b[2], q.b[3], k[0], k[2]);
+          ptx::mma_16816(s[n + 1], q.b[0], q.b[1], q.b[2], q.b[3], k[1], k[3]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < C::NT; ++n) {
+        const auto& q = state.q.load(n, w);
+        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], q.b[0], q.b[1]);
+        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], q.b[2], q.b[3]);
+      }
+    }
+  }
+
+  // Adds an MMA tile of V^T, as operand A: rows g and g + 8 are dimensions 2 m and 2 m + 1 of the lane's.
+  __device__ __forceinline__ static void multiply_v_tile(WarpState<C>& state, int m, const uint32_t (&v)[4],
+                                                         const uint32_t (&p)[C::NT][2]) {
+    if constexpr (C::ROWS_M) {
+#pragma unroll
+      for (int n = 0; n < C::NT; ++n) {
+        const int j = n % 2, first = n - j;
+        ptx::mma_16816(state.out[n][m], p[first][0], p[first][1], p[first + 1][0], p[first + 1][1], v[j],
+                       v[2 + j]);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < C::NT; ++n) {
+        ptx::mma_16816(state.out[n][m], v[0], v[1], v[2], v[3], p[n][0], p[n][1]);
+      }
     }
   }
 
@@ -201,8 +310,27 @@ class Tile {
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[n][i] = fmaf(s[n][i], state.factor[n][i % 2], -state.max[n][i % 2]);
+      for (int i = 0; i < 4; ++i) {
+        const int stat = Held<C>::stat(n, i);
+        x[n][i] = fmaf(s[n][i], state.factor[stat], -state.max[stat]);
+      }
     }
+  }
+
+  // The same, as P, with ROWS_M and of one row of the lane's; returns their sum.
+  __device__ __forceinline__ static float weigh(const WarpState<C>& state, const float (&s)[C::NT][4],
+                                                int stat, float (&e)[C::NT][4]) {
+    float sums[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {  // tokens 0 to 7 of the tile, and 8 to 15
+      const int n = stat / 2 * 2 + j, i = stat % 2 * 2;
+#pragma unroll
+      for (int k = i; k < i + 2; ++k) {
+        e[n][k] = ptx::exp2_approx(fmaf(s[n][k], state.factor[stat], -state.max[stat]));
+      }
+      sums[j] = e[n][i] + e[n][i + 1];
+    }
+    return sums[0] + sums[1];
   }
 
   __device__ __forceinline__ static void multiply_k(const WarpState<C>& state, uint32_t stage,
@@ -249,12 +377,7 @@ class Tile {
                                 scaled_pair<2, 3>(a.even, a_scale), scaled_pair<2, 3>(b.even, b_scale)};
       const uint32_t odd[4] = {scaled_pair<0, 1>(a.odd, a_scale), scaled_pair<0, 1>(b.odd, b_scale),
                                scaled_pair<2, 3>(a.odd, a_scale), scaled_pair<2, 3>(b.odd, b_scale)};
-#pragma unroll
-      for (int n = 0; n < C::NT; ++n) {
-        const auto& q = state.q.load(n, w);
-        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], q.b[0], q.b[1]);
-        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], q.b[2], q.b[3]);
-      }
+      multiply_k_word(state, w, even, odd, s);
     }
   }
 
@@ -270,22 +393,33 @@ class Tile {
     return w % 4 < 2 ? __low2half2(scales[w / 4]) : __high2half2(scales[w / 4]);
   }
 
-  __device__ __forceinline__ static void rescale(WarpState<C>& state, const float (&s)[C::NT][4]) {
+  // Brings the maximum of one row of the lane's up to date, and its sum and output with it.
+  __device__ __forceinline__ static void rescale(WarpState<C>& state, const float (&s)[C::NT][4], int stat) {
+    const int n = stat / 2, j = stat % 2;
+    float m;
+    if constexpr (C::ROWS_M) {
+      const int first = n * 2;
+      m = fmaxf(fmaxf(s[first][2 * j], s[first][2 * j + 1]),
+                fmaxf(s[first + 1][2 * j], s[first + 1][2 * j + 1]));
+    } else {
+      m = fmaxf(s[n][j], s[n][2 + j]);
+    }
+    m *= state.factor[stat];
 #pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
+    for (int lanes = Held<C>::LANES; lanes < Held<C>::LANES_END; lanes *= 2) {
+      m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, lanes));
+    }
+    m = fmaxf(m - HEADROOM, state.max[stat]);
+    const float shrink = ptx::exp2_approx(state.max[stat] - m);
+    state.max[stat] = m;
+    state.sum[stat] *= shrink;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float m = fmaxf(s[n][j], s[n][2 + j]) * state.factor[n][j];
+    for (int k = 0; k < C::NT; ++k) {
 #pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, lanes));
-        m = fmaxf(m - HEADROOM, state.max[n][j]);
-        const float shrink = ptx::exp2_approx(state.max[n][j] - m);
-        state.max[n][j] = m;
-        state.sum[n][j] *= shrink;
+      for (int d = 0; d < C::M_TILES; ++d) {
 #pragma unroll
-        for (int d = 0; d < C::M_TILES; ++d) {
-          state.out[n][d][j] *= shrink;
-          state.out[n][d][2 + j] *= shrink;
+        for (int i = 0; i < 4; ++i) {
+          if (Held<C>::stat(k, i) == stat) state.out[k][d][i] *= shrink;
         }
       }
     }
@@ -333,14 +467,9 @@ class Tile {
                                    scaled_pair<0, 2>(b.even, s1), scaled_pair<0, 2>(b.odd, s1)};
         const uint32_t second[4] = {scaled_pair<1, 3>(a.even, s0), scaled_pair<1, 3>(a.odd, s0),
                                     scaled_pair<1, 3>(b.even, s1), scaled_pair<1, 3>(b.odd, s1)};
-#pragma unroll
-        for (int n = 0; n < C::NT; ++n) {
-          // Rows g and g + 8 of these tiles are dimensions 8 w + 4 half + (0, 1) and (2, 3) of the lane's.
-          ptx::mma_16816(state.out[n][4 * w + 2 * half], first[0], first[1], first[2], first[3], p[n][0],
-                         p[n][1]);
-          ptx::mma_16816(state.out[n][4 * w + 2 * half + 1], second[0], second[1], second[2], second[3],
-                         p[n][0], p[n][1]);
-        }
+        // Dimensions 8 w + 4 half + (0, 1) and (2, 3) of the lane's.
+        multiply_v_tile(state, 4 * w + 2 * half, first, p);
+        multiply_v_tile(state, 4 * w + 2 * half + 1, second, p);
       }
     }
   }

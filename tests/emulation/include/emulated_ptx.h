@@ -18,6 +18,7 @@ void load_shared(uint32_t at, uint32_t* words) {
 inline void store_shared(uint32_t at, const uint32_t (&words)[4]) {
   std::memcpy(simt::shared_at(at, 16), words, 16);
 }
+inline void store_shared(uint32_t at, uint32_t word) { std::memcpy(simt::shared_at(at, 4), &word, 4); }
 inline uint32_t load_shared_u8(uint32_t at) { return *simt::shared_at(at, 1); }
 inline uint32_t load_shared_u16(uint32_t at) {
   uint16_t x;
