@@ -209,6 +209,21 @@ def test_a_nan_in_the_cache_shows_in_its_head_only(device, is_v, token, q_len):
         assert not out[:q_len].isnan().any() and not out[2 * q_len :].isnan().any()
 
 
+@pytest.mark.parametrize("is_v", [False, True])
+def test_a_nan_or_infinity_among_newest_tokens(device, is_v):
+    """A NaN shows in its head only; what is beyond a half's range becomes its largest, and no NaN."""
+    batch = make_batch(Case((70, 200), kv_heads=3, newest=64), device)
+    assert int(batch.newest_from[1]) <= 192
+    newest = batch.newest.clone()
+    newest[int(batch.newest_rows[1]), int(is_v), 1, 199 % 64, 5] = torch.nan
+    newest[int(batch.newest_rows[1]), int(is_v), 2, 199 % 64, 5] = 1e30
+    out, _ = replace(batch, newest=newest).run()
+    nan = out.isnan().any(-1)
+    assert nan[1, 4:8].all() and not nan[0].any() and not nan[1, :4].any()
+    if device.type == "cuda":  # the CPU's op has no halves
+        assert not nan[1, 8:].any() and out[1, 8:].isfinite().all()
+
+
 def test_a_nan_query_stays_in_its_row(device):
     batch = make_batch(Case((70, 200), 4, group=8), device)
     q = batch.q.clone()

@@ -118,6 +118,13 @@ __device__ __forceinline__ int add_acq_rel(int* counter, int x) {
   return before;
 }
 
+// Two floats as halves; what is beyond a half's range as its largest, a NaN as one.
+__device__ __forceinline__ uint32_t saturated_halves(float low, float high) {
+  uint32_t halves;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
+  return halves;
+}
+
 // 1 / x to within one ulp.
 __device__ __forceinline__ float rcp_approx(float x) {
   float y;

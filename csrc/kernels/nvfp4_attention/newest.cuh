@@ -69,13 +69,8 @@ class NewestTile {
 
   // Two elements times `unit` as halves; beyond a half's range, its largest.
   __device__ __forceinline__ uint32_t halves(uint32_t pair, float unit) const {
-    constexpr float MOST = 65504.0f;
-    float2 x = to_float2(pair, p_.dtype);
-    // fminf would make a number of a NaN.
-    x.x *= unit, x.y *= unit;
-    x.x = x.x > MOST ? MOST : x.x < -MOST ? -MOST : x.x;
-    x.y = x.y > MOST ? MOST : x.y < -MOST ? -MOST : x.y;
-    return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(x.x, x.y)));
+    const float2 x = to_float2(pair, p_.dtype);
+    return ptx::saturated_halves(x.x * unit, x.y * unit);
   }
 
   __device__ __forceinline__ void multiply_k(const WarpState<C>& state, int place,

@@ -78,6 +78,14 @@ inline _Float16 half_of(uint32_t pair, int i) {
   return __builtin_bit_cast(_Float16, uint16_t(pair >> (16 * i)));
 }
 
+inline uint32_t saturated_halves(float low, float high) {
+  constexpr float MOST = 65504.0f;
+  const auto half = [](float x) {  // a NaN stays one
+    return uint32_t(__builtin_bit_cast(uint16_t, _Float16(x > MOST ? MOST : x < -MOST ? -MOST : x)));
+  };
+  return half(low) | half(high) << 16;
+}
+
 // PTX ISA, "Matrix Fragments for mma.m16n8k16": lane = 4 g + t holds A rows g and g + 8, columns 2t, 2t + 1
 // and 8 on; B column g, rows 2t, 2t + 1 and 8 on; C rows g and g + 8, columns 2t and 2t + 1.
 inline void mma_16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
