@@ -54,6 +54,13 @@ def section(results: dict[str, Any]) -> str:
     ]
     if problems:
         parts.append("Not measured: " + "; ".join(problems) + ".")
+    others = [
+        f"{name}: {step['date']}, commit {step['commit']}"
+        for name, step in steps.items()
+        if step.get("commit", results["commit"]) != results["commit"]
+    ]
+    if others:
+        parts.append("Of another commit: " + "; ".join(others) + ".")
     return "\n\n".join([*parts, about(results)])
 
 

@@ -6,6 +6,7 @@ bit, log-probabilities included; beside others, whose number rounds, the tokens 
 two tokens were as likely.
 """
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -27,6 +28,7 @@ from faults import (
 from model_fixture import ON_GPU, random_prompts
 from newest_oracles import PageOracle, RowOracle
 from vllm import SamplingParams, envs
+from vllm.v1.core.sched.interface import PauseState
 
 PROMPTS = random_prompts([40, 64, 100, 129, 200])
 NUM_TOKENS, NEWEST = 24, 64
@@ -184,6 +186,16 @@ def hold_blocks_and_wait(scheduler):
     return holding - {request.request_id for request in scheduler.running}
 
 
+@contextmanager
+def paused(llm, outputs):
+    """No step begins, and those under way are over: until then vLLM frees no block that they may write."""
+    scheduler = core_of(llm).scheduler
+    scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    step_until(llm, lambda: scheduler.processed_step_seq == scheduler.sched_step_seq, outputs)
+    yield
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+
+
 @fault("newest tokens: preemption")
 def test_preempted_requests_read_no_row_of_before(engine, monkeypatch):
     """They go on with what the tier has of them, in other rows: each token that is read from a row is what
@@ -199,8 +211,9 @@ def test_preempted_requests_read_no_row_of_before(engine, monkeypatch):
             outputs += llm.llm_engine.step()
         # vLLM resets nothing while such a one, which the others preempted, has blocks.
         step_until(llm, lambda: not hold_blocks_and_wait(core_of(llm).scheduler), outputs)
-        TALLY["tries"] += len(core_of(llm).scheduler.running)
-        llm.reset_prefix_cache(reset_running_requests=True)
+        with paused(llm, outputs):
+            TALLY["tries"] += len(core_of(llm).scheduler.running)
+            llm.reset_prefix_cache(reset_running_requests=True)
         outputs = finish(llm, outputs)
         TALLY["requests"] += len(PROMPTS)
         TALLY["lost"] += len(PROMPTS) - len(outputs)

@@ -57,6 +57,13 @@ def test_what_is_missing_is_said():
     assert "times, fp8: not done in 57 s; times, nvfp4: the engine ended with exit code 1." in text
 
 
+def test_what_another_commit_has_measured_is_said():
+    older = times() | {"date": "2026-11-28 10:00 UTC", "commit": "0123456"}
+    steps = {"times, fp8": older, "times, nvfp4": times() | {"commit": ABOUT["commit"]}}
+    text = section(ABOUT | {"devices": None, "steps": steps})
+    assert "Of another commit: times, fp8: 2026-11-28 10:00 UTC, commit 0123456." in text
+
+
 def test_through_a_proxy():
     scores = {way: {"recall": {"exact_match": 0.75, "stderr": 0.0}} for way in ("alone", "through the proxy")}
     text = proxied(ABOUT | {"cache": "nvfp4", "same": 95, "answers": 96, "rows": 2150, "scores": scores})
