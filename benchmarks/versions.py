@@ -88,8 +88,8 @@ REASONS = {
     "without the connector": "Not known: as the step of `bench engine`, without a connector.",
     "with the connector": "As without it.",
     "beside": "As without the connector; the rest is not known.",
-    "copies inside": "On the device alone all but the smallest have the rate they had; one large copy was 1.3 % "
-    "slower on this host. What the host takes for a call of small pieces scatters most.",
+    "copies inside": "On the device alone all but the smallest have the rate they had; one large copy was "
+    "1.3 % slower on this host. What the host takes for a call of small pieces scatters most.",
     "copies": "Not known; one large copy has the same rate within 1 %.",
 }
 """Why a figure is worse, by what its name begins with; the first that fits."""
