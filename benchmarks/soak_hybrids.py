@@ -15,6 +15,7 @@ measured, too: of each KV cache group a block of a cached prompt is given anothe
 
 import itertools
 import math
+import mmap
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -229,15 +230,12 @@ def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, ke
         power = noticed(llm, prompts, answers)
         kv_cache = _core(llm).scheduler.kv_cache_config
         row = kv_cache.kv_cache_tensors[0].size // kv_cache.num_blocks
+        row = -(-row // mmap.PAGESIZE) * mmap.PAGESIZE  # as vLLM counts it in host memory that ranks share
         groups = len(kv_cache.kv_cache_groups)
     about = dict(
-        model=model,
-        cache=cache,
-        block_size=block,
-        rounding=found,
-        tolerance=answers[0].tolerance,
+        model=model, cache=cache, block_size=block, rounding=found, tolerance=answers[0].tolerance,
         power=power,
-    )
+    )  # fmt: skip
     print(about)
 
     def is_right(which: int, output: Any, before: int | None) -> bool:
