@@ -128,7 +128,11 @@ cache of about four requests, a host tier not much larger, aborts, resets and fa
 logprobs of the likeliest ones are compared with those of an engine without connector that answers each prompt
 alone. *Rounding*: how far its own logprobs move in batches, in nats; twice of that counts as equal, 0.0001 at
 least. What *wrong* is worth is said for each KV cache group: of cached prompts one block of which was given
-another prompt's bytes, how many got an answer that is called wrong.
+another prompt's bytes, how many got an answer that is called wrong; the others go unseen in the soak, too.
+
+So that a prompt has few right answers, Qwen3-Next's states are in float32, and with NVFP4 attention is LFM2's
+last layer, as it is Qwen3-Next's. What a preempted request answers with NVFP4 after it went on is not
+compared.
 
 {hybrids_soak_table(results)}"""
 
@@ -136,7 +140,7 @@ another prompt's bytes, how many got an answer that is called wrong.
 def hybrids_soak_table(results: dict[str, Any]) -> str:
     """The table of it alone."""
     columns = {
-        "requests": "requests", "answers": "answers", "restored": "of requests with rows from the host",
+        "requests": "requests", "answers": "answers", "restored": "of requests that waited for rows",
         "preempted": "of preempted requests", "tries": "aborts, resets, failed copies",
         "rows_loaded": "rows restored",
     }  # fmt: skip

@@ -27,7 +27,7 @@ def make_soak(
         def __init__(self) -> None:
             super().__init__(llm, copies, folder, prompts, [], random.Random(seed))
             self.preempted: dict[str, int] = {}
-            self.restored: set[str] = set()
+            self.restored: set[str] = set()  # that waited for rows; some of those loads failed
 
         def add(self) -> None:
             for _ in range(self.rng.randint(1, 6)):
