@@ -118,6 +118,52 @@ any wrong block was read, not that none was.
 {said}"""
 
 
+def hybrids_soak_section(results: dict[str, Any]) -> str:
+    """What soaks of models with states beside attention counted, a row a model and cache."""
+    return f"""\
+### Hybrid models, soaked
+
+`python -m benchmarks.soak --model lfm2` and `--model qwen3_next`: tiny models with random weights, a device
+cache of about four requests, a host tier not much larger, aborts, resets and failing copies. Tokens and the
+logprobs of the likeliest ones are compared with those of an engine without connector that answers each prompt
+alone. *Rounding*: how far its own logprobs move in batches, in nats; twice of that counts as equal, 0.0001 at
+least. What *wrong* is worth is said for each KV cache group: of cached prompts one block of which was given
+another prompt's bytes, how many got an answer that is called wrong; the others go unseen in the soak, too.
+
+So that a prompt has few right answers, Qwen3-Next's states are in float32, and with NVFP4 attention is LFM2's
+last layer, as it is Qwen3-Next's. What a preempted request answers with NVFP4 after it went on is not
+compared.
+
+{hybrids_soak_table(results)}"""
+
+
+def hybrids_soak_table(results: dict[str, Any]) -> str:
+    """The table of it alone."""
+    columns = {
+        "requests": "requests", "answers": "answers", "restored": "of requests that waited for rows",
+        "preempted": "of preempted requests", "tries": "aborts, resets, failed copies",
+        "rows_loaded": "rows restored",
+    }  # fmt: skip
+    zeros = ("wrong", "lost", "leaked")
+    head = ["", *columns.values(), "rounding", "planted wrong blocks that are noticed", *zeros]
+    lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
+    named = {f"{row['model']}, {row['cache']}": row for row in results["soaks"].values()}
+    for name, row in named.items():
+        cells = [f"{name}, {row['seconds'] / 60:.1f} minutes", *(f"{row[key]:,}" for key in columns)]
+        cells += [f"{row['rounding']:.1g}", _noticed(row["power"]), *(f"{row[key]:,}" for key in zeros)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _made(results, list(named.items()))])
+
+
+def _noticed(power: list[dict[str, Any]]) -> str:
+    """Of groups with states, and of those of attention."""
+    kinds: dict[str, list[str]] = {}
+    for group in power:
+        kind = "states" if group["group"] == "Mamba" else "attention"
+        kinds.setdefault(kind, []).append(f"{group['noticed']} of {group['of']}")
+    return "; ".join(f"{kind} {', '.join(found)}" for kind, found in kinds.items())
+
+
 def _made(results: dict[str, Any], rows: Iterable[tuple[str, dict[str, str]]] = ()) -> str:
     """What the numbers were taken on, and when; which rows, given with their names, are of another commit."""
     versions = results["versions"]

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cases, models, serving
-from benchmarks.markdown_models import counted, gpu_table, latents_table, soak_section, table
+from benchmarks.markdown_models import (
+    counted,
+    gpu_table,
+    hybrids_soak_section,
+    latents_table,
+    soak_section,
+    table,
+)
 from benchmarks.model_configs import configs
 
 LLAMA = models.Family({"architectures": ["LlamaForCausalLM"]}, "n-gram drafts")
@@ -196,6 +203,26 @@ def test_what_a_zero_is_worth_stands_before_it():
     assert head[head.index("wrong") - 1] == "planted wrong answers that are noticed" and len(head) == len(
         cells
     )
+
+
+def test_hybrids_soaked_have_a_row_for_each_model_and_cache():
+    numbers = dict(
+        model="lfm2", requests=1000, answers=2, restored=3, preempted=4, tries=5, rows_loaded=6, wrong=7,
+        lost=8, leaked=9, seconds=150, rounding=9.5e-07,
+    )  # fmt: skip
+    kinds = ("Mamba", "Mamba", "FullAttention")
+    power = [{"group": kind, "layers": 2, "noticed": i, "of": 20} for i, kind in enumerate(kinds, 17)]
+    soaks = {
+        cache: numbers | {"cache": cache, "power": power, "commit": commit, "date": "today"}
+        for cache, commit in (("auto", "abc"), ("nvfp4", "def"))
+    }
+    lines = hybrids_soak_section(ABOUT | {"soaks": soaks}).splitlines()
+    head, _, auto, nvfp4 = (line.split(" | ") for line in lines if line.startswith("|"))
+    assert [auto[0], nvfp4[0]] == ["| lfm2, auto, 2.5 minutes", "| lfm2, nvfp4, 2.5 minutes"]
+    assert auto[1:7] == ["1,000", "2", "3", "4", "5", "6"] and len(head) == len(auto)
+    assert auto[7:] == ["1e-06", "states 17 of 20, 18 of 20; attention 19 of 20", "7", "8", "9 |"]
+    assert head[-3:] == ["wrong", "lost", "leaked |"]
+    assert lines[-1].endswith("commit abc; lfm2, nvfp4: today, commit def.")
 
 
 def test_sentences_stand_below_the_table_once():

@@ -1,0 +1,276 @@
+"""The soak of models with states beside attention: LFM2's short convolutions, Qwen3-Next's gated delta net.
+
+Tokens and their logprobs are compared with those of an engine without connector, whose device cache holds
+all, which answers every prompt alone. A prompt has one right answer where its cache is in 16 or 32 bits:
+states are of float32 or as their inputs are, so that they are the same wherever a step ends. With NVFP4 a
+step's own tokens are exact to each other, and what it finds in a cache is quantised; so an answer is taken
+for each number of tokens that a cache can hold. For this the only layer of attention is the last: what is in
+a cache then depends on no such number, and no step cuts a prompt but at the end of a block, as vLLM does
+where a state is to be kept. What a preempted request answers with NVFP4 after it went on is not compared.
+
+Batches round otherwise than prompts alone: how far that moves a logprob is measured on the engine without
+connector, and twice of it is allowed (TOLERANCE at least). What the zero of wrong answers is worth is
+measured, too: of each KV cache group a block of a cached prompt is given another prompt's bytes.
+"""
+
+import itertools
+import math
+import mmap
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_xlayer.provenance import write
+
+from . import serving
+from .cases import rows_of, stamped
+from .soaking import ZEROS, soak, with_host_tier
+
+MODELS = ("lfm2", "qwen3_next")
+"""Of models.json."""
+CACHES = ("auto", "nvfp4")
+NUM_TOKENS, SEQUENCES = 16, 8
+LIKELIEST = 5
+"""Tokens whose logprobs are compared: where two were as likely either may come, and the others still tell."""
+BLOCKS, ROWS = 14, 16
+"""Of the device's cache, and of the host tier, a KV cache group: about four requests fill the first."""
+TOLERANCE = 1e-4
+"""Of a logprob, in nats."""
+ROUNDS = 8
+"""Batches of which rounding is measured."""
+
+
+@dataclass(frozen=True)
+class Right:
+    """An answer.
+
+    Attributes:
+        tokens: of the answer.
+        likely: for each of them, the logprobs of the likeliest tokens in its place.
+    """
+
+    tokens: list[int]
+    likely: list[dict[int, float]]
+
+    def distance(self, other: "Right", tokens: int) -> float:
+        """How far logprobs must have moved, at least, to make another answer of this one, in so many tokens.
+
+        That is told up to where another token came; what follows is not known.
+        """
+        found = 0.0
+        places = zip(self.tokens, other.tokens, self.likely, other.likely, strict=True)
+        for token, another, ours, theirs in itertools.islice(places, tokens):
+            moved = [abs(theirs[one] - ours[one]) for one in ours.keys() & theirs.keys()]
+            if another not in ours:  # it has overtaken all of these
+                moved.append((max(ours.values()) - min(ours.values())) / 2)
+            if any(map(math.isnan, theirs.values())):
+                return math.inf
+            found = max(found, *moved)
+            if token != another:
+                break
+        return found
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Right answers to a prompt, and how far others may be from them."""
+
+    right: list[Right]
+    tolerance: float = 0.0
+
+    def distance(self, output: Any, tokens: int = NUM_TOKENS) -> float:
+        """Of the first so many tokens of a RequestOutput, from the nearest."""
+        got = _answer(output)
+        return min(answer.distance(got, tokens) for answer in self.right)
+
+
+def config_of(model: str, cache: str) -> dict[str, Any]:
+    """A model of models.json whose states do not hang on where steps end; with NVFP4 attention comes last."""
+    from hybrid_fixture import CONFIGS
+
+    config = dict(CONFIGS[model])
+    if model == "lfm2" and cache == "nvfp4":
+        layers = sorted(config["layer_types"])  # "conv" before "full_attention"
+        layers.remove("full_attention")
+        config |= {"layer_types": layers, "num_hidden_layers": len(layers)}
+    return config
+
+
+def prompts_of(block: int) -> list[list[int]]:
+    """Shorter than a block, whole blocks, one token less and more; they part at and within blocks."""
+    from model_fixture import random_prompts
+
+    prefixes = random_prompts([block, 2 * block, 3 * block - 5], seed=3)
+    tails = random_prompts([1, 7, block - 1, block, block + 1, 2 * block + 8], seed=4)
+    return [*tails, *(prefix + tail for prefix in prefixes for tail in tails)]
+
+
+def sampling() -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=LIKELIEST
+    )
+
+
+def _answer(output: Any) -> Right:
+    made = output.outputs[0]
+    likely = [{token: logprob.logprob for token, logprob in step.items()} for step in made.logprobs]
+    return Right(list(made.token_ids), likely)
+
+
+def _ask(llm: Any, prompts: list[list[int]]) -> list[Any]:
+    found: list[Any] = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling(), use_tqdm=False)
+    return found
+
+
+def right_answers(llm: Any, prompts: list[list[int]]) -> list[list[Right]]:
+    """Of each prompt, with every number of tokens that a cache can hold of it."""
+    from vllm_xlayer.compat.engine import empty_device_cache
+
+    found = []
+    for prompt in prompts:
+        answers = []
+        for cached in range(0, len(prompt), serving.block_of(llm)):
+            empty_device_cache(llm)
+            if cached:
+                serving.answer_to(llm, prompt[: cached + 1], 1)
+            (output,) = _ask(llm, [prompt])
+            if output.num_cached_tokens != cached:
+                raise RuntimeError(f"expected {cached} cached tokens, got {output.num_cached_tokens}")
+            answers.append(_answer(output))
+        found.append(answers)
+    return found
+
+
+def rounding(llm: Any, prompts: list[list[int]], answers: list[Answers]) -> float:
+    """How far answers in batches are from right ones, at most."""
+    from vllm_xlayer.compat.engine import empty_device_cache
+
+    rng, worst = random.Random(0), 0.0
+    for round_ in range(ROUNDS):
+        if round_ % 2 == 0:
+            empty_device_cache(llm)
+        batch = [rng.randrange(len(prompts)) for _ in range(2 * SEQUENCES)]
+        outputs = _ask(llm, [prompts[which] for which in batch])
+        worst = max(worst, *(answers[which].distance(out) for which, out in zip(batch, outputs, strict=True)))
+    return worst
+
+
+def noticed(llm: Any, prompts: list[list[int]], answers: list[Answers]) -> list[dict[str, Any]]:
+    """Of each KV cache group, how many wrong blocks the soak would notice, of so many that were planted."""
+    from hybrid_fixture import groups
+
+    specs = [g.kv_cache_spec for g in _core(llm).scheduler.kv_cache_config.kv_cache_groups]
+    found = []
+    for group, spec in enumerate(specs):
+        seen = of = 0
+        for which, prompt in enumerate(prompts):
+            if (output := _answer_from_wrong_block(llm, prompt, group, which)) is not None:
+                of += 1
+                seen += answers[which].distance(output) > answers[which].tolerance
+        kind = type(spec).__name__.removesuffix("Spec")
+        found.append({"group": kind, "layers": len(groups(llm)[group]), "noticed": seen, "of": of})
+    return found
+
+
+def _answer_from_wrong_block(llm: Any, prompt: list[int], group: int, seed: int) -> Any:
+    """A cached prompt's answer, where one of its blocks in a group has the bytes of another prompt's.
+
+    None if nothing of it is found in the cache.
+    """
+    from hybrid_fixture import cached_blocks, groups, layer_tensors, wait_for_device
+    from model_fixture import random_prompts
+
+    from vllm_xlayer.compat.engine import come_to_rest, empty_device_cache
+
+    rng = random.Random(seed)
+    empty_device_cache(llm)
+    (other,) = random_prompts([len(prompt)], seed=1000 + seed)
+    serving.answer_to(llm, other, 1)
+    theirs = sorted(cached_blocks(llm, group))
+    serving.answer_to(llm, prompt, 1)
+    come_to_rest(llm)
+    ours = sorted(set(cached_blocks(llm, group)) - set(theirs))
+    if not ours:
+        return None
+    source, target = rng.choice(theirs), rng.choice(ours)
+    wait_for_device()
+    for layer in groups(llm)[group]:
+        for tensor in layer_tensors(llm, layer):
+            tensor[target] = tensor[source].clone()
+    wait_for_device()
+    (output,) = _ask(llm, [prompt])
+    return output if output.num_cached_tokens else None
+
+
+def _core(llm: Any) -> Any:
+    from vllm_xlayer.compat.engine import core_of
+
+    return core_of(llm)
+
+
+def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, keep: Any) -> dict[str, Any]:
+    """Soaks a model with a cache; `keep` gets what was counted so far."""
+    from hybrid_fixture import save_hybrid_config
+
+    config = config_of(model, cache)
+    settings = dict(
+        model=str(folder), dtype=config["dtype"], kv_cache_dtype=cache, max_num_seqs=SEQUENCES,
+        max_num_batched_tokens=4096, mamba_ssm_cache_dtype="float32", **save_hybrid_config(config, folder),
+    )  # fmt: skip
+    with serving.started(settings | dict(kv_cache_memory_bytes=64 << 20)) as llm:
+        block = serving.block_of(llm)
+        prompts = prompts_of(block)
+        right = right_answers(llm, prompts)
+        found = rounding(llm, prompts, [Answers(one) for one in right])
+        answers = [Answers(one, max(TOLERANCE, 2 * found)) for one in right]
+        power = noticed(llm, prompts, answers)
+        kv_cache = _core(llm).scheduler.kv_cache_config
+        row = kv_cache.kv_cache_tensors[0].size // kv_cache.num_blocks
+        row = -(-row // mmap.PAGESIZE) * mmap.PAGESIZE  # as vLLM counts it in host memory that ranks share
+        groups = len(kv_cache.kv_cache_groups)
+    about = dict(
+        model=model, cache=cache, block_size=block, rounding=found, tolerance=answers[0].tolerance,
+        power=power,
+    )  # fmt: skip
+    print(about)
+
+    def is_right(which: int, output: Any, before: int | None) -> bool:
+        if len(output.outputs[0].token_ids) != NUM_TOKENS:
+            return False
+        compared = NUM_TOKENS if before is None or cache == "auto" else before
+        return answers[which].distance(output, compared) <= answers[which].tolerance
+
+    def note(_: Any, counted: dict[str, Any]) -> None:
+        keep(about | counted)
+        print(counted, flush=True)
+
+    longest = max(map(len, prompts)) + NUM_TOKENS
+    small = settings | dict(
+        num_gpu_blocks_override=BLOCKS * groups,
+        max_model_len=-(-longest // block) * block,
+        **with_host_tier(ROWS * groups * row),
+    )
+    counts = ("requests", "answers", "restored", "preempted", "wrong")
+    return about | soak(small, prompts, sampling(), is_right, seconds, seed, counts, note)
+
+
+def run(folder: Path, model: str, caches: Sequence[str], seconds: float, seed: int, result: Path) -> int:
+    """Soaks a model with each of the caches for so long; returns 1 if an answer was wrong or lost, accounts
+    did not balance, or no wrong block of some group would have been noticed."""
+    rows: dict[str, Any] = rows_of(result, "soaks")
+
+    def keep(found: dict[str, Any]) -> None:
+        rows[f"{found['model']} {found['cache']}"] = stamped(found)
+        write(result, {"soaks": {name: rows[name] for name in sorted(rows)}})
+
+    failed = [is_bad(soak_one(folder / cache, model, cache, seconds, seed, keep)) for cache in caches]
+    return int(any(failed))
+
+
+def is_bad(found: dict[str, Any]) -> bool:
+    blind: Iterable[bool] = (not group["noticed"] for group in found["power"])
+    return any(found[name] for name in ZEROS) or any(blind)
