@@ -86,8 +86,8 @@ def families(gpu: bool = False) -> dict[str, Family]:
     ngram = dict(method="ngram", prompt_lookup_max=3, prompt_lookup_min=1, num_speculative_tokens=3)
     found["llama_ngram"] = Family(llama, "n-gram drafts", ngram)
     found["llama_eagle"] = Family(llama, "EAGLE drafts", dict(method="eagle", num_speculative_tokens=2))
-    # vLLM makes its weights: transformers' model has no layer that drafts.
-    qwen3_next = found["qwen3_next"].config | {"load_format": "dummy"}
+    # vLLM makes its weights: transformers' model has no layer that drafts. That one must have experts.
+    qwen3_next = found["qwen3_next"].config | {"load_format": "dummy", "mlp_only_layers": []}
     mtp = dict(method="mtp", num_speculative_tokens=2)
     found["qwen3_next_mtp"] = Family(qwen3_next, "MTP drafts", mtp)
     return found
