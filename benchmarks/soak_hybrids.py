@@ -252,8 +252,8 @@ def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, ke
     small = settings | dict(
         num_gpu_blocks_override=BLOCKS * groups,
         max_model_len=longest,
-        # vLLM's first step, without requests, has so many tokens in max_num_seqs requests: where those are longer
-        # than a request may be, kernels of states read past the block table.
+        # vLLM's first step, without requests, has so many tokens in max_num_seqs requests, which must not be
+        # longer than a request may be: kernels of states would read past the block table.
         max_num_batched_tokens=min(settings["max_num_batched_tokens"], SEQUENCES * longest),
         **with_host_tier(ROWS * groups * row),
     )
