@@ -82,12 +82,19 @@ class Decision:
 
 
 class NegotiationError(ValueError):
-    """No candidate was accepted by all parties. ``refusals`` holds every reason."""
+    """No candidate was accepted by all. ``refusals`` holds each reason; the message has each of them once."""
 
     def __init__(self, refusals: Sequence[Refusal]) -> None:
         self.refusals = tuple(refusals)
-        lines = "\n".join(f"  {refusal}" for refusal in self.refusals)
-        super().__init__(f"no KV cache layout is accepted by all parties:\n{lines}")
+        candidates = list(dict.fromkeys(refusal.layout for refusal in refusals))
+        reasons: dict[tuple[str, str], list[Layout]] = {}
+        for refusal in refusals:
+            reasons.setdefault((refusal.party, refusal.reason), []).append(refusal.layout)
+        lines = [
+            f"  {'all' if layouts == candidates else _names(layouts)} refused by {party}: {reason}"
+            for (party, reason), layouts in reasons.items()
+        ]
+        super().__init__("\n".join(["no KV cache layout is accepted by all parties:", *lines]))
 
 
 def negotiate(
