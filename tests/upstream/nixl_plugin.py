@@ -63,6 +63,7 @@ def _substitute():
     scheduler, worker = _scheduler(), _worker()
     # Plans of these tests have no tensors, from which the place of a page is known.
     ours.negotiate_rows = lambda _, plan: SimpleNamespace(descriptor=SimpleNamespace(uniform=_rows(plan)))
+    ours.RowNixlScheduler = scheduler
     ours.RowNixlWorker = lambda config, engine, plan, layout, settings: worker(config, engine, plan)
     # Their checkpoint is a configuration without weights.
     import_module("vllm_xlayer.connector.nixl.engine").weights_digest = lambda *_, **__: "none"
@@ -90,13 +91,24 @@ def _rows(plan):
 
 def _scheduler():
     from vllm_xlayer.connector.nixl.scheduler import RowNixlScheduler
+    from vllm_xlayer.connector.nixl.stats import RowNixlStats
 
     class Scheduler(RowNixlScheduler):
         """Some tests make one without its constructor."""
 
-        @cached_property
-        def to_seal(self):
-            return {}
+        to_seal = cached_property(lambda self: {})
+        stats = cached_property(lambda self: RowNixlStats())
+        warned = cached_property(lambda self: set())
+        blocks_per_sw = cached_property(lambda self: [0] * len(self.kv_cache_config.kv_cache_groups))
+        _ssm_spec_blocks = cached_property(lambda self: [None] * len(self.kv_cache_config.kv_cache_groups))
+
+        def on_new_request(self, request):
+            """Their requests name three blocks, in no group, whatever the prompt is. Ours asks for what a
+            prefill engine says: a list for each group, of the prompt's blocks."""
+            params = request.kv_transfer_params
+            if params and params.get("remote_block_ids"):
+                params["remote_block_ids"] = [[*range(n)] for n in self._blocks(request.num_prompt_tokens)]
+            super().on_new_request(request)
 
     return Scheduler
 
