@@ -221,7 +221,9 @@ def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, ke
         model=str(folder), dtype=config["dtype"], kv_cache_dtype=cache, max_num_seqs=SEQUENCES,
         max_num_batched_tokens=4096, mamba_ssm_cache_dtype="float32", **save_hybrid_config(config, folder),
     )  # fmt: skip
-    with serving.started(settings | dict(kv_cache_memory_bytes=64 << 20)) as llm:
+    # Blocks of up to 240 tokens, on a GPU, and prompts of six of them.
+    large = settings | dict(kv_cache_memory_bytes=64 << 20, max_model_len=settings["max_num_batched_tokens"])
+    with serving.started(large) as llm:
         block = serving.block_of(llm)
         prompts = prompts_of(block)
         right = right_answers(llm, prompts)

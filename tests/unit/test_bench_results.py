@@ -281,3 +281,15 @@ def test_rows_of_load_and_engine_have_a_cell_for_each_cache():
         engine.rows(engine_results(fp8=(1, 1, 1), nvfp4=(1, 1, 1))),
     ):
         assert len({len(cells) for _, cells in lines}) == 1
+
+
+def test_a_step_is_between_tokens_of_the_request_that_began_last():
+    """Those before it saw prompts computed between their tokens."""
+
+    def output(first: float, last: float, tokens: int):
+        metrics = types.SimpleNamespace(first_token_ts=first, last_token_ts=last)
+        return types.SimpleNamespace(metrics=metrics, outputs=[SimpleNamespace(token_ids=[0] * tokens)])
+
+    early, late = output(10.0, 13.0, 5), output(12.0, 14.0, 5)
+    assert engines._token_seconds([early, late]) == engines._token_seconds([late, early]) == 0.5
+    assert engines._token_seconds([output(1.0, 1.0, 1)]) == 0.0

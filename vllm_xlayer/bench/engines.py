@@ -43,7 +43,7 @@ NO_MULTICAST = {
 """For engines of several ranks: vLLM's all-reduces without NVLink multicast, which a host that others share
 may forbid. FlashInfer's asks for it whatever NCCL_NVLS_ENABLE and TORCH_SYMM_MEM_DISABLE_MULTICAST say."""
 WARM_STEPS = 8
-"""Decode steps before the timed ones."""
+"""Tokens before the timed ones."""
 Prompt = list[int]
 Params = dict[str, Any] | None
 """vLLM's kv_transfer_params of a request."""
@@ -91,6 +91,9 @@ class Answer:
     handed_over: list[Params] = field(default_factory=list)
     """What the connector says of each request to whoever goes on with it; None where it says nothing."""
     tokens: list[list[int]] = field(default_factory=list)
+    token_seconds: float = 0.0
+    """Between two tokens of the request that began last, as the engine's core saw it, in the mean: while all
+    others decode, too, until the first of them end. 0 where it got one token."""
 
 
 class Engine:
@@ -123,7 +126,10 @@ class Engine:
         """When all further answers must have come (time.monotonic), in place of the limit of each."""
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
-        job = dict(model=str(model), load_format="dummy", skip_tokenizer_init=True) | CACHES[cache] | settings
+        job = dict(
+            model=str(model), load_format="dummy", skip_tokenizer_init=True,
+            disable_log_stats=False,  # for when tokens came
+        ) | CACHES[cache] | settings  # fmt: skip
         variables = ENVIRONMENT.get(cache, {}) | (environment or {})
         self._process = context.Process(target=_serve, args=(there, job, variables))
         self._process.start()
@@ -159,16 +165,10 @@ class Engine:
         return self._receive()
 
     def step_seconds(self, asked: list[Prompt], steps: int) -> float:
-        """A decode step of these prompts, which are in the prefix cache: what ``steps`` more tokens take.
-
-        Both runs hash the prompts, which takes as long as dozens of steps and never the same: ``steps`` must
-        be many for the difference to be theirs.
-        """
-        few, many = (
-            statistics.median(self.generate(asked, count).seconds for _ in range(3))
-            for count in (1 + WARM_STEPS, 1 + WARM_STEPS + steps)
-        )
-        return (many - few) / steps
+        """A decode step of these prompts, which are in the prefix cache: the mean of so many, the median of
+        three times. Hashing the prompts, which takes as long as dozens of steps, is not in it."""
+        self.generate(asked, WARM_STEPS)
+        return statistics.median(self.generate(asked, 1 + steps).token_seconds for _ in range(3))
 
     def __enter__(self) -> "Engine":
         return self
@@ -256,7 +256,14 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
         seconds = time.perf_counter() - begin
         cached = [output.num_cached_tokens or 0 for output in outputs]
         handed_over = [output.kv_transfer_params for output in outputs]
-        pipe.send((seconds, cached, handed_over, [list(output.outputs[0].token_ids) for output in outputs]))
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        pipe.send((seconds, cached, handed_over, tokens, _token_seconds(outputs)))
+
+
+def _token_seconds(outputs: list[Any]) -> float:
+    last = max(outputs, key=lambda output: output.metrics.first_token_ts)
+    steps = len(last.outputs[0].token_ids) - 1
+    return (last.metrics.last_token_ts - last.metrics.first_token_ts) / steps if steps else 0.0
 
 
 def run_engine(
