@@ -142,9 +142,9 @@ def test_what_has_arrived_lands_before_more_is_asked_for(reads, wire, monkeypatc
     wire.fast = True
     reads.stay = Stay(5.0, 5.0)
     add(reads, "a", PEER, rows(39))  # a first chunk of 3, and 9 of 4
-    assert calls == ["post", "post"]
+    assert calls == ["post", "land", "post"]
     assert reads.poll() == {"a": None}
-    assert calls == ["post", "post", "land", "land"] + ["post", "land"] * 8
+    assert calls == ["post", "land"] * 10
 
 
 def test_more_rows_than_the_ring_holds_all_land_once(reads, wire):

@@ -179,7 +179,8 @@ class StagedReads:
             text = f"the read could not be begun: {type(error).__name__}: {error}"
             read.failure = Failure("lost", text)
         self.reads.setdefault(request, []).append(read)
-        self._post()
+        for _ in range(self.buffers):  # so many are posted at most
+            self._move()
 
     def poll(self) -> dict[str, Failure | None]:
         """Moves everything on. Returns the requests that are over: with their failure, or None.
@@ -208,14 +209,14 @@ class StagedReads:
         return over
 
     def _move(self) -> bool:
-        """Whether a chunk arrived, or has landed, or a read is checked."""
+        """Whether a chunk arrived, or has landed, or was posted, or a read is checked."""
         # One that fails takes others of its read to quarantine.
         came = [self._advance(chunk) for chunk in list(self.chunks) if chunk in self.chunks]
         came += [self._look_at_check(read) for read in list(self.checks)]
         if any(came):
             self._look_at_quarantined()
         if any(came) or self.free:
-            # One: to post it may take as long as to read it, and what arrives meanwhile is not landing.
+            # One: to post it may take as long as to read it, and what arrives meanwhile would not land.
             came.append(self._post(most=1) > 0)
         return any(came)
 
