@@ -29,6 +29,7 @@ from nixl_fixture import (
 )
 from nixl_fixture import transfer as transfer_config
 
+from vllm_xlayer.connector.nixl.agent import ONE_THREAD
 from vllm_xlayer.connector.nixl.staging import BESIDE_STEPS, IDLE
 
 pytestmark = pytest.mark.anywhere
@@ -173,6 +174,7 @@ def test_equal_tokens_with_one_descriptor_a_row(pair, reads, caplog_vllm):
     # And one for the table of seals.
     assert sorted(reads) == sorted(blocks + 1 for blocks in BLOCKS)
     assert pair.worker.failures == {}
+    assert pair.worker.nixl_wrapper.backend_options["UCX"] == ONE_THREAD
     pair.settle()
     pair.check_prefill_keeps_nothing(pair.prefill)
 

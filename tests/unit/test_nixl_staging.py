@@ -124,6 +124,29 @@ def poll_until_over(reads, wire, times=30):
     return over
 
 
+def test_what_has_arrived_lands_before_more_is_asked_for(reads, wire, monkeypatch):
+    """To post a chunk may take as long as to read it: one at a time, and in between what came is copied."""
+    calls = []
+
+    def noted(name):
+        method = getattr(wire, name)
+
+        def call(*args):
+            calls.append(name)
+            return method(*args)
+
+        return call
+
+    for name in ("post", "land"):
+        monkeypatch.setattr(wire, name, noted(name))
+    wire.fast = True
+    reads.stay = Stay(5.0, 5.0)
+    add(reads, "a", PEER, rows(39))  # a first chunk of 3, and 9 of 4
+    assert calls == ["post", "land", "post"]
+    assert reads.poll() == {"a": None}
+    assert calls == ["post", "land"] * 10
+
+
 def test_more_rows_than_the_ring_holds_all_land_once(reads, wire):
     add(reads, "a", PEER, rows(19))
     add(reads, "b", PEER, rows(3, start=100))

@@ -159,6 +159,7 @@ def test_each_row_is_checked_against_its_own_seal(checking, sealed):
     other = some._replace(tag=np.array([-13, 11, 12]))
     assert "of 3 rows 1 are sealed for other tokens" in landed(checking, 1, other)
     arrived[2, 5] ^= 1
+    arrived[0, 5] ^= 1  # it is sealed for other tokens, and counts once
     problem = landed(checking, 1, other)
     assert "1 are sealed for other tokens" in problem and "1 are not what was sealed" in problem
 

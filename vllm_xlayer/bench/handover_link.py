@@ -94,10 +94,12 @@ def _answer(pipe: Connection, seconds: float, what: str) -> Any:
     return said
 
 
-def registered(nbytes: int, value: int, device: str | None) -> tuple[Any, Any, str]:
+def registered(nbytes: int, value: int, device: str | None, ours: bool = False) -> tuple[Any, Any, str]:
     """This process's memory, full of a value, the agent that has it registered, NIXL's name of its kind.
 
     Before torch is imported: the process sees no other GPU than ``device`` from then on.
+
+    ours: whether the agent is as our connector has it, not as vLLM's.
     """
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -109,6 +111,10 @@ def registered(nbytes: int, value: int, device: str | None) -> tuple[Any, Any, s
     if on_gpu:
         torch.cuda.synchronize()  # NIXL reads past torch's streams
         allow_cuda_ipc_reads()
+    if ours:
+        from ..connector.nixl.agent import with_thread
+
+        nixl_agent = with_thread(nixl_agent)
     agent = nixl_agent(str(uuid.uuid4()), nixl_agent_config(num_threads=VLLM_THREADS))
     agent.register_memory(memory)
     return memory, agent, "VRAM" if on_gpu else "DRAM"

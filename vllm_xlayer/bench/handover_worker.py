@@ -49,7 +49,7 @@ def _offer_rows(pipe: Connection, geometry: Geometry, device: str | None) -> Non
     """The process that is read from, until the pipe is closed."""
     with tells(pipe):
         row_bytes, blocks = geometry.row_bytes, geometry.offered
-        memory, agent, _ = registered(row_bytes * blocks, 0, device)
+        memory, agent, _ = registered(row_bytes * blocks, 0, device, ours=True)
         from ..connector.nixl.seals import SealTable
 
         pool = memory.view(blocks, row_bytes)
@@ -69,7 +69,7 @@ def _fetch_rows(pipe: Connection, geometry: Geometry, device: str | None) -> Non
     """The process that reads, as often as it is told to until the pipe is closed."""
     with tells(pipe):
         row_bytes, blocks, most = geometry
-        memory, agent, kind = registered(row_bytes * blocks, 0, device)
+        memory, agent, kind = registered(row_bytes * blocks, 0, device, ours=True)
         import torch
 
         from ..connector.nixl.wire import BUFFERS, NixlWire, RemotePool

@@ -95,6 +95,15 @@ DEPENDENCES = (
     ),
     Private(
         NIXL_FEATURE,
+        f"{_NIXL}.base_worker",
+        why="over CUDA IPC, copies of a chunk would wait for functions that UCX puts between them",
+        how="replaced while our worker is made: the class of NIXL's agent, by one whose UCX has one thread "
+        "that takes all transfers",
+        remove_when="vLLM or NIXL lets UCX's threads take transfers of few descriptors",
+        attributes=("NixlWrapper",),
+    ),
+    Private(
+        NIXL_FEATURE,
         f"{_NIXL}.metadata",
         why="engines of other versions of vLLM's protocol could not be told apart",
         how="read; in what two engines compare first",

@@ -16,23 +16,38 @@ from .staging import Rows
 
 
 @dataclass(eq=False)
-class RowsInto:
-    """Rows of one read, on the device.
+class OnDevice:
+    """Of the rows of one read: int64 [n] each, but for the last.
 
     Args:
-        remote, blocks, tags: int64 [n], as `Rows` has them.
-        groups: int64 [n] on the host.
-        digests: int64 [n], written as chunks land; None where nothing is checked.
-        seals: int64 [n, 2], once the first chunk is landing.
-        begun: on a GPU, after all that uses the blocks' former contents; None once the stream waits for it.
+        remote, blocks: as `Rows` has them.
+        digests: written as chunks land.
+        expected: int64 [2, n], what seals must be: tags, and the digests.
     """
 
     remote: torch.Tensor
     blocks: torch.Tensor
-    tags: torch.Tensor
-    groups: np.ndarray
-    digests: torch.Tensor | None
+    digests: torch.Tensor
+    expected: torch.Tensor
+
+
+@dataclass(eq=False)
+class RowsInto:
+    """Where the rows of one read go.
+
+    Args:
+        rows: which.
+        checked: whether they have seals.
+        begun: on a GPU, after all that uses the blocks' former contents; None once the stream waits for it.
+        on_device: made when the first chunk lands. Before that nothing has been read yet, and each
+            microsecond of the host is one that the link stands still.
+        seals: int64 [n, 2], once the first chunk is landing.
+    """
+
+    rows: Rows
+    checked: bool
     begun: torch.cuda.Event | None
+    on_device: OnDevice | None = None
     seals: torch.Tensor | None = None
 
 
@@ -51,24 +66,24 @@ class SealCheck(Launched):
 
     Args:
         rows: how many.
-        wrong: int64 [2] on the device: rows that are sealed for other tokens, and such whose bytes are not
+        wrong: bool [2, rows] on the device: which are sealed for other tokens, and of which the bytes are not
             those sealed; None where nothing is checked.
     """
 
     def __init__(self, rows: int, wrong: torch.Tensor | None, stream: torch.cuda.Stream | None):
         self.rows, self.wrong = rows, wrong
         if wrong is not None and wrong.is_cuda:
-            self.wrong = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            self.wrong = torch.empty(wrong.shape, dtype=torch.bool, pin_memory=True)
             self.wrong.copy_(wrong, non_blocking=True)
         super().__init__(stream)
 
     def problem(self) -> str | None:
         if self.wrong is None or not self.wrong.any():
             return None
-        stale, torn = self.wrong.tolist()
+        stale, torn = self.wrong.numpy()
         return (
-            f"of {self.rows} rows {stale} are sealed for other tokens (their blocks were given to another "
-            f"request) and {torn} are not what was sealed"
+            f"of {self.rows} rows {stale.sum()} are sealed for other tokens (their blocks were given to "
+            f"another request) and {(torn & ~stale).sum()} are not what was sealed"
         )
 
 
@@ -95,12 +110,7 @@ class Landings:
         begun = None
         if self.stream is not None:
             begun = torch.cuda.current_stream(self.pool.device).record_event()
-        with self._on_stream():
-            # One transfer for all. Not after `begun`: what is launched for other reads would wait for it.
-            all_three = np.stack((rows.remote, rows.local, rows.tag))
-            remote, blocks, tags = to_device(all_three, self.pool.device).unbind()
-            digests = torch.empty(len(rows.remote), dtype=torch.int64, device=self.pool.device)
-        return RowsInto(remote, blocks, tags, rows.group, digests if checked else None, begun)
+        return RowsInto(rows, checked, begun)
 
     def land(
         self,
@@ -118,17 +128,26 @@ class Landings:
             moves: as in `wire.RemotePool`.
         """
         with self._on_stream():
+            if read.on_device is None:
+                # Not after `begun`: what is launched for other reads would wait for it.
+                read.on_device = self._to_device(read.rows)
             if self.stream is not None and read.begun is not None:
                 # Not after a step that was launched since: rows would wait for all of it.
                 self.stream.wait_event(read.begun)
                 read.begun = None
-            self._land(read, rows, arrived, seals, moves)
+            self._land(read, read.on_device, rows, arrived, seals, moves)
             return Launched(self.stream)
 
     def check(self, read: RowsInto) -> SealCheck:
         """Of all rows of a read, whose chunks are landing."""
         with self._on_stream():
-            return SealCheck(len(read.blocks), _wrong(read), self.stream)
+            return SealCheck(len(read.rows.remote), _wrong(read), self.stream)
+
+    def _to_device(self, rows: Rows) -> OnDevice:
+        """In one transfer."""
+        digests = np.zeros_like(rows.tag)
+        all_four = to_device(np.stack((rows.remote, rows.local, rows.tag, digests)), self.pool.device)
+        return OnDevice(all_four[0], all_four[1], all_four[3], all_four[2:])
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
         """Launches go to the stream; on a CPU, which has none, they are done at once."""
@@ -137,23 +156,24 @@ class Landings:
     def _land(
         self,
         read: RowsInto,
+        known: OnDevice,
         rows: range,
         arrived: torch.Tensor,
         seals: torch.Tensor | None,
         moves: tuple[tuple[Move, ...], ...],
     ) -> None:
         some = slice(rows.start, rows.stop)
-        blocks = read.blocks[some]
+        blocks = known.blocks[some]
         if seals is not None:
-            read.seals = seals[read.remote]
+            read.seals = seals[known.remote]
         digest = digests = None
-        if read.digests is not None:
-            digest, digests = self.digests[arrived.shape[1]], read.digests[some]
+        if read.checked:
+            digest, digests = self.digests[arrived.shape[1]], known.digests[some]
         if not moves:
             # The digests are of what it stores, whatever comes into the ring before or after.
             ops.land_rows(arrived, self.pool, blocks, None if digest is None else digest.factors, digests)
             return
-        self._scatter(read.groups[some], blocks, arrived, moves)
+        self._scatter(read.rows.group[some], blocks, arrived, moves)
         if digest is not None and digests is not None:
             digest.into(digests, arrived.view(torch.int64))
 
@@ -174,9 +194,7 @@ class Landings:
 
 
 def _wrong(read: RowsInto) -> torch.Tensor | None:
-    if read.digests is None:
+    if not read.checked:
         return None
-    assert read.seals is not None
-    stale = read.seals[:, 0] != read.tags
-    torn = (read.seals[:, 1] != read.digests) & ~stale
-    return torch.stack((stale.sum(), torn.sum()))
+    assert read.seals is not None and read.on_device is not None
+    return read.on_device.expected != read.seals.T

@@ -179,7 +179,8 @@ class StagedReads:
             text = f"the read could not be begun: {type(error).__name__}: {error}"
             read.failure = Failure("lost", text)
         self.reads.setdefault(request, []).append(read)
-        self._post()
+        for _ in range(self.buffers):  # so many are posted at most
+            self._move()
 
     def poll(self) -> dict[str, Failure | None]:
         """Moves everything on. Returns the requests that are over: with their failure, or None.
@@ -208,13 +209,15 @@ class StagedReads:
         return over
 
     def _move(self) -> bool:
-        """Whether a chunk arrived, or has landed, or a read is checked."""
+        """Whether a chunk arrived, or has landed, or was posted, or a read is checked."""
         # One that fails takes others of its read to quarantine.
         came = [self._advance(chunk) for chunk in list(self.chunks) if chunk in self.chunks]
         came += [self._look_at_check(read) for read in list(self.checks)]
         if any(came):
             self._look_at_quarantined()
-            self._post()
+        if any(came) or self.free:
+            # One: to post it may take as long as to read it, and what arrives meanwhile would not land.
+            came.append(self._post(most=1) > 0)
         return any(came)
 
     def peers(self) -> set[Peer]:
@@ -304,26 +307,29 @@ class StagedReads:
         except Exception as error:  # NIXL's own, of several kinds: the peer is gone
             return f"{type(error).__name__}: {error}"
 
-    def _post(self) -> None:
-        """Fills free buffers, first come first served."""
+    def _post(self, most: int | None = None) -> int:
+        """Fills free buffers, so many at most, first come first served. Returns how many."""
         # Not those whose reads were given up for another reason, and end soon.
         late = self.clock() - self.timeout
         hung = {chunk.read.peer for chunk in self.quarantined if chunk.posted < late and not chunk.final}
         full = len(self.quarantined) == self.buffers and all(c.posted < late for c in self.quarantined)
+        posted = 0
         for read in [read for reads in self.reads.values() for read in reads if not read.over]:
             if read.peer in hung:
                 self._give_up(read, Failure("busy", "an earlier read from this peer has not ended yet"))
             elif full and read.posted < read.rows:
                 self._give_up(read, Failure("busy", "reads that hang have all of the ring"))
-            while self.free and not read.failure and read.posted < read.rows:
-                self._post_chunk(read)
+            while self.free and posted != most and not read.failure and read.posted < read.rows:
+                posted += self._post_chunk(read)
             if read.under_way:
                 read.waits_since = self.clock()
             elif not read.over and self.clock() - read.waits_since > self.timeout:
                 text = f"expected room in the ring within {self.timeout:g} s: reads that hang have it"
                 self._give_up(read, Failure("late", text))
+        return posted
 
-    def _post_chunk(self, read: Read) -> None:
+    def _post_chunk(self, read: Read) -> bool:
+        """Whether it began; else the read is given up."""
         capacity = self.wire.capacity(read.begun, first=read.posted == 0)
         rows = range(read.posted, min(read.rows, read.posted + capacity))
         buffer = self.free.pop()
@@ -333,7 +339,8 @@ class StagedReads:
             self.free.append(buffer)
             text = f"the read could not be started: {type(error).__name__}: {error}"
             self._give_up(read, Failure("lost", text))
-            return
+            return False
         read.posted += len(rows)
         read.under_way += 1
         self.chunks.append(Chunk(read, buffer, rows, handle, self.clock()))
+        return True

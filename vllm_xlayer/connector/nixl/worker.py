@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from ...compat.rows import allocations
 from ...layout import LayoutDescriptor, check_allocation
+from .agent import vllm_makes_such
 from .engine import record_of
 from .link import Link, allow_cuda_ipc_reads, why_tcp
 from .record import PROTOCOL, Record, RecordsDiffer, check_records
@@ -54,7 +55,8 @@ class RowNixlWorker(NixlPullConnectorWorker):
     ):
         if torch.cuda.is_available():
             allow_cuda_ipc_reads()
-        super().__init__(vllm_config, engine_id, kv_cache_config)
+        with vllm_makes_such():
+            super().__init__(vllm_config, engine_id, kv_cache_config)
         self.layout, self.settings = layout, settings
         self.record: Record | None = None
         self.seals: SealTable | None = None
