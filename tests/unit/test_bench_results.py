@@ -288,7 +288,7 @@ def test_a_step_is_between_tokens_of_the_request_that_began_last():
 
     def output(first: float, last: float, tokens: int):
         metrics = types.SimpleNamespace(first_token_ts=first, last_token_ts=last)
-        return types.SimpleNamespace(metrics=metrics, outputs=[SimpleNamespace(token_ids=[0] * tokens)])
+        return types.SimpleNamespace(metrics=metrics, outputs=[types.SimpleNamespace(token_ids=[0] * tokens)])
 
     early, late = output(10.0, 13.0, 5), output(12.0, 14.0, 5)
     assert engines._token_seconds([early, late]) == engines._token_seconds([late, early]) == 0.5
