@@ -45,12 +45,12 @@ def test_query_rows(head_size, q_len, group):
     check(Case((1, 9, 64, 130), q_len, group=group, head_size=head_size, kv_heads=1))
 
 
-@pytest.mark.parametrize("usual", [1, 3, 8])
+@pytest.mark.parametrize("kernel_q_len", [1, 3, 8])
 @pytest.mark.parametrize(("group", "head_size"), [(1, 128), (4, 128), (16, 64), (8, 256), (3, 80)])
-def test_uneven_queries(group, head_size, usual):
+def test_uneven_queries(group, head_size, kernel_q_len):
     """From none to eight query tokens, whichever of the kernels runs."""
     case = Case(
-        (1, 0, 130, 64, 9, 300, 5, 70), 8, (1, 2, 8, 0, 3, 1, 8, 4), usual, kv_heads=2, group=group,
+        (1, 0, 130, 64, 9, 300, 5, 70), 8, (1, 2, 8, 0, 3, 1, 8, 4), kernel_q_len, kv_heads=2, group=group,
         head_size=head_size,
     )  # fmt: skip
     check(case, parts=5)

@@ -53,7 +53,7 @@ class DecodeBatch:
         workspaces: by window (0: none), each with this batch's schedule.
         query_starts: int32 [num_requests + 1] on the device, where their query tokens begin; None if all have
             ``q_len`` (a captured graph has them so).
-        usual_q_len: about what most of them have.
+        kernel_q_len: as `ops.nvfp4_paged_attention` takes it: the kernel that takes the least time for them.
     """
 
     num_requests: int
@@ -63,7 +63,7 @@ class DecodeBatch:
     workspaces: dict[int, ops.AttentionWorkspace]
     num_tokens: int
     query_starts: torch.Tensor | None
-    usual_q_len: int
+    kernel_q_len: int
 
 
 class DecodePlanner:
@@ -84,6 +84,7 @@ class DecodePlanner:
         max_query_len: int,
         windows: Iterable[int | None],
     ):
+        self._group, self._head_size = num_heads // num_kv_heads, head_size
         first = ops.AttentionWorkspace.create(
             device,
             num_q_heads=num_heads,
@@ -116,12 +117,12 @@ class DecodePlanner:
             newest_from: int32 [R], if layers have newest tokens in 16 bits: which (``NewestBatch.begin``).
         """
         n, q_len = len(query_lens), int(query_lens.max())
-        lens, starts, tokens, usual = seq_lens[:n], None, n * q_len, q_len
+        lens, starts, tokens, kernel_q_len = seq_lens[:n], None, n * q_len, q_len
         there = int(np.count_nonzero(query_lens))
         if (query_lens[:there] != q_len).any():
             starts, tokens = query_starts[: n + 1], int(query_lens.sum())
-            usual = -(-tokens // there)
+            kernel_q_len = ops.kernel_q_len(query_lens, self._group, self._head_size)
         newest = None if newest_from is None else newest_from[:n]
         for window, workspace in self._workspaces.items():
-            ops.nvfp4_attention_schedule(lens, workspace, q_len, window, starts, usual, newest)
-        return DecodeBatch(n, q_len, lens, block_table[:n], self._workspaces, tokens, starts, usual)
+            ops.nvfp4_attention_schedule(lens, workspace, q_len, window, starts, kernel_q_len, newest)
+        return DecodeBatch(n, q_len, lens, block_table[:n], self._workspaces, tokens, starts, kernel_q_len)
