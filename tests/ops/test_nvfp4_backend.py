@@ -59,10 +59,10 @@ def cpu_impl(case: Case):
         def _kernels(self):
             return torch_attend(self), torch_merge
 
-        def _workspace(self, dtype):
+        def _workspace(self, dtype, tokens):
             # NaN: what a piece does not fill must not be read.
-            shape = (self.capacity, self.num_kv_heads, self.head_size)
-            return [torch.full(shape, math.nan, dtype=dtype) for _ in range(2)]
+            shape = (2, tokens, self.num_kv_heads, self.head_size)
+            return torch.full(shape, math.nan, dtype=dtype).unbind()
 
         def _workspace_tokens(self, config, workspace_bytes):
             return case.capacity
