@@ -70,7 +70,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr && PyModule_AddStringConstant(module, "build_info", xlayer::api::build_info().c_str()) != 0) {
+  if (module != nullptr &&
+      PyModule_AddStringConstant(module, "build_info", xlayer::api::build_info().c_str()) != 0) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -19,7 +19,8 @@ struct Sources {
   const std::optional<Tensor>&key, &value, &query_starts, &seq_lens, &newest, &newest_rows, &newest_from;
 };
 
-void check_int32(const char* name, const Tensor& tensor, const Tensor& kv_cache, int64_t size, const char* why) {
+void check_int32(const char* name, const Tensor& tensor, const Tensor& kv_cache, int64_t size,
+                 const char* why) {
   check_device(name, tensor, "kv_cache", kv_cache);
   check_dtype(name, tensor, {ScalarType::Int});
   check_rank(name, tensor, 1, "(requests)");
@@ -62,8 +63,8 @@ void take_own(Nvfp4GatherParams& p, const Tensor& kv_cache, const Tensor& k_out,
 
 void take_sources(Nvfp4GatherParams& p, const Tensor& kv_cache, const Tensor& k_out, const Sources& given) {
   const int64_t R = p.num_requests;
-  STD_TORCH_CHECK(given.key.has_value() == given.value.has_value(), "key, value: expected both or neither, got ",
-                  given.key ? "key" : "value", " alone");
+  STD_TORCH_CHECK(given.key.has_value() == given.value.has_value(),
+                  "key, value: expected both or neither, got ", given.key ? "key" : "value", " alone");
   STD_TORCH_CHECK(given.query_starts.has_value() == given.seq_lens.has_value(),
                   "query_starts, seq_lens: expected both or neither, got ",
                   given.query_starts ? "query_starts" : "seq_lens", " alone");
@@ -171,7 +172,8 @@ void check_own(const Nvfp4GatherParams& p, int r, int64_t end, int64_t query_tok
 }
 
 // The values in int32 tensors, readable only where they are on the host.
-void check_indices(const Nvfp4GatherParams& p, int64_t num_blocks, int64_t query_tokens, int64_t newest_rows) {
+void check_indices(const Nvfp4GatherParams& p, int64_t num_blocks, int64_t query_tokens,
+                   int64_t newest_rows) {
   STD_TORCH_CHECK(p.cu_seqlens[0] == 0, "cu_seqlens: expected 0 first, got ", p.cu_seqlens[0]);
   for (int r = 0; r < p.num_requests; ++r) {
     const int64_t length = int64_t(p.cu_seqlens[r + 1]) - p.cu_seqlens[r];
@@ -181,8 +183,9 @@ void check_indices(const Nvfp4GatherParams& p, int64_t num_blocks, int64_t query
     const int64_t start = p.seq_starts[r];
     STD_TORCH_CHECK(start >= 0, "seq_starts: expected 0 or more, got ", start, " for request ", r);
     if (p.query_starts != nullptr) check_own(p, r, start + length, query_tokens);
-    STD_TORCH_CHECK(p.newest == nullptr || p.newest_rows[r] < newest_rows, "newest_rows: expected rows below ",
-                    newest_rows, ", got ", p.newest_rows[r], " for request ", r);
+    STD_TORCH_CHECK(p.newest == nullptr || p.newest_rows[r] < newest_rows,
+                    "newest_rows: expected rows below ", newest_rows, ", got ", p.newest_rows[r],
+                    " for request ", r);
     const int64_t last = (start + length - 1) / p.page.block_size;
     STD_TORCH_CHECK(last < p.max_blocks, "block_table: expected at least ", last + 1, " blocks for request ",
                     r, " (tokens ", start, " to ", start + length, "), got ", p.max_blocks);

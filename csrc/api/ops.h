@@ -78,8 +78,8 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                 const std::optional<Tensor>& newest_rows,
                                 const std::optional<Tensor>& newest_from,
-                               const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                               bool rotated_keys);
+                                const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                bool rotated_keys);
 int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_t rows);
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,

@@ -1,8 +1,9 @@
 """NVFP4 attention on CUDA.
 
-Decode requests attend to the cache's bytes. For all others one kernel dequantises the tokens before the step's
-into a bounded workspace and puts the step's own behind them, which are not quantised, and FlashAttention
-attends to all. Where there is nothing before them it attends to K and V as they come. Attention sinks are part of the decode kernel's softmax; FlashAttention runs without them, and its result is scaled.
+Decode requests attend to the cache's bytes. For all others one kernel dequantises the tokens before the
+step's into a bounded workspace and puts the step's own behind them, which are not quantised; FlashAttention
+attends to all. Where nothing is before them it attends to K and V as they come. Attention sinks are part of
+the decode kernel's softmax; FlashAttention runs without them, and its result is scaled.
 """
 
 import torch
@@ -152,7 +153,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
 
     def _gather(
         self, layer, key, value, kv_cache, piece: DevicePiece, dtype: torch.dtype
-    ) -> list[torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [keys, H, D] of a piece, in the workspace: own tokens and newest ones as they are, all
         others from their pages."""
         k, v = self._workspace(dtype, piece.num_keys)
@@ -162,7 +163,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             k, v, ScaleOrder.LINEAR, ROTATED_KEYS, key, value, piece.cu_q, piece.seq_lens, newest,
             None if newest is None else piece.newest_rows, None if newest is None else piece.newest_from,
         )  # fmt: skip
-        return [k, v]
+        return k, v
 
     def _attend(self, piece: DevicePiece, q, k, v, out) -> None:
         """Attention of one piece into ``out``; a request that is cut in pieces ends with its last one."""

@@ -1,13 +1,13 @@
-// Gathers tokens into dense K and V: from NVFP4 pages, from the step's own K and V, and from the newest tokens'
-// memory (params.h says which).
+// Gathers tokens into dense K and V: from NVFP4 pages, from the step's own K and V, and from the newest
+// tokens' memory (params.h says which).
 //
-// Thread map: one warp a token, so that a warp has one source. A lane takes 8 elements of K and the same 8 of V at
-// a time, so that a warp reads and writes contiguous memory:
+// Thread map: one warp a token, so that a warp has one source. A lane takes 8 elements of K and the same 8 of
+// V at a time, so that a warp reads and writes contiguous memory:
 //
 //   chunk c of a token:  | h=0: D/8 chunks | h=1: D/8 chunks | ...      lane = c % 32
 //
-// From a page 4 bytes of data and one block scale in, else as many as come out: 16 bytes (16-bit output) or 32
-// (float32).
+// From a page 4 bytes of data and one block scale in, else as many as come out: 16 bytes (16-bit output) or
+// 32 (float32).
 #pragma once
 
 #include <type_traits>
@@ -32,7 +32,8 @@ __device__ __forceinline__ void decode_chunk(uint32_t word, uint8_t scale, float
   }
 }
 
-// A chunk of K, rotated back with the other or the other three of its block, which are in the neighbouring lanes.
+// A chunk of K, rotated back with the other or the other three of its block, which are in the neighbouring
+// lanes.
 __device__ __forceinline__ void rotate_back(float (&x)[CHUNK], int block) {
   const int lane = threadIdx.x % 32;
   butterflies<CHUNK>(x);
@@ -111,7 +112,8 @@ __device__ __forceinline__ void store_raw(T* out, const Raw<S>& raw) {
   if constexpr (std::is_same_v<T, S>) {
     constexpr int WORDS = sizeof(Raw<S>) / sizeof(uint4);
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(&raw)[i];
+    for (int i = 0; i < WORDS; ++i)
+      reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(&raw)[i];
   } else {
     float x[CHUNK];
     to_floats(raw, x);
@@ -196,9 +198,11 @@ struct GatherTask {
   }
 };
 
-// T: dtype of the output. S: of the own and the newest tokens.
+// T: dtype of the output. S: of the own and the newest tokens. 64 registers are enough, for half of an SM's
+// warps.
 template <typename T, typename S>
-__global__ void __launch_bounds__(GATHER_WARPS * 32) nvfp4_gather_kernel(const Nvfp4GatherParams p, bool wide) {
+__global__ void __launch_bounds__(GATHER_WARPS * 32, 4)
+    nvfp4_gather_kernel(const Nvfp4GatherParams p, bool wide) {
   const int64_t token = int64_t(blockIdx.x) * GATHER_WARPS + threadIdx.x / 32;
   if (token >= p.num_tokens || token < p.cu_seqlens[0] || token >= p.cu_seqlens[p.num_requests]) return;
   const int r = find_request(p.cu_seqlens, p.num_requests, token);

@@ -30,9 +30,10 @@ struct Nvfp4GatherParams {
   bool rotated_keys;  // as they were written, in pages and among the newest; k_out is K itself
 
   // What is read instead of a page, see source_of.
-  const int32_t* query_starts;  // [R + 1] where each request's own tokens begin in key, or null: none are known
-  const int32_t* seq_lens;      // [R] tokens of each request, its own included; with query_starts
-  const void* key;              // [Q][H][D] of source_dtype, D dense, or null: own tokens are in pages
+  const int32_t*
+      query_starts;         // [R + 1] where each request's own tokens begin in key, or null: none are known
+  const int32_t* seq_lens;  // [R] tokens of each request, its own included; with query_starts
+  const void* key;          // [Q][H][D] of source_dtype, D dense, or null: own tokens are in pages
   const void* value;
   int64_t key_stride_t;  // elements
   int64_t key_stride_h;
@@ -53,9 +54,9 @@ struct TokenSource {
   int row;     // NEWEST
 };
 
-// Where a token of a request is read from. Its own tokens are the last of its sequence that this step computes:
-// they are at hand. Before them come the newest, as far as its row has them in whole tiles; then what is only
-// in pages.
+// Where a token of a request is read from. Its own tokens are the last of its sequence that this step
+// computes: they are at hand. Before them come the newest, as far as its row has them in whole tiles; then
+// what is only in pages.
 XLAYER_HD TokenSource source_of(const Nvfp4GatherParams& p, int r, int64_t position) {
   if (p.query_starts == nullptr) return {Source::PAGE, 0, 0};
   const int64_t first = p.query_starts[r], end = p.seq_lens[r];
@@ -76,7 +77,8 @@ inline bool own_is_wide(const Nvfp4GatherParams& p) {
   const auto aligned = [bytes](const void* base, int64_t stride_t, int64_t stride_h) {
     return (int64_t(reinterpret_cast<uintptr_t>(base)) | stride_t * bytes | stride_h * bytes) % 16 == 0;
   };
-  return aligned(p.key, p.key_stride_t, p.key_stride_h) && aligned(p.value, p.value_stride_t, p.value_stride_h);
+  return aligned(p.key, p.key_stride_t, p.key_stride_h) &&
+         aligned(p.value, p.value_stride_t, p.value_stride_h);
 }
 
 }  // namespace xlayer
