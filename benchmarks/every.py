@@ -35,6 +35,7 @@ QUESTIONS = (
     Question("offload", 420),
     Question("capacity", 150),
     Question("write", 60),
+    Question("gather", 90),
     Question("prefill", 240),
     Question("copy", 90),
 )

@@ -12,7 +12,9 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
   m.def(
       "gather_nvfp4(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seqlens, "
       "Tensor k_scale, Tensor v_scale, Tensor(a!) k_out, Tensor(b!) v_out, int scale_order, "
-      "bool rotated_keys=False) -> ()");
+      "bool rotated_keys=False, Tensor? key=None, Tensor? value=None, Tensor? query_starts=None, "
+      "Tensor? seq_lens=None, Tensor? newest=None, Tensor? newest_rows=None, "
+      "Tensor? newest_from=None) -> ()");
   m.def(
       "nvfp4_attention_schedule(Tensor seq_lens, Tensor(a!) schedule, int q_len, int num_q_heads, "
       "int num_kv_heads, int head_size, int window, int parts, int split_units, "
@@ -68,7 +70,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr && PyModule_AddStringConstant(module, "build_info", xlayer::api::build_info().c_str()) != 0) {
+  if (module != nullptr &&
+      PyModule_AddStringConstant(module, "build_info", xlayer::api::build_info().c_str()) != 0) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -20,7 +20,11 @@ void reshape_and_cache_nvfp4_cpu(const Tensor& key, const Tensor& value, const T
                                  const std::optional<Tensor>& newest_slots, bool rotated_keys);
 void gather_nvfp4_cpu(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                       const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
-                      const Tensor& k_out, const Tensor& v_out, int64_t scale_order, bool rotated_keys);
+                      const Tensor& k_out, const Tensor& v_out, int64_t scale_order, bool rotated_keys,
+                      const std::optional<Tensor>& key, const std::optional<Tensor>& value,
+                      const std::optional<Tensor>& query_starts, const std::optional<Tensor>& seq_lens,
+                      const std::optional<Tensor>& newest, const std::optional<Tensor>& newest_rows,
+                      const std::optional<Tensor>& newest_from);
 void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                   int64_t window, int64_t parts, int64_t split_units,
@@ -56,7 +60,11 @@ void reshape_and_cache_nvfp4_cuda(const Tensor& key, const Tensor& value, const 
                                   const std::optional<Tensor>& newest_slots, bool rotated_keys);
 void gather_nvfp4_cuda(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                        const Tensor& cu_seqlens, const Tensor& k_scale, const Tensor& v_scale,
-                       const Tensor& k_out, const Tensor& v_out, int64_t scale_order, bool rotated_keys);
+                       const Tensor& k_out, const Tensor& v_out, int64_t scale_order, bool rotated_keys,
+                       const std::optional<Tensor>& key, const std::optional<Tensor>& value,
+                       const std::optional<Tensor>& query_starts, const std::optional<Tensor>& seq_lens,
+                       const std::optional<Tensor>& newest, const std::optional<Tensor>& newest_rows,
+                       const std::optional<Tensor>& newest_from);
 void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                    int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                    int64_t window, int64_t parts, int64_t split_units,
@@ -70,8 +78,8 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                 const std::optional<Tensor>& newest_rows,
                                 const std::optional<Tensor>& newest_from,
-                               const std::optional<Tensor>& query_starts, int64_t kernel_q_len,
-                               bool rotated_keys);
+                                const std::optional<Tensor>& query_starts, int64_t kernel_q_len,
+                                bool rotated_keys);
 int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_t rows);
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,

@@ -16,7 +16,7 @@ class DecodeTable {
   std::unique_ptr<uint32_t[]> entries_;
 };
 
-// Decodes output tokens [begin, end). The tables were made from *params.k_scale and *params.v_scale.
+// Gathers output tokens [begin, end). The tables were made from *params.k_scale and *params.v_scale.
 void nvfp4_gather(const Nvfp4GatherParams& params, const DecodeTable& k_table, const DecodeTable& v_table,
                   int64_t begin, int64_t end);
 

@@ -1,6 +1,7 @@
 """Oracles for unquantised newest tokens: what is read from a row is what was last written to the page."""
 
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -25,9 +26,7 @@ class PageOracle:
         self.written: dict[str, torch.Tensor] = {}  # layer -> [slots, 2, H, D]
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
-        self.now: tuple[str, torch.Tensor] = ("", torch.empty(0))
-        write, read = CpuReferenceImpl.do_kv_cache_update, CpuReferenceImpl._read
-        put = CpuReferenceImpl._put_newest
+        write, gather = CpuReferenceImpl.do_kv_cache_update, CpuReferenceImpl._gather
 
         def writes(impl, layer, key, value, kv_cache, slot_mapping):
             shape = (kv_cache.shape[0] * BLOCK, 2, *key.shape[1:])
@@ -36,22 +35,21 @@ class PageOracle:
             pages[slot_mapping[tokens]] = torch.stack((key[tokens], value[tokens]), 1).float()
             return write(impl, layer, key, value, kv_cache, slot_mapping)
 
-        def reads(impl, layer, kv_cache, blocks, start, stop):
-            self.now = (layer.layer_name, blocks.long())
-            return read(impl, layer, kv_cache, blocks, start, stop)
-
-        def puts(impl, batch, request, start, keys, values):
-            before = keys.clone()
-            put(impl, batch, request, start, keys, values)
-            self._check(start, before, keys, values)
+        def gathers(impl, layer, kv_cache, step, request, start, key, value):
+            found = gather(impl, layer, kv_cache, step, request, start, key, value)
+            if step.newest is not None:
+                alone = replace(step, newest=None)
+                pages = gather(impl, layer, kv_cache, alone, request, start, key, value)
+                self._check(layer.layer_name, step.block_table[request].long(), start, pages, found)
+            return found
 
         monkeypatch.setattr(CpuReferenceImpl, "do_kv_cache_update", writes)
-        monkeypatch.setattr(CpuReferenceImpl, "_read", reads)
-        monkeypatch.setattr(CpuReferenceImpl, "_put_newest", puts)
+        monkeypatch.setattr(CpuReferenceImpl, "_gather", gathers)
 
-    def _check(self, start, before, keys, values) -> None:
-        layer, blocks = self.now
-        changed = (keys != before).any(-1).any(0).nonzero().squeeze(1)
+    def _check(self, layer, blocks, start, pages, found) -> None:
+        """pages, found: K and V [H, n, D] each, without newest tokens and with them."""
+        keys, values = found
+        changed = (keys != pages[0]).any(-1).any(0).nonzero().squeeze(1)
         positions = start + changed
         slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
         got = torch.stack((keys[:, changed], values[:, changed])).permute(2, 0, 1, 3)

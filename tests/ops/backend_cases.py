@@ -27,6 +27,8 @@ class Case:
     decodes: int = 0
     """So many of the first requests are decode requests, which see their own tokens quantised too."""
     sinks: bool = False
+    shares_kv: bool = False
+    """The layer reads another's pages: its step's tokens are quantised, too."""
 
     def sink_values(self) -> torch.Tensor:
         """[Hq] as in a checkpoint. A score is about N(0, 1), so they take from a few percent to most of the
@@ -72,6 +74,9 @@ CASES = (
         num_heads=8,
         num_kv_heads=1,
     ),
+    Case(((0, 5), (0, 40), (0, 0), (0, 1)), sinks=True),  # nothing is in the cache
+    Case(((0, 40), (0, 30), (0, 17)), capacity=64, window=20),
+    Case(((0, 5), (33, 17), (300, 2)), capacity=100, shares_kv=True, layers=3),
 )
 
 
@@ -90,6 +95,8 @@ def make_impl(impl_class, case: Case, device: torch.device):
     if sinks is not None:
         sinks.data.copy_(case.sink_values())
     impl.process_weights_after_loading(case.dtype)
+    if case.shares_kv:
+        impl.shared_kv = "another"
     return impl
 
 
@@ -144,17 +151,22 @@ def check_case(case: Case, impl, device: torch.device, exact_softmax: bool) -> N
     # vLLM's buffers are as long as the batch is padded.
     padded = max(int(starts[-1]), case.decodes * case.requests[0][1])
     queries.append(random(padded - int(starts[-1]), case.num_heads))
+    # As vLLM has them: views of one projection's result.
+    own_kv = [torch.cat([x[s] for x, s in zip(side, own, strict=True)]) for side in (keys, values)]
+    counts = (case.num_heads, heads, heads)
+    queries = torch.cat(queries)
+    projected = torch.full((padded, sum(counts), size), torch.nan, dtype=case.dtype, device=device)
+    query, key, value = projected.split(counts, dim=1)
+    query.copy_(queries)
+    key[: len(own_kv[0])], value[: len(own_kv[1])] = own_kv
     output = torch.full((padded + 2, case.num_heads, size), 7.0, dtype=case.dtype, device=device)
-    impl.forward(
-        layer, torch.cat(queries), torch.cat([k[s] for k, s in zip(keys, own, strict=True)]),
-        torch.cat([v[s] for v, s in zip(values, own, strict=True)]), kv_cache, metadata, output,
-    )  # fmt: skip
+    impl.forward(layer, query, key, value, kv_cache, metadata, output)
     assert (output[-2:] == 7.0).all(), "rows past the batch were written"
     for r, (cached, q) in enumerate(case.requests):
         if q == 0:
             continue
         k, v = keys[r].double().cpu(), values[r].double().cpu()
-        quantised = totals[r] if r < case.decodes else cached
+        quantised = totals[r] if r < case.decodes or case.shares_kv else cached
         if quantised:
             dense = [torch.empty(quantised, heads, size, device=device) for _ in range(2)]
             ops.gather_nvfp4(
@@ -165,12 +177,13 @@ def check_case(case: Case, impl, device: torch.device, exact_softmax: bool) -> N
             if r >= case.decodes:  # the workspace holds 16-bit values: round as it does
                 dense = [d.to(case.dtype) for d in dense]
             k[:quantised], v[:quantised] = (d.double().cpu() for d in dense)
-        expected = exact(case, queries[r].double().cpu(), k, v, cached)
+        query_r = queries[starts[r] : starts[r + 1]].cpu()
+        expected = exact(case, query_r.double(), k, v, cached)
         got = output[starts[r] : starts[r + 1]].double().cpu()
         error = (got - expected).abs().amax((0, 2))  # of each head: with sinks they differ in magnitude
         bound = 3 * torch.finfo(case.dtype).eps * expected.abs().amax((0, 2))
         if not exact_softmax:
-            plain = exact(case, *(t.to(case.dtype) for t in (queries[r].cpu(), k, v)), cached)
+            plain = exact(case, *(t.to(case.dtype) for t in (query_r, k, v)), cached)
             bound += 2 * (plain.double() - expected).abs().amax((0, 2))
         assert (error <= bound).all(), (
             f"request {r} of {case}: errors {error.tolist()}, bounds {bound.tolist()}"

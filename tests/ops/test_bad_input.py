@@ -191,6 +191,82 @@ def test_gather(change, message):
     assert (arguments["k_out"] == 7.0).all() and (arguments["v_out"] == 7.0).all()
 
 
+def sources() -> dict[str, torch.Tensor]:
+    """Own and newest tokens, beside ``gather_arguments``."""
+    ints = [torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 5], [5, 15], [0, 1], [0, 0])]
+    names = ("query_starts", "seq_lens", "newest_rows", "newest_from")
+    key = torch.ones(5, H, D)
+    newest = torch.ones(2, 2, H, 16, D)
+    return dict(key=key, value=key.clone(), newest=newest, **dict(zip(names, ints, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": None}, "key, value: expected both or neither, got key alone"),
+        ({"seq_lens": None}, "query_starts, seq_lens: expected both or neither, got query_starts alone"),
+        (
+            {"seq_lens": None, "query_starts": None},
+            "query_starts, seq_lens: expected with key, got neither",
+        ),
+        (
+            {"key": None, "value": None, "seq_lens": None, "query_starts": None},
+            "query_starts, seq_lens: expected with newest, got neither",
+        ),
+        ({"newest_rows": None}, "newest_rows: expected a tensor with newest, got none"),
+        ({"newest": None}, "newest_rows: expected none without newest, got one"),
+        ({"newest_from": torch.zeros(2)}, "newest_from: expected int32, got float32"),
+        ({"newest_from": torch.zeros(3, dtype=torch.int32)}, "newest_from: expected size 2 in dimension 0"),
+        ({"query_starts": torch.zeros(2, dtype=torch.int32)}, "query_starts: expected size 3"),
+        ({"seq_lens": torch.zeros(2)}, "seq_lens: expected int32, got float32"),
+        ({"key": torch.ones(5, H, D).double()}, "key: expected bfloat16 or float16 or float32, got float64"),
+        ({"value": torch.ones(5, H, D).half()}, "value: expected float32, got float16"),
+        ({"key": torch.ones(5, 3, D)}, "key: expected size 2 in dimension 1 .*heads of kv"),
+        ({"key": torch.ones(5, H, 80)}, "key: expected size 64 in dimension 2 .*head size of kv"),
+        ({"value": torch.ones(4, H, D)}, "value: expected size 5 in dimension 0 .*tokens of key"),
+        ({"key": torch.ones(5, H, 2 * D)[..., ::2]}, "key: expected a dense last dimension"),
+        ({"newest": torch.ones(2, 2, H, 16, D).half()}, "newest: expected float32, got float16"),
+        ({"newest": torch.ones(2, 2, H, 12, D)}, "newest: expected a multiple of 16 tokens a row, got 12"),
+        ({"newest": torch.ones(2, 2, 3, 16, D)}, "newest: expected size 2 in dimension 2"),
+        (
+            {"query_starts": torch.tensor([0, 2, 6], dtype=torch.int32)},
+            r"query_starts: .*tokens of key \(5\), got 2 then 6 for request 1",
+        ),
+        ({"query_starts": torch.tensor([0, 5, 2], dtype=torch.int32)}, "query_starts: .* got 5 then 2 for"),
+        (
+            {"seq_lens": torch.tensor([5, 14], dtype=torch.int32)},
+            r"seq_lens: expected at least 15 \(request 1 is gathered up to token 15 .*got 14",
+        ),
+        (
+            {
+                "query_starts": torch.tensor([0, 5, 5], dtype=torch.int32),
+                "seq_lens": torch.tensor([4, 15]).int(),
+            },
+            "seq_lens: expected at least 5 .*got 4",
+        ),
+        (
+            {"newest_rows": torch.tensor([0, 2], dtype=torch.int32)},
+            "newest_rows: expected rows below 2, got 2 for request 1",
+        ),
+    ],
+)
+def test_gather_of_own_and_newest_tokens(change, message):
+    arguments = gather_arguments() | sources()
+    ops.gather_nvfp4(**arguments)
+    assert (arguments["k_out"] != 7.0).all()
+    arguments = gather_arguments() | sources()
+    with pytest.raises(RuntimeError, match=message):
+        ops.gather_nvfp4(**{**arguments, **change})
+    assert (arguments["k_out"] == 7.0).all() and (arguments["v_out"] == 7.0).all()
+
+
+def test_16_bit_rows_take_own_tokens_of_their_dtype_only():
+    arguments = gather_arguments() | sources()
+    outs = {name: arguments[name].bfloat16() for name in ("k_out", "v_out")}
+    with pytest.raises(RuntimeError, match="key: expected bfloat16, got float32"):
+        ops.gather_nvfp4(**{**arguments, **outs})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["key", "value", "kv_cache", "slot_mapping", "k_scale", "v_scale"])
 def test_write_with_one_argument_on_another_device(name):
@@ -232,3 +308,12 @@ def test_debug_mode_checks_values_in_device_memory(monkeypatch):
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.gather_nvfp4(**{**gather, **{k: v.cuda() for k, v in change.items()}})
+    at_hand = {k: v.cuda() for k, v in sources().items()}
+    ops.gather_nvfp4(**gather, **at_hand)
+    for change, message in (
+        ({"query_starts": torch.tensor([0, 2, 6], dtype=torch.int32)}, "query_starts: expected ascending"),
+        ({"seq_lens": torch.tensor([5, 14], dtype=torch.int32)}, "seq_lens: expected at least"),
+        ({"newest_rows": torch.tensor([0, 2], dtype=torch.int32)}, "newest_rows: expected rows below 2"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.gather_nvfp4(**gather, **at_hand | {k: v.cuda() for k, v in change.items()})

@@ -11,6 +11,8 @@ import pytest
 import torch
 from backend_cases import CASES, Case, check_case, make_impl
 
+from vllm_xlayer import ops
+
 pytest.importorskip("vllm")
 
 pytestmark = pytest.mark.usefixtures("pages_alone")
@@ -59,10 +61,10 @@ def cpu_impl(case: Case):
         def _kernels(self):
             return torch_attend(self), torch_merge
 
-        def _workspace(self, dtype):
+        def _workspace(self, dtype, tokens):
             # NaN: what a piece does not fill must not be read.
-            shape = (self.capacity, self.num_kv_heads, self.head_size)
-            return [torch.full(shape, math.nan, dtype=dtype) for _ in range(2)]
+            shape = (2, tokens, self.num_kv_heads, self.head_size)
+            return torch.full(shape, math.nan, dtype=dtype).unbind()
 
         def _workspace_tokens(self, config, workspace_bytes):
             return case.capacity
@@ -73,6 +75,28 @@ def cpu_impl(case: Case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(case):
     check_case(case, cpu_impl(case), torch.device("cpu"), exact_softmax=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "launches"),
+    [
+        (Case(((0, 5), (0, 0), (0, 40))), 0),
+        (Case(((0, 40), (0, 30)), capacity=64), 0),
+        (Case(((90, 9), (20, 1)), window=1), 0),  # a token sees itself alone
+        (Case(((0, 5), (1, 40))), 1),
+        (Case(((300, 1), (0, 30), (300, 40)), capacity=64), 5 + 0 + 6),
+        (Case(((0, 5), (0, 40)), shares_kv=True), 1),
+    ],
+    ids=str,
+)
+def test_a_piece_is_gathered_once_and_without_a_prefix_never(monkeypatch, case, launches):
+    calls, gather = [], ops.gather_nvfp4
+    impl = cpu_impl(case)
+    impl_ops = SimpleNamespace(**{name: getattr(ops, name) for name in ops.__all__})
+    impl_ops.gather_nvfp4 = lambda *args: (calls.append(args), gather(*args))
+    monkeypatch.setattr("vllm_xlayer.attention.impl.ops", impl_ops)
+    check_case(case, impl, torch.device("cpu"), exact_softmax=True)
+    assert len(calls) == launches
 
 
 def test_sinks_of_reloaded_weights_keep_their_address():

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU (tests/emulation): nvfp4_paged_attention as a `Batch`, and the writer."""
+"""The CUDA kernels on the CPU (tests/emulation): nvfp4_paged_attention as a `Batch`, writer and gather."""
 
 import ctypes
 import functools
@@ -46,12 +46,33 @@ WRITE_FIELDS = [
 ]  # fmt: skip
 
 
+# As struct GatherArgs in nvfp4_gather.cpp.
+GATHER_FIELDS = [
+    ("cache", POINTER), ("block_stride", INT), ("heads", INT), ("block_size", INT), ("head_size", INT),
+    ("block_table", POINTER), ("block_table_stride", INT), ("max_blocks", INT),
+    ("seq_starts", POINTER), ("cu_seqlens", POINTER), ("num_requests", INT),
+    ("k_scale", POINTER), ("v_scale", POINTER), ("k_out", POINTER), ("v_out", POINTER),
+    ("k_stride_t", INT), ("k_stride_h", INT), ("v_stride_t", INT), ("v_stride_h", INT),
+    ("num_tokens", INT), ("dtype", INT), ("swizzled", INT), ("rotated_keys", INT),
+    ("query_starts", POINTER), ("seq_lens", POINTER), ("key", POINTER), ("value", POINTER),
+    ("key_stride_t", INT), ("key_stride_h", INT), ("value_stride_t", INT), ("value_stride_h", INT),
+    ("newest", POINTER), ("newest_rows", POINTER), ("newest_from", POINTER), ("newest_tokens", INT),
+    ("source_dtype", INT),
+]  # fmt: skip
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+"""In the order of enum Dtype."""
+
+
 class Args(ctypes.Structure):
     _fields_ = FIELDS
 
 
 class WriteArgs(ctypes.Structure):
     _fields_ = WRITE_FIELDS
+
+
+class GatherArgs(ctypes.Structure):
+    _fields_ = GATHER_FIELDS
 
 
 def why_not() -> str | None:
@@ -69,6 +90,7 @@ def library(name: str) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp(prefix="vllm-xlayer-emulation-"))
     target = folder / "kernels.so"
     command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-DXLAYER_EMULATED"]
+    command += ["-fno-strict-aliasing"]  # kernels move elements by words of 16 bytes
     command += ["-I", str(SOURCES / "include"), "-I", str(ROOT / "csrc"), str(SOURCES / f"{name}.cpp")]
     command += ["-o", str(target)]
     try:
@@ -192,3 +214,46 @@ def write(
         1 if newest is None else newest.shape[3],
     )  # fmt: skip
     library("nvfp4_write").run_nvfp4_write(ctypes.byref(args))
+
+
+def gather_nvfp4(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_starts: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    scale_order: int = ScaleOrder.LINEAR,
+    rotated_keys: bool = False,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+    query_starts: torch.Tensor | None = None,
+    seq_lens: torch.Tensor | None = None,
+    newest: torch.Tensor | None = None,
+    newest_rows: torch.Tensor | None = None,
+    newest_from: torch.Tensor | None = None,
+) -> None:
+    """The gather's kernel, called as ``ops.gather_nvfp4`` is. It checks nothing."""
+
+    def at(tensor: torch.Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
+
+    def strides(tensor: torch.Tensor | None) -> tuple[int, int]:
+        return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+    _, heads, block_size, content = kv_cache.shape
+    source = next((t.dtype for t in (key, newest) if t is not None), k_out.dtype)
+    args = GatherArgs(
+        kv_cache.data_ptr(), kv_cache.stride(0), heads, block_size, content // 9 * 8,
+        block_table.data_ptr(), block_table.stride(0), block_table.shape[1],
+        seq_starts.data_ptr(), cu_seqlens.data_ptr(), len(seq_starts),
+        k_scale.data_ptr(), v_scale.data_ptr(), k_out.data_ptr(), v_out.data_ptr(),
+        *strides(k_out), *strides(v_out), len(k_out), DTYPES.index(k_out.dtype), int(scale_order),
+        rotated_keys,
+        at(query_starts), at(seq_lens), at(key), at(value), *strides(key), *strides(value),
+        at(newest), at(newest_rows), at(newest_from), 0 if newest is None else newest.shape[3],
+        DTYPES.index(source),
+    )  # fmt: skip
+    library("nvfp4_gather").run_nvfp4_gather(ctypes.byref(args))

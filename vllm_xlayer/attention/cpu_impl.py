@@ -23,8 +23,7 @@ from vllm_xlayer import ops
 from vllm_xlayer.attention.newest import NewestBatch, allocate, newest_tokens_of, write_arguments
 from vllm_xlayer.attention.scale_counts import ScaleCounts
 from vllm_xlayer.config import Config
-from vllm_xlayer.nvfp4 import KV_DTYPES, ROTATED_KEYS, ScaleOrder, rotate_back, scale_choice_of
-from vllm_xlayer.ops.newest import TILE
+from vllm_xlayer.nvfp4 import KV_DTYPES, ROTATED_KEYS, ScaleOrder, scale_choice_of
 
 QUERY_TILE = 128
 """Queries attended at once: bounds the scores to heads * QUERY_TILE * context floats."""
@@ -154,35 +153,57 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
             own_keys, own_values = key[q0:q1].transpose(0, 1).float(), value[q0:q1].transpose(0, 1).float()
             if computed == 0:
                 keys, values = own_keys, own_values
+            elif self.is_nvfp4:
+                keys, values = self._gather(layer, kv_cache, attn_metadata, request, start, key, value)
             else:
-                keys, values = self._read(layer, kv_cache, blocks, start, seq_len)
-                if attn_metadata.newest is not None:
-                    self._put_newest(attn_metadata.newest, request, start, keys, values)
+                keys, values = self._read(kv_cache, blocks, start, seq_len)
                 keys[:, computed - start :] = own_keys
                 values[:, computed - start :] = own_values
             output[q0:q1] = self.attend(query[q0:q1].float(), keys, values, computed - start)
         return output
 
-    def _read(
-        self, layer: AttentionLayer, kv_cache: torch.Tensor, blocks: torch.Tensor, start: int, stop: int
+    def _gather(
+        self,
+        layer: AttentionLayer,
+        kv_cache: torch.Tensor,
+        step: CpuReferenceMetadata,
+        request: int,
+        start: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the tokens start .. stop of the request with those blocks: float32 [H, n, D]."""
-        if self.is_nvfp4:
-            keys = torch.empty(stop - start, self.num_kv_heads, self.head_size)
-            values = torch.empty_like(keys)
-            ops.gather_nvfp4(
-                kv_cache,
-                blocks.unsqueeze(0),
-                torch.tensor([start], dtype=torch.int32),
-                torch.tensor([0, stop - start], dtype=torch.int32),
-                layer._k_scale,
-                layer._v_scale,
-                keys,
-                values,
-                ScaleOrder.LINEAR,
-                ROTATED_KEYS,
-            )
-            return keys.transpose(0, 1), values.transpose(0, 1)
+        """K and V of a request's tokens from ``start`` on, from NVFP4 pages or as they were: float32
+        [H, n, D]."""
+        newest, seq_len = step.newest, step.seq_lens[request]
+        keys = torch.empty(seq_len - start, self.num_kv_heads, self.head_size)
+        values = torch.empty_like(keys)
+        one = slice(request, request + 1)
+        ops.gather_nvfp4(
+            kv_cache,
+            step.block_table[one],
+            torch.tensor([start], dtype=torch.int32),
+            torch.tensor([0, seq_len - start], dtype=torch.int32),
+            layer._k_scale,
+            layer._v_scale,
+            keys,
+            values,
+            ScaleOrder.LINEAR,
+            ROTATED_KEYS,
+            key=key,
+            value=value,
+            query_starts=torch.tensor(step.query_ranges[request], dtype=torch.int32),
+            seq_lens=torch.tensor([seq_len], dtype=torch.int32),
+            newest=None if newest is None else self.newest,
+            newest_rows=None if newest is None else newest.rows[one],
+            newest_from=None if newest is None else newest.begin[one],
+        )
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+    def _read(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the tokens start .. stop of the request with those blocks of 16-bit (or float32) pages:
+        float32 [H, n, D]."""
         block_size = kv_cache.shape[2]
         first_block = start // block_size
         pages = kv_cache.index_select(0, blocks[first_block : -(-stop // block_size)])
@@ -190,19 +211,6 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         first = first_block * block_size
         tokens = tokens[:, start - first : stop - first]
         return tokens[..., : self.head_size], tokens[..., self.head_size :]
-
-    def _put_newest(
-        self, batch: NewestBatch, request: int, start: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """Puts a request's newest tokens, as they were, over keys and values [H, n, D] of its tokens from
-        ``start`` on: whole tiles that begin where its row is valid, as the kernels do."""
-        assert self.newest is not None
-        tokens = torch.arange(start, start + keys.shape[1])
-        at = torch.nonzero(tokens // TILE * TILE >= batch.begin[request]).squeeze(1)
-        row = self.newest[batch.rows[request]][:, :, tokens[at] % self.newest.shape[3]]
-        newest_keys = row[0].float()
-        keys[:, at] = rotate_back(newest_keys) if ROTATED_KEYS else newest_keys
-        values[:, at] = row[1].float()
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int

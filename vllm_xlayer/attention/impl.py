@@ -1,8 +1,9 @@
 """NVFP4 attention on CUDA.
 
-Decode requests attend to the cache's bytes. For all others the cached tokens are dequantised into a bounded
-workspace, and FlashAttention attends to them and to the step's own tokens, which are not quantised. Attention
-sinks are part of the decode kernel's softmax; FlashAttention runs without them, and its result is scaled.
+Decode requests attend to the cache's bytes. For all others one kernel dequantises the tokens before the
+step's into a bounded workspace and puts the step's own behind them, which are not quantised; FlashAttention
+attends to all. Where nothing is before them it attends to K and V as they come. Attention sinks are part of
+the decode kernel's softmax; FlashAttention runs without them, and its result is scaled.
 """
 
 import torch
@@ -12,9 +13,9 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from .. import ops
 from ..config import Config
-from ..nvfp4 import ROTATED_KEYS, ScaleOrder, rotate_back, scale_choice_of
+from ..nvfp4 import ROTATED_KEYS, ScaleOrder, scale_choice_of
 from .decode import DecodeBatch
-from .metadata import DevicePiece, NewestKeys, NVFP4Metadata
+from .metadata import DevicePiece, NVFP4Metadata
 from .newest import NewestBatch, allocate, newest_tokens_of, write_arguments
 from .scale_counts import ScaleCounts
 
@@ -80,9 +81,10 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         needed = config.scheduler_config.max_num_batched_tokens + (self.window or 0)
         return max(workspace_bytes // per_token, needed)
 
-    def _workspace(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        shape = (self.capacity, self.num_kv_heads, self.head_size)
-        return current_workspace_manager().get_simultaneous((shape, dtype), (shape, dtype))
+    def _workspace(self, dtype: torch.dtype, tokens: int) -> tuple[torch.Tensor, ...]:
+        """K and V [tokens, H, D], of at most ``capacity`` tokens."""
+        shape = (2, tokens, self.num_kv_heads, self.head_size)
+        return current_workspace_manager().get_simultaneous((shape, dtype))[0].unbind()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Converts the sinks for the kernels, and reserves the memory of newest tokens before vLLM sizes the
@@ -117,7 +119,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             raise NotImplementedError("--kv-cache-dtype nvfp4: fused output quantisation is not supported")
         if attn_metadata is None:
             # The profiling run: reserve the workspace, so that it counts when vLLM sizes the cache.
-            self._workspace(query.dtype)
+            self._workspace(query.dtype, self.capacity)
             return output.fill_(0)
         if attn_metadata.decode is not None:
             self._decode(layer, query, kv_cache, attn_metadata.decode, attn_metadata.newest, output)
@@ -138,19 +140,30 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         )  # fmt: skip
 
     def _prefill(self, layer, query, key, value, kv_cache, attn_metadata: NVFP4Metadata, output) -> None:
-        k_ws, v_ws = self._workspace(query.dtype)
         for piece in attn_metadata.plan(self.window, self.capacity):
-            k, v = k_ws[: piece.num_keys], v_ws[: piece.num_keys]
-            ops.gather_nvfp4(
-                kv_cache, piece.block_table, piece.seq_starts, piece.cu_k, layer._k_scale, layer._v_scale,
-                k, v, ScaleOrder.LINEAR, ROTATED_KEYS,
-            )  # fmt: skip
-            if piece.newest is not None and self.newest is not None:
-                put_newest(piece.newest, self.newest, k, v)
-            if piece.own_rows is not None and self.shared_kv is None:
-                k.index_copy_(0, piece.own_rows, key[piece.tokens])
-                v.index_copy_(0, piece.own_rows, value[piece.tokens])
-            self._attend(piece, query[piece.tokens], k, v, output[piece.tokens])
+            tokens = piece.tokens
+            own = (None, None)
+            if self.shared_kv is None:  # a layer that reads another's pages reads all tokens there
+                own = key[tokens], value[tokens]
+            if piece.all_own and self.shared_kv is None:
+                k, v = own
+            else:
+                k, v = self._gather(layer, *own, kv_cache, piece, query.dtype)
+            self._attend(piece, query[tokens], k, v, output[tokens])
+
+    def _gather(
+        self, layer, key, value, kv_cache, piece: DevicePiece, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [keys, H, D] of a piece, in the workspace: own tokens and newest ones as they are, all
+        others from their pages."""
+        k, v = self._workspace(dtype, piece.num_keys)
+        newest = self.newest if piece.newest_rows is not None else None
+        ops.gather_nvfp4(
+            kv_cache, piece.block_table, piece.seq_starts, piece.cu_k, layer._k_scale, layer._v_scale,
+            k, v, ScaleOrder.LINEAR, ROTATED_KEYS, key, value, piece.cu_q, piece.seq_lens, newest,
+            None if newest is None else piece.newest_rows, None if newest is None else piece.newest_from,
+        )  # fmt: skip
+        return k, v
 
     def _attend(self, piece: DevicePiece, q, k, v, out) -> None:
         """Attention of one piece into ``out``; a request that is cut in pieces ends with its last one."""
@@ -167,20 +180,6 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             torch.mul(part, sink_factor(lse, self.sinks), out=out)
         elif not is_whole:
             out.copy_(part)
-
-
-def put_newest(tokens: NewestKeys, memory: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Puts tokens as they were over their dequantised K and V [keys, H, D], where the rows have them.
-
-    Args:
-        memory: [rows, 2, H, places, D], K and V as the writer keeps them.
-    """
-    held = tokens.held[:, None, None]
-    for part, out in ((0, k), (1, v)):
-        newest = memory[tokens.rows, part, :, tokens.places]
-        if out is k and ROTATED_KEYS:
-            newest = rotate_back(newest)
-        out.index_copy_(0, tokens.keys, torch.where(held, newest, out[tokens.keys]))
 
 
 def sink_factor(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:

@@ -13,40 +13,28 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from ..ops.newest import TILE
 from .decode import DecodeBatch, DecodePlanner, limits
 from .newest import NewestBatch, make_planner
-from .plan import Piece, newest_candidates, plan_pieces
+from .plan import Piece, plan_pieces
 from .scale_counts import make_report
 
 logger = init_logger(__name__)
 
 
 @dataclass
-class NewestKeys:
-    """Tokens of a piece that may be in rows of newest tokens, on the device; int64 [n] each, and a mask.
-
-    Attributes:
-        keys: where each one's key and value are among the piece's.
-        rows, places: where the row of its request has it,
-        held: bool [n], if it does.
-    """
-
-    keys: torch.Tensor
-    rows: torch.Tensor
-    places: torch.Tensor
-    held: torch.Tensor
-
-
-@dataclass
 class DevicePiece:
-    """A `Piece` with what its kernels read, on the device.
+    """A `Piece` with what its kernels read, on the device; int32, made of one transfer.
 
     Attributes:
         tokens: The piece's query tokens in the batch, half-open.
-        cu_q, cu_k: int32 [n + 1], running query and key counts.
-        seq_starts: int32 [n], first key position of each request.
-        own_rows: int64 [query tokens], where this step's own K and V go in the workspace.
+        num_keys: Keys of all its requests.
+        max_q, max_k: Most query tokens, most keys of a request.
+        all_own: All keys are the step's own tokens, in their order: nothing is to be read from the cache.
+        cu_q, cu_k: [n + 1], running query and key counts.
+        seq_starts: [n], first key position of each request.
+        seq_lens: [n], tokens of each request, this step's included.
+        block_table: [n, M].
+        newest_rows, newest_from: [n], see `NewestBatch`; None if no newest tokens are kept.
     """
 
     piece: Piece
@@ -54,12 +42,14 @@ class DevicePiece:
     num_keys: int
     max_q: int
     max_k: int
+    all_own: bool
     cu_q: torch.Tensor
     cu_k: torch.Tensor
     seq_starts: torch.Tensor
-    own_rows: torch.Tensor | None
+    seq_lens: torch.Tensor
     block_table: torch.Tensor
-    newest: NewestKeys | None = None
+    newest_rows: torch.Tensor | None = None
+    newest_from: torch.Tensor | None = None
 
 
 @dataclass
@@ -94,52 +84,33 @@ class NVFP4Metadata(AttentionMetadata):
         return self._plans[key]
 
     def _to_device(self, p: Piece, query_lens: np.ndarray) -> DevicePiece:
-        n = p.last - p.first
-        q = query_lens[p.first : p.last]
-        cu_q = np.concatenate([[0], np.cumsum(q)])
-        cu_k = np.concatenate([[0], np.cumsum(p.lens, dtype=np.int64)])
-        packed = np.concatenate([cu_q, cu_k, p.seq_starts])
-        own = np.empty(0, dtype=np.int64)
-        if p.causal:
-            # A request's own tokens are the last q of its keys.
-            within = np.arange(cu_q[-1]) - np.repeat(cu_q[:-1], q)
-            own = np.repeat(cu_k[1:] - q, q) + within
-        # One transfer for everything a piece needs; cu_q starts the buffer, so views stay aligned.
-        host = torch.from_numpy(np.concatenate([own, packed]).astype(np.int64))
-        device = self.block_table.device
-        dev = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-        ints = dev[len(own) :].to(torch.int32)
-        return DevicePiece(
+        n, device = p.last - p.first, self.block_table.device
+        q, starts = query_lens[p.first : p.last], self.query_starts[p.first : p.last + 1]
+        host = torch.empty(4 * n + 2, dtype=torch.int32, pin_memory=device.type == "cuda")
+        cu_q, cu_k, seq_starts, seq_lens = np.split(host.numpy(), (n + 1, 2 * n + 2, 3 * n + 2))
+        cu_q[:] = starts - starts[0]
+        cu_k[0] = 0
+        np.cumsum(p.lens, out=cu_k[1:])
+        seq_starts[:], seq_lens[:] = p.seq_starts, self.seq_lens[p.first : p.last]
+        parts = host.to(device, non_blocking=True).split((n + 1, n + 1, n, n))
+        piece = DevicePiece(
             piece=p,
-            tokens=slice(int(self.query_starts[p.first]), int(self.query_starts[p.last])),
+            tokens=slice(int(starts[0]), int(starts[-1])),
             num_keys=int(cu_k[-1]),
             max_q=int(q.max()),
             max_k=int(p.lens.max()),
-            cu_q=ints[: n + 1],
-            cu_k=ints[n + 1 : 2 * n + 2],
-            seq_starts=ints[2 * n + 2 :],
-            own_rows=dev[: len(own)] if p.causal else None,
+            all_own=p.causal and np.array_equal(p.lens, q),
+            cu_q=parts[0],
+            cu_k=parts[1],
+            seq_starts=parts[2],
+            seq_lens=parts[3],
             block_table=self.block_table[p.first : p.last],
-            newest=self._newest_keys(p, query_lens),
         )
-
-    def _newest_keys(self, p: Piece, query_lens: np.ndarray) -> NewestKeys | None:
-        if self.newest is None:
-            return None
-        requests, positions, keys = newest_candidates(query_lens, self.seq_lens, p, self.newest.places)
-        if len(keys) == 0:
-            return None
-        decodes = len(self.newest.rows) - len(self.seq_lens)
-        host = torch.from_numpy(np.stack([requests + decodes, positions, keys]))
-        device = self.block_table.device
-        dev = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-        request, position, key = dev.unbind()
-        return NewestKeys(
-            keys=key,
-            rows=self.newest.rows[request].long(),
-            places=position % self.newest.places,
-            held=position // TILE * TILE >= self.newest.begin[request],
-        )
+        if self.newest is not None:
+            decodes = len(self.newest.rows) - len(self.seq_lens)
+            requests = slice(decodes + p.first, decodes + p.last)
+            piece.newest_rows, piece.newest_from = self.newest.rows[requests], self.newest.begin[requests]
+        return piece
 
 
 class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):

@@ -119,26 +119,3 @@ def _cut(req: int, start: int, end: int, query_len: int, capacity: int, window: 
         )
     )
     return pieces
-
-
-def newest_candidates(
-    query_lens: np.ndarray, seq_lens: np.ndarray, piece: Piece, places: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens among a piece's keys that a row of ``places`` newest tokens may hold and the step has not made.
-
-    Args:
-        query_lens, seq_lens: int [R], of the whole batch.
-
-    Returns:
-        int64 [n] each: the request (in the batch), its token's position, and the token's key in the piece.
-    """
-    requests = np.arange(piece.first, piece.last)
-    # A step's own tokens are the newest: the more it has, the fewer older ones are left in the row.
-    positions = (seq_lens[requests] - places)[:, None] + np.arange(places)
-    first_own = (seq_lens - query_lens)[requests][:, None]
-    starts = piece.seq_starts.astype(np.int64)[:, None]
-    ends = starts + piece.lens.astype(np.int64)[:, None]
-    held = (positions >= starts) & (positions < np.minimum(ends, first_own))
-    first_key = np.cumsum(piece.lens, dtype=np.int64) - piece.lens
-    keys = first_key[:, None] + positions - starts
-    return np.repeat(requests, places).reshape(held.shape)[held], positions[held], keys[held]

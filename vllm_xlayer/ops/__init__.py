@@ -10,8 +10,9 @@ in CUDA graphs; on the CPU they are always checked.
 """
 
 from .attention import AttentionWorkspace, nvfp4_attention_schedule, nvfp4_paged_attention
-from .cache import CopyMethod, copy_blocks, gather_nvfp4, land_rows, reshape_and_cache_nvfp4
+from .cache import CopyMethod, copy_blocks, land_rows, reshape_and_cache_nvfp4
 from .extension import DEBUG_ENV, ExtensionMissingError, build_info, load
+from .gather import gather_nvfp4
 from .head_tiles import kernel_q_len
 from .newest import newest_step
 

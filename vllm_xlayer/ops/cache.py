@@ -1,6 +1,5 @@
-"""Ops that write, read and move cache memory."""
+"""Ops that write and move cache memory."""
 
-import itertools
 from enum import IntEnum
 
 import torch
@@ -66,78 +65,6 @@ def reshape_and_cache_nvfp4(
         key, value, kv_cache, slot_mapping, k_scale, v_scale, int(scale_order), int(scale_choice), newest,
         newest_slots, rotated_keys,
     )  # fmt: skip
-
-
-def gather_nvfp4(
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_starts: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_scale: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    scale_order: int = ScaleOrder.LINEAR,
-    rotated_keys: bool = False,
-) -> None:
-    """Dequantise tokens of one layer's NVFP4 cache into dense K and V.
-
-    Request r's tokens seq_starts[r] ... seq_starts[r] + len_r - 1, len_r = cu_seqlens[r+1] - cu_seqlens[r],
-    go to rows cu_seqlens[r] ... of the outputs. Other rows of the outputs are not touched.
-
-    Args:
-        kv_cache: (B, H, N, 9D/8) uint8 as in ``reshape_and_cache_nvfp4``.
-        block_table: int32 [R, M], a request's blocks in order; entries past its tokens are not read.
-        seq_starts: int32 [R].
-        cu_seqlens: int32 [R + 1], ascending from 0, its last value at most T.
-        k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
-        k_out: [T, H, D] bfloat16, float16 or float32; D dense, rows start at multiples of 16 bytes.
-        v_out: as k_out, same shape and dtype.
-        scale_order, rotated_keys: as the pages were written. ``k_out`` is K itself, not rotated.
-
-    The result is exact for a global scale of 1 (e2m1 * e4m3 fits both 16-bit types); else the exact product
-    is multiplied by the global scale in float32 and rounded to the output's dtype. K that was kept rotated is
-    rotated back in float32 before that.
-    """
-    require_cuda_build("gather_nvfp4", kv_cache, k_out, v_out)
-    load()
-    if checks_values(kv_cache):
-        _check_gather_indices(kv_cache, block_table, seq_starts, cu_seqlens, k_out.shape[0])
-    torch.ops.vllm_xlayer.gather_nvfp4(
-        kv_cache, block_table, seq_starts, cu_seqlens, k_scale, v_scale, k_out, v_out, int(scale_order),
-        rotated_keys,
-    )  # fmt: skip
-
-
-def _check_gather_indices(
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_starts: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    num_tokens: int,
-) -> None:
-    """Debug mode's check of what lies in device memory; the CPU op does the same."""
-    blocks, block_size = kv_cache.shape[0], kv_cache.shape[2]
-    table, starts, cumulative = block_table.cpu(), seq_starts.tolist(), cu_seqlens.tolist()
-    lengths = [b - a for a, b in itertools.pairwise(cumulative)]
-    if cumulative[0] != 0 or min(lengths, default=0) < 0 or cumulative[-1] > num_tokens:
-        raise RuntimeError(
-            f"cu_seqlens: expected ascending values from 0 to at most {num_tokens}, got {cumulative}"
-        )
-    for r, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        if length == 0:
-            continue
-        last = (start + length - 1) // block_size
-        if start < 0 or last >= table.shape[1]:
-            raise RuntimeError(
-                f"block_table: expected blocks for tokens {start} to {start + length} of request {r}, "
-                f"got {table.shape[1]} blocks of {block_size} tokens"
-            )
-        used = table[r, start // block_size : last + 1]
-        if int(used.min()) < 0 or int(used.max()) >= blocks:
-            raise RuntimeError(
-                f"block_table: expected blocks from 0 to {blocks - 1}, got {used.tolist()} for request {r}"
-            )
 
 
 def copy_blocks(

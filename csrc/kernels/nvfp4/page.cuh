@@ -52,7 +52,9 @@ struct Page {
 
 // Where the newest tokens of a running request are kept unquantised: [rows][2: K, V][H][tokens][D] elements,
 // dense. Token p of a request has place p % tokens, tokens a multiple of 16: a tile of 16 tokens of a head is
-// contiguous.
+// contiguous, and read from there whole or not at all.
+constexpr int NEWEST_TILE = 16;
+
 XLAYER_HD int64_t newest_offset(const Page& page, int tokens, int64_t row, bool is_v, int h, int64_t place) {
   return (((row * 2 + is_v) * page.heads + h) * tokens + place) * page.head_size;
 }

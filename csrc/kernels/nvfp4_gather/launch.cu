@@ -4,10 +4,10 @@
 namespace xlayer {
 namespace {
 
-template <typename T>
+template <typename T, typename S>
 cudaError_t launch(const Nvfp4GatherParams& p, cudaStream_t stream) {
   const unsigned grid = unsigned(ceil_div(p.num_tokens, GATHER_WARPS));
-  nvfp4_gather_kernel<T><<<grid, GATHER_WARPS * 32, 0, stream>>>(p);
+  nvfp4_gather_kernel<T, S><<<grid, GATHER_WARPS * 32, 0, stream>>>(p, own_is_wide(p));
   return cudaGetLastError();
 }
 
@@ -15,9 +15,14 @@ cudaError_t launch(const Nvfp4GatherParams& p, cudaStream_t stream) {
 
 cudaError_t launch_nvfp4_gather(const Nvfp4GatherParams& params, cudaStream_t stream) {
   switch (params.dtype) {
-    case Dtype::BF16: return launch<__nv_bfloat16>(params, stream);
-    case Dtype::F16: return launch<__half>(params, stream);
-    case Dtype::F32: return launch<float>(params, stream);
+    case Dtype::BF16: return launch<__nv_bfloat16, __nv_bfloat16>(params, stream);
+    case Dtype::F16: return launch<__half, __half>(params, stream);
+    case Dtype::F32:
+      switch (params.source_dtype) {
+        case Dtype::BF16: return launch<float, __nv_bfloat16>(params, stream);
+        case Dtype::F16: return launch<float, __half>(params, stream);
+        case Dtype::F32: return launch<float, float>(params, stream);
+      }
   }
   return cudaErrorInvalidValue;
 }

@@ -1,4 +1,4 @@
-// gather_nvfp4: what the CPU and the CUDA kernel are given.
+// gather_nvfp4: what the CPU and the CUDA kernel are given, and where a token is read from.
 #pragma once
 
 #include "../nvfp4/codec.cuh"
@@ -13,7 +13,7 @@ struct Nvfp4GatherParams {
   const int32_t* block_table;  // [R][M]
   int64_t block_table_stride;  // elements from a request's row to the next
   int64_t max_blocks;          // M
-  const int32_t* seq_starts;   // [R] first token of each request to decode
+  const int32_t* seq_starts;   // [R] first token of each request to gather
   const int32_t* cu_seqlens;   // [R + 1] where each request's tokens go in the output
   int num_requests;            // R
   const float* k_scale;        // [1] global decode scale
@@ -27,7 +27,58 @@ struct Nvfp4GatherParams {
   int64_t num_tokens;  // T; tokens at and after cu_seqlens[R] are left as they are
   Dtype dtype;
   ScaleOrder v_order;
-  bool rotated_keys;  // as they were written; k_out is K itself
+  bool rotated_keys;  // as they were written, in pages and among the newest; k_out is K itself
+
+  // What is read instead of a page, see source_of.
+  const int32_t*
+      query_starts;         // [R + 1] where each request's own tokens begin in key, or null: none are known
+  const int32_t* seq_lens;  // [R] tokens of each request, its own included; with query_starts
+  const void* key;          // [Q][H][D] of source_dtype, D dense, or null: own tokens are in pages
+  const void* value;
+  int64_t key_stride_t;  // elements
+  int64_t key_stride_h;
+  int64_t value_stride_t;
+  int64_t value_stride_h;
+  const void* newest;          // [rows][2: K, V][H][newest_tokens][D] of source_dtype, dense, or null
+  const int32_t* newest_rows;  // [R]; negative: none
+  const int32_t* newest_from;  // [R] first token that may be read from its place
+  int newest_tokens;
+  Dtype source_dtype;  // dtype, or any where that is F32
 };
+
+enum class Source : int { PAGE, OWN, NEWEST };
+
+struct TokenSource {
+  Source kind;
+  int64_t at;  // OWN: token of key; NEWEST: place in the row
+  int row;     // NEWEST
+};
+
+// Where a token of a request is read from. Its own tokens are the last of its sequence that this step
+// computes: they are at hand. Before them come the newest, as far as its row has them in whole tiles; then
+// what is only in pages.
+XLAYER_HD TokenSource source_of(const Nvfp4GatherParams& p, int r, int64_t position) {
+  if (p.query_starts == nullptr) return {Source::PAGE, 0, 0};
+  const int64_t first = p.query_starts[r], end = p.seq_lens[r];
+  const int64_t own_from = end - (p.query_starts[r + 1] - first);
+  if (position >= own_from) {
+    if (p.key == nullptr) return {Source::PAGE, 0, 0};
+    return {Source::OWN, first + (position - own_from), 0};
+  }
+  if (p.newest == nullptr || position < end - p.newest_tokens) return {Source::PAGE, 0, 0};
+  const int row = p.newest_rows[r];
+  if (row < 0 || position / NEWEST_TILE * NEWEST_TILE < p.newest_from[r]) return {Source::PAGE, 0, 0};
+  return {Source::NEWEST, position % p.newest_tokens, row};
+}
+
+// Whether all chunks of 8 elements of key and value start at multiples of 16 bytes.
+inline bool own_is_wide(const Nvfp4GatherParams& p) {
+  const int64_t bytes = dtype_bytes(p.source_dtype);
+  const auto aligned = [bytes](const void* base, int64_t stride_t, int64_t stride_h) {
+    return (int64_t(reinterpret_cast<uintptr_t>(base)) | stride_t * bytes | stride_h * bytes) % 16 == 0;
+  };
+  return aligned(p.key, p.key_stride_t, p.key_stride_h) &&
+         aligned(p.value, p.value_stride_t, p.value_stride_h);
+}
 
 }  // namespace xlayer

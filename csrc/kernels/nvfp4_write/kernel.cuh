@@ -11,9 +11,7 @@
 // when S % 4 == 0: they store them as one word.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "../common/convert.cuh"
 #include "params.h"
 
 namespace xlayer {
@@ -36,25 +34,6 @@ inline WriteLaunch write_launch(const Nvfp4WriteParams& p, int lanes) {
           tokens,
           1.0f / float(p.page.scales()),
           ~uint64_t(0) / uint64_t(p.page.block_size) + 1};
-}
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
 }
 
 // The elements of a group that this thread of LANES has, into x. `wide`: p is 16-byte aligned.

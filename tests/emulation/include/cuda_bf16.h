@@ -11,6 +11,7 @@ struct __nv_bfloat162_raw {
 
 struct __nv_bfloat162 {
   uint16_t x, y;
+  __nv_bfloat162() = default;
   __nv_bfloat162(uint16_t a, uint16_t b) : x(a), y(b) {}
   explicit __nv_bfloat162(__nv_bfloat162_raw r) : x(r.x), y(r.y) {}
   explicit operator __nv_bfloat162_raw() const { return {x, y}; }

@@ -7,6 +7,7 @@
 using __half = _Float16;
 inline float __half2float(__half x) { return float(x); }
 inline __half __float2half_rn(float a) { return __half(a); }
+inline __half __ushort_as_half(uint16_t bits) { return __builtin_bit_cast(__half, bits); }
 
 struct __half2_raw {
   uint16_t x, y;

@@ -43,7 +43,7 @@ inline float rcp_approx(float x) {
 inline void pin(uint32_t&) {}
 // Fails where lanes differ.
 inline int uniform(int x) {
-  if (simt::exchange("uniform", uint32_t(x), 0) != uint32_t(x)) simt::fail("uniform: lanes differ");
+  if (simt::exchange("uniform", ~0u, uint32_t(x), 0) != uint32_t(x)) simt::fail("uniform: lanes differ");
   return x;
 }
 

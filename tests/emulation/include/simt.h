@@ -20,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -103,6 +104,7 @@ struct Machine {
   std::vector<uint8_t> shared;
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
+  std::map<std::pair<int, uint32_t>, Meeting> parts;  // of a warp, by their mask
   Meeting block;
   std::vector<std::vector<std::vector<Copy>>> copies;  // [thread][group]
   bool late_copies = true;  // asynchronous copies happen when they are waited for, else at once
@@ -173,6 +175,7 @@ inline void run_block(int threads) {
   Machine& m = machine();
   m.fibers.resize(threads);
   m.warps.assign(threads / WARP, {});
+  m.parts.clear();
   m.block = {};
   m.copies.assign(threads, {});
   for (Fiber& f : m.fibers) {
@@ -217,13 +220,18 @@ inline uint8_t* shared_at(uint32_t address, int bytes) {
   return shared_base() + address;
 }
 
-inline uint32_t exchange(const char* operation, uint32_t mine, int from) {
-  Meeting& w = warp();
+// Among the lanes of a mask; the others of the warp may be elsewhere.
+inline uint32_t exchange(const char* operation, uint32_t mask, uint32_t mine, int from) {
+  Machine& m = machine();
+  Meeting& w = mask == ~0u ? warp() : m.parts[{m.current / WARP, mask}];
   const int me = lane();
+  if ((mask >> me & 1) == 0 || (mask >> from % WARP & 1) == 0) fail("a shuffle with a lane outside of its mask");
   w.in[me][0] = mine;
   w.in[me][1] = uint32_t(from);
-  meet(w, WARP, operation, [&w] {
-    for (int i = 0; i < WARP; ++i) w.out[i][0] = w.in[w.in[i][1] % WARP][0];
+  meet(w, __builtin_popcount(mask), operation, [&w, mask] {
+    for (int i = 0; i < WARP; ++i) {
+      if ((mask >> i & 1) != 0) w.out[i][0] = w.in[w.in[i][1] % WARP][0];
+    }
   });
   return w.out[me][0];
 }
@@ -252,23 +260,24 @@ inline void __syncwarp() {
 }
 
 template <class T>
-T __shfl_sync(unsigned, T x, int from) {
-  return __builtin_bit_cast(T, simt::exchange("__shfl_sync", __builtin_bit_cast(uint32_t, x), from));
+T __shfl_sync(unsigned lanes, T x, int from) {
+  return __builtin_bit_cast(T, simt::exchange("__shfl_sync", lanes, __builtin_bit_cast(uint32_t, x), from));
 }
 template <class T>
-T __shfl_xor_sync(unsigned, T x, int mask) {
+T __shfl_xor_sync(unsigned lanes, T x, int mask) {
   const uint32_t got =
-      simt::exchange("__shfl_xor_sync", __builtin_bit_cast(uint32_t, x), simt::lane() ^ mask);
+      simt::exchange("__shfl_xor_sync", lanes, __builtin_bit_cast(uint32_t, x), simt::lane() ^ mask);
   return __builtin_bit_cast(T, got);
 }
-inline uint64_t __shfl_xor_sync(unsigned, uint64_t x, int mask) {
-  const uint64_t low = simt::exchange("__shfl_xor_sync", uint32_t(x), simt::lane() ^ mask);
-  return low | uint64_t(simt::exchange("__shfl_xor_sync", uint32_t(x >> 32), simt::lane() ^ mask)) << 32;
+inline uint64_t __shfl_xor_sync(unsigned lanes, uint64_t x, int mask) {
+  const int from = simt::lane() ^ mask;
+  const uint64_t low = simt::exchange("__shfl_xor_sync", lanes, uint32_t(x), from);
+  return low | uint64_t(simt::exchange("__shfl_xor_sync", lanes, uint32_t(x >> 32), from)) << 32;
 }
 template <class T>
-T __shfl_up_sync(unsigned, T x, int by) {
+T __shfl_up_sync(unsigned lanes, T x, int by) {
   const int from = simt::lane() < by ? simt::lane() : simt::lane() - by;
-  return __builtin_bit_cast(T, simt::exchange("__shfl_up_sync", __builtin_bit_cast(uint32_t, x), from));
+  return __builtin_bit_cast(T, simt::exchange("__shfl_up_sync", lanes, __builtin_bit_cast(uint32_t, x), from));
 }
 inline uint32_t __ballot_sync(unsigned, bool vote) {
   simt::Meeting& w = simt::warp();

@@ -14,12 +14,12 @@ FP8 = torch.float8_e4m3fn
 
 def bf16(inputs: Inputs, kv: torch.Tensor | None = None) -> Calls:
     """Calls over a bfloat16 cache."""
-    return _make(inputs, torch.bfloat16, kv)
+    return make(inputs, torch.bfloat16, kv)
 
 
 def fp8(inputs: Inputs, kv: torch.Tensor | None = None) -> Calls:
     """Calls over an fp8 cache, with queries in fp8, which a kernel that is not timed made so."""
-    return _make(inputs, FP8, kv)
+    return make(inputs, FP8, kv)
 
 
 def kept_fp8(kv: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,9 @@ def key_and_value(inputs: Inputs, dtype: torch.dtype, kv: torch.Tensor | None) -
     return cache.transpose(1, 2).split(s.head_size, dim=-1)
 
 
-def _make(inputs: Inputs, dtype: torch.dtype, kv: torch.Tensor | None) -> Calls:
+def make(inputs: Inputs, dtype: torch.dtype, kv: torch.Tensor | None, num_splits: int = NUM_SPLITS) -> Calls:
+    """Calls over a cache of that dtype. num_splits: 0 leaves their number to the kernel, as vLLM does outside
+    of full CUDA graphs."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     s = inputs.shape
@@ -51,7 +53,7 @@ def _make(inputs: Inputs, dtype: torch.dtype, kv: torch.Tensor | None) -> Calls:
     metadata = get_scheduler_metadata(
         batch_size=requests, max_seqlen_q=s.q_len, max_seqlen_k=max(s.lens), num_heads_q=s.num_q_heads,
         num_heads_kv=s.num_kv_heads, headdim=s.head_size, cache_seqlens=inputs.seq_lens, qkv_dtype=dtype,
-        cu_seqlens_q=inputs.starts, page_size=s.block_size, causal=True, num_splits=NUM_SPLITS,
+        cu_seqlens_q=inputs.starts, page_size=s.block_size, causal=True, num_splits=num_splits,
     )  # fmt: skip
 
     def call(table: torch.Tensor) -> None:
@@ -59,7 +61,7 @@ def _make(inputs: Inputs, dtype: torch.dtype, kv: torch.Tensor | None) -> Calls:
             q=q, k=k, v=v, out=inputs.out, cu_seqlens_q=inputs.starts, max_seqlen_q=s.q_len,
             max_seqlen_k=max(s.lens), seqused_k=inputs.seq_lens, block_table=table, causal=True,
             softmax_scale=s.head_size**-0.5, scheduler_metadata=metadata, fa_version=3,
-            q_descale=scales, k_descale=scales, v_descale=scales, num_splits=NUM_SPLITS,
+            q_descale=scales, k_descale=scales, v_descale=scales, num_splits=num_splits,
         )  # fmt: skip
 
     return [partial(call, table) for table in inputs.tables]

@@ -1,0 +1,78 @@
+// The gather's kernel on the CPU: for tests/ops/test_gather_emulated.py.
+#include "simt.h"
+
+#include "kernels/nvfp4_gather/kernel.cuh"
+
+using namespace xlayer;
+
+// All of eight bytes, so that Python can mirror it: tests/reference/emulated.py.
+struct GatherArgs {
+  const uint8_t* cache;
+  int64_t block_stride, heads, block_size, head_size;
+  const int32_t* block_table;
+  int64_t block_table_stride, max_blocks;
+  const int32_t *seq_starts, *cu_seqlens;
+  int64_t num_requests;
+  const float *k_scale, *v_scale;
+  void *k_out, *v_out;
+  int64_t k_stride_t, k_stride_h, v_stride_t, v_stride_h, num_tokens, dtype, swizzled, rotated_keys;
+  const int32_t *query_starts, *seq_lens;
+  const void *key, *value;
+  int64_t key_stride_t, key_stride_h, value_stride_t, value_stride_h;
+  const void* newest;
+  const int32_t *newest_rows, *newest_from;
+  int64_t newest_tokens, source_dtype;
+};
+
+template <typename T, typename S>
+void run(const Nvfp4GatherParams& p) {
+  const unsigned blocks = unsigned(ceil_div(p.num_tokens, GATHER_WARPS));
+  simt::launch({blocks, 1, 1}, GATHER_WARPS * 32, 0, [&] { nvfp4_gather_kernel<T, S>(p, own_is_wide(p)); });
+}
+
+extern "C" void run_nvfp4_gather(const GatherArgs* a) {
+  const Nvfp4GatherParams p = {a->cache,
+                               a->block_stride,
+                               {int(a->heads), int(a->block_size), int(a->head_size)},
+                               a->block_table,
+                               a->block_table_stride,
+                               a->max_blocks,
+                               a->seq_starts,
+                               a->cu_seqlens,
+                               int(a->num_requests),
+                               a->k_scale,
+                               a->v_scale,
+                               a->k_out,
+                               a->v_out,
+                               a->k_stride_t,
+                               a->k_stride_h,
+                               a->v_stride_t,
+                               a->v_stride_h,
+                               a->num_tokens,
+                               Dtype(a->dtype),
+                               a->swizzled ? ScaleOrder::SWIZZLED : ScaleOrder::LINEAR,
+                               a->rotated_keys != 0,
+                               a->query_starts,
+                               a->seq_lens,
+                               a->key,
+                               a->value,
+                               a->key_stride_t,
+                               a->key_stride_h,
+                               a->value_stride_t,
+                               a->value_stride_h,
+                               a->newest,
+                               a->newest_rows,
+                               a->newest_from,
+                               int(a->newest_tokens),
+                               Dtype(a->source_dtype)};
+  switch (p.dtype) {
+    case Dtype::BF16: return run<__nv_bfloat16, __nv_bfloat16>(p);
+    case Dtype::F16: return run<__half, __half>(p);
+    case Dtype::F32:
+      switch (p.source_dtype) {
+        case Dtype::BF16: return run<float, __nv_bfloat16>(p);
+        case Dtype::F16: return run<float, __half>(p);
+        case Dtype::F32: return run<float, float>(p);
+      }
+  }
+}
