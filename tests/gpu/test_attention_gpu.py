@@ -137,6 +137,10 @@ def test_blocks_beyond_four_gibibytes():
         assert torch.equal(a, b)
 
 
+RUN_COST = 5
+"""Units, see csrc/kernels/nvfp4_attention/schedule.cuh; where lines are not equally long."""
+
+
 def units(case: Case, length: int) -> int:
     """Units of 64 tokens that a request's queries see some token of."""
     first = replace(case, lengths=(length,)).first_seen(0)
@@ -145,7 +149,8 @@ def units(case: Case, length: int) -> int:
 
 @pytest.mark.parametrize("window", [0, 150])
 def test_the_schedule(window):
-    """One line of all units: where requests begin on it is ascending, and parts cover it."""
+    """One line of all units, and of what a further run of a part costs for each request that has some: where
+    requests begin on it is ascending, and parts cover it."""
     lengths = tuple(range(0, 1400, 3))
     case = Case(lengths, 2, window=window, head_size=64, kv_heads=1, group=4)  # 8 rows: one tile a KV head
     batch = make_batch(replace(case, lengths=lengths[:1]), CUDA)
@@ -156,7 +161,7 @@ def test_the_schedule(window):
     begins, finished = rest[: len(lengths) + 1], rest[len(lengths) + 1 :]
     expected = [0]
     for length in lengths:
-        expected.append(expected[-1] + units(case, length))
+        expected.append(expected[-1] + (units(case, length) + RUN_COST if length else 0))
     assert begins == expected and total == expected[-1]
     assert len(finished) == len(lengths) and not any(finished)
     assert (parts - 1) * chunk < total <= parts * chunk and parts <= workspace.parts_for(2)
