@@ -1,7 +1,9 @@
 """copy_blocks: every device pair, method and alignment; every byte of the destination is compared, the gaps
 between its pieces and the pieces that are not copied as well."""
 
+import mmap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -104,6 +106,30 @@ def test_registered_host_memory(method):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("ids", [torch.arange(20), torch.arange(19, -1, -1)], ids=["up", "down"])
+def test_rows_side_by_side_across_two_registrations(ids):
+    """As the tier's memory is pinned, piece by piece: the copy engine is not to be asked for one copy."""
+    page = mmap.PAGESIZE
+    memory, cudart = torch.zeros(21 * page, dtype=torch.uint8), torch.cuda.cudart()
+    rows = memory[-memory.data_ptr() % page :][: 20 * page].view(20, page)
+    values = torch.randint(0, 256, rows.shape, dtype=torch.uint8)
+    halves = [(part.data_ptr(), part.nbytes) for part in (rows[:10], rows[10:])]
+    for half in halves:
+        assert int(cudart.cudaHostRegister(*half, 0)) == 0
+    try:
+        back = torch.zeros_like(rows, device="cuda")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            ops.copy_blocks(values.cuda(), rows, ids, ids, CopyMethod.ENGINE)
+            ops.copy_blocks(rows, back, ids, ids, CopyMethod.ENGINE)
+            torch.cuda.current_stream().synchronize()
+        assert torch.equal(rows, values) and torch.equal(back.cpu(), values)
+    finally:
+        torch.cuda.synchronize()
+        for address, _ in halves:
+            assert int(cudart.cudaHostUnregister(address)) == 0
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("pairs", [100, 1000])
 def test_the_kernel_in_a_graph(pairs):
     """The ids are those of the capture, also where they are more than travel with one launch."""
@@ -150,6 +176,26 @@ def test_batches_of_the_copy_engine(pair, pairs):
     devices = tuple(torch.device(place) for place in pair.split("-"))
     with torch.cuda.stream(torch.cuda.Stream()):
         copy_and_compare((devices, CopyMethod.ENGINE), 4608, 16, 32, pairs)
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (-1, -1), (1, -1), (-1, 1), (0, 1)])
+@pytest.mark.parametrize("gaps", [(0, 0), (32, 0), (0, 32)], ids=["dense", "source", "destination"])
+def test_ids_in_a_row(how, gaps, steps):
+    """Up, down or a source for all: the copy engine takes some of these as one copy, also of 2 MiB."""
+    devices, method = how
+    on_gpu = "cuda" in {device.type for device in devices}
+    pins = [on_gpu and device == CPU for device in devices]
+    pairs, size = 700, 4608
+    src, dst = (pieces(pairs + 2, size, gaps[i], devices[i], pins[i], i) for i in range(2))
+    whole = dst.as_strided((pairs + 2, size + gaps[1]), (size + gaps[1], 1))
+    src_ids, dst_ids = (torch.arange(pairs) * step + (1 if step >= 0 else pairs) for step in steps)
+    expected = whole.cpu().clone()
+    expected[dst_ids, :size] = src.cpu()[src_ids]
+    with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
+        ops.copy_blocks(src, dst, src_ids, dst_ids, method)
+    if on_gpu:
+        torch.cuda.synchronize()
+    assert torch.equal(whole.cpu(), expected)
 
 
 @pytest.mark.gpu
