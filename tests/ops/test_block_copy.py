@@ -64,7 +64,7 @@ def test_pieces_and_gaps(how, size, gaps):
     copy_and_compare(how, size, *gaps, pairs=7)
 
 
-@pytest.mark.parametrize("pairs", [448, 449, 5000])
+@pytest.mark.parametrize("pairs", [448, 449, 4080, 4081, 5000])
 def test_pairs_that_travel_with_a_launch_and_more(how, pairs):
     copy_and_compare(how, 64, 0, 64, pairs)
 
@@ -130,7 +130,7 @@ def test_rows_side_by_side_across_two_registrations(ids):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pairs", [100, 1000])
+@pytest.mark.parametrize("pairs", [100, 1000, 4200, 10_000])
 def test_the_kernel_in_a_graph(pairs):
     """The ids are those of the capture, also where they are more than travel with one launch."""
     src, dst = (torch.zeros(pairs, 48, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -204,7 +204,7 @@ def test_many_copies_in_flight():
     src = pieces(20_000, 16, 0, torch.device("cuda"), False, 1)
     copies, streams = [], [torch.cuda.Stream() for _ in range(3)]
     for i in range(60):
-        ids = torch.randperm(20_000, generator=torch.Generator().manual_seed(i))[: 500 + 300 * i]
+        ids = torch.randperm(20_000, generator=torch.Generator().manual_seed(i))[: 4100 + 250 * i]
         copies.append((torch.zeros_like(src), ids, ids.roll(1)))
     torch.cuda.synchronize()
     for i, (dst, src_ids, dst_ids) in enumerate(copies):
@@ -229,9 +229,9 @@ def test_more_pairs_than_are_uploaded_at_once():
 @pytest.mark.gpu
 def test_while_another_thread_captures_a_graph():
     """The capture goes on, although the pairs need memory that this thread has to ask for."""
-    src = pieces(2000, 16, 0, torch.device("cuda"), False, 1)
+    src = pieces(5000, 16, 0, torch.device("cuda"), False, 1)
     dst, counter = torch.zeros_like(src), torch.zeros(1, device="cuda")
-    ids, stream = torch.randperm(2000), torch.cuda.Stream()
+    ids, stream = torch.randperm(5000), torch.cuda.Stream()
     ops.copy_blocks(src, dst, ids[:1], ids[:1], CopyMethod.KERNEL)  # the kernel is loaded
     counter.add_(1)
     torch.cuda.synchronize()
