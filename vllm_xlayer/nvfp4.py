@@ -23,6 +23,9 @@ import torch
 GROUP = 16
 """Elements that share one e4m3 block scale."""
 
+MAX_HEAD_SIZE = 256
+"""Of the ops that attend (csrc/kernels/nvfp4_attention/shapes.h); the others take any."""
+
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the magnitude codes 0..7; bit 3 of a nibble is the sign."""
 

@@ -25,7 +25,9 @@ std::string build_info() {
   std::string info = XLAYER_BUILD_INFO;
   info.pop_back();  // its closing brace
   return info + ", \"decode\": {\"max_q_len\": " + std::to_string(attention::MAX_Q_LEN) +
-         ", \"max_group\": " + std::to_string(attention::MAX_GROUP) + ", \"shapes\": [" + shapes + "]}}";
+         ", \"max_group\": " + std::to_string(attention::MAX_GROUP) +
+         ", \"max_head_size\": " + std::to_string(attention::MAX_HEAD_SIZE) + ", \"shapes\": [" + shapes +
+         "]}}";
 }
 
 }  // namespace xlayer::api

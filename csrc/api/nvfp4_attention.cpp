@@ -19,9 +19,8 @@ namespace xlayer::api {
 namespace {
 
 using attention::MAX_GROUP;
+using attention::MAX_HEAD_SIZE;
 using attention::MAX_Q_LEN;
-
-constexpr int MAX_HEAD_SIZE = 256;
 
 int int_between(const char* name, int64_t value, int64_t low, int64_t high) {
   STD_TORCH_CHECK(value >= low && value <= high, name, ": expected ", low, " to ", high, ", got ", value);

@@ -5,16 +5,17 @@
 
 namespace {
 
-template <class WORD>
+template <class WORD, int COUNT>
 void run(const uint8_t* src, uint8_t* dst, int64_t piece_bytes, int64_t src_stride, int64_t dst_stride,
          const xlayer::CopyPair* pairs, int64_t num_pairs, bool with_launch, int64_t ctas) {
   const auto length = uint32_t(piece_bytes / int64_t(sizeof(WORD)));
-  xlayer::FewPairs few;
-  std::memset(&few, 0x7F, sizeof few);  // not to be read where the pairs are elsewhere
-  if (with_launch) std::copy_n(pairs, num_pairs, few.at);
+  xlayer::LaunchPairs<COUNT> launched;
+  std::memset(&launched, 0x7F, sizeof launched);  // not to be read where the pairs are elsewhere
+  if (with_launch) std::copy_n(pairs, num_pairs, launched.at);
   simt::launch({unsigned(ctas), 1, 1}, xlayer::COPY_THREADS, 0, [&] {
-    xlayer::block_copy_kernel<WORD>(src, dst, src_stride, dst_stride, length, uint32_t(num_pairs) * length,
-                                    with_launch ? nullptr : pairs, few);
+    xlayer::block_copy_kernel<WORD, COUNT>(src, dst, src_stride, dst_stride, length,
+                                           uint32_t(num_pairs) * length, with_launch ? nullptr : pairs,
+                                           launched);
   });
 }
 
@@ -24,12 +25,12 @@ void run(const uint8_t* src, uint8_t* dst, int64_t piece_bytes, int64_t src_stri
 extern "C" int run_block_copy(const uint8_t* src, uint8_t* dst, int64_t piece_bytes, int64_t src_stride,
                               int64_t dst_stride, const int32_t* pairs, int64_t num_pairs, int64_t wide,
                               int64_t with_launch, int64_t ctas) {
-  if (with_launch && num_pairs > xlayer::COPY_FEW) return 1;
-  const auto* at = reinterpret_cast<const xlayer::CopyPair*>(pairs);
-  if (wide) {
-    run<uint4>(src, dst, piece_bytes, src_stride, dst_stride, at, num_pairs, with_launch, ctas);
-  } else {
-    run<uint8_t>(src, dst, piece_bytes, src_stride, dst_stride, at, num_pairs, with_launch, ctas);
-  }
+  if (with_launch && num_pairs > xlayer::COPY_MANY) return 1;
+  const bool many = with_launch && num_pairs > xlayer::COPY_FEW;
+  const auto kernel = wide   ? many ? run<uint4, xlayer::COPY_MANY> : run<uint4, xlayer::COPY_FEW>
+                      : many ? run<uint8_t, xlayer::COPY_MANY>
+                             : run<uint8_t, xlayer::COPY_FEW>;
+  kernel(src, dst, piece_bytes, src_stride, dst_stride, reinterpret_cast<const xlayer::CopyPair*>(pairs),
+         num_pairs, with_launch, ctas);
   return 0;
 }

@@ -1,7 +1,9 @@
 """copy_blocks: every device pair, method and alignment; every byte of the destination is compared, the gaps
 between its pieces and the pieces that are not copied as well."""
 
+import mmap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -62,7 +64,7 @@ def test_pieces_and_gaps(how, size, gaps):
     copy_and_compare(how, size, *gaps, pairs=7)
 
 
-@pytest.mark.parametrize("pairs", [448, 449, 5000])
+@pytest.mark.parametrize("pairs", [448, 449, 4080, 4081, 5000])
 def test_pairs_that_travel_with_a_launch_and_more(how, pairs):
     copy_and_compare(how, 64, 0, 64, pairs)
 
@@ -104,7 +106,31 @@ def test_registered_host_memory(method):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pairs", [100, 1000])
+@pytest.mark.parametrize("ids", [torch.arange(20), torch.arange(19, -1, -1)], ids=["up", "down"])
+def test_rows_side_by_side_across_two_registrations(ids):
+    """As the tier's memory is pinned, piece by piece: the copy engine is not to be asked for one copy."""
+    page = mmap.PAGESIZE
+    memory, cudart = torch.zeros(21 * page, dtype=torch.uint8), torch.cuda.cudart()
+    rows = memory[-memory.data_ptr() % page :][: 20 * page].view(20, page)
+    values = torch.randint(0, 256, rows.shape, dtype=torch.uint8)
+    halves = [(part.data_ptr(), part.nbytes) for part in (rows[:10], rows[10:])]
+    for half in halves:
+        assert int(cudart.cudaHostRegister(*half, 0)) == 0
+    try:
+        back = torch.zeros_like(rows, device="cuda")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            ops.copy_blocks(values.cuda(), rows, ids, ids, CopyMethod.ENGINE)
+            ops.copy_blocks(rows, back, ids, ids, CopyMethod.ENGINE)
+            torch.cuda.current_stream().synchronize()
+        assert torch.equal(rows, values) and torch.equal(back.cpu(), values)
+    finally:
+        torch.cuda.synchronize()
+        for address, _ in halves:
+            assert int(cudart.cudaHostUnregister(address)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pairs", [100, 1000, 4200, 10_000])
 def test_the_kernel_in_a_graph(pairs):
     """The ids are those of the capture, also where they are more than travel with one launch."""
     src, dst = (torch.zeros(pairs, 48, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -152,13 +178,33 @@ def test_batches_of_the_copy_engine(pair, pairs):
         copy_and_compare((devices, CopyMethod.ENGINE), 4608, 16, 32, pairs)
 
 
+@pytest.mark.parametrize("steps", [(1, 1), (-1, -1), (1, -1), (-1, 1), (0, 1)])
+@pytest.mark.parametrize("gaps", [(0, 0), (32, 0), (0, 32)], ids=["dense", "source", "destination"])
+def test_ids_in_a_row(how, gaps, steps):
+    """Up, down or a source for all: the copy engine takes some of these as one copy, also of 2 MiB."""
+    devices, method = how
+    on_gpu = "cuda" in {device.type for device in devices}
+    pins = [on_gpu and device == CPU for device in devices]
+    pairs, size = 700, 4608
+    src, dst = (pieces(pairs + 2, size, gaps[i], devices[i], pins[i], i) for i in range(2))
+    whole = dst.as_strided((pairs + 2, size + gaps[1]), (size + gaps[1], 1))
+    src_ids, dst_ids = (torch.arange(pairs) * step + (1 if step >= 0 else pairs) for step in steps)
+    expected = whole.cpu().clone()
+    expected[dst_ids, :size] = src.cpu()[src_ids]
+    with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
+        ops.copy_blocks(src, dst, src_ids, dst_ids, method)
+    if on_gpu:
+        torch.cuda.synchronize()
+    assert torch.equal(whole.cpu(), expected)
+
+
 @pytest.mark.gpu
 def test_many_copies_in_flight():
     """More of them, each with more pairs than travel with a launch, than may have their pairs uploaded."""
     src = pieces(20_000, 16, 0, torch.device("cuda"), False, 1)
     copies, streams = [], [torch.cuda.Stream() for _ in range(3)]
     for i in range(60):
-        ids = torch.randperm(20_000, generator=torch.Generator().manual_seed(i))[: 500 + 300 * i]
+        ids = torch.randperm(20_000, generator=torch.Generator().manual_seed(i))[: 4100 + 250 * i]
         copies.append((torch.zeros_like(src), ids, ids.roll(1)))
     torch.cuda.synchronize()
     for i, (dst, src_ids, dst_ids) in enumerate(copies):
@@ -183,9 +229,9 @@ def test_more_pairs_than_are_uploaded_at_once():
 @pytest.mark.gpu
 def test_while_another_thread_captures_a_graph():
     """The capture goes on, although the pairs need memory that this thread has to ask for."""
-    src = pieces(2000, 16, 0, torch.device("cuda"), False, 1)
+    src = pieces(5000, 16, 0, torch.device("cuda"), False, 1)
     dst, counter = torch.zeros_like(src), torch.zeros(1, device="cuda")
-    ids, stream = torch.randperm(2000), torch.cuda.Stream()
+    ids, stream = torch.randperm(5000), torch.cuda.Stream()
     ops.copy_blocks(src, dst, ids[:1], ids[:1], CopyMethod.KERNEL)  # the kernel is loaded
     counter.add_(1)
     torch.cuda.synchronize()

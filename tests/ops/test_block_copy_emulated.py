@@ -41,6 +41,12 @@ def test_bytes(size):
     check(size, 23, 3, wide=False, with_launch=True, ctas=2)
 
 
+@pytest.mark.parametrize("pairs", [448, 449, 4080])
+@pytest.mark.parametrize(("size", "wide"), [(48, True), (5, False)])
+def test_as_many_pairs_as_travel_with_a_launch(size, wide, pairs):
+    check(size, pairs, 0, wide=wide, with_launch=True, ctas=4)
+
+
 def test_more_pairs_than_travel_with_a_launch():
     check(4608, 500, 0, wide=True, with_launch=False, ctas=12)
 

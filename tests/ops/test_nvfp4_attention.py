@@ -7,14 +7,21 @@ import pytest
 import torch
 from reference import attention_ref as ref
 from reference import nvfp4_ref
-from reference.attention_cases import SHARP, Case, check_batch, check_case, check_one_newest, make_batch
+from reference.attention_cases import (
+    HEAD_SIZES,
+    SHARP,
+    Case,
+    check_batch,
+    check_case,
+    check_one_newest,
+    make_batch,
+)
 from reference.pools import make_pool
 
 from vllm_xlayer import ops
 from vllm_xlayer.nvfp4 import ScaleOrder
 
 LINEAR, SWIZZLED = ScaleOrder
-HEAD_SIZES = [64, 80, 96, 112, 128, 192, 256]
 AROUND_PAGES_AND_UNITS = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 0)
 DTYPES = [torch.bfloat16, torch.float16]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.attention_cases import SHARP, Case, check_batch, check_one_newest, make_batch
+from reference.attention_cases import HEAD_SIZES, SHARP, Case, check_batch, check_one_newest, make_batch
 from reference.emulated import emulated, why_not
 
 from vllm_xlayer.nvfp4 import ScaleOrder
@@ -24,13 +24,13 @@ def check(case: Case, **how) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_size", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_head_sizes(head_size, dtype):
     check(Case(AROUND, head_size=head_size, dtype=dtype))
 
 
 @pytest.mark.parametrize(("q_len", "group"), [(1, 4), (3, 4), (3, 8)])
-@pytest.mark.parametrize("head_size", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_rotated_keys(head_size, q_len, group):
     case = Case(AROUND, q_len, group=group, head_size=head_size, newest=32, rotated_keys=True)
     check(case)
@@ -96,7 +96,7 @@ def test_what_models_look_like(case):
 
 
 @pytest.mark.parametrize("places", [16, 64, 128])
-@pytest.mark.parametrize("head_size", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_newest_tokens(head_size, places):
     """Tiles of unquantised tokens, of none to all of a request's; everything that is not read is NaN."""
     check(Case((*AROUND, 300), head_size=head_size, newest=places, seed=places), parts=5)

@@ -11,6 +11,7 @@ from reference.pools import Pool, make_pool, scalar
 from vllm_xlayer import ops
 from vllm_xlayer.nvfp4 import ScaleOrder
 
+HEAD_SIZES = [64, 80, 96, 112, 128, 192, 256]  # with a decode kernel (tests/ops/test_published_limits.py)
 TILE = 16  # tokens that come from one place
 NEVER_WRITTEN = 2  # blocks of each pool that stay poisoned
 LSE_ERROR = 1e-3

@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from ..nvfp4 import GROUP, KV_DTYPES, content_bytes
+from ..nvfp4 import GROUP, KV_DTYPES, MAX_HEAD_SIZE, content_bytes
 
 
 class DensePages:
@@ -73,7 +73,7 @@ class NVFP4Backend(DensePages, AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_size % GROUP == 0 and head_size <= 256
+        return head_size % GROUP == 0 and head_size <= MAX_HEAD_SIZE
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -110,6 +110,6 @@ class NVFP4Backend(DensePages, AttentionBackend):
             f"{'; '.join(reasons)} "
             f"(head_size={selector_config.head_size}, dtype={selector_config.dtype}, "
             f"block_size={selector_config.block_size}, compute capability {capability}). "
-            f"Supported: decoder attention, head sizes that are multiples of {GROUP} up to 256, float16 or "
-            f"bfloat16 models, block sizes that are multiples of {GROUP}, sm_80 and newer."
+            f"Supported: decoder attention, head sizes that are multiples of {GROUP} up to {MAX_HEAD_SIZE}, "
+            f"float16 or bfloat16 models, block sizes that are multiples of {GROUP}, sm_80 and newer."
         )

@@ -47,21 +47,22 @@ class AttentionWorkspace:
         split_units: int = 0,
         max_tokens: int = 0,
     ) -> "AttentionWorkspace":
-        """For up to ``max_requests`` requests of 1 to ``max_q_len`` query tokens (at most 8) each.
+        """For up to ``max_requests`` requests of 1 to ``max_q_len`` query tokens each, of which
+        ``build_info()["decode"]["max_q_len"]`` is the most.
 
         ``max_tokens`` matters only with ``split_units``: the most tokens a request's row of the block table
         has room for (its width times the block size).
         """
         if split_units > 0 and max_tokens <= 0:
             raise ValueError(f"max_tokens: expected a positive number with split_units, got {max_tokens}")
-        if max_requests < 0 or not 1 <= max_q_len <= 8:
-            raise ValueError(
-                "max_requests, max_q_len: expected 0 or more requests and 1 to 8 query tokens, "
-                f"got {max_requests} and {max_q_len}"
-            )
         like = torch.empty(0, device=device)
         require_cuda_build("nvfp4_paged_attention", like)
-        load()
+        most = load()["decode"]["max_q_len"]
+        if max_requests < 0 or not 1 <= max_q_len <= most:
+            raise ValueError(
+                f"max_requests, max_q_len: expected 0 or more requests and 1 to {most} query tokens, "
+                f"got {max_requests} and {max_q_len}"
+            )
         shape, parts, floats = (num_q_heads, num_kv_heads, head_size), [], 0
         # Of a request: one for 8 query rows of a KV head (csrc/kernels/nvfp4_attention/params.h).
         counters = num_kv_heads * -(-max_q_len * (num_q_heads // num_kv_heads) // 8)

@@ -82,9 +82,11 @@ def copy_blocks(
         src_ids: int64 [P] on the CPU, each below n.
         dst_ids: int64 [P] on the CPU, each below m.
         method: a ``CopyMethod``; None is the kernel inside a device, else the copy engine. Which one is
-            faster between device and host, ``connector.copy_choice`` knows. No meaning between host memory.
+            faster between device and host, ``connector.copy.choice`` knows. No meaning between host memory.
 
     Copy engine: submitted in a few batches, so that the first pieces move while the host submits the rest.
+    Where pieces have no gaps, neighbours among the pairs that are neighbours at both ends, both ids one up or
+    both one down, are one copy of at most 2 MiB.
     Kernel: host memory must be pinned or registered, a piece has at most 1 GiB, and it is fast only where
     addresses, strides and piece are multiples of 16 bytes. Both run on torch's current stream; host memory
     must be pinned for the copy to be asynchronous, and must stay alive and unchanged until the stream has got

@@ -47,7 +47,8 @@ def build_info() -> dict[str, Any]:
 
     decode: the decode kernel's bounds max_q_len (query tokens of a request) and max_group (query heads a KV
     head), and its shapes, each with head_size, rows (query rows of a head tile), warps (of a thread block)
-    and shared_bytes (dynamic shared memory of a thread block).
+    and shared_bytes (dynamic shared memory of a thread block). max_head_size: of the CPU's, which has any
+    multiple of 16 up to it, and of layers whose decode requests are dequantised first.
     """
     return dict(load())
 

@@ -18,21 +18,26 @@ namespace xlayer {
 constexpr int COPY_THREADS = 512;
 constexpr int COPY_UNROLL = 4;
 constexpr int COPY_TILE = COPY_THREADS * COPY_UNROLL;
-constexpr int COPY_FEW = 448;  // pairs that travel with a launch: 3,584 of the 4,096 bytes it may be given
 
-struct FewPairs {
-  CopyPair at[COPY_FEW];
+// Pairs that travel with a launch. What it is given is written again for each: so as few bytes as will do.
+constexpr int COPY_FEW = 448;    // 3,584 of the 4,096 bytes that any CUDA takes
+constexpr int COPY_MANY = 4080;  // 32,640 of the 32,764 of CUDA 12.1, whose driver must be as new: R530
+
+template <int COUNT>
+struct LaunchPairs {
+  CopyPair at[COUNT];
 };
 
 // WORD: uint4 where everything is 16-byte aligned, else uint8_t.
 // Strides in bytes. length: WORDs of a piece; total: of all pieces, at most 2^30.
-// many: [total / length] in device memory, or nullptr: the pairs are in `few`.
-template <typename WORD>
+// COUNT: COPY_FEW or COPY_MANY.
+// uploaded: [total / length] in device memory, or nullptr: the pairs came with the launch.
+template <typename WORD, int COUNT>
 __global__ void __launch_bounds__(COPY_THREADS)
     block_copy_kernel(const uint8_t* src, uint8_t* dst, int64_t src_stride, int64_t dst_stride,
-                      uint32_t length, uint32_t total, const CopyPair* many,
-                      const __grid_constant__ FewPairs few) {
-  const CopyPair* pairs = many != nullptr ? many : few.at;
+                      uint32_t length, uint32_t total, const CopyPair* uploaded,
+                      const __grid_constant__ LaunchPairs<COUNT> with_launch) {
+  const CopyPair* pairs = uploaded != nullptr ? uploaded : with_launch.at;
   for (uint32_t tile = blockIdx.x; tile * COPY_TILE < total; tile += gridDim.x) {
     const uint32_t first = tile * COPY_TILE + threadIdx.x;
     const WORD* from[COPY_UNROLL];

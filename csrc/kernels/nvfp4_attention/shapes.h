@@ -21,7 +21,8 @@
 
 namespace xlayer::attention {
 
-constexpr int MAX_Q_LEN = 8;   // query tokens of a request
-constexpr int MAX_GROUP = 16;  // query heads a KV head
+constexpr int MAX_Q_LEN = 8;        // query tokens of a request
+constexpr int MAX_GROUP = 16;       // query heads a KV head
+constexpr int MAX_HEAD_SIZE = 256;  // also where there is no shape: on the CPU, and dequantised first
 
 }  // namespace xlayer::attention

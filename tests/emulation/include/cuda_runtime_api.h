@@ -58,6 +58,7 @@ struct FakeDevice {
   bool out_of_memory = false;
   std::vector<size_t> batches;  // copies of each
   size_t batches_until_failure = size_t(-1);
+  const char* registration = nullptr;  // where one of host memory ends and the next begins
   cudaError_t last = cudaSuccess;
 };
 FakeDevice& fake();  // the current one
@@ -129,8 +130,13 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   fake_push(stream, [=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
+inline bool fake_crosses(const void* at, size_t bytes) {
+  const char* const begin = static_cast<const char*>(at);
+  return begin < fake().registration && fake().registration < begin + bytes;
+}
 // A batch begins when all of it is there; its copies may be done in any order: here from the last to the
-// first.
+// first. One that would cross from a registration of host memory into the next is refused; those before it
+// may be done.
 inline cudaError_t cudaMemcpyBatchAsync(void* const* to, const void* const* from, const size_t* sizes,
                                         size_t count, const cudaMemcpyAttributes* attributes,
                                         const size_t* first_of_attributes, size_t num_attributes,
@@ -140,6 +146,10 @@ inline cudaError_t cudaMemcpyBatchAsync(void* const* to, const void* const* from
     return cudaErrorInvalidValue;
   }
   if (fake().batches.size() == fake().batches_until_failure) return cudaErrorLaunchFailure;
+  const size_t asked = count;
+  for (size_t i = 0; i < count; ++i) {
+    if (fake_crosses(to[i], sizes[i]) || fake_crosses(from[i], sizes[i])) count = i;
+  }
   fake().batches.push_back(count);
   const std::vector<void*> tos(to, to + count);
   const std::vector<const void*> froms(from, from + count);
@@ -147,5 +157,5 @@ inline cudaError_t cudaMemcpyBatchAsync(void* const* to, const void* const* from
   fake_push(stream, [=] {
     for (size_t i = count; i-- > 0;) std::memcpy(tos[i], froms[i], bytes[i]);
   });
-  return cudaSuccess;
+  return count == asked ? cudaSuccess : fake_error(cudaErrorInvalidValue);
 }
