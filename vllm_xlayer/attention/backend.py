@@ -1,10 +1,10 @@
 """The NVFP4 attention backend for GPUs without FP4 instructions.
 
 Pages are written by ``reshape_and_cache_nvfp4``. Decode requests attend to them with
-``nvfp4_paged_attention``. For the others the cached tokens are dequantised with
-``gather_nvfp4`` into a bounded 16-bit workspace, and FlashAttention-3 (FlashAttention-2
-where that is not available) attends to them; their new tokens attend to each other from
-the unquantised K and V at hand.
+``nvfp4_paged_attention``. For the others ``gather_nvfp4`` fills a bounded 16-bit workspace
+with the cached tokens, dequantised, and the new ones, as they are, and FlashAttention-3
+(FlashAttention-2 where that is not available) attends to it. Prompts of which nothing is
+cached need no workspace.
 """
 
 from dataclasses import replace

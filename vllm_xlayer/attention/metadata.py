@@ -87,19 +87,20 @@ class NVFP4Metadata(AttentionMetadata):
         n, device = p.last - p.first, self.block_table.device
         q, starts = query_lens[p.first : p.last], self.query_starts[p.first : p.last + 1]
         host = torch.empty(4 * n + 2, dtype=torch.int32, pin_memory=device.type == "cuda")
-        cu_q, cu_k, seq_starts, seq_lens = np.split(host.numpy(), (n + 1, 2 * n + 2, 3 * n + 2))
-        cu_q[:] = starts - starts[0]
-        cu_k[0] = 0
-        np.cumsum(p.lens, out=cu_k[1:])
-        seq_starts[:], seq_lens[:] = p.seq_starts, self.seq_lens[p.first : p.last]
+        ints = host.numpy()
+        ints[: n + 1] = starts - starts[0]
+        ints[n + 1] = 0
+        np.cumsum(p.lens, out=ints[n + 2 : 2 * n + 2])
+        ints[2 * n + 2 : 3 * n + 2] = p.seq_starts
+        ints[3 * n + 2 :] = self.seq_lens[p.first : p.last]
         parts = host.to(device, non_blocking=True).split((n + 1, n + 1, n, n))
         piece = DevicePiece(
             piece=p,
             tokens=slice(int(starts[0]), int(starts[-1])),
-            num_keys=int(cu_k[-1]),
+            num_keys=int(ints[2 * n + 1]),
             max_q=int(q.max()),
             max_k=int(p.lens.max()),
-            all_own=p.causal and np.array_equal(p.lens, q),
+            all_own=p.causal and bool((p.lens == q).all()),
             cu_q=parts[0],
             cu_k=parts[1],
             seq_starts=parts[2],
