@@ -83,6 +83,7 @@ def gain(
     capacity: dict[str, Any],
     quality: dict[str, Any],
     handover: dict[str, Any],
+    stock: dict[str, Any],
 ) -> str:
     """The first screen: what a user of a Hopper GPU gains. What is of another vLLM than decode says so."""
 
@@ -96,12 +97,11 @@ def gain(
     times = shape["seconds"]["fa3_fp8"] / shape["seconds"][OURS]
     ours, fp8 = (engine["caches"][cache]["decodes"][0] for cache in ("nvfp4", "fp8"))
     faster = fp8["step_seconds"] / ours["step_seconds"]
-    # vLLM's own NVFP4, where it was measured.
-    flashinfer = f"; FlashInfer's NVFP4 {us['flashinfer_nvfp4']} us" if "flashinfer_nvfp4" in us else ""
-    stock = ""
+    flashinfer = milliseconds(1e3 * stock["shapes"][0]["seconds"]["flashinfer_nvfp4"], 0)
+    theirs = ""
     if "stock-nvfp4" in engine["caches"]:
         step = engine["caches"]["stock-nvfp4"]["decodes"][0]["step_seconds"]
-        stock = f", with vLLM's own NVFP4 {milliseconds(step, 1)} ms"
+        theirs = f", with vLLM's own NVFP4 {milliseconds(step, 1)} ms"
     kept, most = (load["caches"][cache] for cache in ("fp8", "nvfp4"))
     rates = [c["fit"] / c["step_seconds"] for c in (kept, most)]
     first = {kind: milliseconds(statistics.median(offload["engines"]["with"]["restore"][kind]), 0)
@@ -118,10 +118,10 @@ def gain(
         f"of the GPU's){of(capacity)}.\n"
         f"- **Decode attention {times:.1f} times as fast as with fp8 KV**: one layer, {shape['name']}: "
         f"{us[OURS]} us; FlashAttention-3 {us['fa3_fp8']} us with fp8, {us['fa3_bf16']} us with "
-        f"bf16{flashinfer}.\n"
+        f"bf16; FlashInfer's NVFP4, which is vLLM's own, {flashinfer} us in an earlier run.\n"
         f"- **In vLLM's engine {faster:.1f} times the tokens a second**: a decode step of "
         f"{ours['requests']} x {ours['tokens']} takes {milliseconds(ours['step_seconds'], 1)} ms, with fp8 "
-        f"{milliseconds(fp8['step_seconds'], 1)} ms{stock} ({engine['shape']} shape){of(engine)}.\n"
+        f"{milliseconds(fp8['step_seconds'], 1)} ms{theirs} ({engine['shape']} shape){of(engine)}.\n"
         f"- **{rates[1] / rates[0]:.1f} times where memory is the limit**: {most['fit']} contexts of "
         f"{load['tokens']:,} tokens fit in {load['kv_bytes'] / 1e9:.0f} GB and decode {rates[1]:,.0f} tokens "
         f"a second; with fp8 {kept['fit']} fit and decode {rates[0]:,.0f}{of(load)}.\n"
@@ -165,9 +165,18 @@ def decode_table(results: dict[str, Any], shapes: int | None = None) -> str:
     )
 
 
-def other_peers(results: dict[str, Any]) -> str:
-    """Markdown of the peer that was measured beside an earlier commit's kernel only."""
-    shown = ("nvfp4", OURS, "fa3_fp8", "turboquant")
+def turboquant(results: dict[str, Any]) -> str:
+    """Markdown of the peer that was measured beside an early kernel only."""
+    return _beside(results, "turboquant")
+
+
+def stock_peers(results: dict[str, Any]) -> str:
+    """Markdown of vLLM's own 4-bit caches, beside an earlier kernel."""
+    return _beside(results, "int4", "flashinfer_nvfp4")
+
+
+def _beside(results: dict[str, Any], *peers: str) -> str:
+    shown = ("nvfp4", OURS, "fa3_fp8", *peers)
     shapes = [
         shape | {"seconds": {name: t for name, t in shape["seconds"].items() if name in shown}}
         for shape in results["shapes"]

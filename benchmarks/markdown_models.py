@@ -38,6 +38,10 @@ PLATFORM, ABSENT = "CPU reference platform: ", "are not supported for now"
 """What a sentence of the platform begins with, and what vLLM says of an unknown model."""
 
 
+LONGEST = 400
+"""Characters of a refusal that are shown."""
+
+
 def table(results: dict[str, Any]) -> str:
     """A row a family, from the CPU reference platform."""
     return _table(CPU_INTRODUCTION, ("family", *WAYS), results["families"].values(), results)
@@ -56,10 +60,15 @@ def counted(gpu: dict[str, Any], cpu: dict[str, Any]) -> str:
         for results in (gpu, cpu)
     )
     alone = [row for name, row in here.items() if name not in there]
-    return (
+    said = (
         f"With tiny weights {_work_in_all(there.values())} of {len(there)} families work with NVFP4, with "
-        f"XLayerConnector and with both on an H200, gpt-oss and hybrids among them; {len(alone)} more were "
-        f"compared on the CPU reference platform only, of which {_work_in_all(alone)} do"
+        "XLayerConnector and with both on an H200, gpt-oss, Gemma and hybrids among them"
+    )
+    if not alone:
+        return said
+    return (
+        f"{said}; {len(alone)} more were compared on the CPU reference platform only, of which "
+        f"{_work_in_all(alone)} do"
     )
 
 
@@ -209,4 +218,6 @@ def _cell(found: str, notes: dict[str, int], remark: str | None = None) -> str:
         return "not in this vLLM"
     if sentence.startswith(PLATFORM):
         what, sentence = "not here", sentence.removeprefix(PLATFORM)
+    if len(sentence) > LONGEST:
+        sentence = f"{sentence[:LONGEST].rpartition(' ')[0]} ... (the whole sentence is in the results file)"
     return f"{what} ({notes.setdefault(sentence.replace('|', '/'), len(notes) + 1)})"

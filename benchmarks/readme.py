@@ -62,13 +62,23 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "gain": (
         tuple(
             f"h200-{what}.json"
-            for what in ("decode", "engine", "load", "offload", "capacity", "quality", "x2-handover")
+            for what in (
+                "decode",
+                "engine",
+                "load",
+                "offload",
+                "capacity",
+                "quality",
+                "x2-handover",
+                "decode-stock",
+            )
         ),
         markdown.gain,
     ),
     "short": (("h200-decode.json",), markdown.short_decode_table),
     "decode": (("h200-decode.json",), markdown.decode_table),
-    "decode_peers": (("h200-decode-peers.json",), markdown.other_peers),
+    "decode_stock": (("h200-decode-stock.json",), markdown.stock_peers),
+    "decode_peers": (("h200-decode-peers.json",), markdown.turboquant),
     "engine": (("h200-engine.json",), markdown.engine_table),
     "engine_qwen": (("h200-engine-qwen3-next.json",), markdown.engine_section),
     "engine_gpt_oss": (("h200-engine-gpt-oss-20b.json",), markdown.engine_section),
