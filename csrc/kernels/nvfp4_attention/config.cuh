@@ -31,7 +31,8 @@ struct Config {
   static constexpr int NT = NT_;
   static constexpr int STAGES = DP == 256 ? 2 : 3;  // tiles in flight or in use a warp
   static constexpr int TILE_ROWS = NT * ROWS;
-  // Which side of an MMA has sixteen: query rows, where there are as many, else tokens (tile.cuh).
+  // Which side of an MMA has sixteen: query rows, where there are as many (rows_as_a.cuh), else
+  // tokens (rows_as_b.cuh).
   static constexpr bool ROWS_M = NT % 2 == 0;
   static constexpr int STATS = ROWS_M ? NT : 2 * NT;  // query rows that a lane has logits of
   static constexpr int S = D / GROUP;      // block scales a token

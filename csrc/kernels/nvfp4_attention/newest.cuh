@@ -43,7 +43,7 @@ class NewestTile {
     if (mask.soft_cap > 0.0f) Tile<C>::cap(s, mask.soft_cap, state);
     Tile<C>::mask_logits(s, mask);
     uint32_t weights[C::NT][2];
-    Tile<C>::softmax(state, s, weights);
+    Order<C>::softmax(state, s, weights);
     multiply_v(state, place, weights, mask);
   }
 
@@ -101,7 +101,7 @@ class NewestTile {
         even[half] = __byte_perm(a, b, 0x5410u), even[2 + half] = __byte_perm(c, d, 0x5410u);
         odd[half] = __byte_perm(a, b, 0x7632u), odd[2 + half] = __byte_perm(c, d, 0x7632u);
       }
-      Tile<C>::multiply_k_word(state, w, even, odd, s);
+      Order<C>::multiply_k_word(state, w, even, odd, s);
     }
 #pragma unroll
     for (int n = 0; n < C::NT; ++n) {
@@ -139,7 +139,7 @@ class NewestTile {
         }
         const uint32_t a[4] = {__byte_perm(x[0], x[1], 0x5410u), __byte_perm(x[0], x[1], 0x7632u),
                                __byte_perm(x[2], x[3], 0x5410u), __byte_perm(x[2], x[3], 0x7632u)};
-        Tile<C>::multiply_v_tile(state, 4 * chunk + j, a, weights);
+        Order<C>::multiply_v_tile(state, 4 * chunk + j, a, weights);
       }
     }
   }

@@ -9,18 +9,14 @@
 // are permuted so that a lane's bytes are contiguous: Q is permuted with K, the output comes out in V's
 // order.
 //
-// Sixteen query rows are operand A instead (ROWS_M). B's fragment of eight tokens is half of A's of sixteen,
-// in the same registers, so K and V are dequantised alike:
-//
-//   S [16 rows x 8 tokens]  = Q [16 x D] K^T [D x 8]         for tokens 0 to 7 and 8 to 15 of the tile
-//   O [16 rows x 8]        += P [16 x 16] V [16 x 8]         for the dimensions of A's rows g, and of g + 8
-//
-// P is S's registers as they are; a lane has rows g and g + 8 of S and O, so half as many maxima and sums.
+// Sixteen query rows are operand A instead: rows_as_a.cuh.
 #pragma once
 
-#include "../common/ptx.cuh"
-#include "config.cuh"
+#include <type_traits>
+
 #include "dequantise.cuh"
+#include "rows_as_a.cuh"
+#include "rows_as_b.cuh"
 
 namespace xlayer::attention {
 
@@ -31,87 +27,6 @@ struct TileMask {
   int q_len, window;     // causal among the last q_len tokens; window 0: none
   int first_row, group;  // of the head tile; rows are query token * group + head in group
   float soft_cap;        // 0: none
-};
-
-// What Q^T has for eight rows and a word of K, in one lane: its two fragments of even elements, then of odd ones.
-// Or (ROWS_M) operand A of sixteen rows.
-struct QueryWord {
-  uint32_t b[4];
-};
-
-// Q^T fragments: halves, each row times a power of two; of rows n and word w of K. With ROWS_M `load` has, of
-// sixteen rows, the even elements where n is even, else the odd ones.
-template <class C, bool SHARED = C::SHARED_Q>
-struct QueryFragments {
-  QueryWord all[C::NT][C::WORDS];
-
-  __device__ __forceinline__ void store(int n, int w, const QueryWord& q) {
-    if constexpr (C::ROWS_M) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) all[n / 2 * 2 + i / 2][w].b[n % 2 + i % 2 * 2] = q.b[i];
-    } else {
-      all[n][w] = q;
-    }
-  }
-  __device__ __forceinline__ const QueryWord& load(int n, int w) const { return all[n][w]; }
-};
-
-// In shared memory: the same for all warps, and each stores some rows. None may still read the last run's.
-template <class C>
-struct QueryFragments<C, true> {
-  uint32_t at;  // this lane's first
-
-  // What lane `lane` has as b[i] of rows n and word w, and its row's factor.
-  __device__ __forceinline__ void store(int lane, int n, int w, int i, uint32_t pair) {
-    const uint32_t theirs = 16 * (lane - int(threadIdx.x & 31));
-    if constexpr (C::ROWS_M) {
-      ptx::store_shared(place(n / 2 * 2 + i / 2, w) + theirs + 4 * (n % 2 + i % 2 * 2), pair);
-    } else {
-      ptx::store_shared(place(n, w) + theirs + 4 * i, pair);
-    }
-  }
-  __device__ __forceinline__ void store_factor(int row, float factor) {
-    ptx::store_shared(factors() + 4 * row, float_bits(factor));
-  }
-  __device__ __forceinline__ float load_factor(int row) const {
-    uint32_t bits;
-    ptx::load_shared<4>(factors() + 4 * row, &bits);
-    return bits_float(bits);
-  }
-  __device__ __forceinline__ QueryWord load(int n, int w) const {
-    QueryWord q;
-    ptx::load_shared<16>(place(n, w), q.b);
-    return q;
-  }
-
- private:
-  __device__ __forceinline__ uint32_t place(int n, int w) const { return at + (n * C::WORDS + w) * C::Q_WORD; }
-  __device__ __forceinline__ uint32_t factors() const {
-    return at - 16 * int(threadIdx.x & 31) + (C::Q_FACTORS - C::Q_OFFSET);
-  }
-};
-
-template <class C>
-struct WarpState {
-  QueryFragments<C> q;
-  float out[C::NT][C::M_TILES][4];     // O^T, times UNSCALE^-1
-  // Of the rows that this lane has (Held):
-  float factor[C::STATS];              // logits in base 2 = S^T * factor
-  float max[C::STATS];                 // of the logits in base 2, less HEADROOM; may lag by LAZY
-  float sum[C::STATS];                 // this lane's part
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-#pragma unroll
-      for (int m = 0; m < C::M_TILES; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[n][m][i] = 0.0f;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < C::STATS; ++j) max[j] = EMPTY, sum[j] = 0.0f;
-  }
 };
 
 // Shared addresses of what a lane reads of the ring's first stage.
@@ -150,6 +65,10 @@ struct LaneOffsets {
   }
 };
 
+// Which side of the products has the query rows; K and V are dequantised alike.
+template <class C>
+using Order = std::conditional_t<C::ROWS_M, RowsAsA<C>, RowsAsB<C>>;
+
 template <class C>
 class Tile {
  public:
@@ -164,7 +83,7 @@ class Tile {
       mask_logits(s, *mask);
     }
     uint32_t p[C::NT][2];
-    softmax(state, s, p);
+    Order<C>::softmax(state, s, p);
     multiply_v(state, stage, at, p, mask);
   }
 
@@ -199,140 +118,7 @@ class Tile {
     }
   }
 
-  __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4],
-                                                 uint32_t (&p)[C::NT][2]) {
-    if constexpr (C::ROWS_M) return softmax_of_rows(state, s, p);
-    float x[C::NT][4];
-    exponents(state, s, x);
-    bool lags = false;
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) lags = lags || fmaxf(x[n][j], x[n][2 + j]) > HEADROOM + LAZY;
-    }
-    if (__any_sync(0xFFFFFFFFu, lags)) {
-#pragma unroll
-      for (int stat = 0; stat < C::STATS; ++stat) rescale(state, s, stat);
-      exponents(state, s, x);
-    }
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-      float e[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        e[i] = ptx::exp2_approx(x[n][i]);
-        state.sum[Held<C>::stat(n, i)] += e[i];
-      }
-      p[n][0] = ptx::transpose_8x8(pack(e[0], e[1]));
-      p[n][1] = ptx::transpose_8x8(pack(e[2], e[3]));
-    }
-  }
-
-  // With ROWS_M a lane has four P of a row, of which it needs the sum anyway: if that is within what one may
-  // reach, so is each. A lane has two rows of sixteen, the warp eight of either kind: only where one of those
-  // eight lags are they rescaled, which takes 32 multiplications. With logits that differ by 18 bits (random
-  // pages) that happens in a third of a short run's tiles.
-  __device__ __forceinline__ static void softmax_of_rows(WarpState<C>& state, const float (&s)[C::NT][4],
-                                                         uint32_t (&p)[C::NT][2]) {
-    constexpr float MOST = float(1 << int(HEADROOM + LAZY));
-    float e[C::NT][4], added[C::STATS];
-    bool lags = false;
-#pragma unroll
-    for (int stat = 0; stat < C::STATS; ++stat) {
-      added[stat] = weigh(state, s, stat, e);
-      lags |= added[stat] > MOST;
-    }
-    if (__any_sync(0xFFFFFFFFu, lags)) {
-#pragma unroll
-      for (int stat = 0; stat < C::STATS; ++stat) {
-        if (__any_sync(0xFFFFFFFFu, added[stat] > MOST)) {
-          rescale(state, s, stat);
-          added[stat] = weigh(state, s, stat, e);
-        }
-      }
-    }
-#pragma unroll
-    for (int stat = 0; stat < C::STATS; ++stat) state.sum[stat] += added[stat];
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) p[n][j] = pack(e[n][2 * j], e[n][2 * j + 1]);
-    }
-  }
-
-  // Adds what a word of K has: even[4] and odd[4] are operand A of its even and odd elements.
-  __device__ __forceinline__ static void multiply_k_word(const WarpState<C>& state, int w,
-                                                         const uint32_t (&even)[4], const uint32_t (&odd)[4],
-                                                         float (&s)[C::NT][4]) {
-    if constexpr (C::ROWS_M) {
-#pragma unroll
-      for (int parity = 0; parity < 2; ++parity) {
-        const uint32_t(&k)[4] = parity == 0 ? even : odd;
-#pragma unroll
-        for (int n = 0; n < C::NT; n += 2) {
-          const auto& q = state.q.load(n + parity, w);
-          ptx::mma_16816(s[n], q.b[0], q.b[1], q.b[2], q.b[3], k[0], k[2]);
-          ptx::mma_16816(s[n + 1], q.b[0], q.b[1], q.b[2], q.b[3], k[1], k[3]);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < C::NT; ++n) {
-        const auto& q = state.q.load(n, w);
-        ptx::mma_16816(s[n], even[0], even[1], even[2], even[3], q.b[0], q.b[1]);
-        ptx::mma_16816(s[n], odd[0], odd[1], odd[2], odd[3], q.b[2], q.b[3]);
-      }
-    }
-  }
-
-  // Adds an MMA tile of V^T, as operand A: rows g and g + 8 are dimensions 2 m and 2 m + 1 of the lane's.
-  __device__ __forceinline__ static void multiply_v_tile(WarpState<C>& state, int m, const uint32_t (&v)[4],
-                                                         const uint32_t (&p)[C::NT][2]) {
-    if constexpr (C::ROWS_M) {
-#pragma unroll
-      for (int n = 0; n < C::NT; ++n) {
-        const int j = n % 2, first = n - j;
-        ptx::mma_16816(state.out[n][m], p[first][0], p[first][1], p[first + 1][0], p[first + 1][1], v[j],
-                       v[2 + j]);
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < C::NT; ++n) {
-        ptx::mma_16816(state.out[n][m], v[0], v[1], v[2], v[3], p[n][0], p[n][1]);
-      }
-    }
-  }
-
  private:
-  // Logits in base 2, relative to the maximum: P's exponents.
-  __device__ __forceinline__ static void exponents(const WarpState<C>& state, const float (&s)[C::NT][4],
-                                                   float (&x)[C::NT][4]) {
-#pragma unroll
-    for (int n = 0; n < C::NT; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int stat = Held<C>::stat(n, i);
-        x[n][i] = fmaf(s[n][i], state.factor[stat], -state.max[stat]);
-      }
-    }
-  }
-
-  // The same, as P, with ROWS_M and of one row of the lane's; returns their sum.
-  __device__ __forceinline__ static float weigh(const WarpState<C>& state, const float (&s)[C::NT][4],
-                                                int stat, float (&e)[C::NT][4]) {
-    float sums[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {  // tokens 0 to 7 of the tile, and 8 to 15
-      const int n = stat / 2 * 2 + j, i = stat % 2 * 2;
-#pragma unroll
-      for (int k = i; k < i + 2; ++k) {
-        e[n][k] = ptx::exp2_approx(fmaf(s[n][k], state.factor[stat], -state.max[stat]));
-      }
-      sums[j] = e[n][i] + e[n][i + 1];
-    }
-    return sums[0] + sums[1];
-  }
-
   __device__ __forceinline__ static void multiply_k(const WarpState<C>& state, uint32_t stage,
                                                     const LaneOffsets<C>& at, float (&s)[C::NT][4]) {
     uint32_t words[2][C::WORDS];
@@ -377,7 +163,7 @@ class Tile {
                                 scaled_pair<2, 3>(a.even, a_scale), scaled_pair<2, 3>(b.even, b_scale)};
       const uint32_t odd[4] = {scaled_pair<0, 1>(a.odd, a_scale), scaled_pair<0, 1>(b.odd, b_scale),
                                scaled_pair<2, 3>(a.odd, a_scale), scaled_pair<2, 3>(b.odd, b_scale)};
-      multiply_k_word(state, w, even, odd, s);
+      Order<C>::multiply_k_word(state, w, even, odd, s);
     }
   }
 
@@ -391,42 +177,6 @@ class Tile {
   __device__ __forceinline__ static __half2 scale_of_word(const __half2* scales, int w) {
     if constexpr (C::DP == 64) return scales[0];
     return w % 4 < 2 ? __low2half2(scales[w / 4]) : __high2half2(scales[w / 4]);
-  }
-
-  // Brings the maximum of one row of the lane's up to date, and its sum and output with it.
-  __device__ __forceinline__ static void rescale(WarpState<C>& state, const float (&s)[C::NT][4], int stat) {
-    const int n = stat / 2, j = stat % 2;
-    float m;
-    if constexpr (C::ROWS_M) {
-      const int first = n * 2;
-      m = fmaxf(fmaxf(s[first][2 * j], s[first][2 * j + 1]),
-                fmaxf(s[first + 1][2 * j], s[first + 1][2 * j + 1]));
-    } else {
-      m = fmaxf(s[n][j], s[n][2 + j]);
-    }
-    m *= state.factor[stat];
-#pragma unroll
-    for (int lanes = Held<C>::LANES; lanes < Held<C>::LANES_END; lanes *= 2) {
-      m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, lanes));
-    }
-    m = fmaxf(m - HEADROOM, state.max[stat]);
-    const float shrink = ptx::exp2_approx(state.max[stat] - m);
-    state.max[stat] = m;
-    state.sum[stat] *= shrink;
-#pragma unroll
-    for (int k = 0; k < C::NT; ++k) {
-#pragma unroll
-      for (int d = 0; d < C::M_TILES; ++d) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (Held<C>::stat(k, i) == stat) state.out[k][d][i] *= shrink;
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ static uint32_t pack(float low, float high) {
-    return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(low, high)));
   }
 
   __device__ __forceinline__ static void multiply_v(WarpState<C>& state, uint32_t stage,
@@ -468,8 +218,8 @@ class Tile {
         const uint32_t second[4] = {scaled_pair<1, 3>(a.even, s0), scaled_pair<1, 3>(a.odd, s0),
                                     scaled_pair<1, 3>(b.even, s1), scaled_pair<1, 3>(b.odd, s1)};
         // Dimensions 8 w + 4 half + (0, 1) and (2, 3) of the lane's.
-        multiply_v_tile(state, 4 * w + 2 * half, first, p);
-        multiply_v_tile(state, 4 * w + 2 * half + 1, second, p);
+        Order<C>::multiply_v_tile(state, 4 * w + 2 * half, first, p);
+        Order<C>::multiply_v_tile(state, 4 * w + 2 * half + 1, second, p);
       }
     }
   }
