@@ -16,14 +16,13 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
   m.def(
       "nvfp4_attention_schedule(Tensor seq_lens, Tensor(a!) schedule, int q_len, int num_q_heads, "
       "int num_kv_heads, int head_size, int window, int parts, int split_units, "
-      "Tensor? query_starts=None, int usual_q_len=0, Tensor? newest_from=None) -> ()");
+      "Tensor? query_starts=None, Tensor? newest_from=None) -> ()");
   m.def(
       "nvfp4_paged_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor(d!) schedule, Tensor k_scale, Tensor v_scale, Tensor(a!) out, Tensor(b!)? lse, Tensor? sinks, "
       "Tensor(c!) workspace, float scale, int q_len, int window, float soft_cap, int scale_order, "
       "int parts, int split_units, Tensor? newest=None, Tensor? newest_rows=None, "
-      "Tensor? newest_from=None, Tensor? query_starts=None, int usual_q_len=0, "
-      "bool rotated_keys=False) -> ()");
+      "Tensor? newest_from=None, Tensor? query_starts=None, bool rotated_keys=False) -> ()");
   m.def(
       "newest_step(Tensor query_starts, Tensor seq_lens, Tensor rows, Tensor slot_mapping, Tensor(a!) state, "
       "Tensor(b!) newest_slots, Tensor(c!) newest_from, int newest_tokens) -> ()");

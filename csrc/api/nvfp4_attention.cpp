@@ -32,7 +32,7 @@ int int_between(const char* name, int64_t value, int64_t low, int64_t high) {
 Nvfp4AttentionParams check_shape(int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                  int64_t window, int64_t parts, int64_t split_units) {
   Nvfp4AttentionParams p = {};
-  p.q_len = p.usual_q_len = int_between("q_len", q_len, 1, MAX_Q_LEN);
+  p.q_len = int_between("q_len", q_len, 1, MAX_Q_LEN);
   p.window = int_between("window", window, 0, INT32_MAX);
   p.parts = int_between("parts", parts, 1, INT32_MAX);
   p.split_units = int_between("split_units", split_units, 0, INT32_MAX);
@@ -62,7 +62,7 @@ void check_schedule(const Tensor& schedule, int64_t requests, const Nvfp4Attenti
 }
 
 // Where q_len is not the same for all requests.
-void take_query_starts(Nvfp4AttentionParams& p, const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+void take_query_starts(Nvfp4AttentionParams& p, const std::optional<Tensor>& query_starts,
                        const Tensor& seq_lens) {
   if (!query_starts) return;
   check_device("query_starts", *query_starts, "seq_lens", seq_lens);
@@ -70,7 +70,6 @@ void take_query_starts(Nvfp4AttentionParams& p, const std::optional<Tensor>& que
   check_rank("query_starts", *query_starts, 1, "(requests + 1)");
   check_dense("query_starts", *query_starts);
   check_size("query_starts", *query_starts, 0, seq_lens.size(0) + 1, "the requests of seq_lens, and one");
-  p.usual_q_len = int_between("usual_q_len", usual_q_len, 1, p.q_len);
   p.query_starts = static_cast<const int32_t*>(query_starts->data_ptr());
 }
 
@@ -86,7 +85,7 @@ void check_requests(const char* name, const Tensor& tensor, const Tensor& seq_le
 Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                         int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                         int64_t window, int64_t parts, int64_t split_units,
-                                        const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                        const std::optional<Tensor>& query_starts,
                                         const std::optional<Tensor>& newest_from) {
   check_device("schedule", schedule, "seq_lens", seq_lens);
   check_dtype("seq_lens", seq_lens, {ScalarType::Int});
@@ -95,7 +94,7 @@ Nvfp4AttentionParams check_for_schedule(const Tensor& seq_lens, const Tensor& sc
   Nvfp4AttentionParams p =
       check_shape(q_len, num_q_heads, num_kv_heads, head_size, window, parts, split_units);
   check_schedule(schedule, seq_lens.size(0), p);
-  take_query_starts(p, query_starts, usual_q_len, seq_lens);
+  take_query_starts(p, query_starts, seq_lens);
   if (newest_from) {
     check_requests("newest_from", *newest_from, seq_lens);
     p.newest_from = static_cast<const int32_t*>(newest_from->data_ptr());
@@ -131,8 +130,7 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
                            int64_t split_units, const std::optional<Tensor>& newest,
                            const std::optional<Tensor>& newest_rows,
                            const std::optional<Tensor>& newest_from,
-                           const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                           bool rotated_keys) {
+                           const std::optional<Tensor>& query_starts, bool rotated_keys) {
   check_device("q", q, "kv_cache", kv_cache);
   check_device("block_table", block_table, "kv_cache", kv_cache);
   check_device("seq_lens", seq_lens, "kv_cache", kv_cache);
@@ -171,7 +169,7 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   check_size("q", q, 2, page.head_size, "the head size of kv_cache");
   Nvfp4AttentionParams p =
       check_shape(q_len, q.size(1), page.heads, page.head_size, window, parts, split_units);
-  take_query_starts(p, query_starts, usual_q_len, seq_lens);
+  take_query_starts(p, query_starts, seq_lens);
   if (!query_starts) check_size("q", q, 0, R * q_len, "the requests of seq_lens times q_len");
   check_size("block_table", block_table, 0, R, "the requests of seq_lens");
   check_sizes_of_q(q, out, lse, sinks);
@@ -260,10 +258,10 @@ void check_newest_indices(const Nvfp4AttentionParams& p, int64_t rows) {
 void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                   int64_t window, int64_t parts, int64_t split_units,
-                                  const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                  const std::optional<Tensor>& query_starts,
                                   const std::optional<Tensor>& newest_from) {
   check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, window, parts,
-                     split_units, query_starts, usual_q_len, newest_from);
+                     split_units, query_starts, newest_from);
 }
 
 void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
@@ -274,12 +272,11 @@ void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Te
                                int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                const std::optional<Tensor>& newest_rows,
                                const std::optional<Tensor>& newest_from,
-                               const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                               bool rotated_keys) {
+                               const std::optional<Tensor>& query_starts, bool rotated_keys) {
   const Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
             q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from,
-            query_starts, usual_q_len, rotated_keys);
+            query_starts, rotated_keys);
   check_indices(p, kv_cache.size(0), q.size(0));
   if (newest) check_newest_indices(p, newest->size(0));
   torch::stable::parallel_for(0, int64_t(p.num_requests) * p.page.heads, 1,
@@ -322,7 +319,7 @@ struct Workspace {
 // max_tokens: of one request.
 Workspace workspace_of(const Nvfp4AttentionParams& p, int64_t requests, int64_t max_tokens) {
   const int group = p.num_q_heads / p.page.heads, rows = p.q_len * group;
-  const int64_t tile_rows = nvfp4_attention_tile_rows(p.page.head_size, p.usual_q_len * group);
+  const int64_t tile_rows = nvfp4_attention_tile_rows(p.page.head_size, rows);
   // A part shares at most two (request, head tile) with other parts: where it begins and where it ends.
   int64_t slots = 2 * int64_t(p.parts);
   if (p.split_units > 0) {
@@ -337,11 +334,11 @@ Workspace workspace_of(const Nvfp4AttentionParams& p, int64_t requests, int64_t 
 void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                    int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                    int64_t window, int64_t parts, int64_t split_units,
-                                   const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                   const std::optional<Tensor>& query_starts,
                                    const std::optional<Tensor>& newest_from) {
-  const Nvfp4AttentionParams p = check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads,
-                                                    head_size, window, parts, split_units, query_starts,
-                                                    usual_q_len, newest_from);
+  const Nvfp4AttentionParams p =
+      check_for_schedule(seq_lens, schedule, q_len, num_q_heads, num_kv_heads, head_size, window, parts,
+                         split_units, query_starts, newest_from);
   check_head_size(p.page.head_size);
   if (p.num_requests == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(seq_lens.get_device_index());
@@ -356,12 +353,11 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                 const std::optional<Tensor>& newest_rows,
                                 const std::optional<Tensor>& newest_from,
-                                const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                                bool rotated_keys) {
+                                const std::optional<Tensor>& query_starts, bool rotated_keys) {
   Nvfp4AttentionParams p =
       check(q, kv_cache, block_table, seq_lens, schedule, k_scale, v_scale, out, lse, sinks, workspace, scale,
             q_len, window, soft_cap, scale_order, parts, split_units, newest, newest_rows, newest_from,
-            query_starts, usual_q_len, rotated_keys);
+            query_starts, rotated_keys);
   check_head_size(p.page.head_size);
   const torch::stable::accelerator::DeviceGuard guard(kv_cache.get_device_index());
   const Workspace needed = workspace_of(p, p.num_requests, p.max_blocks * p.page.block_size);

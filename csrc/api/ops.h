@@ -24,7 +24,7 @@ void gather_nvfp4_cpu(const Tensor& kv_cache, const Tensor& block_table, const T
 void nvfp4_attention_schedule_cpu(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                   int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                   int64_t window, int64_t parts, int64_t split_units,
-                                  const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                  const std::optional<Tensor>& query_starts,
                                   const std::optional<Tensor>& newest_from);
 void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
                                const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
@@ -34,8 +34,7 @@ void nvfp4_paged_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Te
                                int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                const std::optional<Tensor>& newest_rows,
                                const std::optional<Tensor>& newest_from,
-                               const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                               bool rotated_keys);
+                               const std::optional<Tensor>& query_starts, bool rotated_keys);
 int64_t nvfp4_attention_parts_cpu(const Tensor& like, int64_t head_size, int64_t rows);
 int64_t nvfp4_attention_workspace_size_cpu(const Tensor& like, int64_t requests, int64_t max_tokens,
                                            int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
@@ -60,7 +59,7 @@ void gather_nvfp4_cuda(const Tensor& kv_cache, const Tensor& block_table, const 
 void nvfp4_attention_schedule_cuda(const Tensor& seq_lens, const Tensor& schedule, int64_t q_len,
                                    int64_t num_q_heads, int64_t num_kv_heads, int64_t head_size,
                                    int64_t window, int64_t parts, int64_t split_units,
-                                   const std::optional<Tensor>& query_starts, int64_t usual_q_len,
+                                   const std::optional<Tensor>& query_starts,
                                    const std::optional<Tensor>& newest_from);
 void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
                                 const Tensor& seq_lens, const Tensor& schedule, const Tensor& k_scale,
@@ -70,8 +69,7 @@ void nvfp4_paged_attention_cuda(const Tensor& q, const Tensor& kv_cache, const T
                                 int64_t parts, int64_t split_units, const std::optional<Tensor>& newest,
                                 const std::optional<Tensor>& newest_rows,
                                 const std::optional<Tensor>& newest_from,
-                               const std::optional<Tensor>& query_starts, int64_t usual_q_len,
-                               bool rotated_keys);
+                               const std::optional<Tensor>& query_starts, bool rotated_keys);
 int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_t rows);
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,

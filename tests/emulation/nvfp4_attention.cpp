@@ -76,7 +76,7 @@ struct Args {
   const int32_t *newest_rows, *newest_from;
   int64_t newest_tokens;
   const int32_t* query_starts;
-  int64_t usual_q_len, rotated_keys;
+  int64_t rotated_keys;
 };
 
 // Tile rows are chosen as launch.cu does; warps: 4, or 16 where there is such a kernel. Returns 1 for a head
@@ -118,10 +118,9 @@ extern "C" int run_nvfp4_attention(const Args* a) {
   p.newest_tokens = int(a->newest_tokens);
   p.query_starts = a->query_starts;
   p.rotated_keys = a->rotated_keys != 0;
-  p.usual_q_len = int(a->query_starts == nullptr ? a->q_len : a->usual_q_len);
   simt::machine().late_copies = a->late_copies != 0;
 
-  const int rows = p.usual_q_len * (p.num_q_heads / p.page.heads);
+  const int rows = p.q_len * (p.num_q_heads / p.page.heads);
   if (a->warps == 16) {
     switch (p.page.head_size) {
       case 64: run<Config<64, 1, 16>>(p); return 0;

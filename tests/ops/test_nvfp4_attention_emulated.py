@@ -45,20 +45,50 @@ def test_query_rows(head_size, q_len, group):
     check(Case((1, 9, 64, 130), q_len, group=group, head_size=head_size, kv_heads=1))
 
 
-@pytest.mark.parametrize("usual", [1, 3, 8])
-@pytest.mark.parametrize(("group", "head_size"), [(1, 128), (4, 128), (16, 64), (8, 256), (3, 80)])
-def test_uneven_queries(group, head_size, usual):
-    """From none to eight query tokens, whichever of the kernels runs."""
+@pytest.mark.parametrize(
+    ("group", "head_size"), [(1, 128), (2, 128), (4, 128), (16, 128), (2, 64), (16, 64), (8, 256), (3, 80)]
+)
+def test_uneven_queries(group, head_size):
+    """From none to eight query tokens."""
     case = Case(
-        (1, 0, 130, 64, 9, 300, 5, 70), 8, (1, 2, 8, 0, 3, 1, 8, 4), usual, kv_heads=2, group=group,
+        (1, 0, 130, 64, 9, 300, 5, 70), 8, (1, 2, 8, 0, 3, 1, 8, 4), kv_heads=2, group=group,
         head_size=head_size,
     )  # fmt: skip
     check(case, parts=5)
     check(replace(case, window=33, sinks=True, dtype=torch.float16), late_copies=False)
 
 
+@pytest.mark.parametrize("warps", [4, 16])
+@pytest.mark.parametrize("group", [1, 3, 4, 16])
+def test_others_queries_change_nothing(group, warps):
+    """A request is worked on in as few rows as it has, if others have more: its bits are those that it has
+    alone. (Eight rows and sixteen sum in other orders.)"""
+    mixed = make_batch(Case((400, 300, 70, 500), 4, (1, 4, 2, 3), group=group, sinks=True), CPU)
+    out, lse = emulated(mixed, parts=1, warps=warps).run()
+    for r, q_len in enumerate(mixed.case.queries):
+        alone = replace(
+            mixed, case=replace(mixed.case, lengths=mixed.case.lengths[r : r + 1], q_len=q_len, q_lens=()),
+            q=mixed.q[mixed.case.rows(r)], block_table=mixed.block_table[r : r + 1],
+            seq_lens=mixed.seq_lens[r : r + 1], query_starts=None,
+        )  # fmt: skip
+        its_out, its_lse = emulated(alone, parts=1, warps=warps).run()
+        assert torch.equal(its_out, out[mixed.case.rows(r)]) and torch.equal(
+            its_lse, lse[:, mixed.case.rows(r)]
+        )
+
+
+@pytest.mark.parametrize("parts", [3, 7, 20])
+@pytest.mark.parametrize(("head_size", "group"), [(128, 4), (128, 3), (64, 8)])
+def test_parts_of_requests_of_few_and_many_rows(head_size, group, parts):
+    """Partial results of eight rows lie beside those of sixteen or thirty-two."""
+    case = Case((700, 1000, 40, 400), 4, (4, 1, 2, 3), kv_heads=1, group=group, head_size=head_size)
+    check(case, parts=parts)
+    check(replace(case, newest=64, dtype=torch.float16), parts=parts, late_copies=False)
+    check(replace(case, newest=48, split_units=3), parts=parts)
+
+
 def test_uneven_queries_beside_all_else():
-    case = Case((1, 700, 0, 300, 40), 8, (1, 4, 2, 0, 8), 2, soft_cap=5.0, sinks=True)
+    case = Case((1, 700, 0, 300, 40), 8, (1, 4, 2, 0, 8), soft_cap=5.0, sinks=True)
     check(replace(case, newest=64), parts=4)
     check(replace(case, split_units=2, block_size=48, order=ScaleOrder.SWIZZLED))
     check(replace(case, q_lens=(1, 2, 2, 0, 1), q_len=2, group=2), warps=16)

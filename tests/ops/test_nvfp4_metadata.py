@@ -101,7 +101,7 @@ def test_speculative_decoding():
     assert b.reorder_batch_threshold == 4
     uniform = b.build(0, batch([4, 4, 0], [50, 100, 0], padded_tokens=12))
     assert (uniform.decode.num_requests, uniform.decode.q_len, uniform.decode.num_tokens) == (3, 4, 12)
-    assert uniform.decode.query_starts is None and uniform.decode.usual_q_len == 4
+    assert uniform.decode.query_starts is None
 
 
 def test_drafts_of_other_lengths():
@@ -109,7 +109,7 @@ def test_drafts_of_other_lengths():
     b = builder(speculative=3)
     mixed = b.build(0, batch([1, 4, 2, 1, 9], [50, 100, 30, 7, 12]))
     decode = mixed.decode
-    assert (decode.num_requests, decode.q_len, decode.num_tokens, decode.usual_q_len) == (4, 4, 8, 2)
+    assert (decode.num_requests, decode.q_len, decode.num_tokens) == (4, 4, 8)
     assert decode.query_starts.tolist() == [0, 1, 5, 7, 8] and decode.seq_lens.tolist() == [50, 100, 30, 7]
     assert mixed.query_starts.tolist() == [8, 17] and mixed.seq_lens.tolist() == [12]
     alone = b.build(0, batch([2, 4, 1], [50, 100, 30]))

@@ -25,8 +25,6 @@ class Case:
     """Query tokens of each request; with q_lens the most."""
     q_lens: tuple[int, ...] = ()
     """Query tokens of each request, if they are not as many."""
-    usual_q_len: int = 1
-    """With q_lens, what the kernel is chosen for."""
     kv_heads: int = 2
     group: int = 4
     head_size: int = 128
@@ -156,9 +154,8 @@ class Batch:
 
     def launch(self, workspace: ops.AttentionWorkspace, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         c = self.case
-        usual = c.usual_q_len if c.q_lens else None
         ops.nvfp4_attention_schedule(
-            self.seq_lens, workspace, c.q_len, c.window, self.query_starts, usual, self.newest_from
+            self.seq_lens, workspace, c.q_len, c.window, self.query_starts, self.newest_from
         )
         ops.nvfp4_paged_attention(
             self.q,
@@ -180,7 +177,6 @@ class Batch:
             newest_rows=self.newest_rows,
             newest_from=self.newest_from,
             query_starts=self.query_starts,
-            usual_q_len=usual,
             rotated_keys=c.rotated_keys,
         )
 

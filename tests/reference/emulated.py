@@ -31,7 +31,7 @@ FIELDS = [
     ("window", INT), ("swizzled", INT), ("parts", INT), ("split_units", INT), ("late_copies", INT),
     ("warps", INT),
     ("newest", POINTER), ("newest_rows", POINTER), ("newest_from", POINTER), ("newest_tokens", INT),
-    ("query_starts", POINTER), ("usual_q_len", INT), ("rotated_keys", INT),
+    ("query_starts", POINTER), ("rotated_keys", INT),
 ]  # fmt: skip
 
 
@@ -105,7 +105,7 @@ class EmulatedBatch(Batch):
             self.warps,
             *(None if t is None else t.data_ptr() for t in (self.newest, self.newest_rows, self.newest_from)),
             c.newest,
-            None if self.query_starts is None else self.query_starts.data_ptr(), c.usual_q_len,
+            None if self.query_starts is None else self.query_starts.data_ptr(),
             c.rotated_keys,
         )  # fmt: skip
         assert library("nvfp4_attention").run_nvfp4_attention(ctypes.byref(args)) == 0

@@ -53,7 +53,6 @@ class DecodeBatch:
         workspaces: by window (0: none), each with this batch's schedule.
         query_starts: int32 [num_requests + 1] on the device, where their query tokens begin; None if all have
             ``q_len`` (a captured graph has them so).
-        usual_q_len: about what most of them have.
     """
 
     num_requests: int
@@ -63,7 +62,6 @@ class DecodeBatch:
     workspaces: dict[int, ops.AttentionWorkspace]
     num_tokens: int
     query_starts: torch.Tensor | None
-    usual_q_len: int
 
 
 class DecodePlanner:
@@ -116,12 +114,11 @@ class DecodePlanner:
             newest_from: int32 [R], if layers have newest tokens in 16 bits: which (``NewestBatch.begin``).
         """
         n, q_len = len(query_lens), int(query_lens.max())
-        lens, starts, tokens, usual = seq_lens[:n], None, n * q_len, q_len
+        lens, starts, tokens = seq_lens[:n], None, n * q_len
         there = int(np.count_nonzero(query_lens))
         if (query_lens[:there] != q_len).any():
             starts, tokens = query_starts[: n + 1], int(query_lens.sum())
-            usual = -(-tokens // there)
         newest = None if newest_from is None else newest_from[:n]
         for window, workspace in self._workspaces.items():
-            ops.nvfp4_attention_schedule(lens, workspace, q_len, window, starts, usual, newest)
-        return DecodeBatch(n, q_len, lens, block_table[:n], self._workspaces, tokens, starts, usual)
+            ops.nvfp4_attention_schedule(lens, workspace, q_len, window, starts, newest)
+        return DecodeBatch(n, q_len, lens, block_table[:n], self._workspaces, tokens, starts)

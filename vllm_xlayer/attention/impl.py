@@ -131,7 +131,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             query[: batch.num_tokens], kv_cache, batch.block_table, batch.seq_lens, batch.workspaces[window],
             layer._k_scale, layer._v_scale, output[: batch.num_tokens],
             scale=self.scale, q_len=batch.q_len, window=window, soft_cap=self.soft_cap,
-            sinks=self.sinks, query_starts=batch.query_starts, usual_q_len=batch.usual_q_len,
+            sinks=self.sinks, query_starts=batch.query_starts,
             newest=None if newest is None else self.newest,
             newest_rows=None if newest is None else newest.rows[:n],
             newest_from=None if newest is None else newest.begin[:n], rotated_keys=ROTATED_KEYS,

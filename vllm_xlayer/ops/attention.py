@@ -92,7 +92,6 @@ def nvfp4_attention_schedule(
     q_len: int = 1,
     window: int = 0,
     query_starts: torch.Tensor | None = None,
-    usual_q_len: int | None = None,
     newest_from: torch.Tensor | None = None,
 ) -> None:
     """Write the split-KV schedule of a batch into ``workspace.schedule``; once for all its layers.
@@ -100,8 +99,8 @@ def nvfp4_attention_schedule(
     Runs on the device, so that a captured graph follows the lengths. On the CPU there is nothing to do.
 
     Args:
-        seq_lens: int32 [R], as in ``nvfp4_paged_attention``. q_len, window, query_starts, usual_q_len,
-            newest_from: as there, and the same values.
+        seq_lens: int32 [R], as in ``nvfp4_paged_attention``. q_len, window, query_starts, newest_from: as
+            there, and the same values.
     """
     require_cuda_build("nvfp4_attention_schedule", seq_lens)
     load()
@@ -113,10 +112,9 @@ def nvfp4_attention_schedule(
         workspace.num_kv_heads,
         workspace.head_size,
         window,
-        workspace.parts_for(usual_q_len or q_len),
+        workspace.parts_for(q_len),
         workspace.split_units,
         query_starts,
-        usual_q_len or q_len,
         newest_from,
     )
 
@@ -142,7 +140,6 @@ def nvfp4_paged_attention(
     newest_rows: torch.Tensor | None = None,
     newest_from: torch.Tensor | None = None,
     query_starts: torch.Tensor | None = None,
-    usual_q_len: int | None = None,
     rotated_keys: bool = False,
 ) -> None:
     """Attend from the last ``q_len`` tokens of each request to the request's tokens in an NVFP4 cache.
@@ -178,8 +175,6 @@ def nvfp4_paged_attention(
         newest_from: int32 [R] with ``newest``, at least seq_len - n, as ``newest_step`` makes them.
         query_starts: int32 [R + 1] or None: where in q each request's query tokens begin, and their end; 0 to
             q_len of them each. What q has beyond the last is not read, and ``out`` not written there.
-        usual_q_len: with ``query_starts``, how many query tokens most requests have: what the kernel is
-            chosen for. Any number up to q_len gives the result; None is q_len.
 
     A NaN in a cached token makes the heads NaN that it belongs to; a NaN in a query makes its head and token
     NaN. With several query tokens, on CUDA, a NaN in V of a new token also reaches the earlier new ones.
@@ -210,13 +205,12 @@ def nvfp4_paged_attention(
         window,
         soft_cap,
         int(scale_order),
-        workspace.parts_for(usual_q_len or q_len),
+        workspace.parts_for(q_len),
         workspace.split_units,
         newest,
         newest_rows,
         newest_from,
         query_starts,
-        usual_q_len or q_len,
         rotated_keys,
     )
 

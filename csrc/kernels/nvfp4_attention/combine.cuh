@@ -34,7 +34,7 @@ __device__ __forceinline__ bool comes_last(const Nvfp4AttentionParams& p, const 
   bool last = false;
   __syncthreads();
   if (threadIdx.x == 0) {
-    const int head_tiles = head_tiles_of(p, p.q_len, C::TILE_ROWS);
+    const int head_tiles = head_tiles_of(p, p.q_len, C::SLOT_ROWS);
     int32_t* counter =
         p.schedule + Schedule::counters(p.num_requests) + int64_t(run.request) * head_tiles + run.head_tile;
     last = ptx::add_acq_rel(counter, 1) == run.last_part - run.first_part;
@@ -55,7 +55,7 @@ __device__ __forceinline__ void combine(const Nvfp4AttentionParams& p, const Run
 #pragma unroll 1
   for (int row = ptx::uniform(threadIdx.x / 32); row < ptx::uniform(rows); row += C::WARPS) {
     const auto at = [&](int i) {
-      return slot_of(p, run.first_part + i, i == 0 && run.starts_inside) * C::TILE_ROWS + row;
+      return slot_of(p, run.first_part + i, i == 0 && run.starts_inside) * C::SLOT_ROWS + row;
     };
     const auto max_and_sum = [&](int i) { return i < count ? ml[at(i)] : make_float2(EMPTY, 0.0f); };
     float max = EMPTY, sum = 0.0f;

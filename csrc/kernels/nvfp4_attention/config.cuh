@@ -31,6 +31,8 @@ struct Config {
   static constexpr int NT = NT_;
   static constexpr int STAGES = DP == 256 ? 2 : 3;  // tiles in flight or in use a warp
   static constexpr int TILE_ROWS = NT * ROWS;
+  static constexpr int SLOT_ROWS = TILE_ROWS;  // of a partial result in the workspace
+  using Ring = Config<D, 1, WARPS>;            // where tiles are in shared memory does not depend on the rows
   // Which side of an MMA has sixteen: query rows, where there are as many (rows_as_a.cuh), else
   // tokens (rows_as_b.cuh).
   static constexpr bool ROWS_M = NT % 2 == 0;
@@ -92,6 +94,14 @@ struct Config {
   // Dimension d is in word k_word(d) of the lanes that have t = k_lane(d).
   static XLAYER_HD int k_lane(int d) { return DP == 64 ? d / 16 : d % 128 / 32; }
   static XLAYER_HD int k_word(int d) { return DP == 64 ? d % 16 / 8 : d % 32 / 8 + d / 128 * 4; }
+};
+
+// How the kernel of `Wide` works on a head tile of which a request has only so many rows. Head tiles, the places of
+// results in the workspace, and the order of newest tokens and pages are the kernel's.
+template <class Wide, int NT>
+struct Narrow : Config<Wide::D, NT, Wide::WARPS> {
+  static constexpr int SLOT_ROWS = Wide::SLOT_ROWS;
+  static constexpr bool NEWEST_FIRST = Wide::NEWEST_FIRST;
 };
 
 // Rows of S^T = K Q^T are tokens in this order, so that P^T, which takes them as its k index (a lane has k =

@@ -47,8 +47,8 @@ const Variant* find_large(const Variant& small) {
   return nullptr;
 }
 
-// Of most requests.
-int rows_of(const Nvfp4AttentionParams& p) { return p.usual_q_len * (p.num_q_heads / p.page.heads); }
+// Of the request with the most: a head tile of fewer is worked on in fewer rows (attend_rows).
+int rows_of(const Nvfp4AttentionParams& p) { return p.q_len * (p.num_q_heads / p.page.heads); }
 
 // For this batch: the same for its schedule and its attention.
 const Variant* find(const Nvfp4AttentionParams& p) {
@@ -57,7 +57,8 @@ const Variant* find(const Nvfp4AttentionParams& p) {
   if (v == nullptr || p.split_units > 0) return v;
   const Variant* large = find_large(*v);
   // As long as no large block has two lines to work on, one after the other.
-  const bool few = large != nullptr && int64_t(p.num_requests) * head_tiles_of(p, p.usual_q_len, v->tile_rows) <= large->blocks(p.parts);
+  const bool few = large != nullptr && int64_t(p.num_requests) * head_tiles_of(p, p.q_len, v->tile_rows) <=
+                                           large->blocks(p.parts);
   return few ? large : v;
 }
 

@@ -50,7 +50,6 @@ struct Nvfp4AttentionParams {
   const int32_t* seq_lens;     // [R] tokens, the q_len new ones included; 0: no request
   int num_requests;            // R
   int q_len;                   // query tokens a request, the last of its tokens; with query_starts the most
-  int usual_q_len;             // what head tiles are chosen for: q_len, or fewer with query_starts
   const int32_t* query_starts;  // [R + 1] where in q each request's query tokens begin, and their end; or null
   int num_q_heads;             // Hq, a multiple of page.heads
 

@@ -74,8 +74,8 @@ class Tile {
  public:
   // stage: its offset in the ring. mask: null where every query sees every token of the tile and no logit is
   // capped.
-  __device__ __forceinline__ static void attend(WarpState<C>& state, uint32_t stage, const LaneOffsets<C>& at,
-                                                const TileMask* mask) {
+  __device__ __forceinline__ static void attend(WarpState<C>& state, uint32_t stage,
+                                                const LaneOffsets<typename C::Ring>& at, const TileMask* mask) {
     float s[C::NT][4];
     multiply_k(state, stage, at, s);
     if (mask != nullptr) {
@@ -120,7 +120,8 @@ class Tile {
 
  private:
   __device__ __forceinline__ static void multiply_k(const WarpState<C>& state, uint32_t stage,
-                                                    const LaneOffsets<C>& at, float (&s)[C::NT][4]) {
+                                                    const LaneOffsets<typename C::Ring>& at,
+                                                    float (&s)[C::NT][4]) {
     uint32_t words[2][C::WORDS];
     __half2 scales[2][C::DP == 64 ? 1 : C::DP / 128];
 #pragma unroll
@@ -180,15 +181,16 @@ class Tile {
   }
 
   __device__ __forceinline__ static void multiply_v(WarpState<C>& state, uint32_t stage,
-                                                    const LaneOffsets<C>& at, const uint32_t (&p)[C::NT][2],
+                                                    const LaneOffsets<typename C::Ring>& at,
+                                                    const uint32_t (&p)[C::NT][2],
                                                     const TileMask* mask) {
     constexpr int BYTES = 4 * C::V_WORDS;
     uint32_t words[4][C::V_WORDS];  // of tokens t, t + 4, t + 8, t + 12
 #pragma unroll
     for (int i = 0; i < 4; ++i) ptx::load_shared<BYTES>(stage + at.v_data + i * 4 * C::ROW, words[i]);
-    __half2 scales[LaneOffsets<C>::V_GROUPS][2];  // (t, t + 4) and (t + 8, t + 12)
+    __half2 scales[LaneOffsets<typename C::Ring>::V_GROUPS][2];  // (t, t + 4) and (t + 8, t + 12)
 #pragma unroll
-    for (int group = 0; group < LaneOffsets<C>::V_GROUPS; ++group) {
+    for (int group = 0; group < LaneOffsets<typename C::Ring>::V_GROUPS; ++group) {
       uint32_t bytes[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -205,8 +207,8 @@ class Tile {
     }
 #pragma unroll
     for (int w = 0; w < C::V_WORDS; ++w) {
-      const __half2 s0 = scales[w / 2 % LaneOffsets<C>::V_GROUPS][0];
-      const __half2 s1 = scales[w / 2 % LaneOffsets<C>::V_GROUPS][1];
+      const __half2 s0 = scales[w / 2 % LaneOffsets<typename C::Ring>::V_GROUPS][0];
+      const __half2 s1 = scales[w / 2 % LaneOffsets<typename C::Ring>::V_GROUPS][1];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // elements 0..3 and 4..7 of the word
         // Two tokens' four elements side by side: pairs of the same dimension are then 16 bits apart.

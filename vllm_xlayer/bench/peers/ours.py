@@ -42,16 +42,13 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None, newest_tokens: int = 0)
         max_q_len=s.q_len,
     )
     starts = inputs.starts if s.q_lens else None
-    usual = -(-sum(s.queries) // len(s.lens))  # as the backend has it
     newest: dict[str, Any] = newest_arguments(inputs, cache, kv, newest_tokens) if newest_tokens else {}
-    ops.nvfp4_attention_schedule(
-        inputs.seq_lens, workspace, s.q_len, 0, starts, usual, newest.get("newest_from")
-    )
+    ops.nvfp4_attention_schedule(inputs.seq_lens, workspace, s.q_len, 0, starts, newest.get("newest_from"))
 
     def call(table: torch.Tensor) -> None:
         ops.nvfp4_paged_attention(
             inputs.q, cache, table, inputs.seq_lens, workspace, one, one, inputs.out,
-            scale=s.head_size**-0.5, q_len=s.q_len, query_starts=starts, usual_q_len=usual,
+            scale=s.head_size**-0.5, q_len=s.q_len, query_starts=starts,
             rotated_keys=ROTATED_KEYS, **newest,
         )  # fmt: skip
 
