@@ -14,6 +14,8 @@ NEWEST = 512 / 144
 """Bytes of an unquantised token beside one of a page, heads of 128 or any other size."""
 H200 = 528
 """Thread blocks of four warps that run at once on an H200, heads of 128."""
+RUN = 3
+"""Units that another run takes a part."""
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,11 @@ H200 = 528
         ([1024] * 256, 64, (64, 512)),  # four whole lines each
         ([8192] * 16, 256, (32, 128)),  # sixteen warps: a line each
         ([65536], 256, (16, 128)),  # a sixteenth of a line each
-        ([8192] * 63 + [8000], 64, (125, 525)),  # not all alike
+        (
+            [8192] * 63 + [8000],
+            64,
+            (127, 528),
+        ),  # not all alike: three units a line, and parts cut as they come
         ([8192] * 58, 64, (113, 526)),  # a whole line would be an eighth more
         ([100] * 4, 64, (2, 32)),  # no part below 128 tokens
     ],
@@ -141,23 +147,41 @@ def test_every_tile_is_in_one_part(case):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_parts_cost_the_same(case):
-    """No more than the mean, with what cannot be cut: a unit, and the newest tokens of a line."""
+    """No more than the mean, with what cannot be cut: a unit, and the newest tokens of a line and its run."""
     newest_from = full(case.lengths, case.newest)
     made = cut(case, newest_from)
     done = work(case, newest_from, made)
     costs = np.bincount(done.part, done.cost, minlength=made.parts)
+    costs += RUN * runs(done, made.parts)
     least = 128 / case.unit  # units of a part
     # Whole units, and newest tokens as 4 times a page's: a little more than the costs' sum.
-    counted = len(done.part) + 3 * case.newest / case.unit * len(case.lengths) * case.heads
-    not_cut = 1 + (NEWEST - 1) * case.newest / case.unit
+    counted = len(done.part) + (3 * case.newest / case.unit + RUN) * len(case.lengths) * case.heads
+    not_cut = 1 + (NEWEST - 1) * case.newest / case.unit + RUN
     assert costs.max() <= max(counted / case.parts, least) + not_cut
 
 
+def runs(done: Work, parts: int) -> np.ndarray:
+    """Of each part: the lines that it has units of."""
+    return np.bincount(np.unique([done.line, done.part], axis=1)[1], minlength=parts)
+
+
+def test_few_long_lines_and_many_short_ones():
+    """Sixteen warps, a KV head: no part has four runs where others have one of as many units."""
+    case = Ragged([150 + 40 * i % 700 for i in range(80)] + [30000] * 8, heads=1, unit=256, parts=132)
+    newest_from = full(case.lengths, case.newest)
+    made = cut(case, newest_from)
+    done = work(case, newest_from, made)
+    units = np.bincount(done.part, minlength=made.parts)
+    cost = units + RUN * runs(done, made.parts)
+    assert runs(done, made.parts).max() > 2  # or there is nothing to see
+    assert cost.max() <= made.chunk + RUN
+
+
 def test_only_newest_tokens_that_are_there_count():
-    """Tiles of 16 from newest_from on, of requests of 16 units: three units more for four tiles."""
+    """Tiles of 16 from newest_from on, requests of 16 units: three units more for four tiles; and a run."""
     newest_from = [960, 976, 985, 1000, 1009, 1024, 2**31 - 1]
     made = schedule_of([1024] * 7, 1, 7, 64, newest_from)
-    assert np.diff(made.begins).tolist() == [19, 18, 17, 16, 16, 16, 16]
+    assert (np.diff(made.begins) - RUN).tolist() == [19, 18, 17, 16, 16, 16, 16]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

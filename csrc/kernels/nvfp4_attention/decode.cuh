@@ -236,10 +236,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       const int q_len = queries_of(p, request).count;
       const int units = key_range(p.seq_lens[request], q_len, p.window, C::UNIT_TOKENS).units;
       const int tiles_per_head = row_tiles(q_len, p.num_q_heads / p.page.heads, C::TILE_ROWS);
-      int line = line_units(units, p.split_units);
-      if constexpr (NEWEST) {  // longer, as the schedule has it. Without the maximum nvcc spills registers.
-        line = max(line, (begins[request + 1] - begins[request]) / (p.page.heads * tiles_per_head));
-      }
+      // As long as the schedule has it. Without the maximum nvcc spills registers.
+      const int line = max(line_units(units, p.split_units),
+                           (begins[request + 1] - begins[request]) / (p.page.heads * tiles_per_head));
       const int within = position - begins[request];
       Run run;
       run.request = request;
@@ -254,8 +253,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       run.last_part = ptx::uniform((begin + units - 1) / chunk);
       run.starts_inside = begin != run.first_part * chunk;
       run.slot = slot_of(p, part, position != part_begin);
-      // Nothing, where this part begins among what newest tokens add to the line.
-      if (!NEWEST || run.begin < units) {
+      // Nothing, where this part begins among what the schedule adds to the line.
+      if (run.begin < units) {
         const int rows = q_len * (p.num_q_heads / p.page.heads) - run.first_row;
         attend_rows<C, NEWEST>(p, run, rows, state, loader, at, ring, merge);
       }

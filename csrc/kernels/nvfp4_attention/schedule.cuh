@@ -12,15 +12,31 @@ constexpr int MIN_TOKENS = 128;  // of a part: below, merging costs more than it
 // place of 144, and nothing is read ahead of it.
 constexpr int NEWEST_COST = 4;
 
-// Units that a request's newest tokens add to each of its lines, because they cost more. They come after the
-// line's own, at its end as the newest tokens are, and nobody attends to them: a part that has some has fewer
-// others. What is less than a unit is left out. Not with a fixed split, whose parts are the same in any batch.
+// What a part's further runs take: each fills the ring anew, loads queries, and merges its warps' results, while the
+// block does nothing else. In units, whatever the block: one of sixteen warps has four times as many tokens a unit
+// and takes as long for it.
+constexpr int RUN_COST = 3;
+
+// A line may be longer than its request's tokens are: by what its newest tokens cost more, and by RUN_COST where
+// lines are not equally long, so that a part may have the ends of many. These units come after the line's own, and
+// nobody attends to them: a part that has some has fewer others. Not with a fixed split, whose parts are the same in
+// any batch.
+
+// For newest tokens; what is less than a unit is left out.
 __device__ __forceinline__ int newest_units(const Nvfp4AttentionParams& p, int request, const Range& keys,
                                             int unit) {
   if (p.newest_from == nullptr || p.split_units > 0) return 0;
   const int end = (keys.last + TILE - 1) / TILE;
   const int tiles = end - max(newest_tile(p, request, keys.last), keys.first / TILE);
   return tiles * (NEWEST_COST - 1) / (unit / TILE);
+}
+
+// Of a request's head tile, without RUN_COST.
+__device__ __forceinline__ int units_of_line(const Nvfp4AttentionParams& p, int request, int unit) {
+  const int q_len = queries_of(p, request).count;
+  if (q_len == 0) return 0;
+  const Range keys = key_range(p.seq_lens[request], q_len, p.window, unit);
+  return line_units(keys.units, p.split_units) + newest_units(p, request, keys, unit);
 }
 
 // Where all lines are equally long: a somewhat larger chunk of which each is so many lines, or so many make a
@@ -46,15 +62,19 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
   for (int i = threadIdx.x; i < counted; i += SCHEDULE_THREADS) counters[i] = 0;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int total = 0;
+  for (int r = threadIdx.x; r < p.num_requests; r += SCHEDULE_THREADS) {
+    const int units = units_of_line(p, r, unit);
+    if (units > 0) atomicMin(&shortest, units), atomicMax(&longest, units);
+  }
+  __syncthreads();
+  const bool alike = p.split_units > 0 || shortest >= longest;
   for (int base = 0; base < p.num_requests; base += SCHEDULE_THREADS) {
     const int r = base + threadIdx.x;
     int units = 0;
     if (r < p.num_requests) {
-      const int q_len = queries_of(p, r).count;
-      const Range keys = key_range(p.seq_lens[r], q_len, p.window, unit);
-      units = q_len > 0 ? line_units(keys.units, p.split_units) + newest_units(p, r, keys, unit) : 0;
-      if (units > 0) atomicMin(&shortest, units), atomicMax(&longest, units);
-      units *= head_tiles_of(p, q_len, tile_rows);
+      units = units_of_line(p, r, unit);
+      if (units > 0 && !alike) units += RUN_COST;
+      units *= head_tiles_of(p, queries_of(p, r).count, tile_rows);
     }
     int sum = units;  // inclusive prefix sum over the block
     for (int i = 1; i < 32; i *= 2) {
@@ -73,7 +93,7 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
   }
   if (threadIdx.x == 0) {
     int chunk = p.split_units > 0 ? p.split_units : max((total + parts - 1) / parts, max(MIN_TOKENS / unit, 1));
-    if (p.split_units == 0 && shortest == longest) chunk = whole_lines(chunk, longest);
+    if (p.split_units == 0 && alike && longest > 0) chunk = whole_lines(chunk, longest);
     begins[p.num_requests] = total;
     p.schedule[Schedule::CHUNK] = chunk;
     p.schedule[Schedule::PARTS] = (total + chunk - 1) / chunk;
