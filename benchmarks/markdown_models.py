@@ -22,17 +22,11 @@ LATENTS_INTRODUCTION = """### Latent attention on a GPU
 logprobs, cold and cached. *Restored*: from host memory as cached on the device.
 """
 WAYS = ("NVFP4", "XLayerConnector", "both")
-CUT = ":"
-"""What a sentence ends with whose other lines are not in the results: runs before e6d16c0 kept the first."""
 FP8 = (
     "vLLM's own FLASH_ATTN_DIFFKV, which the model chooses, takes the flag and keeps fp8: a byte an element, "
     "not NVFP4"
 )
-EARLIER = "of before FLASH_ATTN_MLA was served; see the next table"
-REMARKS = {
-    ("MiMoV2FlashForCausalLM", "NVFP4", "b73ed25"): FP8,
-    **{(f"DeepseekV{n}ForCausalLM", "XLayerConnector", "b73ed25"): EARLIER for n in (2, 3)},
-}
+REMARKS = {("MiMoV2FlashForCausalLM", "NVFP4", "866e501"): FP8}
 """(row, way, commit) -> what its cell does not say of itself."""
 PLATFORM, ABSENT = "CPU reference platform: ", "are not supported for now"
 """What a sentence of the platform begins with, and what vLLM says of an unknown model."""
@@ -208,8 +202,6 @@ def _table(introduction: str, keys: tuple[str, ...], found: Iterable[dict[str, s
 def _cell(found: str, notes: dict[str, int], remark: str | None = None) -> str:
     """What happened, with the number of the sentence that says more."""
     what, _, sentence = found.partition(": ")
-    if sentence.endswith(CUT):
-        sentence = f"{sentence.removesuffix(CUT)} (by whom it is refused that run did not keep)"
     if remark is not None:
         sentence = f"{sentence}; {remark}" if sentence else remark
     if not sentence:
