@@ -171,15 +171,23 @@ def test_backends_that_keep_what_is_theirs_are_named():
 
 
 def test_a_row_of_an_earlier_commit_gets_its_remark_and_no_later_one():
-    row = {"family": "MiMoV2FlashForCausalLM", **dict.fromkeys(models.WAYS, "refused: nobody agrees:")}
+    row = {"family": "MiMoV2FlashForCausalLM", **dict.fromkeys(models.WAYS, "refused: nobody agrees")}
     row["NVFP4"] = "works (blocks of 16)"
-    lines = gpu_table({**ABOUT, "commit": "b73ed25", "families": {"a": row}}).splitlines()
+    lines = gpu_table({**ABOUT, "commit": "866e501", "families": {"a": row}}).splitlines()
     assert "| MiMoV2FlashForCausalLM | works (blocks of 16) (1) | refused (2) | refused (2) |" in lines
-    assert "fp8" in lines[-2] and lines[-1].endswith(
-        "nobody agrees (by whom it is refused that run did not keep)"
-    )
+    assert "fp8" in lines[-2] and lines[-1] == "2. nobody agrees"
     later = gpu_table({**ABOUT, "families": {"a": row}})
     assert "| MiMoV2FlashForCausalLM | works (blocks of 16) |" in later and "fp8" not in later
+
+
+def test_a_long_refusal_is_cut_at_a_word():
+    long = "refused: " + 100 * "some words " + "the end"
+    last = gpu_table({**ABOUT, "families": {"a": {"family": "A", **dict.fromkeys(models.WAYS, long)}}})
+    last = last.splitlines()[-1]
+    assert last.startswith("1. some words ") and last.endswith(
+        " ... (the whole sentence is in the results file)"
+    )
+    assert "the end" not in last and len(last) < 460
 
 
 def test_kinds_of_drafts_are_no_families():
