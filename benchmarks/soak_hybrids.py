@@ -159,20 +159,30 @@ def rounding(llm: Any, prompts: list[list[int]], answers: list[Answers]) -> floa
     return worst
 
 
-def noticed(llm: Any, prompts: list[list[int]], answers: list[Answers]) -> list[dict[str, Any]]:
-    """Of each KV cache group, how many wrong blocks the soak would notice, of so many that were planted."""
+def planted(llm: Any, prompts: list[list[int]], answers: list[Answers]) -> list[dict[str, Any]]:
+    """Of each KV cache group, how far answers from wrong blocks are from right ones."""
     from hybrid_fixture import groups
 
     specs = [g.kv_cache_spec for g in _core(llm).scheduler.kv_cache_config.kv_cache_groups]
     found = []
     for group, spec in enumerate(specs):
-        seen = of = 0
-        for which, prompt in enumerate(prompts):
-            if (output := _answer_from_wrong_block(llm, prompt, group, which)) is not None:
-                of += 1
-                seen += answers[which].distance(output) > answers[which].tolerance
+        distances = [
+            answers[which].distance(output)
+            for which, prompt in enumerate(prompts)
+            if (output := _answer_from_wrong_block(llm, prompt, group, which)) is not None
+        ]
         kind = type(spec).__name__.removesuffix("Spec")
-        found.append({"group": kind, "layers": len(groups(llm)[group]), "noticed": seen, "of": of})
+        found.append({"group": kind, "layers": len(groups(llm)[group]), "distances": distances})
+    return found
+
+
+def noticed(planted: list[dict[str, Any]], tolerance: float) -> list[dict[str, Any]]:
+    """How many wrong blocks the soak notices, of so many that were planted."""
+    found = []
+    for group in planted:
+        distances = group["distances"]
+        seen = sum(distance > tolerance for distance in distances)
+        found.append({k: group[k] for k in ("group", "layers")} | {"noticed": seen, "of": len(distances)})
     return found
 
 
@@ -227,16 +237,31 @@ def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, ke
         block = serving.block_of(llm)
         prompts = prompts_of(block)
         right = right_answers(llm, prompts)
-        found = rounding(llm, prompts, [Answers(one) for one in right])
-        answers = [Answers(one, max(TOLERANCE, 2 * found)) for one in right]
-        power = noticed(llm, prompts, answers)
+        exactly = [Answers(one) for one in right]
+        found = rounding(llm, prompts, exactly)
+        wrong_blocks = planted(llm, prompts, exactly)
         kv_cache = _core(llm).scheduler.kv_cache_config
         row = kv_cache.kv_cache_tensors[0].size // kv_cache.num_blocks
         row = -(-row // mmap.PAGESIZE) * mmap.PAGESIZE  # as vLLM counts it in host memory that ranks share
         groups = len(kv_cache.kv_cache_groups)
+    longest = -(-(max(map(len, prompts)) + NUM_TOKENS) // block) * block
+    small = settings | dict(
+        num_gpu_blocks_override=BLOCKS * groups,
+        max_model_len=longest,
+        # vLLM's first step, without requests, has so many tokens in max_num_seqs requests, which must not be
+        # longer than a request may be: kernels of states would read past the block table.
+        max_num_batched_tokens=min(settings["max_num_batched_tokens"], SEQUENCES * longest),
+    )
+    # Without a connector, with requests that are preempted: what they had decoded is computed again, by other
+    # kernels than before, which may move logprobs by more than batches do.
+    preempted = 0.0
+    if cache == "auto":
+        with serving.started(small) as llm:
+            preempted = rounding(llm, prompts, exactly)
+    answers = [Answers(one, max(TOLERANCE, 2 * found, 2 * preempted)) for one in right]
     about = dict(
-        model=model, cache=cache, block_size=block, rounding=found, tolerance=answers[0].tolerance,
-        power=power,
+        model=model, cache=cache, block_size=block, rounding=found, rounding_preempted=preempted,
+        tolerance=answers[0].tolerance, power=noticed(wrong_blocks, answers[0].tolerance),
     )  # fmt: skip
     print(about)
 
@@ -250,15 +275,7 @@ def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, ke
         keep(about | counted)
         print(counted, flush=True)
 
-    longest = -(-(max(map(len, prompts)) + NUM_TOKENS) // block) * block
-    small = settings | dict(
-        num_gpu_blocks_override=BLOCKS * groups,
-        max_model_len=longest,
-        # vLLM's first step, without requests, has so many tokens in max_num_seqs requests, which must not be
-        # longer than a request may be: kernels of states would read past the block table.
-        max_num_batched_tokens=min(settings["max_num_batched_tokens"], SEQUENCES * longest),
-        **with_host_tier(ROWS * groups * row),
-    )
+    small |= with_host_tier(ROWS * groups * row)
     counts = ("requests", "answers", "restored", "preempted", "wrong")
     return about | soak(small, prompts, sampling(), is_right, seconds, seed, counts, note)
 
