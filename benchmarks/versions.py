@@ -67,6 +67,8 @@ REASONS = {
     "Newest tokens are 0.1 ms of it, 3 us a layer.",
     "decode step 1 x": "Not known. Before rotated keys (commit b37c7ca) it took 5.22 ms with vLLM 0.33, and "
     "fp8's 1.07 times that: runs scatter as much.",
+    "decode, 64 x 8192, page 64": "Another benchmark used the GPU for a part of the run; in the one before "
+    "(commit 8c50aac) it was 166 us.",
     "decode, ": "Newest 64 tokens in 16 bits, the default since, and queries that are rotated "
     "([NOTES](../csrc/kernels/nvfp4_attention/NOTES.md)).",
     "write": "K is rotated since: 80 additions and 16 shuffles a group "
@@ -74,13 +76,15 @@ REASONS = {
     "tokens that fit": "Newest tokens take at most 2.5 % of the GPU's memory, and vLLM takes more of it, "
     "too: of bf16 834,608 tokens fitted, and 824,432 do.",
     "times the tokens": "Newest tokens' memory.",
-    "first token of": "Not known: the host's time. Another benchmark ran on the machine's second GPU, and "
-    "bf16's, all cached, went from 27 to 39 ms.",
-    "first token": "Not known. It is the host's time, which launches such a step kernel by kernel: bf16's "
-    "cached one went from 19.3 to 23.7 ms, and with 0.26 ours took 27.6 ms on one machine, 53.0 on another.",
+    "first token of": "The host's time, as of the first token cached above. Another benchmark ran on the "
+    "machine's second GPU, and bf16's, all cached, went from 27 to 39 ms.",
+    "first token": "The host's time, which launches such a step kernel by kernel: some 25 of each layer's "
+    "launches put newest and own tokens over dequantised ones. Since commit 1e70f51 one does; not measured "
+    "anew. bf16's cached one went from 19.3 to 23.7 ms.",
     "computed, first token": "Not known. `bench capacity` has 495 ms with both.",
-    "on the device, first token": "Not known: the host's time.",
-    "in the host tier, first token": "Not known: the host's time; the link's is the same.",
+    "on the device, first token": "The host's time, before newest tokens already; not measured since "
+    "one launch gathers a prompt's tokens (commit 1e70f51).",
+    "in the host tier, first token": "As on the device; the link's time is the same.",
     "host tier - device": "Not known: the link needs 11 ms, the rest is the host's time. The bound of 12.5 "
     "ms was kept with 0.26 and is missed.",
     "beside rows from the host": "Not known. Rounds scatter from 4 to 35 %. The bound of 3 % was missed with "
