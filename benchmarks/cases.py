@@ -5,6 +5,7 @@ kept. The others go on.
 """
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -130,4 +131,6 @@ def _enter(run: Run, case: Any, answers: Connection, log: Path | None) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(descriptor, stream.fileno())
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(line_buffering=True)  # it may be killed, with its answers given
     run(case, answers)
