@@ -181,6 +181,8 @@ class StagedReads:
         self.reads.setdefault(request, []).append(read)
         for _ in range(self.buffers):  # so many are posted at most
             self._move()
+            if read.over or read.posted == read.rows:
+                break
 
     def poll(self) -> dict[str, Failure | None]:
         """Moves everything on. Returns the requests that are over: with their failure, or None.
