@@ -75,10 +75,9 @@ class Right:
 
 @dataclass(frozen=True)
 class Answers:
-    """Right answers to a prompt, and how far others may be from them."""
+    """Right answers to a prompt."""
 
     right: list[Right]
-    tolerance: float = 0.0
 
     def distance(self, output: Any, tokens: int = NUM_TOKENS) -> float:
         """Of the first so many tokens of a RequestOutput, from the nearest."""
@@ -253,15 +252,16 @@ def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, ke
         max_num_batched_tokens=min(settings["max_num_batched_tokens"], SEQUENCES * longest),
     )
     # Without a connector, with requests that are preempted: what they had decoded is computed again, by other
-    # kernels than before, which may move logprobs by more than batches do.
+    # kernels than before, which may move their logprobs by more than batches do. Others' get no more for it.
     preempted = 0.0
     if cache == "auto":
         with serving.started(small) as llm:
             preempted = rounding(llm, prompts, exactly)
-    answers = [Answers(one, max(TOLERANCE, 2 * found, 2 * preempted)) for one in right]
+    tolerance = max(TOLERANCE, 2 * found)
+    of_preempted = max(tolerance, 2 * preempted)
     about = dict(
         model=model, cache=cache, block_size=block, rounding=found, rounding_preempted=preempted,
-        tolerance=answers[0].tolerance, power=noticed(wrong_blocks, answers[0].tolerance),
+        tolerance=tolerance, power=noticed(wrong_blocks, of_preempted),
     )  # fmt: skip
     print(about)
 
@@ -269,7 +269,11 @@ def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, ke
         if len(output.outputs[0].token_ids) != NUM_TOKENS:
             return False
         compared = NUM_TOKENS if before is None or cache == "auto" else before
-        return answers[which].distance(output, compared) <= answers[which].tolerance
+        distance = exactly[which].distance(output, compared)
+        is_near = distance <= (tolerance if before is None else of_preempted)
+        if not is_near:
+            print(f"{distance:g} nats from the nearest right answer", flush=True)
+        return is_near
 
     def note(_: Any, counted: dict[str, Any]) -> None:
         keep(about | counted)

@@ -112,6 +112,15 @@ def add(reads, request, peer, some):
     reads.add(request, peer, len(some), some)
 
 
+def test_a_read_that_is_all_posted_is_not_looked_at_before_the_step(reads, wire):
+    """However fast it is: vLLM hears of its end, or of its peer's, after the step, as of vLLM's own reads."""
+    wire.fast = True
+    add(reads, "a", "peer", rows(CAPACITY - 1))
+    assert list(wire.states.values()) == ["DONE"] and wire.landed == [] and wire.released == []
+    reads.poll()
+    assert wire.landed == rows(CAPACITY - 1)
+
+
 def end_all(wire, state="DONE"):
     wire.states = {h: state if s == "PROC" else s for h, s in wire.states.items()}
 

@@ -11,7 +11,6 @@ One thread: of a chunk that several have posted, one's error is final while the 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 ONE_THREAD = {"num_threads": "1", "split_batch_size": "1"}
 """Parameters of NIXL's backend UCX: threads, and the fewest descriptors that are theirs."""
@@ -36,5 +35,9 @@ def vllm_makes_such() -> Iterator[None]:
     """A worker of vLLM's NIXL connector that is made meanwhile has an agent of such a class."""
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 
-    with patch.object(base_worker, "NixlWrapper", with_thread(base_worker.NixlWrapper)):
+    vllms = base_worker.NixlWrapper
+    base_worker.NixlWrapper = with_thread(vllms)
+    try:
         yield
+    finally:
+        base_worker.NixlWrapper = vllms
