@@ -6,7 +6,6 @@ kept. The others go on.
 
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -20,27 +19,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_xlayer.provenance import provenance
-
 Run = Callable[[Any, Connection], None]
 """In the case's process: sends (question, answer) for each question."""
 ASSERTION = re.compile(r"([^/\s]+:\d+): .*?(Assertion .*)")
 """What a GPU prints where an assertion of a kernel fails; the error that follows does not repeat it."""
-
-
-def rows_of(path: Path, key: str) -> dict[str, dict[str, str]]:
-    """The rows of a results file, none if there is no file: each says the date and commit that it is of."""
-    if not path.exists():
-        return {}
-    results = json.loads(path.read_text())
-    about = {name: results[name] for name in ("date", "commit")}
-    return {name: about | row for name, row in results[key].items()}
-
-
-def stamped(row: dict[str, str]) -> dict[str, str]:
-    """A row that is of now: some cases can be tried again, and the others' rows stay what they were."""
-    now = provenance()
-    return row | {name: now[name] for name in ("date", "commit")}
 
 
 def try_case(

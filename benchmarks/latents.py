@@ -21,10 +21,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_xlayer.provenance import write
+from vllm_xlayer.provenance import rows_of, stamped, write
 
 from . import RESULTS, serving
-from .cases import rows_of, stamped, try_all
+from .cases import try_all
 from .model_configs import configs
 
 RESULT = {False: RESULTS / "cpu-latents.json", True: RESULTS / "gpu-latents.json"}

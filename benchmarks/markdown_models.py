@@ -129,9 +129,11 @@ def hybrids_soak_section(results: dict[str, Any]) -> str:
 `python -m benchmarks.soak --model lfm2` and `--model qwen3_next`: tiny models with random weights, a device
 cache of about four requests, a host tier not much larger, aborts, resets and failing copies. Tokens and the
 logprobs of the likeliest ones are compared with those of an engine without connector that answers each prompt
-alone. *Rounding*: how far its own logprobs move in batches, in nats; twice of that counts as equal, 0.0001 at
-least. What *wrong* is worth is said for each KV cache group: of cached prompts one block of which was given
-another prompt's bytes, how many got an answer that is called wrong; the others go unseen in the soak, too.
+alone. *Rounding*: how far logprobs move without a connector, in nats, with as small a cache and for as long:
+in batches, and of requests that are preempted, whose tokens are then computed again by other kernels. Twice
+of it counts as equal, 0.0001 at least. What *wrong* is worth is said for each KV cache group: of cached
+prompts one block of which was given another prompt's bytes, how many got an answer that is called wrong; the
+others go unseen in the soak, too.
 
 So that a prompt has few right answers, Qwen3-Next's states are in float32, and with NVFP4 attention is LFM2's
 last layer, as it is Qwen3-Next's. What a preempted request answers with NVFP4 after it went on is not
@@ -153,9 +155,18 @@ def hybrids_soak_table(results: dict[str, Any]) -> str:
     named = {f"{row['model']}, {row['cache']}": row for row in results["soaks"].values()}
     for name, row in named.items():
         cells = [f"{name}, {row['seconds'] / 60:.1f} minutes", *(f"{row[key]:,}" for key in columns)]
-        cells += [f"{row['rounding']:.1g}", _noticed(row["power"]), *(f"{row[key]:,}" for key in zeros)]
+        cells += [_rounding(row["rounding"]), _noticed(row["power"]), *(f"{row[key]:,}" for key in zeros)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _made(results, list(named.items()))])
+
+
+def _rounding(moved: dict[str, Any]) -> str:
+    """Of answers without a connector, and how many were looked at."""
+    others = moved["answers"] - moved["preempted"]
+    return (
+        f"{moved['by_batches']:.1g} ({others:,} answers); preempted {moved['by_preemption']:.1g} "
+        f"({moved['preempted']:,})"
+    )
 
 
 def _noticed(power: list[dict[str, Any]]) -> str:

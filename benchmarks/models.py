@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_xlayer.bench.engines import GRAPHS_ONLY
-from vllm_xlayer.provenance import write
+from vllm_xlayer.provenance import rows_of, stamped, write
 
 from . import RESULTS, ROOT, serving
-from .cases import rows_of, stamped, try_all
+from .cases import try_all
 from .model_configs import configs
 
 RESULT = {False: RESULTS / "cpu-models.json", True: RESULTS / "gpu-models.json"}

@@ -17,16 +17,16 @@ import itertools
 import math
 import mmap
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_xlayer.provenance import write
+from vllm_xlayer.provenance import rows_of, stamped, write
 
 from . import serving
-from .cases import rows_of, stamped
-from .soaking import ZEROS, soak, with_host_tier
+from .soaking import ZEROS, note_preempted, soak, with_host_tier
 
 MODELS = ("lfm2", "qwen3_next")
 """Of models.json."""
@@ -38,8 +38,8 @@ BLOCKS, ROWS = 14, 16
 """Of the device's cache, and of the host tier, a KV cache group: about four requests fill the first."""
 TOLERANCE = 1e-4
 """Of a logprob, in nats."""
-ROUNDS = 8
-"""Batches of which rounding is measured."""
+EMPTIED = 5
+"""Of so many batches, without the connector, one finds nothing in the device's cache."""
 
 
 @dataclass(frozen=True)
@@ -144,18 +144,48 @@ def right_answers(llm: Any, prompts: list[list[int]]) -> list[list[Right]]:
     return found
 
 
-def rounding(llm: Any, prompts: list[list[int]], answers: list[Answers]) -> float:
-    """How far answers in batches are from right ones, at most."""
+@dataclass
+class Moved:
+    """How far answers without a connector are from right ones, in nats, at most.
+
+    Attributes:
+        answers, preempted: of requests, and of those that were preempted.
+        by_batches, by_preemption: of requests that never were, and of those.
+    """
+
+    answers: int = 0
+    preempted: int = 0
+    by_batches: float = 0.0
+    by_preemption: float = 0.0
+
+
+def rounding(
+    llm: Any, prompts: list[list[int]], seconds: float, distance: Callable[[int, Any, int | None], float]
+) -> Moved:
+    """Asks for batches of prompts for so long; `distance` is told what the soak's judge is."""
     from vllm_xlayer.compat.engine import empty_device_cache
 
-    rng, worst = random.Random(0), 0.0
-    for round_ in range(ROUNDS):
-        if round_ % 2 == 0:
+    rng, moved, end = random.Random(0), Moved(), time.monotonic() + seconds
+    for round_ in itertools.takewhile(lambda _: time.monotonic() < end, itertools.count()):
+        if round_ % EMPTIED == 0:
             empty_device_cache(llm)
-        batch = [rng.randrange(len(prompts)) for _ in range(2 * SEQUENCES)]
-        outputs = _ask(llm, [prompts[which] for which in batch])
-        worst = max(worst, *(answers[which].distance(out) for which, out in zip(batch, outputs, strict=True)))
-    return worst
+        asked = {f"{round_}.{i}": rng.randrange(len(prompts)) for i in range(2 * SEQUENCES)}
+        for name, which in asked.items():
+            llm.llm_engine.add_request(name, {"prompt_token_ids": prompts[which]}, sampling())
+        preempted: dict[str, int] = {}
+        while llm.llm_engine.has_unfinished_requests():
+            outputs = [output for output in llm.llm_engine.step() if output.finished]
+            note_preempted(llm, preempted)
+            for output in outputs:
+                before = preempted.get(output.request_id)
+                found = distance(asked[output.request_id], output, before)
+                moved.answers += 1
+                if before is None:
+                    moved.by_batches = max(moved.by_batches, found)
+                else:
+                    moved.preempted += 1
+                    moved.by_preemption = max(moved.by_preemption, found)
+    return moved
 
 
 def planted(llm: Any, prompts: list[list[int]], answers: list[Answers]) -> list[dict[str, Any]]:
@@ -222,7 +252,7 @@ def _core(llm: Any) -> Any:
 
 
 def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, keep: Any) -> dict[str, Any]:
-    """Soaks a model with a cache; `keep` gets what was counted so far."""
+    """Soaks a model with a cache, after as long without connector; `keep` gets what was counted so far."""
     from hybrid_fixture import save_hybrid_config
 
     config = config_of(model, cache)
@@ -237,7 +267,6 @@ def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, ke
         prompts = prompts_of(block)
         right = right_answers(llm, prompts)
         exactly = [Answers(one) for one in right]
-        found = rounding(llm, prompts, exactly)
         wrong_blocks = planted(llm, prompts, exactly)
         kv_cache = _core(llm).scheduler.kv_cache_config
         row = kv_cache.kv_cache_tensors[0].size // kv_cache.num_blocks
@@ -251,28 +280,28 @@ def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, ke
         # longer than a request may be: kernels of states would read past the block table.
         max_num_batched_tokens=min(settings["max_num_batched_tokens"], SEQUENCES * longest),
     )
-    # Without a connector, with requests that are preempted: what they had decoded is computed again, by other
-    # kernels than before, which may move their logprobs by more than batches do. Others' get no more for it.
-    preempted = 0.0
-    if cache == "auto":
-        with serving.started(small) as llm:
-            preempted = rounding(llm, prompts, exactly)
-    tolerance = max(TOLERANCE, 2 * found)
-    of_preempted = max(tolerance, 2 * preempted)
+
+    def distance(which: int, output: Any, before: int | None) -> float:
+        compared = NUM_TOKENS if before is None or cache == "auto" else before
+        return exactly[which].distance(output, compared)
+
+    with serving.started(small) as llm:
+        moved = rounding(llm, prompts, seconds, distance)
+    tolerance = max(TOLERANCE, 2 * moved.by_batches)
+    of_preempted = max(tolerance, 2 * moved.by_preemption)
     about = dict(
-        model=model, cache=cache, block_size=block, rounding=found, rounding_preempted=preempted,
-        tolerance=tolerance, power=noticed(wrong_blocks, of_preempted),
+        model=model, cache=cache, block_size=block, rounding=asdict(moved), tolerance=tolerance,
+        tolerance_preempted=of_preempted, power=noticed(wrong_blocks, of_preempted),
     )  # fmt: skip
-    print(about)
+    print(about, flush=True)
 
     def is_right(which: int, output: Any, before: int | None) -> bool:
         if len(output.outputs[0].token_ids) != NUM_TOKENS:
             return False
-        compared = NUM_TOKENS if before is None or cache == "auto" else before
-        distance = exactly[which].distance(output, compared)
-        is_near = distance <= (tolerance if before is None else of_preempted)
+        found = distance(which, output, before)
+        is_near = found <= (tolerance if before is None else of_preempted)
         if not is_near:
-            print(f"{distance:g} nats from the nearest right answer", flush=True)
+            print(f"{found:g} nats from the nearest right answer", flush=True)
         return is_near
 
     def note(_: Any, counted: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ def make_soak(
     llm: Any, copies: Any, prompts: list[list[int]], sampling: Any, judge: Judge, folder: Path, seed: int
 ) -> Any:
     """tests/engine's soak, with another way to tell right answers, which stops at no wrong one."""
-    from faults import ANSWER_SECONDS, core_of, under_way
+    from faults import ANSWER_SECONDS, under_way
     from test_soak import Soak
 
     class JudgedSoak(Soak):
@@ -43,9 +43,7 @@ def make_soak(
         def step_once(self) -> None:
             outputs = {o.request_id: o for o in self.llm.llm_engine.step() if o.finished}
             self.restored |= set(map(_name, under_way(self.llm, "load")))
-            for request in core_of(self.llm).scheduler.requests.values():
-                if request.num_preemptions:
-                    self.preempted.setdefault(_name(request.request_id), request.num_output_tokens)
+            note_preempted(self.llm, self.preempted)
             self.answered(outputs)
 
         def answered(self, outputs: dict[str, Any]) -> None:
@@ -68,6 +66,15 @@ def make_soak(
                 self.step_once()
 
     return JudgedSoak()
+
+
+def note_preempted(llm: Any, preempted: dict[str, int]) -> None:
+    """Adds requests that have been preempted: how many tokens they had when they first were."""
+    from vllm_xlayer.compat.engine import core_of
+
+    for request in core_of(llm).scheduler.requests.values():
+        if request.num_preemptions:
+            preempted.setdefault(_name(request.request_id), request.num_output_tokens)
 
 
 def _name(request_id: str) -> str:

@@ -48,6 +48,24 @@ def write(path: Path, numbers: dict[str, Any]) -> None:
     path.write_text(json.dumps({**provenance(), **numbers}, indent=2) + "\n")
 
 
+def rows_of(path: Path, key: str, **question: Any) -> dict[str, dict[str, Any]]:
+    """The rows of a results file, each with the date and commit that it is of: some can be made again, and the
+    others stay what they were. None if there is no file, or its fields are those of another question."""
+    if not path.exists():
+        return {}
+    results = json.loads(path.read_text())
+    if any(results.get(name) != value for name, value in question.items()):
+        return {}
+    about = {name: results[name] for name in ("date", "commit")}
+    return {name: about | row for name, row in results[key].items()}
+
+
+def stamped(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that is of now."""
+    now = provenance()
+    return row | {name: now[name] for name in ("date", "commit")}
+
+
 def _commit() -> str:
     """VLLM_XLAYER_COMMIT where it is set; else the commit of the source tree that has this file, marked
     if the tree was changed; else "unknown", as where it is installed in somebody else's repository."""

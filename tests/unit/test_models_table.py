@@ -19,6 +19,7 @@ from benchmarks.markdown_models import (
     table,
 )
 from benchmarks.model_configs import configs
+from vllm_xlayer import provenance
 
 LLAMA = models.Family({"architectures": ["LlamaForCausalLM"]}, "n-gram drafts")
 QUESTIONS = ("first", "second")
@@ -216,7 +217,8 @@ def test_what_a_zero_is_worth_stands_before_it():
 def test_hybrids_soaked_have_a_row_for_each_model_and_cache():
     numbers = dict(
         model="lfm2", requests=1000, answers=2, restored=3, preempted=4, tries=5, rows_loaded=6, wrong=7,
-        lost=8, leaked=9, seconds=150, rounding=9.5e-07,
+        lost=8, leaked=9, seconds=150,
+        rounding=dict(answers=1234, preempted=34, by_batches=9.5e-07, by_preemption=0.11),
     )  # fmt: skip
     kinds = ("Mamba", "Mamba", "FullAttention")
     power = [{"group": kind, "layers": 2, "noticed": i, "of": 20} for i, kind in enumerate(kinds, 17)]
@@ -228,7 +230,13 @@ def test_hybrids_soaked_have_a_row_for_each_model_and_cache():
     head, _, auto, nvfp4 = (line.split(" | ") for line in lines if line.startswith("|"))
     assert [auto[0], nvfp4[0]] == ["| lfm2, auto, 2.5 minutes", "| lfm2, nvfp4, 2.5 minutes"]
     assert auto[1:7] == ["1,000", "2", "3", "4", "5", "6"] and len(head) == len(auto)
-    assert auto[7:] == ["1e-06", "states 17 of 20, 18 of 20; attention 19 of 20", "7", "8", "9 |"]
+    assert auto[7:] == [
+        "1e-06 (1,200 answers); preempted 0.1 (34)",
+        "states 17 of 20, 18 of 20; attention 19 of 20",
+        "7",
+        "8",
+        "9 |",
+    ]
     assert head[-3:] == ["wrong", "lost", "leaked |"]
     assert lines[-1].endswith("commit abc; lfm2, nvfp4: today, commit def.")
 
@@ -254,12 +262,20 @@ def test_rows_that_were_tried_again_say_of_which_commit_they_are(tmp_path, monke
     equal = {"in rows": "equal", "restored": "equal"}
     path = tmp_path / "latents.json"
     path.write_text(json.dumps(ABOUT | {"cases": {name: {"case": name} | equal for name in "abc"}}))
-    rows = cases.rows_of(path, "cases")
-    monkeypatch.setattr(cases, "provenance", lambda: ABOUT | {"commit": "def", "date": "tomorrow"})
-    rows["b"] = cases.stamped({"case": "b"} | equal)
+    rows = provenance.rows_of(path, "cases")
+    monkeypatch.setattr(provenance, "provenance", lambda: ABOUT | {"commit": "def", "date": "tomorrow"})
+    rows["b"] = provenance.stamped({"case": "b"} | equal)
     last = latents_table(ABOUT | {"commit": "def", "date": "tomorrow", "cases": rows}).splitlines()[-1]
     assert last == "vLLM 1, torch 2, a CPU, today, commit abc; b: tomorrow, commit def."
-    assert cases.rows_of(tmp_path / "none.json", "cases") == {}
+    assert provenance.rows_of(tmp_path / "none.json", "cases") == {}
+
+
+def test_rows_of_another_question_are_not_taken(tmp_path):
+    path = tmp_path / "traffic.json"
+    path.write_text(json.dumps(ABOUT | {"layers": 2, "requests": 8, "caches": {"fp8": {}}}))
+    assert provenance.rows_of(path, "caches", layers=2, requests=8).keys() == {"fp8"}
+    assert provenance.rows_of(path, "caches", layers=2, requests=9) == {}
+    assert provenance.rows_of(path, "caches", shape="other") == {}
 
 
 def test_a_gpus_tables_are_shown_once_there_are_results(tmp_path, monkeypatch):
