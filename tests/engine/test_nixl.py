@@ -111,10 +111,10 @@ class Pair:
         assert not any(kept.values()), kept
 
     def check_failures(self):
-        """All requests were computed, and are counted. Rows of a GPU come without the other engine's help,
-        also while it hangs, and for a while after its end: then they may have been read."""
+        """All requests were computed, and each is counted. Rows of a GPU come without the other engine's
+        help, also while it hangs, and for a while after its end: then any of them may have been read."""
         failed = sum(self.worker.failures.values())
-        assert failed == len(PROMPTS) or (ON_GPU and failed == 0)
+        assert failed == len(PROMPTS) or (ON_GPU and failed < len(PROMPTS)), self.worker.failures
         self.worker.failures.clear()
 
     def check_while_it_hangs(self, handed_over):
@@ -347,13 +347,12 @@ class TestTheOtherEngine:
     @pytest.mark.fault("hand-over: prefill engine killed")
     def test_it_is_killed(self, pair):
         """The pair has no prefill engine after it."""
-        handed_over = hand_over(pair)
+        pair.gone = hand_over(pair)
         pair.prefill.kill()
         TALLY["tries"] += 1
-        pair.check(handed_over, computed=True)
+        pair.check(pair.gone, computed=True)
         pair.check_failures()
         pair.settle()
-        pair.gone = handed_over
 
     @pytest.mark.fault("hand-over: prefill engine restarted with other weights")
     def test_another_one_is_at_its_address(self, pair, tmp_path):
