@@ -41,6 +41,13 @@ SHAPES_SAID = {
     "gpt-oss-20b": "gpt-oss-20b's shape, experts in MXFP4",
 }
 """Headings of `bench engine` for shapes that are not its first."""
+ANSWERS_SAID = {
+    True: "Each request's answer is one token over and over, the same with every cache, so that steps read "
+    "the same experts.",
+    False: "Answers are the model's, which has no weights: steps may read more experts with one cache than "
+    "with another.",
+}
+"""Whether requests of `bench engine` said the same with each cache."""
 OUTCOMES = (("passed", "passed"), ("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
 
 
@@ -198,10 +205,11 @@ def engine_table(results: dict[str, Any]) -> str:
 def engine_section(results: dict[str, Any]) -> str:
     """Markdown of `bench engine` for another shape, with its heading."""
     blocks = ", ".join(f"{name} {cache['block_size']:,}" for name, cache in results["caches"].items())
+    answers = ANSWERS_SAID[results["same_answers"]]
     return f"""\
 ### {SHAPES_SAID[results["shape"]]}
 
-`vllm-xlayer bench engine --shape {results["shape"]} --starts 1`; tokens a block: {blocks}.
+`vllm-xlayer bench engine --shape {results["shape"]} --starts 1`; tokens a block: {blocks}. {answers}
 
 {engine_table(results)}"""
 
@@ -354,6 +362,13 @@ def _caches(results: dict[str, Any], lines: list[tuple[str, list[str]]], bounds:
         listed(bounds),
     ]
     runner = next(iter(results["caches"].values()))["runner"]
+    others = [
+        f"{name}: {cache['date']}, commit {cache['commit']}"
+        for name, cache in results["caches"].items()
+        if cache.get("commit", results["commit"]) != results["commit"]
+    ]
+    if others:
+        told.append(f"Of another commit: {'; '.join(others)}.")
     return "\n\n".join(part for part in (*told, about(results, runner)) if part)
 
 

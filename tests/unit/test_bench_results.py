@@ -68,7 +68,7 @@ def engine_results(shape="llama-3.1-8b", second=(1, 16384), **steps):
         }
         for name, (batch, one, start) in steps.items()
     }  # fmt: skip
-    return {**ABOUT, "shape": shape, "caches": caches}
+    return {**ABOUT, "shape": shape, "same_answers": True, "caches": caches}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,9 @@ def test_other_shapes_may_not_be_slower_than_fp8(shape):
     assert [bound.kept for bound in engine.bounds(results)] == [True, False, True]
     shown = markdown.engine_section(results)
     assert markdown.SHAPES_SAID[shape] in shown and "| decode step 16 x 65,536, ms | 20.00 | 20.10 |" in shown
+    assert markdown.ANSWERS_SAID[True] in shown and "another commit" not in shown
+    results["caches"]["fp8"] |= {"date": "then", "commit": "other"}
+    assert "Of another commit: fp8: then, commit other." in markdown.engine_section(results)
 
 
 def test_what_is_just_over_a_bound_does_not_read_as_kept():

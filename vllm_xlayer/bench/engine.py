@@ -1,7 +1,12 @@
 """Decode steps and start in vLLM's engine, with each KV cache: an engine of a real model's shape.
 
 All are started once more at the end (`--starts 2`): a first start on a machine reads files that the next
-finds in memory, and compiles what the next finds compiled.
+finds in memory, and compiles what the next finds compiled. Caches that are not asked for stay in the file as
+they were measured before.
+
+A model with experts reads those that its tokens ask for, and without weights its answers are as they fall:
+with one cache all requests say the same, with another not. So there each request says a token of its own, over
+and over, which is the same with every cache.
 """
 
 import argparse
@@ -12,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..provenance import write
+from ..provenance import rows_of, stamped, write
 from .bounds import SHAPE, Bound
 from .engines import CACHES, GRAPHS_ONLY, Engine, goes_on, prompts
 from .shapes import SETTINGS, SHAPES, write_model
@@ -24,6 +29,8 @@ DECODES: dict[str, dict[tuple[int, int], float]] = {
 }
 """Shape -> requests, tokens of each -> what a step with nvfp4 may take of one with fp8. Other shapes are
 asked the first one's, without a bound."""
+EXPERTS = {"num_experts", "num_local_experts"}
+"""Fields of a config that has experts."""
 STEPS = 128
 """Decode steps timed, on top of the first tokens."""
 START_SECONDS = 3.0
@@ -50,8 +57,10 @@ def run(args: argparse.Namespace) -> int:
         max_model_len=2 * max(tokens for _, tokens in decodes), max_num_seqs=max(n for n, _ in decodes),
         gpu_memory_utilization=args.gpu_memory_utilization, **GRAPHS_ONLY, **SETTINGS.get(args.shape, {}),
     )  # fmt: skip
-    caches: dict[str, Any] = {}
-    results = {"shape": args.shape, "steps": STEPS, "caches": caches}
+    has_experts = bool(EXPERTS & SHAPES[args.shape].keys())
+    question = {"shape": args.shape, "steps": STEPS, "same_answers": has_experts}
+    caches = rows_of(args.json, "caches", **question) if args.scale == 1 else {}
+    results: dict[str, Any] = question | {"caches": caches}
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-engine-") as folder:
         model = write_model(Path(folder), args.shape)
@@ -64,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                     if again:
                         caches[cache]["start_again_seconds"] = engine.about["start_seconds"]
                     else:
-                        caches[cache] = measure(engine, decodes)
+                        caches[cache] = stamped(measure(engine, decodes, has_experts))
                 # What is measured is kept, whatever happens to the next engine.
                 write(args.json, results)
     if caches:
@@ -77,14 +86,15 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def measure(engine: Engine, decodes: list[tuple[int, int]]) -> dict[str, Any]:
+def measure(engine: Engine, decodes: list[tuple[int, int]], same_answers: bool) -> dict[str, Any]:
     """Decode steps of one engine."""
     report: dict[str, Any] = {key: engine.about[key] for key in ("start_seconds", "runner", "block_size")}
     report["decodes"] = []
     for requests, tokens in decodes:
         asked = prompts(f"{requests} x {tokens}", requests, tokens, engine.about["vocabulary"])
         engine.generate(asked, 1)  # they are in the prefix cache then
-        step = engine.step_seconds(asked, STEPS)
+        said = [i * engine.about["vocabulary"] // requests for i in range(requests)] if same_answers else None
+        step = engine.step_seconds(asked, STEPS, said)
         report["decodes"].append({"requests": requests, "tokens": tokens, "step_seconds": step})
     return report
 

@@ -149,14 +149,20 @@ class Engine:
             raise
 
     def generate(
-        self, asked: list[Prompt], tokens: int | list[int], params: list[Params] | None = None
+        self,
+        asked: list[Prompt],
+        tokens: int | list[int],
+        params: list[Params] | None = None,
+        said: list[int] | None = None,
     ) -> Answer:
         """All prompts at once, so many tokens for each; one number is for all of them.
 
         params: for the connector, of each request.
+        said: of each request, the token that its answer consists of; None for what the model says.
         """
+        nothing = [None] * len(asked)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_receive` says it
-            self._pipe.send((asked, tokens, params or [None] * len(asked)))
+            self._pipe.send((asked, tokens, params or nothing, said or nothing))
         return Answer(*self._receive())
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -164,11 +170,11 @@ class Engine:
         self._pipe.send((function, args))
         return self._receive()
 
-    def step_seconds(self, asked: list[Prompt], steps: int) -> float:
+    def step_seconds(self, asked: list[Prompt], steps: int, said: list[int] | None = None) -> float:
         """A decode step of these prompts, which are in the prefix cache: the mean of so many, the median of
         three times. Hashing the prompts, which takes as long as dozens of steps, is not in it."""
-        self.generate(asked, WARM_STEPS)
-        return statistics.median(self.generate(asked, 1 + steps).token_seconds for _ in range(3))
+        self.generate(asked, WARM_STEPS, said=said)
+        return statistics.median(self.generate(asked, 1 + steps, said=said).token_seconds for _ in range(3))
 
     def __enter__(self) -> "Engine":
         return self
@@ -234,22 +240,23 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
     pipe.send(about)
     while True:
         try:
-            said = pipe.recv()
+            wanted = pipe.recv()
         except EOFError:
             return
-        if callable(said[0]):
-            function, args = said
+        if callable(wanted[0]):
+            function, args = wanted
             pipe.send(function(llm, *args))
             continue
-        asked, tokens, params = said
+        asked, tokens, params, answers = wanted
         batch = [{"prompt_token_ids": prompt} for prompt in asked]
         counts = tokens if isinstance(tokens, list) else [tokens] * len(asked)
         sampling = [
             SamplingParams(
                 max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False,
-                extra_args={"kv_transfer_params": said} if said else None,
+                extra_args={"kv_transfer_params": for_connector} if for_connector else None,
+                allowed_token_ids=None if token is None else [token],
             )
-            for count, said in zip(counts, params, strict=True)
+            for count, for_connector, token in zip(counts, params, answers, strict=True)
         ]  # fmt: skip
         begin = time.perf_counter()
         outputs = llm.generate(batch, sampling, use_tqdm=False)

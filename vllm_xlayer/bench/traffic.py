@@ -2,7 +2,7 @@
 
 The first time all is computed, the second time the prompts are in the prefix cache, as far as it held them.
 An engine starts for one to two minutes (torch.compile, all CUDA graphs): fewer ``--layers`` are for machines
-that are lent for less.
+that are lent for less, and caches that are not asked for stay in the file as they were measured before.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..provenance import write
+from ..provenance import rows_of, stamped, write
 from .bounds import SHAPE
 from .engines import CACHES, Engine, Prompt, goes_on, prompts_of
 from .lengths import ragged
@@ -46,19 +46,20 @@ def run(args: argparse.Namespace) -> int:
         ragged(kind, args.requests, size["median"] / args.scale, size["most"] // args.scale)
         for kind, size in (("prompts", PROMPT), ("answers", OUTPUT))
     )
-    caches: dict[str, Any] = {}
-    results = {
+    question = {
         "shape": args.shape, "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
         "requests": args.requests, "prompt_tokens": sum(lengths), "output_tokens": sum(answers),
-        "longest_prompt": max(lengths), "longest_output": max(answers), "caches": caches,
+        "longest_prompt": max(lengths), "longest_output": max(answers),
     }  # fmt: skip
+    caches = rows_of(args.json, "caches", **question)
+    results: dict[str, Any] = question | {"caches": caches}
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-traffic-") as folder:
         model = write_model(Path(folder), args.shape, args.layers)
         for cache in args.caches:
             print(f"{cache}: starting", flush=True)
             with goes_on(cache, failed), Engine(model, cache) as engine:
-                caches[cache] = measure(engine, lengths, answers)
+                caches[cache] = stamped(measure(engine, lengths, answers))
             # What is measured is kept, whatever happens to the next engine.
             write(args.json, results)
     if caches:
