@@ -49,8 +49,8 @@ def write(path: Path, numbers: dict[str, Any]) -> None:
 
 
 def rows_of(path: Path, key: str, **question: Any) -> dict[str, dict[str, Any]]:
-    """The rows of a results file, each with the date and commit that it is of: some can be made again, and the
-    others stay what they were. None if there is no file, or its fields are those of another question."""
+    """The rows of a results file, each with the date and commit that it is of: some can be made again, and
+    the others stay what they were. None if there is no file, or its fields are those of another question."""
     if not path.exists():
         return {}
     results = json.loads(path.read_text())

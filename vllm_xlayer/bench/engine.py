@@ -5,8 +5,8 @@ finds in memory, and compiles what the next finds compiled. Caches that are not 
 they were measured before.
 
 A model with experts reads those that its tokens ask for, and without weights its answers are as they fall:
-with one cache all requests say the same, with another not. So there each request says a token of its own, over
-and over, which is the same with every cache.
+with one cache all requests may say the same, with another not. So there each request says a token of its own,
+over and over, which is the same with every cache.
 """
 
 import argparse
