@@ -29,6 +29,8 @@ from .faults import device
 CACHED, REQUESTS, TOKENS = 16384, 64, 8192
 """Tokens of the cached prompt; decode's requests, and the tokens of each."""
 STEPS, REPEATS = 16, 9
+NAMES, NAME_LENGTH = 16, 100
+"""Kernels that are written by their names, and letters of those, which have dozens of template arguments."""
 KINDS: dict[str, tuple[str, ...]] = {
     "decode attention": ("xlayer::attention::decode", "xlayer::attention::combine"),
     "FlashAttention": ("flash::", "flash_fwd"),
@@ -59,7 +61,19 @@ def by_kind(kernels: Iterable[Kernel]) -> dict[str, float]:
 def told(kernels: list[Kernel], seconds: float) -> dict[str, Any]:
     """What is written of a step of so many seconds."""
     kinds = by_kind(kernels)
-    return {"seconds": seconds, "kernels": len(kernels), "gpu_seconds": sum(kinds.values()), "kinds": kinds}
+    return {
+        "seconds": seconds, "kernels": len(kernels), "gpu_seconds": sum(kinds.values()), "kinds": kinds,
+        "longest": longest(kernels),
+    }  # fmt: skip
+
+
+def longest(kernels: Iterable[Kernel]) -> dict[str, float]:
+    """Seconds of the kernels that took most, all launches of one name together."""
+    found: dict[str, float] = {}
+    for kernel in kernels:
+        name = kernel.name[:NAME_LENGTH]
+        found[name] = found.get(name, 0.0) + kernel.duration / 1e6
+    return dict(sorted(found.items(), key=lambda item: -item[1])[:NAMES])
 
 
 def one_step(kernels: list[Kernel], steps: int) -> tuple[list[Kernel], float]:
