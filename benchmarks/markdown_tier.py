@@ -4,6 +4,7 @@ import statistics
 from typing import Any
 
 from vllm_xlayer.bench import offload_peers
+from vllm_xlayer.bench.bounds import SHAPE
 from vllm_xlayer.bench.copy import WAYS, table_head, table_line
 from vllm_xlayer.bench.copy import bounds as copy_bounds
 from vllm_xlayer.bench.copy_peers import NOT_MEASURED
@@ -12,7 +13,7 @@ from vllm_xlayer.bench.offload import bounds as offload_bounds
 from vllm_xlayer.bench.offload import step_lines
 
 from .faults import COUNTS, FAULTS
-from .markdown import about, listed, milliseconds, table
+from .markdown import SHAPES_SAID, about, listed, milliseconds, table
 from .pacing import SMALL
 
 COPY_PNG = "h200-copy.png"
@@ -91,11 +92,12 @@ def offload_section(results: dict[str, Any]) -> str:
         "VLLM_KV_CACHE_LAYOUT=BLHNC is set:",
         table(["connector", *offload_peers.HEAD], peers),
     ]  # fmt: skip
+    asked = "" if results["shape"] == SHAPE else f" --shape {results['shape']} --prompt {results['prompt']}"
     return "\n\n".join([
-        "## The host tier in vLLM's engine",
-        f"`vllm-xlayer bench offload`: {results['shape']} shape, random weights, {results['dtype']}. Time "
-        f"to the first token of {results['repeats']} prompts just short of {results['prompt']:,} tokens, "
-        f"restored {turns} times, median:",
+        f"### On {SHAPES_SAID[results['shape']]}" if asked else "## The host tier in vLLM's engine",
+        f"`vllm-xlayer bench offload{asked}`: {results['shape']} shape, random weights, {results['dtype']}. "
+        f"Time to the first token of {results['repeats']} prompts just short of {results['prompt']:,} "
+        f"tokens, restored {turns} times, median:",
         table(["prompt", "ms"], first),
         "What it waits for, median of each:",
         table(["ms", "on the device", "in the host tier"], spans),

@@ -139,7 +139,7 @@ def test_what_a_first_token_waits_for():
 
 def test_bounds_of_offload(offloads):
     """Only of what they were asked for: 12 ms; 1 % and 3 % of a step."""
-    assert offload.bounds({**offloads, "prompt": 8192}) == []
+    assert offload.bounds({**offloads, "tokens": 4096}) == []
     found = [str(bound) for bound in offload.bounds(offloads)]
     assert found == [
         "host tier - device: 12.000 ms, at most 12.5 ms: kept",
@@ -147,6 +147,17 @@ def test_bounds_of_offload(offloads):
         "decode step beside rows from the host: 2.970 %, at most 3 %: kept",
     ]
     assert all(f"- {bound}" in markdown_tier.offload_section(offloads) for bound in found)
+    assert [str(bound) for bound in offload.bounds({**offloads, "prompt": 8192})] == found[1:]
+
+
+def test_offload_of_a_shape_with_states(offloads):
+    """Its steps may be slower by 5 %, and its table has a heading of its own."""
+    results = {**offloads, "shape": "qwen3-next", "prompt": 32768}
+    (found,) = map(str, offload.bounds(results))
+    assert found == "decode step with the connector, storing what it decodes: 1.000 %, at most 5 %: kept"
+    made = markdown_tier.offload_section(results)
+    assert made.startswith("### On Qwen3-Next's shape: ") and f"- {found}" in made
+    assert "`vllm-xlayer bench offload --shape qwen3-next --prompt 32768`" in made
 
 
 def test_rows_that_the_host_tier_must_hold():

@@ -9,7 +9,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,15 +252,12 @@ TITLES = {
 }
 
 
-def tables(results: dict[str, Any]) -> list[Table]:
-    """What was measured, in microseconds."""
+HEAD = ["requests x (cached + new)", *TITLES.values(), "host, ours", "host, FA3 bf16"]
+
+
+def rows(results: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Label and cells of each batch: microseconds, in brackets the share of the copy rate."""
     rate = results["copy_rate"]
-    grid = Table(
-        title="One layer's prefill attention, us (share of the copy rate); the host's time to submit it"
-    )
-    grid.add_column("requests x (cached + new)")
-    for title in (*TITLES.values(), "host, ours", "host, FA3 bf16"):
-        grid.add_column(title, justify="right")
     for batch in results["batches"]:
         cells = []
         for name in TITLES:
@@ -270,7 +267,18 @@ def tables(results: dict[str, Any]) -> list[Table]:
         for name in ("attention", "bf16"):
             taken = batch["host_seconds"].get(name)
             cells.append("-" if taken is None else f"{taken * 1e6:.0f}")
-        grid.add_row(batch["name"], *cells)
+        yield batch["name"], cells
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What was measured, in microseconds."""
+    grid = Table(
+        title="One layer's prefill attention, us (share of the copy rate); the host's time to submit it"
+    )
+    for title in HEAD:
+        grid.add_column(title, justify="left" if title == HEAD[0] else "right")
+    for name, cells in rows(results):
+        grid.add_row(name, *cells)
     if "workspaces" not in results:
         return [grid]
     sweep = Table(title=f"{BATCHES[0].name}: ours, us, by the workspace's MiB")

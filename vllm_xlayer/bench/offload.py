@@ -17,7 +17,7 @@ from . import offload_peers
 from .bounds import SHAPE, Bound
 from .engines import GRAPHS_ONLY, run_engine
 from .first_token import added, link, make_prompts, restore_table, restores, span_table
-from .shapes import SHAPES, write_model
+from .shapes import SETTINGS, SHAPES, write_model
 from .tier_worker import tier, wait_for_tier
 
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
@@ -34,8 +34,8 @@ BESIDE = {
 PROMPT, BATCH = 16384, (64, 8192)
 """Tokens of a restored prompt; requests that decode, and tokens of each."""
 RESTORE_MS = 12.5
-STEP_COSTS = {STORING: 2.0, BESIDE["loads"]: 3.0}
-"""Bounds: milliseconds that a first token may come later; per cent that a step may take longer."""
+STEP_COSTS = {SHAPE: {STORING: 2.0, BESIDE["loads"]: 3.0}, "qwen3-next": {STORING: 5.0}}
+"""Bounds: milliseconds that a first token may come later; by shape, per cent that a step may take longer."""
 CONNECTORS = {"with": OURS, "without": None}
 """Engine -> its connector; the others are of `offload_peers`."""
 LAST = 7
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(name)
         job = dict(
             model=str(write_model(folder, args.shape)), utilization=args.gpu_memory_utilization,
-            host_bytes=args.host_bytes, **asked,
+            host_bytes=args.host_bytes, settings=SETTINGS.get(args.shape, {}), **asked,
         )  # fmt: skip
         for which in ("with", "without", *args.peers):
             print(f"{which}: starting", flush=True)
@@ -111,7 +111,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     """One engine; its core is in a process of its own, as vLLM's default is."""
     from vllm import LLM
 
-    settings: dict[str, Any] = dict(GRAPHS_ONLY)
+    settings: dict[str, Any] = GRAPHS_ONLY | job["settings"]
     ours = job["connector"] == OURS
     if job["connector"] is not None:
         settings["kv_transfer_config"] = {
@@ -241,13 +241,17 @@ def step_lines(results: dict[str, Any]) -> list[tuple[str, float, float | None, 
 
 def bounds(results: dict[str, Any]) -> list[Bound]:
     """Of the connector's costs, at full size."""
-    measured = tuple(results[key] for key in ("shape", "dtype", "prompt", "requests", "tokens"))
-    if measured != (SHAPE, "nvfp4", PROMPT, *BATCH):
+    if results["dtype"] != "nvfp4" or (results["requests"], results["tokens"]) != BATCH:
         return []
     engines = results["engines"]
     costs = {title: 100 * (s / compared - 1) for title, s, compared, _ in step_lines(engines) if compared}
-    found = [Bound("host tier - device", added(engines["with"]["restore"]) * 1e3, RESTORE_MS, " ms")]
-    found += [Bound(f"decode step {what}", costs[what], limit, " %") for what, limit in STEP_COSTS.items()]
+    found = [
+        Bound(f"decode step {what}", costs[what], limit, " %")
+        for what, limit in STEP_COSTS.get(results["shape"], {}).items()
+    ]
+    if (results["shape"], results["prompt"]) == (SHAPE, PROMPT):
+        later = added(engines["with"]["restore"]) * 1e3
+        found.insert(0, Bound("host tier - device", later, RESTORE_MS, " ms"))
     return found
 
 
