@@ -67,8 +67,6 @@ REASONS = {
     "Newest tokens are 0.1 ms of it, 3 us a layer.",
     "decode step 1 x": "Not known. Before rotated keys (commit b37c7ca) it took 5.22 ms with vLLM 0.33, and "
     "fp8's 1.07 times that: runs scatter as much.",
-    "decode, 64 x 8192, page 64": "Another benchmark used the GPU for a part of the run; in the one before "
-    "(commit 8c50aac) it was 166 us.",
     "decode, ": "Newest 64 tokens in 16 bits, the default since, and queries that are rotated "
     "([NOTES](../csrc/kernels/nvfp4_attention/NOTES.md)).",
     "write": "K is rotated since: 80 additions and 16 shuffles a group "
@@ -79,8 +77,9 @@ REASONS = {
     "first token of": "The host's time, as of the first token cached above. Another benchmark ran on the "
     "machine's second GPU, and bf16's, all cached, went from 27 to 39 ms.",
     "first token": "The host's time, which launches such a step kernel by kernel: some 25 of each layer's "
-    "launches put newest and own tokens over dequantised ones. Since commit 1e70f51 one does; not measured "
-    "anew. bf16's cached one went from 19.3 to 23.7 ms.",
+    "launches put newest and own tokens over dequantised ones. Since commit 1e70f51 one does: 25 ms of "
+    "16,384 cached tokens in `benchmarks.steps`, where bf16 took 68 on the same host. Not measured anew by "
+    "this benchmark.",
     "computed, first token": "Not known. `bench capacity` has 495 ms with both.",
     "on the device, first token": "The host's time, before newest tokens already; not measured since "
     "one launch gathers a prompt's tokens (commit 1e70f51).",
