@@ -63,12 +63,13 @@ class Family:
 
     def settings(self, folder: Path) -> dict[str, Any]:
         """Saves the model in a folder; what LLM() is told of it."""
-        from hybrid_fixture import save_hybrid_config
+        from hybrid_fixture import save_hybrid_config, save_qwen3_next_with_mtp
         from model_fixture import save_eagle
 
+        save = save_qwen3_next_with_mtp if self.speculation.get("method") == "mtp" else save_hybrid_config
         settings = {
             "dtype": self.config["dtype"], "kv_cache_memory_bytes": self.cache_bytes,
-            **save_hybrid_config(self.config, folder / "model"),
+            **save(self.config, folder / "model"),
         }  # fmt: skip
         if self.graphs:
             settings |= {"enforce_eager": False, **GRAPHS_ONLY}
@@ -86,10 +87,8 @@ def families(gpu: bool = False) -> dict[str, Family]:
     ngram = dict(method="ngram", prompt_lookup_max=3, prompt_lookup_min=1, num_speculative_tokens=3)
     found["llama_ngram"] = Family(llama, "n-gram drafts", ngram)
     found["llama_eagle"] = Family(llama, "EAGLE drafts", dict(method="eagle", num_speculative_tokens=2))
-    # vLLM makes its weights: transformers' model has no layer that drafts. That one must have experts.
-    qwen3_next = found["qwen3_next"].config | {"load_format": "dummy", "mlp_only_layers": []}
     mtp = dict(method="mtp", num_speculative_tokens=2)
-    found["qwen3_next_mtp"] = Family(qwen3_next, "MTP drafts", mtp)
+    found["qwen3_next_mtp"] = Family(found["qwen3_next"].config, "MTP drafts", mtp)
     return found
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from model_fixture import ON_GPU, random_prompts, save_random_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.model_configs import configs
@@ -30,6 +31,31 @@ def save_hybrid_config(config: dict, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return {"load_format": config["load_format"]}
+
+
+def save_qwen3_next_with_mtp(config: dict, folder: Path) -> dict[str, str]:
+    """A Qwen3-Next that drafts by a layer of its own (MTP), as in its checkpoints; as `save_hybrid_config`.
+
+    Its draft layer is one of attention and experts, and vLLM takes it for layer 0: that has experts, too.
+    """
+    layers = config["num_hidden_layers"]
+    config = config | {"mlp_only_layers": [*range(1, layers)]}
+    more = config | {
+        "num_hidden_layers": layers + 1, "layer_types": [*config["layer_types"], "full_attention"],
+    }  # fmt: skip
+    save_hybrid_config(more, folder)
+    theirs, mtp = f"model.layers.{layers}.", "mtp.layers.0."
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.replace(theirs, mtp): weight for name, weight in weights.items()}
+    norm = weights["model.norm.weight"]
+    for name in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+        weights[f"mtp.{name}.weight"] = norm.clone()
+    size, generator = config["hidden_size"], torch.Generator().manual_seed(1)
+    drawn = torch.randn(size, 2 * size, generator=generator) * (2 * size) ** -0.5
+    weights["mtp.fc.weight"] = drawn.to(norm.dtype)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return {}
 
 
 def answers(llm, prompts: list[list[int]], num_tokens: int) -> list[tuple[list[int], list[float]]]:
