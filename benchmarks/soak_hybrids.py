@@ -14,7 +14,6 @@ measured, too: of each KV cache group a block of a cached prompt is given anothe
 """
 
 import itertools
-import math
 import mmap
 import random
 import time
@@ -26,63 +25,19 @@ from typing import Any
 from vllm_xlayer.provenance import rows_of, stamped, write
 
 from . import serving
+from .right_answers import NUM_TOKENS, Answers, ask, right_answers, sampling
 from .soaking import ZEROS, note_preempted, soak, with_host_tier
 
 MODELS = ("lfm2", "qwen3_next")
 """Of models.json."""
 CACHES = ("auto", "nvfp4")
-NUM_TOKENS, SEQUENCES = 16, 8
-LIKELIEST = 5
-"""Tokens whose logprobs are compared: where two were as likely either may come, and the others still tell."""
+SEQUENCES = 8
 BLOCKS, ROWS = 14, 16
 """Of the device's cache, and of the host tier, a KV cache group: about four requests fill the first."""
 TOLERANCE = 1e-4
 """Of a logprob, in nats."""
 EMPTIED = 5
 """Of so many batches, without the connector, one finds nothing in the device's cache."""
-
-
-@dataclass(frozen=True)
-class Right:
-    """An answer.
-
-    Attributes:
-        tokens: of the answer.
-        likely: for each of them, the logprobs of the likeliest tokens in its place.
-    """
-
-    tokens: list[int]
-    likely: list[dict[int, float]]
-
-    def distance(self, other: "Right", tokens: int) -> float:
-        """How far logprobs must have moved, at least, to make another answer of this one, in so many tokens.
-
-        That is told up to where another token came; what follows is not known.
-        """
-        found = 0.0
-        places = zip(self.tokens, other.tokens, self.likely, other.likely, strict=True)
-        for token, another, ours, theirs in itertools.islice(places, tokens):
-            moved = [abs(theirs[one] - ours[one]) for one in ours.keys() & theirs.keys()]
-            if another not in ours:  # it has overtaken all of these
-                moved.append((max(ours.values()) - min(ours.values())) / 2)
-            if any(map(math.isnan, theirs.values())):
-                return math.inf
-            found = max(found, *moved)
-            if token != another:
-                break
-        return found
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Right answers to a prompt."""
-
-    right: list[Right]
-
-    def distance(self, output: Any, tokens: int = NUM_TOKENS) -> float:
-        """Of the first so many tokens of a RequestOutput, from the nearest."""
-        got = _answer(output)
-        return min(answer.distance(got, tokens) for answer in self.right)
 
 
 def config_of(model: str, cache: str) -> dict[str, Any]:
@@ -104,44 +59,6 @@ def prompts_of(block: int) -> list[list[int]]:
     prefixes = random_prompts([block, 2 * block, 3 * block - 5], seed=3)
     tails = random_prompts([1, 7, block - 1, block, block + 1, 2 * block + 8], seed=4)
     return [*tails, *(prefix + tail for prefix in prefixes for tail in tails)]
-
-
-def sampling() -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=LIKELIEST
-    )
-
-
-def _answer(output: Any) -> Right:
-    made = output.outputs[0]
-    likely = [{token: logprob.logprob for token, logprob in step.items()} for step in made.logprobs]
-    return Right(list(made.token_ids), likely)
-
-
-def _ask(llm: Any, prompts: list[list[int]]) -> list[Any]:
-    found: list[Any] = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling(), use_tqdm=False)
-    return found
-
-
-def right_answers(llm: Any, prompts: list[list[int]]) -> list[list[Right]]:
-    """Of each prompt, with every number of tokens that a cache can hold of it."""
-    from vllm_xlayer.compat.engine import empty_device_cache
-
-    found = []
-    for prompt in prompts:
-        answers = []
-        for cached in range(0, len(prompt), serving.block_of(llm)):
-            empty_device_cache(llm)
-            if cached:
-                serving.answer_to(llm, prompt[: cached + 1], 1)
-            (output,) = _ask(llm, [prompt])
-            if output.num_cached_tokens != cached:
-                raise RuntimeError(f"expected {cached} cached tokens, got {output.num_cached_tokens}")
-            answers.append(_answer(output))
-        found.append(answers)
-    return found
 
 
 @dataclass
@@ -241,7 +158,7 @@ def _answer_from_wrong_block(llm: Any, prompt: list[int], group: int, seed: int)
         for tensor in layer_tensors(llm, layer):
             tensor[target] = tensor[source].clone()
     wait_for_device()
-    (output,) = _ask(llm, [prompt])
+    (output,) = ask(llm, [prompt])
     return output if output.num_cached_tokens else None
 
 

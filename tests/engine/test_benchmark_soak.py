@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import soak_hybrids
+from benchmarks import right_answers
 from benchmarks.soak import added_up
 from benchmarks.soak_hybrids import is_bad
 from benchmarks.soak_speculation import TIE, Right
@@ -24,7 +24,7 @@ ops.copy_blocks = copy
 """
 """Rows that are copied together change places."""
 RIGHT = Right([1, 2, 3], [1.0, TIE / 2, 1.0])
-HYBRIDS = soak_hybrids.Right([1, 2], [{1: -1.0, 3: -2.0, 4: -3.0}, {2: -1.0, 5: -1.25, 6: -5.0}])
+HYBRIDS = right_answers.Right([1, 2], [{1: -1.0, 3: -2.0, 4: -3.0}, {2: -1.0, 5: -1.25, 6: -5.0}])
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_an_answer_fits_up_to_a_tie(tokens, fits):
     ids=["equal", "the last of three", "second", "second first", "from nowhere", "first", "no number"],
 )
 def test_how_far_a_hybrids_answer_is_off(tokens, likely, distance):
-    assert HYBRIDS.distance(soak_hybrids.Right(tokens, likely), 2) == distance
-    assert HYBRIDS.distance(soak_hybrids.Right(tokens, likely), 0) == 0.0
+    assert HYBRIDS.distance(right_answers.Right(tokens, likely), 2) == distance
+    assert HYBRIDS.distance(right_answers.Right(tokens, likely), 0) == 0.0
 
 
 def test_what_a_hybrids_soak_must_not_count():
