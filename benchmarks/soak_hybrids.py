@@ -8,9 +8,11 @@ for each number of tokens that a cache can hold. For this the only layer of atte
 a cache then depends on no such number, and no step cuts a prompt but at the end of a block, as vLLM does
 where a state is to be kept. What a preempted request answers with NVFP4 after it went on is not compared.
 
-Batches round otherwise than prompts alone: how far that moves a logprob is measured on the engine without
-connector, and twice of it is allowed (TOLERANCE at least). What the zero of wrong answers is worth is
-measured, too: of each KV cache group a block of a cached prompt is given another prompt's bytes.
+Batches round otherwise than prompts alone, and what a preempted request had decoded is computed again by
+other kernels than before. How far that moves a logprob is measured on an engine without connector, with as
+small a cache and for as long as the soak, since the largest of many counts. Twice of it is allowed (TOLERANCE
+at least), of preempted requests for those alone. What the zero of wrong answers is worth is measured, too: of
+each KV cache group a block of a cached prompt is given another prompt's bytes.
 """
 
 import itertools
@@ -83,7 +85,9 @@ def rounding(
     from vllm_xlayer.compat.engine import empty_device_cache
 
     rng, moved, end = random.Random(0), Moved(), time.monotonic() + seconds
-    for round_ in itertools.takewhile(lambda _: time.monotonic() < end, itertools.count()):
+    for round_ in itertools.count():
+        if time.monotonic() > end:
+            break
         if round_ % EMPTIED == 0:
             empty_device_cache(llm)
         asked = {f"{round_}.{i}": rng.randrange(len(prompts)) for i in range(2 * SEQUENCES)}
