@@ -68,6 +68,14 @@ DEPENDENCES = (
         attributes=("_reqs_need_recv",),
     ),
     Private(
+        NIXL_FEATURE,
+        f"{_NIXL}.pull_scheduler:NixlPullConnectorScheduler",
+        why="one message that it does not understand would end the thread that answers handshakes",
+        how="overridden and called: what that thread runs, again after an error",
+        remove_when="vLLM's listener outlives such messages",
+        methods={"_nixl_handshake_listener": "encoded_data ready_event stop_event host port"},
+    ),
+    Private(
         TIERED_NIXL_CONNECTOR,
         f"{_NIXL}.pull_scheduler:NixlPullConnectorScheduler",
         why="the link would write to blocks that the tiers load",

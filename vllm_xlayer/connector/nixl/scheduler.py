@@ -1,5 +1,6 @@
 """The scheduler's side of the hand-over: vLLM's own, and which rows to seal and what seals to expect."""
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
+from .listener import keep_listening
 from .params import problem_in, without_reading
 from .seals import prompt_tags
 from .stats import RowNixlStats
@@ -53,6 +55,23 @@ class RowNixlScheduler(NixlPullConnectorScheduler):
         self.stats = RowNixlStats()
         self.warned: set[str] = set()
         """Kinds of problems in kv_transfer_params that the log has named."""
+
+    @staticmethod
+    def _nixl_handshake_listener(
+        encoded_data: dict[tuple[int, int], Any],
+        ready_event: threading.Event,
+        stop_event: threading.Event,
+        host: str,
+        port: int,
+    ) -> None:
+        """As vLLM's, in its thread, but a message that it does not understand does not end it."""
+
+        def listen() -> None:
+            NixlPullConnectorScheduler._nixl_handshake_listener(
+                encoded_data, ready_event, stop_event, host, port
+            )
+
+        keep_listening(listen, stop_event, f"{host}:{port}")
 
     def on_new_request(self, request: Request) -> None:
         """As vLLM's, which sees a request's kv_transfer_params here first, once they are checked: a request
