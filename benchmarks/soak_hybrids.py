@@ -1,4 +1,5 @@
-"""The soak of models with states beside attention: LFM2's short convolutions, Qwen3-Next's gated delta net.
+"""The soak of models with states beside attention: LFM2's short convolutions, Qwen3-Next's gated delta net,
+and that with drafts of its own (MTP; vLLM's kernels for it need a GPU).
 
 Tokens and their logprobs are compared with those of an engine without connector, whose device cache holds
 all, which answers every prompt alone. A prompt has one right answer where its cache is in 16 or 32 bits:
@@ -30,8 +31,9 @@ from . import serving
 from .right_answers import NUM_TOKENS, Answers, ask, right_answers, sampling
 from .soaking import ZEROS, note_preempted, soak, with_host_tier
 
-MODELS = ("lfm2", "qwen3_next")
-"""Of models.json."""
+MTP = dict(method="mtp", num_speculative_tokens=2)
+MODELS: dict[str, dict[str, Any]] = {"lfm2": {}, "qwen3_next": {}, "qwen3_next_mtp": MTP}
+"""Of models.json, and how they speculate: what vLLM is told."""
 CACHES = ("auto", "nvfp4")
 SEQUENCES = 8
 BLOCKS, ROWS = 14, 16
@@ -46,7 +48,7 @@ def config_of(model: str, cache: str) -> dict[str, Any]:
     """A model of models.json whose states do not hang on where steps end; with NVFP4 attention comes last."""
     from hybrid_fixture import CONFIGS
 
-    config = dict(CONFIGS[model])
+    config = dict(CONFIGS[model.removesuffix("_mtp")])
     if model == "lfm2" and cache == "nvfp4":
         layers = sorted(config["layer_types"])  # "conv" before "full_attention"
         layers.remove("full_attention")
@@ -174,19 +176,21 @@ def _core(llm: Any) -> Any:
 
 def soak_one(folder: Path, model: str, cache: str, seconds: float, seed: int, keep: Any) -> dict[str, Any]:
     """Soaks a model with a cache, after as long without connector; `keep` gets what was counted so far."""
-    from hybrid_fixture import save_hybrid_config
+    from hybrid_fixture import save_hybrid_config, save_qwen3_next_with_mtp
 
-    config = config_of(model, cache)
+    config, speculation = config_of(model, cache), MODELS[model]
+    save = save_qwen3_next_with_mtp if speculation else save_hybrid_config
     settings = dict(
         model=str(folder), dtype=config["dtype"], kv_cache_dtype=cache, max_num_seqs=SEQUENCES,
-        max_num_batched_tokens=4096, mamba_ssm_cache_dtype="float32", **save_hybrid_config(config, folder),
+        max_num_batched_tokens=4096, mamba_ssm_cache_dtype="float32", **save(config, folder),
+        **({"speculative_config": dict(speculation)} if speculation else {}),
     )  # fmt: skip
     # Blocks of up to 240 tokens, on a GPU, and prompts of six of them.
     large = settings | dict(kv_cache_memory_bytes=64 << 20, max_model_len=settings["max_num_batched_tokens"])
     with serving.started(large) as llm:
         block = serving.block_of(llm)
         prompts = prompts_of(block)
-        right = right_answers(llm, prompts)
+        right = right_answers(llm, prompts, drafts=bool(speculation))
         exactly = [Answers(one) for one in right]
         wrong_blocks = planted(llm, prompts, exactly)
         kv_cache = _core(llm).scheduler.kv_cache_config
