@@ -66,8 +66,6 @@ REASONS = {
     "this run. Our kernels are 0.05 ms of it: a layer's attention takes 1 us longer, its writing 0.5 us. The "
     "rest is not known: before newest tokens and rotated keys (commit 0a4d240) the step of `bench offload` "
     "took 10.53 ms with vLLM 0.33 already, and 10.08 with 0.26.",
-    "decode step 1 x": "Not known. Before rotated keys (commit b37c7ca) it took 5.22 ms with vLLM 0.33, and "
-    "fp8's 1.07 times that: runs scatter as much.",
     "decode, ": "Newest 64 tokens in 16 bits, the default since, and queries that are rotated "
     "([NOTES](../csrc/kernels/nvfp4_attention/NOTES.md)).",
     "write": "K is rotated since: 80 additions and 16 shuffles a group "

@@ -1,12 +1,13 @@
 """What the hand-over counts reaches Prometheus, of all ranks."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from vllm_xlayer.connector.nixl.stats import RowNixlPromMetrics, RowNixlStats
 
@@ -26,12 +27,13 @@ def test_two_ranks_add_up_and_reach_prometheus():
     sent = [rank.clone_and_reset() for rank in ranks]
     assert all(rank.is_empty() for rank in ranks)
     data = RowNixlStats().aggregate(sent[0]).aggregate(sent[1]).data
-    kinds = {Counter: Counter, Gauge: Gauge, Histogram: Histogram}
+    registry = CollectorRegistry()  # an engine of this process may have registered its own
+    kinds = {kind: functools.partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
     metrics = RowNixlPromMetrics(CONFIG, kinds, ["model_name", "engine"], {0: ["m", "0"], 1: ["m", "1"]})
     metrics.observe(data, 1)
 
     def value(name, **labels):
-        return REGISTRY.get_sample_value(f"vllm:xlayer_handover_{name}_total", {"model_name": "m", **labels})
+        return registry.get_sample_value(f"vllm:xlayer_handover_{name}_total", {"model_name": "m", **labels})
 
     assert value("rows", engine="1") == 12 and value("rows", engine="0") == 0
     counted = {"seal": 1, "late": 2, "lost": 0, "busy": 0, "params": 0}
