@@ -4,7 +4,7 @@ import statistics
 from collections import Counter
 from typing import Any
 
-from vllm_xlayer.bench import engine, gather, load, prefill, traffic
+from vllm_xlayer.bench import engine, load, prefill, traffic
 from vllm_xlayer.bench.bounds import Bound
 from vllm_xlayer.bench.peers import PEERS
 from vllm_xlayer.bench.write import TITLES as WRITERS
@@ -224,21 +224,6 @@ def prefill_section(results: dict[str, Any]) -> str:
 next in the other; medians. With all of a prompt cached, what is left is the time of everything else.
 
 {table}"""
-
-
-def gather_section(results: dict[str, Any]) -> str:
-    """Markdown of `bench gather`, with its heading."""
-    sweep = ", ".join(f"{mib} MiB {seconds * 1e6:,.0f}" for mib, seconds in results["workspaces"].items())
-    return f"""\
-### Prompts whose beginning is cached
-
-`vllm-xlayer bench gather`: one layer of 32 query heads, 8 KV heads of 128. NVFP4 pages are dequantised into a
-workspace for FlashAttention-3, which reads fp8's and bf16's pages themselves.
-
-{table(gather.HEAD, list(gather.rows(results)))}
-
-Microseconds, in brackets the share of the device's copy rate ({results["copy_rate"] / 1e12:.2f} TB/s); what
-the host takes to submit it. Of the first batch, by the size of the workspace: {sweep} us. {about(results)}"""
 
 
 def load_section(results: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
-"""Markdown of what a step consists of."""
+"""Markdown of what a step consists of, and of a prompt's attention where its beginning is cached."""
 
 from typing import Any
+
+from vllm_xlayer.bench import gather
 
 from .markdown import about, milliseconds, table
 from .steps import KINDS
@@ -30,3 +32,18 @@ def section(results: dict[str, Any]) -> str:
         lines.append(("kernels and copies", [f"{one['kernels']:,}" for one in found]))
         parts.append(table([title, *caches], lines))
     return "\n\n".join([*parts, about(results)])
+
+
+def gather_section(results: dict[str, Any]) -> str:
+    """Markdown of `bench gather`, with its heading."""
+    sweep = ", ".join(f"{mib} MiB {seconds * 1e6:,.0f}" for mib, seconds in results["workspaces"].items())
+    return f"""\
+### Prompts whose beginning is cached
+
+`vllm-xlayer bench gather`: one layer of 32 query heads, 8 KV heads of 128. NVFP4 pages are dequantised into a
+workspace for FlashAttention-3, which reads fp8's and bf16's pages themselves.
+
+{table(gather.HEAD, list(gather.rows(results)))}
+
+Microseconds, in brackets the share of the device's copy rate ({results["copy_rate"] / 1e12:.2f} TB/s); what
+the host takes to submit it. Of the first batch, by the size of the workspace: {sweep} us. {about(results)}"""

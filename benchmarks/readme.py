@@ -91,7 +91,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "sinks": (("h200-quality-sinks.json",), sinks.section),
     "transforms": (("h200-transforms.json", "h200-transforms-essays.json"), transforms.table),
     "prefill": (("h200-prefill.json",), markdown.prefill_section),
-    "gather": (("h200-gather.json",), markdown.gather_section),
+    "gather": (("h200-gather.json",), markdown_steps.gather_section),
     "load": (("h200-load.json",), markdown.load_section),
     "traffic": (("h200-traffic.json",), markdown.traffic_section),
     "gpu": (tuple(markdown.SUITES), markdown.gpu_tests),

@@ -62,7 +62,7 @@ SCALES = {"ms": 1e3, "us": 1e6}
 DIGITS = {"ms": 2, "us": 1}
 
 REASONS = {
-    "decode step 64 x": "In part the host: fp8's step was 1.64 times ours then, 16.6 ms, and took 17.5 ms in "
+    "decode step 64 x": "In part the host: fp8's step was 1.64 times ours then, 16.7 ms, and took 17.5 ms in "
     "this run. Our kernels are 0.05 ms of it: a layer's attention takes 1 us longer, its writing 0.5 us. The "
     "rest is not known: before newest tokens and rotated keys (commit 0a4d240) the step of `bench offload` "
     "took 10.53 ms with vLLM 0.33 already, and 10.08 with 0.26.",

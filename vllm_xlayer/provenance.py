@@ -60,6 +60,16 @@ def rows_of(path: Path, key: str, **question: Any) -> dict[str, dict[str, Any]]:
     return {name: about | row for name, row in results[key].items()}
 
 
+def kept(path: Path, key: str, asked: list[str], **question: Any) -> dict[str, dict[str, Any]]:
+    """`rows_of` a file that was made on such hardware with the same versions, too. Says which rows stay in
+    it though they are not asked for now, and of when they are."""
+    now = provenance()
+    rows = rows_of(path, key, hardware=now["hardware"], versions=now["versions"], **question)
+    for name in sorted(rows.keys() - set(asked)):
+        print(f"{name}: as {path} has it, {rows[name]['date']}, commit {rows[name]['commit']}")
+    return rows
+
+
 def stamped(row: dict[str, Any]) -> dict[str, Any]:
     """A row that is of now."""
     now = provenance()

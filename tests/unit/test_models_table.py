@@ -278,6 +278,17 @@ def test_rows_of_another_question_are_not_taken(tmp_path):
     assert provenance.rows_of(path, "caches", shape="other") == {}
 
 
+def test_rows_of_another_machine_are_not_kept(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "traffic.json"
+    path.write_text(json.dumps(ABOUT | {"layers": 2, "caches": {"fp8": {}, "nvfp4": {}}}))
+    monkeypatch.setattr(provenance, "provenance", lambda: ABOUT)
+    assert provenance.kept(path, "caches", ["nvfp4"], layers=2).keys() == {"fp8", "nvfp4"}
+    assert capsys.readouterr().out == f"fp8: as {path} has it, today, commit abc\n"
+    for other in ({"hardware": "another"}, {"versions": {"vllm": "2"}}):
+        monkeypatch.setattr(provenance, "provenance", lambda other=other: ABOUT | other)
+        assert provenance.kept(path, "caches", ["nvfp4"], layers=2) == {}
+
+
 def test_a_gpus_tables_are_shown_once_there_are_results(tmp_path, monkeypatch):
     from benchmarks import readme
 

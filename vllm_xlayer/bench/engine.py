@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..provenance import rows_of, stamped, write
+from ..provenance import kept, stamped, write
 from .bounds import SHAPE, Bound
 from .engines import CACHES, GRAPHS_ONLY, Engine, goes_on, prompts
 from .shapes import SETTINGS, SHAPES, write_model
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
         gpu_memory_utilization=args.gpu_memory_utilization, **GRAPHS_ONLY, **SETTINGS.get(args.shape, {}),
     )  # fmt: skip
     has_experts = bool(EXPERTS & SHAPES[args.shape].keys())
-    question = {"shape": args.shape, "steps": STEPS, "same_answers": has_experts}
-    caches = rows_of(args.json, "caches", **question) if args.scale == 1 else {}
+    question = {"shape": args.shape, "scale": args.scale, "steps": STEPS, "same_answers": has_experts}
+    caches = kept(args.json, "caches", args.caches, **question)
     results: dict[str, Any] = question | {"caches": caches}
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-engine-") as folder:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..provenance import rows_of, stamped, write
+from ..provenance import kept, stamped, write
 from .bounds import SHAPE
 from .engines import CACHES, Engine, Prompt, goes_on, prompts_of
 from .lengths import ragged
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         "requests": args.requests, "prompt_tokens": sum(lengths), "output_tokens": sum(answers),
         "longest_prompt": max(lengths), "longest_output": max(answers),
     }  # fmt: skip
-    caches = rows_of(args.json, "caches", **question)
+    caches = kept(args.json, "caches", args.caches, **question)
     results: dict[str, Any] = question | {"caches": caches}
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-traffic-") as folder:
