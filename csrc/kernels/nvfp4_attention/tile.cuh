@@ -14,7 +14,7 @@
 
 #include <type_traits>
 
-#include "dequantise.cuh"
+#include "../nvfp4/dequantise.cuh"
 #include "rows_as_a.cuh"
 #include "rows_as_b.cuh"
 

@@ -2,24 +2,24 @@
 //
 // An e2m1 value s|ee|m is the half s|000ee|m000000000 times 2^14: sign to bit 15, the other three to bits
 // 11..9, all within the high byte. So four elements become four high bytes with three or four logic
-// instructions, and one PRMT places two of them over zero low bytes. The 2^14 goes into the softmax scale and
-// the output. Times an e4m3 block scale the product has at most 6 significant bits and is a multiple of
-// 2^-24, the smallest half: exact.
+// instructions, and one PRMT places two of them over zero low bytes. The 2^14 goes into a later factor (the
+// softmax scale, the output, the global scale). Times an e4m3 block scale the product has at most 6
+// significant bits and is a multiple of 2^-24, the smallest half: exact.
 #pragma once
 
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
-namespace xlayer::attention {
+namespace xlayer {
 
 struct HighBytes {
   uint32_t even;  // elements 0, 2, 4, 6 of a word
   uint32_t odd;   // elements 1, 3, 5, 7
 };
 
-// 2 and 16, but not known at compile time: nvcc then leaves the left shifts multiplications, which run beside
-// the logic pipe. That one is full.
+// 2 and 16. In attention not known at compile time: nvcc then leaves the left shifts multiplications, which
+// run beside the logic pipe. That one is full there.
 struct Shifts {
   const uint32_t& two;
   const uint32_t& sixteen;
@@ -38,4 +38,4 @@ __device__ __forceinline__ uint32_t scaled_pair(uint32_t x, __half2 s) {
   return __builtin_bit_cast(uint32_t, __half2_raw(product));
 }
 
-}  // namespace xlayer::attention
+}  // namespace xlayer
