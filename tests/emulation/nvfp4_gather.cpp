@@ -1,4 +1,4 @@
-// The gather's kernel on the CPU: for tests/ops/test_gather_emulated.py.
+// The gather's kernel on the CPU: for tests/ops/test_gather_sources.py and test_nvfp4_gather_emulated.py.
 #include "simt.h"
 
 #include "kernels/nvfp4_gather/kernel.cuh"
@@ -22,57 +22,74 @@ struct GatherArgs {
   const void* newest;
   const int32_t *newest_rows, *newest_from;
   int64_t newest_tokens, source_dtype;
+  int64_t each, forwards;  // tokens that a thread goes through, 0: as it chooses; order of warps and blocks
 };
 
 template <typename T, typename S>
-void run(const Nvfp4GatherParams& p) {
-  const unsigned blocks = unsigned(ceil_div(p.num_tokens, GATHER_WARPS));
-  simt::launch({blocks, 1, 1}, GATHER_WARPS * 32, 0, [&] { nvfp4_gather_kernel<T, S>(p, own_is_wide(p)); });
+void run(const Nvfp4GatherParams& p, const GatherPlan& plan) {
+  const unsigned blocks = unsigned(ceil_div(p.num_tokens, plan.tokens()));
+  const auto kernel =
+      rotation_block(p.page.head_size) == 32 ? nvfp4_gather_kernel<T, S, 32> : nvfp4_gather_kernel<T, S, 16>;
+  simt::launch({blocks, unsigned(plan.rounds), 1}, plan.threads, 0, [&] { kernel(p, plan, own_is_wide(p)); });
+}
+
+static Nvfp4GatherParams params(const GatherArgs* a) {
+  return {a->cache,
+          a->block_stride,
+          {int(a->heads), int(a->block_size), int(a->head_size)},
+          a->block_table,
+          a->block_table_stride,
+          a->max_blocks,
+          a->seq_starts,
+          a->cu_seqlens,
+          int(a->num_requests),
+          a->k_scale,
+          a->v_scale,
+          a->k_out,
+          a->v_out,
+          a->k_stride_t,
+          a->k_stride_h,
+          a->v_stride_t,
+          a->v_stride_h,
+          a->num_tokens,
+          Dtype(a->dtype),
+          a->swizzled ? ScaleOrder::SWIZZLED : ScaleOrder::LINEAR,
+          a->rotated_keys != 0,
+          a->query_starts,
+          a->seq_lens,
+          a->key,
+          a->value,
+          a->key_stride_t,
+          a->key_stride_h,
+          a->value_stride_t,
+          a->value_stride_h,
+          a->newest,
+          a->newest_rows,
+          a->newest_from,
+          int(a->newest_tokens),
+          Dtype(a->source_dtype)};
 }
 
 extern "C" void run_nvfp4_gather(const GatherArgs* a) {
-  const Nvfp4GatherParams p = {a->cache,
-                               a->block_stride,
-                               {int(a->heads), int(a->block_size), int(a->head_size)},
-                               a->block_table,
-                               a->block_table_stride,
-                               a->max_blocks,
-                               a->seq_starts,
-                               a->cu_seqlens,
-                               int(a->num_requests),
-                               a->k_scale,
-                               a->v_scale,
-                               a->k_out,
-                               a->v_out,
-                               a->k_stride_t,
-                               a->k_stride_h,
-                               a->v_stride_t,
-                               a->v_stride_h,
-                               a->num_tokens,
-                               Dtype(a->dtype),
-                               a->swizzled ? ScaleOrder::SWIZZLED : ScaleOrder::LINEAR,
-                               a->rotated_keys != 0,
-                               a->query_starts,
-                               a->seq_lens,
-                               a->key,
-                               a->value,
-                               a->key_stride_t,
-                               a->key_stride_h,
-                               a->value_stride_t,
-                               a->value_stride_h,
-                               a->newest,
-                               a->newest_rows,
-                               a->newest_from,
-                               int(a->newest_tokens),
-                               Dtype(a->source_dtype)};
+  const Nvfp4GatherParams p = params(a);
+  GatherPlan plan = gather_plan(p);
+  if (a->each != 0) plan.each = int(a->each);
+  simt::machine().late_copies = a->forwards != 0;
   switch (p.dtype) {
-    case Dtype::BF16: return run<__nv_bfloat16, __nv_bfloat16>(p);
-    case Dtype::F16: return run<__half, __half>(p);
+    case Dtype::BF16: return run<__nv_bfloat16, __nv_bfloat16>(p, plan);
+    case Dtype::F16: return run<__half, __half>(p, plan);
     case Dtype::F32:
       switch (p.source_dtype) {
-        case Dtype::BF16: return run<float, __nv_bfloat16>(p);
-        case Dtype::F16: return run<float, __half>(p);
-        case Dtype::F32: return run<float, float>(p);
+        case Dtype::BF16: return run<float, __nv_bfloat16>(p, plan);
+        case Dtype::F16: return run<float, __half>(p, plan);
+        case Dtype::F32: return run<float, float>(p, plan);
       }
   }
+}
+
+// shares, rounds, lanes, slots, each, threads
+extern "C" void run_gather_plan(const GatherArgs* a, int64_t* out) {
+  const GatherPlan plan = gather_plan(params(a));
+  const int64_t all[] = {plan.shares, plan.rounds, plan.lanes, plan.slots, plan.each, plan.threads};
+  std::copy(all, all + 6, out);
 }

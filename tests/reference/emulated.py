@@ -57,7 +57,7 @@ GATHER_FIELDS = [
     ("query_starts", POINTER), ("seq_lens", POINTER), ("key", POINTER), ("value", POINTER),
     ("key_stride_t", INT), ("key_stride_h", INT), ("value_stride_t", INT), ("value_stride_h", INT),
     ("newest", POINTER), ("newest_rows", POINTER), ("newest_from", POINTER), ("newest_tokens", INT),
-    ("source_dtype", INT),
+    ("source_dtype", INT), ("each", INT), ("forwards", INT),
 ]  # fmt: skip
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 """In the order of enum Dtype."""
@@ -234,8 +234,12 @@ def gather_nvfp4(
     newest: torch.Tensor | None = None,
     newest_rows: torch.Tensor | None = None,
     newest_from: torch.Tensor | None = None,
+    each: int = 3,
+    forwards: bool = True,
 ) -> None:
-    """The gather's kernel, called as ``ops.gather_nvfp4`` is. It checks nothing."""
+    """The gather's kernel, called as ``ops.gather_nvfp4`` is. It checks nothing.
+
+    ``each``: tokens that a thread goes through, 0: as the launch chooses. ``forwards``: order of warps."""
 
     def at(tensor: torch.Tensor | None) -> int | None:
         return None if tensor is None else tensor.data_ptr()
@@ -254,6 +258,14 @@ def gather_nvfp4(
         rotated_keys,
         at(query_starts), at(seq_lens), at(key), at(value), *strides(key), *strides(value),
         at(newest), at(newest_rows), at(newest_from), 0 if newest is None else newest.shape[3],
-        DTYPES.index(source),
+        DTYPES.index(source), each, forwards,
     )  # fmt: skip
     library("nvfp4_gather").run_nvfp4_gather(ctypes.byref(args))
+
+
+def gather_plan(heads: int, head_size: int, tokens: int) -> dict[str, int]:
+    """How the gather's launch cuts its work, ``GatherPlan``."""
+    args = GatherArgs(heads=heads, block_size=16, head_size=head_size, num_tokens=tokens)
+    plan = (INT * 6)()
+    library("nvfp4_gather").run_gather_plan(ctypes.byref(args), plan)
+    return dict(zip(("shares", "rounds", "lanes", "slots", "each", "threads"), plan, strict=True))

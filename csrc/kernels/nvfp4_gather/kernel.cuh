@@ -1,67 +1,34 @@
 // Gathers tokens into dense K and V: from NVFP4 pages, from the step's own K and V, and from the newest
-// tokens' memory (params.h says which).
+// tokens' memory (params.h says which, and GatherPlan how the work is cut).
 //
-// Thread map: one warp a token, so that a warp has one source. A lane takes 8 elements of K and the same 8 of
-// V at a time, so that a warp reads and writes contiguous memory:
+// A thread block has consecutive tokens. First its threads find out where they are, one token each, and tell
+// the others through shared memory; then each thread goes through `each` of the tokens with the same elements
+// of K and V (chunk.cuh), so that where these are in a page and in the output is computed once. It asks for
+// the next token's bytes before it decodes those that it has.
 //
-//   chunk c of a token:  | h=0: D/8 chunks | h=1: D/8 chunks | ...      lane = c % 32
-//
-// From a page 4 bytes of data and one block scale in, else as many as come out: 16 bytes (16-bit output) or
-// 32 (float32).
+// From a page a thread reads 4 bytes of data a chunk, and the chunks' block scales.
 #pragma once
 
-#include <type_traits>
-
-#include "../common/convert.cuh"
-#include "params.h"
+#include "chunk.cuh"
 
 namespace xlayer {
 
-constexpr int GATHER_WARPS = 8;
-constexpr int CHUNK = 8;
+// Thread blocks that an SM is to hold, with 48 registers a thread. Where an SM has 48 warps at most, nvcc
+// would spill with so few.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int GATHER_BLOCKS = 4;
+#else
+constexpr int GATHER_BLOCKS = 5;
+#endif
 
-// 8 nibbles of `word` times scale times global, each product rounded once to float32.
-__device__ __forceinline__ void decode_chunk(uint32_t word, uint8_t scale, float global, float (&x)[CHUNK]) {
-  // A nibble's magnitude bits, moved to bits 11..9 of an fp16, stand for the value times 2^-14.
-  const float s = e4m3_decode(scale) * 16384.0f;
-#pragma unroll
-  for (int i = 0; i < CHUNK; ++i) {
-    const uint32_t nibble = word >> (4 * i);
-    const uint32_t half_bits = ((nibble & 7u) << 9) | ((nibble & 8u) << 12);
-    x[i] = mul_rn(mul_rn(__half2float(__ushort_as_half(uint16_t(half_bits))), s), global);
-  }
-}
-
-// A chunk of K, rotated back with the other or the other three of its block, which are in the neighbouring
-// lanes.
-__device__ __forceinline__ void rotate_back(float (&x)[CHUNK], int block) {
-  const int lane = threadIdx.x % 32;
-  butterflies<CHUNK>(x);
-  butterfly_of_lanes(x, 1, 3u << (lane & ~1));
-  if (block == 32) butterfly_of_lanes(x, 2, 15u << (lane & ~3));  // a head is a multiple of four chunks then
-  const float factor = rotation_back(block);
-#pragma unroll
-  for (int i = 0; i < CHUNK; ++i) x[i] *= factor;
-}
-
-__device__ __forceinline__ void store_chunk(float* out, const float (&x)[CHUNK]) {
-  reinterpret_cast<float4*>(out)[0] = make_float4(x[0], x[1], x[2], x[3]);
-  reinterpret_cast<float4*>(out)[1] = make_float4(x[4], x[5], x[6], x[7]);
-}
-
-__device__ __forceinline__ void store_chunk(__half* out, const float (&x)[CHUNK]) {
-  alignas(16) __half2 y[CHUNK / 2];
-#pragma unroll
-  for (int i = 0; i < CHUNK / 2; ++i) y[i] = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-  *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(y);
-}
-
-__device__ __forceinline__ void store_chunk(__nv_bfloat16* out, const float (&x)[CHUNK]) {
-  alignas(16) __nv_bfloat162 y[CHUNK / 2];
-#pragma unroll
-  for (int i = 0; i < CHUNK / 2; ++i) y[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-  *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(y);
-}
+// Where a token is. Addresses: in a page that of its K data in head 0, and what a thread adds the offsets of
+// its scales to; else of K and V in head 0.
+struct alignas(16) TokenPlace {
+  uint64_t k, k_scale, v;
+  int source;  // a Source, or what follows
+};
+constexpr int NOWHERE = -1;  // not a token of any request: its output is left as it is
+constexpr int END = -2;      // after a thread's last token
 
 // The request whose output range holds `token`: the last r with cu_seqlens[r] <= token.
 __device__ __forceinline__ int find_request(const int32_t* cu_seqlens, int num_requests, int64_t token) {
@@ -77,146 +44,232 @@ __device__ __forceinline__ int find_request(const int32_t* cu_seqlens, int num_r
   return lo;
 }
 
-// A chunk as it lies in memory.
 template <typename S>
-struct alignas(16) Raw {
-  S x[CHUNK];
-};
-
-// wide: the address is a multiple of 16 bytes.
-template <typename S>
-__device__ __forceinline__ Raw<S> load_raw(const S* from, bool wide) {
-  constexpr int WORDS = sizeof(Raw<S>) / sizeof(uint4);
-  Raw<S> raw;
-  if (wide) {
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) {
-      reinterpret_cast<uint4*>(&raw)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) raw.x[i] = from[i];
-  }
-  return raw;
-}
-
-template <typename S>
-__device__ __forceinline__ void to_floats(const Raw<S>& raw, float (&x)[CHUNK]) {
-#pragma unroll
-  for (int i = 0; i < CHUNK; ++i) x[i] = to_float(raw.x[i]);
-}
-
-// The same bits where the dtype is the same, a NaN's too.
-template <typename T, typename S>
-__device__ __forceinline__ void store_raw(T* out, const Raw<S>& raw) {
-  if constexpr (std::is_same_v<T, S>) {
-    constexpr int WORDS = sizeof(Raw<S>) / sizeof(uint4);
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i)
-      reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(&raw)[i];
-  } else {
-    float x[CHUNK];
-    to_floats(raw, x);
-    store_chunk(out, x);
-  }
-}
-
-// What a warp does for its token: where K and V go, and the chunks of its lanes.
-template <typename T>
-struct GatherTask {
-  const Nvfp4GatherParams& p;
-  T *k_out, *v_out;
-
-  // each(chunk, head, first element of the head) for the chunks of this lane.
-  template <class Each>
-  __device__ __forceinline__ void chunks(Each each) const {
-    const int per_head = p.page.head_size / CHUNK;
-    const int count = p.page.heads * per_head;
-#pragma unroll 2
-    for (int c = threadIdx.x % 32; c < count; c += 32) {
-      const int h = c / per_head;
-      each(h, (c - h * per_head) * CHUNK);
-    }
-  }
-  __device__ __forceinline__ T* k(int h, int d) const { return k_out + h * p.k_stride_h + d; }
-  __device__ __forceinline__ T* v(int h, int d) const { return v_out + h * p.v_stride_h + d; }
-
-  // From token n of a block.
-  __device__ __forceinline__ void page(int64_t block, int n) const {
-    const uint8_t* page = p.cache + block * p.block_stride;
-    const float k_global = *p.k_scale;
-    const float v_global = *p.v_scale;
-    const int block_of_rotation = rotation_block(p.page.head_size);
-    chunks([&](int h, int d) {
-      const int j = d / CHUNK, s = d / GROUP;
-      const uint32_t k_word =
-          __ldg(reinterpret_cast<const uint32_t*>(page + p.page.data_offset(false, h, n)) + j);
-      const uint32_t v_word =
-          __ldg(reinterpret_cast<const uint32_t*>(page + p.page.data_offset(true, h, n)) + j);
-      const uint8_t k_s =
-          __ldg(page + p.page.scale_base(false, h) + p.page.scale_index(ScaleOrder::LINEAR, n, s));
-      const uint8_t v_s = __ldg(page + p.page.scale_base(true, h) + p.page.scale_index(p.v_order, n, s));
-      float x[CHUNK];
-      decode_chunk(k_word, k_s, k_global, x);
-      if (p.rotated_keys) rotate_back(x, block_of_rotation);
-      store_chunk(k(h, d), x);
-      decode_chunk(v_word, v_s, v_global, x);
-      store_chunk(v(h, d), x);
-    });
-  }
-
-  // The step's own token. wide: all chunks of key and value start at multiples of 16 bytes.
-  template <typename S>
-  __device__ __forceinline__ void own(int64_t token, bool wide) const {
-    const S* key = static_cast<const S*>(p.key) + token * p.key_stride_t;
-    const S* value = static_cast<const S*>(p.value) + token * p.value_stride_t;
-    chunks([&](int h, int d) {
-      store_raw(k(h, d), load_raw(key + h * p.key_stride_h + d, wide));
-      store_raw(v(h, d), load_raw(value + h * p.value_stride_h + d, wide));
-    });
-  }
-
-  template <typename S>
-  __device__ __forceinline__ void newest(int row, int64_t place) const {
-    const S* memory = static_cast<const S*>(p.newest);
-    const int block_of_rotation = rotation_block(p.page.head_size);
-    chunks([&](int h, int d) {
-      const Raw<S> key =
-          load_raw(memory + newest_offset(p.page, p.newest_tokens, row, false, h, place) + d, true);
-      const Raw<S> value =
-          load_raw(memory + newest_offset(p.page, p.newest_tokens, row, true, h, place) + d, true);
-      if (p.rotated_keys) {
-        float x[CHUNK];
-        to_floats(key, x);
-        rotate_back(x, block_of_rotation);
-        store_chunk(k(h, d), x);
-      } else {
-        store_raw(k(h, d), key);
-      }
-      store_raw(v(h, d), value);
-    });
-  }
-};
-
-// T: dtype of the output. S: of the own and the newest tokens. 64 registers are enough, for half of an SM's
-// warps.
-template <typename T, typename S>
-__global__ void __launch_bounds__(GATHER_WARPS * 32, 4)
-    nvfp4_gather_kernel(const Nvfp4GatherParams p, bool wide) {
-  const int64_t token = int64_t(blockIdx.x) * GATHER_WARPS + threadIdx.x / 32;
-  if (token >= p.num_tokens || token < p.cu_seqlens[0] || token >= p.cu_seqlens[p.num_requests]) return;
+__device__ __forceinline__ TokenPlace place_of(const Nvfp4GatherParams& p, int64_t token) {
+  const int64_t begin = __ldg(p.cu_seqlens), end = __ldg(p.cu_seqlens + p.num_requests);
+  if (token >= p.num_tokens || token < begin || token >= end) return {0, 0, 0, NOWHERE};
   const int r = find_request(p.cu_seqlens, p.num_requests, token);
   const int64_t position = p.seq_starts[r] + (token - p.cu_seqlens[r]);
-  const int64_t logical_block = position / p.page.block_size;
+  const uint32_t logical_block = uint32_t(position) / uint32_t(p.page.block_size);
   // Asked for before it is known whether the token is read from its page: one wait, not two.
   const int64_t block = p.block_table[r * p.block_table_stride + logical_block];
   const TokenSource source = source_of(p, r, position);
-  const GatherTask<T> task = {p, static_cast<T*>(p.k_out) + token * p.k_stride_t,
-                              static_cast<T*>(p.v_out) + token * p.v_stride_t};
+  const auto address = [](const void* base, int64_t elements) {
+    return reinterpret_cast<uintptr_t>(base) + uint64_t(elements) * sizeof(S);
+  };
   switch (source.kind) {
-    case Source::PAGE: return task.page(block, int(position - logical_block * p.page.block_size));
-    case Source::OWN: return task.template own<S>(source.at, wide);
-    case Source::NEWEST: return task.template newest<S>(source.row, source.at);
+    case Source::OWN:
+      return {address(p.key, source.at * p.key_stride_t), 0, address(p.value, source.at * p.value_stride_t),
+              int(Source::OWN)};
+    case Source::NEWEST: {
+      const auto at = [&](bool is_v) {
+        return newest_offset(p.page, p.newest_tokens, source.row, is_v, 0, source.at);
+      };
+      return {address(p.newest, at(false)), 0, address(p.newest, at(true)), int(Source::NEWEST)};
+    }
+    case Source::PAGE: break;
+  }
+  const int n = int(position - int64_t(logical_block) * p.page.block_size);
+  const uint64_t page = reinterpret_cast<uintptr_t>(p.cache + block * p.block_stride);
+  return {page + uint64_t(p.page.data_offset(false, 0, n)),
+          page + unsigned(p.page.scale_index(ScaleOrder::LINEAR, n, 0)),
+          page + unsigned(p.page.scale_index(p.v_order, n, 0)), int(Source::PAGE)};
+}
+
+// A thread's share (GatherPlan): elements of head h from d on, of consecutive tokens.
+template <typename T, int BLOCK>
+struct GatherShare {
+  int h, d;
+  const TokenPlace* place;
+  T *k, *v;  // out
+
+  __device__ __forceinline__ GatherShare(const Nvfp4GatherParams& p, const GatherPlan& plan,
+                                         const TokenPlace* places) {
+    const int slot = int(threadIdx.x / unsigned(plan.lanes));
+    int share = int(threadIdx.x) - slot * plan.lanes + int(blockIdx.y) * plan.lanes;
+    const bool idle = slot >= plan.slots || share >= plan.shares;
+    if (idle) share = 0;
+    const unsigned of_head = unsigned(p.page.head_size) / BLOCK * 2;
+    h = int(unsigned(share) / of_head);
+    const int in_head = share - h * int(of_head);
+    d = in_head / 2 * BLOCK + in_head % 2 * CHUNK;
+    place = places + (idle ? plan.slots : slot) * (plan.each + 1);
+    const int64_t token = int64_t(blockIdx.x) * plan.tokens() + slot * plan.each;
+    k = static_cast<T*>(p.k_out) + token * p.k_stride_t + h * p.k_stride_h + d;
+    v = static_cast<T*>(p.v_out) + token * p.v_stride_t + h * p.v_stride_h + d;
+  }
+
+  __device__ __forceinline__ void next(const GatherPlan& plan) {
+    ++place;
+    k = reinterpret_cast<T*>(reinterpret_cast<uint8_t*>(k) + plan.k_step);
+    v = reinterpret_cast<T*>(reinterpret_cast<uint8_t*>(v) + plan.v_step);
+  }
+};
+
+// Tokens that are read from pages. USUAL: both global scales are.
+template <typename T, int BLOCK, bool USUAL>
+struct FromPages {
+  static constexpr int CHUNKS = BLOCK / (2 * CHUNK);
+
+  const Nvfp4GatherParams& p;
+  // From a token's place. Pages are below 2 GiB.
+  uint32_t k_data, v_data, k_scale, v_scales[CHUNKS];
+  float k_global, v_global;
+  struct Bytes {
+    uint32_t words[CHUNKS], scales[CHUNKS];
+  } k = {}, v = {};
+
+  __device__ __forceinline__ FromPages(const Nvfp4GatherParams& p, int h, int d) : p(p) {
+    const int s = d / GROUP;
+    k_data = uint32_t(p.page.data_offset(false, h, 0)) + d / 2;
+    v_data = uint32_t(p.page.data_offset(true, h, 0)) + d / 2;
+    k_scale = uint32_t(p.page.scale_base(false, h)) + s;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      v_scales[c] = uint32_t(p.page.scale_base(true, h)) + p.page.scale_index(p.v_order, 0, s + c);
+    }
+    k_global = *p.k_scale;
+    v_global = *p.v_scale;
+    if constexpr (USUAL) {
+      k_global *= HALVES * (p.rotated_keys ? rotation_back(BLOCK) : 1.0f);
+      v_global *= HALVES;
+    }
+  }
+
+  __device__ __forceinline__ void load_k(const TokenPlace& place) {
+    if (place.source != int(Source::PAGE)) return;
+    load_words(place.k + k_data, k);
+    if constexpr (CHUNKS == 2) {
+      k.scales[0] = load<uint16_t>(place.k_scale + k_scale);
+    } else {
+      k.scales[0] = load<uint8_t>(place.k_scale + k_scale);
+    }
+  }
+  __device__ __forceinline__ void load_v(const TokenPlace& place) {
+    if (place.source != int(Source::PAGE)) return;
+    load_words(place.k + v_data, v);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) v.scales[c] = load<uint8_t>(place.v + v_scales[c]);
+  }
+
+  // What was loaded goes out, and the next token is asked for. All lanes of the warp come here.
+  __device__ __forceinline__ void put_k(bool is_loaded, const TokenPlace& next, T* out) {
+    Elements<CHUNKS> x;
+    decode<CHUNKS>(k.words, ptx::e4m3x2_to_half2(k.scales[0]), x);
+    load_k(next);
+    scale(x, k_global);
+    if (p.rotated_keys) {
+      rotate_lanes<CHUNKS>(x);
+      if constexpr (!USUAL) times<CHUNKS>(x, rotation_back(BLOCK));
+    }
+    if (is_loaded) store<CHUNKS>(out, x);
+  }
+  __device__ __forceinline__ void put_v(bool is_loaded, const TokenPlace& next, T* out) {
+    Elements<CHUNKS> x;
+    const uint32_t scales = CHUNKS == 2 ? v.scales[0] | v.scales[CHUNKS - 1] << 8 : v.scales[0];
+    decode<CHUNKS>(v.words, ptx::e4m3x2_to_half2(scales), x);
+    load_v(next);
+    scale(x, v_global);
+    if (is_loaded) store<CHUNKS>(out, x);
+  }
+
+ private:
+  template <typename Word>
+  static __device__ __forceinline__ Word load(uint64_t address) {
+    return __ldg(reinterpret_cast<const Word*>(address));
+  }
+  static __device__ __forceinline__ void load_words(uint64_t address, Bytes& bytes) {
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {  // 16 elements apart
+      bytes.words[c] = load<uint32_t>(address + c * CHUNK);
+    }
+  }
+  static __device__ __forceinline__ void scale(Elements<CHUNKS>& x, float global) {
+    if constexpr (!USUAL) times<CHUNKS>(x, HALVES);
+    times<CHUNKS>(x, global);
+  }
+};
+
+template <typename T, int BLOCK, bool USUAL>
+__device__ __forceinline__ void put_from_pages(const Nvfp4GatherParams& p, const GatherPlan& plan,
+                                               const TokenPlace* places) {
+  GatherShare<T, BLOCK> to(p, plan, places);
+  FromPages<T, BLOCK, USUAL> from(p, to.h, to.d);
+  from.load_k(*to.place);
+  from.load_v(*to.place);
+#pragma unroll 1
+  for (int i = 0; i < plan.each; ++i, to.next(plan)) {
+    const bool is_loaded = to.place->source == int(Source::PAGE);
+    from.put_k(is_loaded, to.place[1], to.k);
+    from.put_v(is_loaded, to.place[1], to.v);
+  }
+}
+
+// A token that is not read from a page. All lanes of the warp come here.
+template <typename T, typename S, int BLOCK>
+__device__ __forceinline__ void put_elsewhere(const Nvfp4GatherParams& p, bool wide,
+                                              const GatherShare<T, BLOCK>& to) {
+  constexpr int CHUNKS = BLOCK / (2 * CHUNK);
+  const TokenPlace& place = *to.place;
+  const bool is_own = place.source == int(Source::OWN), is_newest = place.source == int(Source::NEWEST);
+  const auto from = [&](bool is_v) {
+    const int64_t newest = int64_t(p.newest_tokens) * p.page.head_size;
+    const int64_t stride_h = is_newest ? newest : is_v ? p.value_stride_h : p.key_stride_h;
+    return reinterpret_cast<const S*>(is_v ? place.v : place.k) + to.h * stride_h + to.d;
+  };
+  const auto copy = [&](bool is_v, T* out) {
+    const S* in = from(is_v);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      store_raw(out + 2 * c * CHUNK, load_raw(in + 2 * c * CHUNK, wide || is_newest));
+    }
+  };
+  if (is_own || is_newest) copy(true, to.v);
+  if (is_own || (is_newest && !p.rotated_keys)) copy(false, to.k);
+  if (!p.rotated_keys || !__any_sync(~0u, is_newest)) return;
+  Elements<CHUNKS> x = {};
+  if (is_newest) {
+    const S* key = from(false);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) to_floats(load_raw(key + 2 * c * CHUNK, true), x[c]);
+  }
+  rotate_lanes<CHUNKS>(x);
+  times<CHUNKS>(x, rotation_back(BLOCK));
+  if (is_newest) store<CHUNKS>(to.k, x);
+}
+
+// T: dtype of the output. S: of the own and the newest tokens. BLOCK: of the rotation. wide: all chunks of
+// key and value start at multiples of 16 bytes.
+template <typename T, typename S, int BLOCK>
+__global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS)
+    nvfp4_gather_kernel(const Nvfp4GatherParams p, const GatherPlan plan, bool wide) {
+  // A row for each slot, and one for the threads that are too many.
+  __shared__ TokenPlace places[GATHER_PLACES];
+  const int row = plan.each + 1;
+  bool any_in_page = false, any_elsewhere = false;
+  for (int i = int(threadIdx.x); i < (plan.slots + 1) * row; i += plan.threads) {
+    const int slot = i / row, at = i - slot * row;
+    TokenPlace place = {0, 0, 0, at == plan.each ? END : NOWHERE};
+    if (slot < plan.slots && at < plan.each) {
+      place = place_of<S>(p, int64_t(blockIdx.x) * plan.tokens() + slot * plan.each + at);
+    }
+    any_in_page |= place.source == int(Source::PAGE);
+    any_elsewhere |= place.source > int(Source::PAGE);
+    places[i] = place;
+  }
+  any_in_page = __syncthreads_or(any_in_page);
+  any_elsewhere = __syncthreads_or(any_elsewhere);
+  if (any_in_page) {
+    if (is_usual(*p.k_scale) && is_usual(*p.v_scale)) {
+      put_from_pages<T, BLOCK, true>(p, plan, places);
+    } else {
+      put_from_pages<T, BLOCK, false>(p, plan, places);
+    }
+  }
+  if (any_elsewhere) {
+    GatherShare<T, BLOCK> to(p, plan, places);
+#pragma unroll 1
+    for (; to.place->source != END; to.next(plan)) put_elsewhere<T, S, BLOCK>(p, wide, to);
   }
 }
 

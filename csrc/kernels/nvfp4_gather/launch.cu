@@ -6,8 +6,11 @@ namespace {
 
 template <typename T, typename S>
 cudaError_t launch(const Nvfp4GatherParams& p, cudaStream_t stream) {
-  const unsigned grid = unsigned(ceil_div(p.num_tokens, GATHER_WARPS));
-  nvfp4_gather_kernel<T, S><<<grid, GATHER_WARPS * 32, 0, stream>>>(p, own_is_wide(p));
+  const GatherPlan plan = gather_plan(p);
+  const dim3 grid(unsigned(ceil_div(p.num_tokens, plan.tokens())), unsigned(plan.rounds));
+  const auto kernel =
+      rotation_block(p.page.head_size) == 32 ? nvfp4_gather_kernel<T, S, 32> : nvfp4_gather_kernel<T, S, 16>;
+  kernel<<<grid, plan.threads, 0, stream>>>(p, plan, own_is_wide(p));
   return cudaGetLastError();
 }
 

@@ -1,6 +1,8 @@
 // gather_nvfp4: what the CPU and the CUDA kernel are given, and where a token is read from.
 #pragma once
 
+#include <algorithm>
+
 #include "../nvfp4/codec.cuh"
 #include "../nvfp4/rotate.cuh"
 
@@ -69,6 +71,35 @@ XLAYER_HD TokenSource source_of(const Nvfp4GatherParams& p, int r, int64_t posit
   const int row = p.newest_rows[r];
   if (row < 0 || position / NEWEST_TILE * NEWEST_TILE < p.newest_from[r]) return {Source::PAGE, 0, 0};
   return {Source::NEWEST, position % p.newest_tokens, row};
+}
+
+// How the work is cut. The threads of a token have half a rotation block of a head each (chunk.cuh), their
+// share; where a token has more `shares` than a thread block threads, `rounds` blocks have the same tokens. A
+// block works on `slots` tokens at a time, with `lanes` threads each, and each thread goes through `each`
+// consecutive tokens.
+struct GatherPlan {
+  int shares, rounds, lanes, slots, each, threads;
+  int64_t k_step, v_step;  // bytes from a token to the next in the output
+
+  XLAYER_HD int tokens() const { return slots * each; }  // of a thread block
+};
+
+constexpr int GATHER_THREADS = 256, GATHER_SLOTS = 32, GATHER_EACH = 8;  // at most
+constexpr int GATHER_PLACES = (GATHER_SLOTS + 1) * (GATHER_EACH + 1);
+
+inline GatherPlan gather_plan(const Nvfp4GatherParams& p) {
+  constexpr int ENOUGH_BLOCKS = 512;  // about four for each SM of a large GPU: then with fewer tokens
+  GatherPlan plan;
+  plan.shares = p.page.heads * (p.page.head_size / rotation_block(p.page.head_size)) * 2;
+  plan.rounds = int(ceil_div(plan.shares, GATHER_THREADS));
+  plan.lanes = int(ceil_div(plan.shares / 2, plan.rounds)) * 2;
+  plan.slots = std::min(GATHER_THREADS / plan.lanes, GATHER_SLOTS);
+  const int64_t each = p.num_tokens / (int64_t(plan.slots) * ENOUGH_BLOCKS);
+  plan.each = int(std::max<int64_t>(1, std::min<int64_t>(each, GATHER_EACH)));
+  plan.threads = int(ceil_div(plan.slots * plan.lanes, 32)) * 32;
+  plan.k_step = p.k_stride_t * dtype_bytes(p.dtype);
+  plan.v_step = p.v_stride_t * dtype_bytes(p.dtype);
+  return plan;
 }
 
 // Whether all chunks of 8 elements of key and value start at multiples of 16 bytes.
