@@ -1,8 +1,10 @@
-"""``python -m benchmarks.sass FILE [NAME ...]``: a tile's instructions in the decode kernel's page loops.
+"""``python -m benchmarks.sass FILE [NAME ...]``: instructions in the page loops of decode kernel and gather.
 
 FILE: an extension or a cubin. NAME: what the (mangled) names of the kernels to look at contain, all of them.
-A page loop multiplies (HMMA) and copies (LDGSTS). Counted is the way through it of a tile that is copied and
-multiplied, with the fewest instructions: nothing is masked, no maximum lags. Needs cuobjdump, and no GPU.
+A page loop of the decode kernel multiplies (HMMA) and copies (LDGSTS), one of the gather loads (LDG), rotates
+(SHFL) and stores (STG). Counted is the way through it that does all of that, with the fewest instructions: of
+a tile that is copied and multiplied, nothing masked, no maximum lagging; of a token in a page. Needs
+cuobjdump, and no GPU.
 """
 
 import argparse
@@ -29,6 +31,11 @@ PIPES = {
     "MUFU": "MUFU",
 }  # fmt: skip
 """Of sm_90: pipe (or what else is counted) -> operations. What is not here is "other"."""
+PAGE_LOOPS = {
+    "decode_kernel": frozenset({"HMMA", "LDGSTS"}),
+    "nvfp4_gather_kernel": frozenset({"LDG", "SHFL", "STG"}),
+}
+"""Part of a kernel's name -> what its page loops do."""
 PIPE_OF = {op: pipe for pipe, ops in PIPES.items() for op in ops.split()}
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);")
 
@@ -58,13 +65,19 @@ def instructions(sass: str) -> Iterator[tuple[str, list[Instruction]]]:
         for address, predicate, op, rest in LINE.findall(section):
             target = re.search(r"0x([0-9a-f]+)\s*$", rest.strip()) if op == "BRA" else None
             code.append(
-                Instruction(int(address, 16), bool(predicate), op, int(target[1], 16) if target else None)
+                # BRA.DIV branches only where the warp's lanes have parted.
+                Instruction(
+                    int(address, 16),
+                    bool(predicate) or rest.startswith(".DIV"),
+                    op,
+                    int(target[1], 16) if target else None,
+                )
             )
         yield section.split(maxsplit=1)[0], code
 
 
-def loops(kernel: str, code: list[Instruction]) -> Iterator[Loop]:
-    """The innermost loops with HMMA and LDGSTS."""
+def loops(kernel: str, code: list[Instruction], wanted: frozenset[str]) -> Iterator[Loop]:
+    """The innermost loops that have all of ``wanted``."""
     at = {x.address: i for i, x in enumerate(code)}
     after: list[list[int]] = []  # of each instruction, those that may come next
     before: dict[int, list[int]] = defaultdict(list)
@@ -86,17 +99,22 @@ def loops(kernel: str, code: list[Instruction]) -> Iterator[Loop]:
                 body.add(i)
                 todo += before[i]
         ops = {code[i].op for i in body}
-        if min(body) == head and {"HMMA", "LDGSTS"} <= ops:
+        if min(body) == head and wanted <= ops:
             found.append((head, end, body))
     for head, end, body in found:
         if not any(other < body for *_, other in found):
-            yield Loop(kernel, code[head].address, counted(code, after, head, end, body))
+            yield Loop(kernel, code[head].address, counted(code, after, head, end, body, wanted))
 
 
 def counted(
-    code: list[Instruction], after: list[list[int]], head: int, end: int, body: set[int]
+    code: list[Instruction],
+    after: list[list[int]],
+    head: int,
+    end: int,
+    body: set[int],
+    wanted: frozenset[str],
 ) -> Counter[str]:
-    """Of the way from head to end with the most HMMA and LDGSTS, and then the fewest instructions."""
+    """Of the way from head to end with the most of ``wanted``, and then the fewest instructions."""
     best: dict[int, tuple[tuple[int, int], int]] = {}  # (what it has to the end, what comes next)
     opened: set[int] = set()
     todo = [head]
@@ -112,10 +130,10 @@ def counted(
             continue
         opened.discard(i)
         todo.pop()
-        wanted, count = max((best[j][0] for j in following), default=(0, 0) if i == end else (-(10**6), 0))
-        here = int(code[i].op in ("HMMA", "LDGSTS"))
+        most, count = max((best[j][0] for j in following), default=(0, 0) if i == end else (-(10**6), 0))
+        here = int(code[i].op in wanted)
         step = max(following, key=lambda j: best[j][0], default=i)
-        best[i] = ((wanted + here, count - 1), step)
+        best[i] = ((most + here, count - 1), step)
     counts: Counter[str] = Counter()
     i = head
     while True:
@@ -135,10 +153,11 @@ def main() -> int:
     for column in ("kernel", "loop at", "all", *PIPES, "other"):
         grid.add_column(column, justify="left" if column == "kernel" else "right")
     for kernel, code in instructions(said.stdout):
-        if "decode_kernel" in kernel and all(name in kernel for name in args.names):
-            for loop in loops(kernel, code):
+        part = next((part for part in PAGE_LOOPS if part in kernel), None)
+        if part is not None and all(name in kernel for name in args.names):
+            for loop in loops(kernel, code, PAGE_LOOPS[part]):
                 shown = [loop.counts.total(), *(loop.counts[pipe] for pipe in (*PIPES, "other"))]
-                grid.add_row(re.sub(r".*decode_kernel", "", kernel), hex(loop.head), *map(str, shown))
+                grid.add_row(re.sub(rf".*{part}", "", kernel), hex(loop.head), *map(str, shown))
     Console(width=200).print(grid)
     return 0
 
