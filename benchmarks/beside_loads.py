@@ -111,7 +111,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         llm.collective_rpc(set_loads, args=(case.method, case.mib))
         report["idle"][case.title] = restores(llm, job["prompt"] - offload.LAST, job["repeats"], job["turns"])
     batch = make_prompts(llm, job["requests"], job["tokens"] - offload.LAST, seed=101)
-    steps = functools.partial(offload.steps, llm, timed=job["steps"], connector=True)
+    steps = functools.partial(offload.steps, llm, job=job | dict(connector=True, same_answers=False))
     steps(batch, beside="alone")  # computes the prompts
     total = job["steps"] + 2 * (job["steps"] // 4)
     for turn in range(job["rounds"]):

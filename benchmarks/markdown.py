@@ -2,6 +2,7 @@
 
 import statistics
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_xlayer.bench import engine, load, prefill, traffic
@@ -362,14 +363,18 @@ def _caches(results: dict[str, Any], lines: list[tuple[str, list[str]]], bounds:
         listed(bounds),
     ]
     runner = next(iter(results["caches"].values()))["runner"]
+    told += [of_other_commits(results, results["caches"]), about(results, runner)]
+    return "\n\n".join(part for part in told if part)
+
+
+def of_other_commits(results: dict[str, Any], rows: Mapping[str, dict[str, Any]]) -> str:
+    """Which rows of a file are not of its last run; empty if all are."""
     others = [
-        f"{name}: {cache['date']}, commit {cache['commit']}"
-        for name, cache in results["caches"].items()
-        if cache.get("commit", results["commit"]) != results["commit"]
+        f"{name}: {row['date']}, commit {row['commit']}"
+        for name, row in rows.items()
+        if row.get("commit", results["commit"]) != results["commit"]
     ]
-    if others:
-        told.append(f"Of another commit: {'; '.join(others)}.")
-    return "\n\n".join(part for part in (*told, about(results, runner)) if part)
+    return f"Of another commit: {'; '.join(others)}." if others else ""
 
 
 def about(results: dict[str, Any], runner: str | None = None) -> str:

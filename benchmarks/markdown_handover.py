@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm_xlayer.bench.handover_ways import CONNECTORS, WAYS
 
-from .markdown import about, milliseconds, table
+from .markdown import about, milliseconds, of_other_commits, table
 
 HEAD = [
     "cache, tokens (MB)", "", "NIXL alone, in one piece", "in as many pieces", "first token, ms",
@@ -54,14 +54,8 @@ def section(results: dict[str, Any]) -> str:
     ]
     if problems:
         parts.append("Not measured: " + "; ".join(problems) + ".")
-    others = [
-        f"{name}: {step['date']}, commit {step['commit']}"
-        for name, step in steps.items()
-        if step.get("commit", results["commit"]) != results["commit"]
-    ]
-    if others:
-        parts.append("Of another commit: " + "; ".join(others) + ".")
-    return "\n\n".join([*parts, about(results)])
+    parts += [of_other_commits(results, steps), about(results)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def proxied(results: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from vllm_xlayer.bench.offload import bounds as offload_bounds
 from vllm_xlayer.bench.offload import step_lines
 
 from .faults import COUNTS, FAULTS
-from .markdown import SHAPES_SAID, about, listed, milliseconds, table
+from .markdown import SHAPES_SAID, about, listed, milliseconds, of_other_commits, table
 from .pacing import SMALL
 
 COPY_PNG = "h200-copy.png"
@@ -69,6 +69,8 @@ def offload_section(results: dict[str, Any]) -> str:
     ours = results["engines"]["with"]
     least, restore = floor(ours), ours["restore"]
     turns = len(restore["restored"]) // results["repeats"]
+    rows = restore["rows_restored"] // len(restore["restored"])
+    stored, decode = ours["decode"]["rows_stored"], ours["decode"]
     kinds = (("computed", "cold"), ("on the device", "cached"), ("in the host tier", "restored"))
     first = [(title, [milliseconds(statistics.median(restore[kind]), 1)]) for title, kind in kinds]
     first += [
@@ -97,17 +99,20 @@ def offload_section(results: dict[str, Any]) -> str:
         f"### On {SHAPES_SAID[results['shape']]}" if asked else "## The host tier in vLLM's engine",
         f"`vllm-xlayer bench offload{asked}`: {results['shape']} shape, random weights, {results['dtype']}. "
         f"Time to the first token of {results['repeats']} prompts just short of {results['prompt']:,} "
-        f"tokens, restored {turns} times, median:",
+        f"tokens of {rows:,} rows, {rows * ours['row_bytes'] / 1e6:,.0f} MB, restored {turns} times, median:",
         table(["prompt", "ms"], first),
         "What it waits for, median of each:",
         table(["ms", "on the device", "in the host tier"], spans),
         *beside,
         f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
         f"{results['rounds']} rounds of {results['steps']}. The copies are by the connector's "
-        "own code, without a pause, between memory that the engine does not use. Decoding stored "
-        f"{ours['decode']['rows_stored']:,} rows in all rounds:",
+        "own code, without a pause, between memory that the engine does not use. "
+        + (f"Decoding stored {stored:,} rows in all rounds" if stored else
+           "No block was filled, so decoding itself stored nothing: a row is of many tokens here")
+        + (". All say the same, as what is said chooses experts:" if decode.get("same_answers") else ":"),
         table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], steps),
         listed(offload_bounds(results)),
+        *filter(None, [of_other_commits(results, results["engines"])]),
         about(results, ours["runner"]),
     ])  # fmt: skip
 

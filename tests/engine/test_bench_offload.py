@@ -6,6 +6,7 @@ from faults import live_connector
 from benchmarks.beside_loads import host_seconds, set_loads
 from vllm_xlayer.bench.first_token import SPANS, TURNS, restores
 from vllm_xlayer.bench.offload import BESIDE, WORKER, decodes, steps
+from vllm_xlayer.bench.shapes import has_experts
 from vllm_xlayer.bench.tier_worker import row_copies, tier
 from vllm_xlayer.connector.copy import transfers
 from vllm_xlayer.connector.copy.choice import Way
@@ -14,6 +15,8 @@ from vllm_xlayer.ops import CopyMethod
 pytestmark = pytest.mark.anywhere
 COPY = ("asked", "submitted", "told")
 """Of SPANS: what a prompt on the device does not wait for."""
+JOB = dict(steps=4, rounds=1, connector=True, same_answers=False)
+"""Of decoding."""
 
 
 @pytest.fixture
@@ -49,12 +52,28 @@ def test_prompts_that_are_not_on_the_device_are_not_taken_for_it(llm):
 
 
 def test_decoding_beside_copies(llm):
-    job = dict(steps=4, rounds=1, connector=True)
-    found = decodes(llm, [[1, 2, 3] * 20, [4, 5, 6] * 20], job)
+    found = decodes(llm, [[1, 2, 3] * 20, [4, 5, 6] * 20], JOB)
     copied = {name: found[name]["copied_per_second"][0] for name in ("alone", *BESIDE)}
     assert copied["alone"] == 0 and all(copied[name] > 0 for name in BESIDE)
     assert all(found[name]["seconds"][0] > 0 for name in copied)
     assert tier(llm)["stored"] >= found["rows_stored"] > 0
+
+
+def test_answers_are_the_same_where_they_choose_experts(llm, monkeypatch):
+    """Every request says one token, another than its neighbour's; else what the model says."""
+    asked: list[list[int] | None] = []
+    add = llm.llm_engine.add_request
+
+    def add_request(name, prompt, sampling):
+        asked.append(sampling.allowed_token_ids)
+        return add(name, prompt, sampling)
+
+    monkeypatch.setattr(llm.llm_engine, "add_request", add_request)
+    half = llm.llm_engine.model_config.get_vocab_size() // 2
+    steps(llm, [[1, 2, 3], [4, 5, 6]], JOB | dict(same_answers=True), "alone")
+    steps(llm, [[1, 2, 3]], JOB, "alone")
+    assert asked == [[0], [half], None]
+    assert has_experts("qwen3-next") and has_experts("gpt-oss-20b") and not has_experts("llama-3.1-8b")
 
 
 def test_loads_are_copied_as_a_case_says(llm, monkeypatch):
@@ -65,7 +84,7 @@ def test_loads_are_copied_as_a_case_says(llm, monkeypatch):
     load = live_connector().connector_worker.worker._load
     for method, mib in (("KERNEL", 8), ("ENGINE", 128)):
         llm.collective_rpc(set_loads, args=(method, mib))
-        steps(llm, [[1, 2, 3] * 20], 4, True, "loads")
+        steps(llm, [[1, 2, 3] * 20], JOB, "loads")
         beside = row_copies(True, tier(llm)["row_bytes"], load.src.device)
         assert load._method == beside._direction._method == CopyMethod[method]
         assert transfers.BATCH_BYTES[Way.H2D] == transfers.IDLE_BATCH_BYTES == mib << 20

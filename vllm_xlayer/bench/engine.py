@@ -20,7 +20,7 @@ from rich.table import Table
 from ..provenance import kept, stamped, write
 from .bounds import SHAPE, Bound
 from .engines import CACHES, GRAPHS_ONLY, Engine, goes_on, prompts
-from .shapes import SETTINGS, SHAPES, write_model
+from .shapes import SETTINGS, SHAPES, has_experts, same_answers, write_model
 
 DECODES: dict[str, dict[tuple[int, int], float]] = {
     SHAPE: {(64, 8192): 0.70, (1, 16384): 1.0},
@@ -29,8 +29,6 @@ DECODES: dict[str, dict[tuple[int, int], float]] = {
 }
 """Shape -> requests, tokens of each -> what a step with nvfp4 may take of one with fp8. Other shapes are
 asked the first one's, without a bound."""
-EXPERTS = {"num_experts", "num_local_experts"}
-"""Fields of a config that has experts."""
 STEPS = 128
 """Decode steps timed, on top of the first tokens."""
 START_SECONDS = 3.0
@@ -57,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
         max_model_len=2 * max(tokens for _, tokens in decodes), max_num_seqs=max(n for n, _ in decodes),
         gpu_memory_utilization=args.gpu_memory_utilization, **GRAPHS_ONLY, **SETTINGS.get(args.shape, {}),
     )  # fmt: skip
-    has_experts = bool(EXPERTS & SHAPES[args.shape].keys())
-    question = {"shape": args.shape, "scale": args.scale, "steps": STEPS, "same_answers": has_experts}
+    same = has_experts(args.shape)
+    question = {"shape": args.shape, "scale": args.scale, "steps": STEPS, "same_answers": same}
     caches = kept(args.json, "caches", args.caches, **question)
     results: dict[str, Any] = question | {"caches": caches}
     failed: list[str] = []
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
                     if again:
                         caches[cache]["start_again_seconds"] = engine.about["start_seconds"]
                     else:
-                        caches[cache] = stamped(measure(engine, decodes, has_experts))
+                        caches[cache] = stamped(measure(engine, decodes, same))
                 # What is measured is kept, whatever happens to the next engine.
                 write(args.json, results)
     if caches:
@@ -86,14 +84,14 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def measure(engine: Engine, decodes: list[tuple[int, int]], same_answers: bool) -> dict[str, Any]:
+def measure(engine: Engine, decodes: list[tuple[int, int]], same: bool) -> dict[str, Any]:
     """Decode steps of one engine."""
     report: dict[str, Any] = {key: engine.about[key] for key in ("start_seconds", "runner", "block_size")}
     report["decodes"] = []
     for requests, tokens in decodes:
         asked = prompts(f"{requests} x {tokens}", requests, tokens, engine.about["vocabulary"])
         engine.generate(asked, 1)  # they are in the prefix cache then
-        said = [i * engine.about["vocabulary"] // requests for i in range(requests)] if same_answers else None
+        said = same_answers(requests, engine.about["vocabulary"]) if same else None
         step = engine.step_seconds(asked, STEPS, said)
         report["decodes"].append({"requests": requests, "tokens": tokens, "step_seconds": step})
     return report

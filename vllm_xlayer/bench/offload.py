@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..provenance import write
+from ..provenance import kept, stamped, write
 from . import offload_peers
 from .bounds import SHAPE, Bound
 from .engines import GRAPHS_ONLY, run_engine
 from .first_token import added, link, make_prompts, restore_table, restores, span_table
-from .shapes import SETTINGS, SHAPES, write_model
+from .shapes import SETTINGS, SHAPES, has_experts, same_answers, write_model
 from .tier_worker import tier, wait_for_tier
 
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
@@ -36,8 +36,8 @@ PROMPT, BATCH = 16384, (64, 8192)
 RESTORE_MS = 12.5
 STEP_COSTS = {SHAPE: {STORING: 2.0, BESIDE["loads"]: 3.0}, "qwen3-next": {STORING: 5.0}}
 """Bounds: milliseconds that a first token may come later; by shape, per cent that a step may take longer."""
-CONNECTORS = {"with": OURS, "without": None}
-"""Engine -> its connector; the others are of `offload_peers`."""
+CONNECTORS = {"with": OURS, "without": None} | dict.fromkeys(offload_peers.PEERS, "OffloadingConnector")
+"""Engine -> its connector."""
 LAST = 7
 """A prompt is so many tokens short of whole blocks: vLLM computes a whole prompt's last block in any case."""
 
@@ -55,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of decoding alone and beside copies")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
     parser.add_argument(
-        "--peers", nargs="*", choices=offload_peers.PEERS, default=list(offload_peers.PEERS),
-        help="vLLM's own connector, layer by layer and in rows: first tokens only",
+        "--engines", nargs="+", choices=CONNECTORS, default=list(CONNECTORS),
+        help="with and without XLayerConnector, and vLLM's own, layer by layer and in rows, of which first "
+        "tokens only are timed; the file keeps the others",
     )  # fmt: skip
     parser.add_argument("--host-bytes", type=int, default=24 << 30, help="host tier, for all prompts at once")
     parser.add_argument(
@@ -65,41 +66,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs an engine with the connector, one without and one for each peer, prints the tables, writes the
-    JSON. Returns 1 if an engine failed."""
-    engines: dict[str, Any] = {}
+    """Runs an engine after the other, prints the tables, writes the JSON. Returns 1 if one failed."""
     failed = False
     asked = dict(
         dtype=args.kv_cache_dtype, prompt=args.prompt, repeats=args.repeats, requests=args.requests,
         tokens=args.tokens, steps=args.steps, rounds=args.rounds,
     )  # fmt: skip
-    numbers = {"shape": args.shape, **asked, "engines": engines}
+    question = {"shape": args.shape, **asked}
+    engines: dict[str, Any] = kept(args.json, "engines", args.engines, **question)
+    numbers = question | {"engines": engines}
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-offload-") as name:
         folder = Path(name)
         job = dict(
             model=str(write_model(folder, args.shape)), utilization=args.gpu_memory_utilization,
-            host_bytes=args.host_bytes, settings=SETTINGS.get(args.shape, {}), **asked,
+            host_bytes=args.host_bytes, settings=SETTINGS.get(args.shape, {}),
+            same_answers=has_experts(args.shape), **asked,
         )  # fmt: skip
-        for which in ("with", "without", *args.peers):
+        for which in args.engines:
             print(f"{which}: starting", flush=True)
-            environment = offload_peers.PEERS.get(which)
-            connector = CONNECTORS.get(which, "OffloadingConnector")
             result = run_engine(
-                f"{__name__}:engine", {**job, "connector": connector}, folder, environment=environment
+                f"{__name__}:engine",
+                {**job, "connector": CONNECTORS[which]},
+                folder,
+                environment=offload_peers.PEERS.get(which),
             )
             if result is None:
                 print(f"{which}: the engine failed, see above", file=sys.stderr)
                 failed = True
                 continue
-            engines[which] = result
+            engines[which] = stamped(result)
             # What is measured is kept, whatever happens to the next engine.
             write(args.json, numbers)
     console = Console(width=100, highlight=False)
     if "with" in engines:
         console.print(restore_table(engines["with"]))
         console.print(span_table(engines["with"]["restore"]["spans"]))
-    if args.peers:
-        console.print(offload_peers.peer_table(engines))
+    console.print(offload_peers.peer_table(engines))
     if "with" in engines and "without" in engines:
         console.print(decode_table(engines, f"{args.requests} x {args.tokens:,}"))
         for bound in bounds(numbers):
@@ -165,16 +167,17 @@ def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any]) -> dict[str
 
     With the connector, "alone" is with what it stores itself: the blocks that decoding fills.
     """
-    steps(llm, prompts, job["steps"], job["connector"], "alone")  # computes the prompts
+    steps(llm, prompts, job, "alone")  # computes the prompts
     beside = ("alone", *BESIDE) if job["connector"] else ("alone",)
     report: dict[str, Any] = {name: {"seconds": [], "copied_per_second": []} for name in beside}
+    report["same_answers"] = job["same_answers"]
     before = tier(llm)["stored"] if job["connector"] else 0
     for number in range(job["rounds"]):
         for kind, name in enumerate(beside):
             # Another last token each time: what is decoded after it is new to the tier.
             last = number * len(beside) + kind + 1
             batch = [[*p[:-1], last] for p in prompts]
-            seconds, rate = steps(llm, batch, job["steps"], job["connector"], name)
+            seconds, rate = steps(llm, batch, job, name)
             report[name]["seconds"].append(seconds)
             report[name]["copied_per_second"].append(rate)
     if job["connector"]:
@@ -183,21 +186,23 @@ def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any]) -> dict[str
     return report
 
 
-def steps(
-    llm: Any, prompts: list[list[int]], timed: int, connector: bool, beside: str
-) -> tuple[float, float]:
+def steps(llm: Any, prompts: list[list[int]], job: dict[str, Any], beside: str) -> tuple[float, float]:
     """(seconds of a decode step, bytes copied a second meanwhile)."""
     from vllm import SamplingParams
 
-    if connector:
+    if job["connector"]:
         wait_for_tier(llm)
     copying = beside != "alone"
     if copying:
         row_bytes = LARGE if beside == "large" else tier(llm)["row_bytes"]
         llm.collective_rpc("begin_copies", args=(beside != "stores", row_bytes))
-    engine, warm = llm.llm_engine, timed // 4
-    sampling = SamplingParams(max_tokens=2 * warm + timed, temperature=0.0, ignore_eos=True, detokenize=False)
+    engine, timed, warm = llm.llm_engine, job["steps"], job["steps"] // 4
+    said = same_answers(len(prompts), engine.model_config.get_vocab_size())
     for n, prompt in enumerate(prompts):
+        sampling = SamplingParams(
+            max_tokens=2 * warm + timed, temperature=0.0, ignore_eos=True, detokenize=False,
+            allowed_token_ids=[said[n]] if job["same_answers"] else None,
+        )  # fmt: skip
         engine.add_request(f"{time.perf_counter()}-{n}", {"prompt_token_ids": prompt}, sampling)
     done: dict[str, int] = {}
 

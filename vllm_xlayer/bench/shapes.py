@@ -50,6 +50,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 minutes."""
 
 
+def has_experts(shape: str) -> bool:
+    """Whether what a step reads hangs on the tokens: those choose the experts."""
+    return bool({"num_experts", "num_local_experts"} & SHAPES[shape].keys())
+
+
+def same_answers(requests: int, vocabulary: int) -> list[int]:
+    """A token for each request, which its answer shall consist of: then all runs choose the same experts."""
+    return [i * vocabulary // requests for i in range(requests)]
+
+
 def write_model(folder: Path, shape: str, layers: int | None = None) -> Path:
     """A folder with the config of a shape, with so many layers if that is said; vLLM makes the weights."""
     model = folder / shape
