@@ -23,6 +23,7 @@ struct GatherArgs {
   const int32_t *newest_rows, *newest_from;
   int64_t newest_tokens, source_dtype;
   int64_t each, forwards;  // tokens that a thread goes through, 0: as it chooses; order of warps and blocks
+  int64_t at_once;         // thread blocks that the device holds
 };
 
 template <typename T, typename S>
@@ -72,7 +73,7 @@ static Nvfp4GatherParams params(const GatherArgs* a) {
 
 extern "C" void run_nvfp4_gather(const GatherArgs* a) {
   const Nvfp4GatherParams p = params(a);
-  GatherPlan plan = gather_plan(p);
+  GatherPlan plan = gather_plan(p, int(a->at_once));
   if (a->each != 0) plan.each = int(a->each);
   simt::machine().late_copies = a->forwards != 0;
   switch (p.dtype) {
@@ -89,7 +90,7 @@ extern "C" void run_nvfp4_gather(const GatherArgs* a) {
 
 // shares, rounds, lanes, slots, each, threads
 extern "C" void run_gather_plan(const GatherArgs* a, int64_t* out) {
-  const GatherPlan plan = gather_plan(params(a));
+  const GatherPlan plan = gather_plan(params(a), int(a->at_once));
   const int64_t all[] = {plan.shares, plan.rounds, plan.lanes, plan.slots, plan.each, plan.threads};
   std::copy(all, all + 6, out);
 }

@@ -1,5 +1,7 @@
 """The gather's kernel without a GPU: the same bits as the CPU op, that has its own tests."""
 
+import math
+
 import pytest
 import torch
 from reference import emulated
@@ -130,7 +132,25 @@ def test_how_the_work_is_cut():
                 assert plan["rounds"] * plan["lanes"] >= plan["shares"] and plan["lanes"] % 2 == 0
                 assert plan["slots"] * plan["lanes"] <= plan["threads"] <= 256 and plan["threads"] % 32 == 0
                 assert 1 <= plan["slots"] <= 32 and 1 <= plan["each"] <= 8  # GATHER_PLACES is made for these
-    assert emulated.gather_plan(8, 128, 16400) | {"rounds": 1, "lanes": 64, "slots": 4, "each": 8} == (
+    assert emulated.gather_plan(8, 128, 16400) | {"rounds": 1, "lanes": 64, "slots": 4} == (
         emulated.gather_plan(8, 128, 16400)
     )
-    assert emulated.gather_plan(8, 128, 3 * 512 * 4)["each"] == 3
+
+
+def test_waves_of_thread_blocks_are_full():
+    """As many tokens a block as take the least time, if a wave of blocks takes what its tokens do, and half
+    of one more."""
+
+    def waves(each: int) -> int:
+        return math.ceil(tokens / (4 * each) / at_once)
+
+    for at_once in (1, 3, 660):
+        for tokens in (1, 4, 2640, 2641, 16400, 40000, 65536, 10**6):
+            each = emulated.gather_plan(8, 128, tokens, at_once)["each"]
+            assert waves(each) * (each + 0.5) == min(waves(n) * (n + 0.5) for n in range(1, 9))
+    chosen = [emulated.gather_plan(8, 128, n)["each"] for n in (2640, 16400, 65536)]
+    assert chosen == [
+        1,
+        7,
+        5,
+    ]  # 1, 1 and 5 waves; with 8 tokens it would be 4 of 8, the last one nearly empty

@@ -57,7 +57,7 @@ GATHER_FIELDS = [
     ("query_starts", POINTER), ("seq_lens", POINTER), ("key", POINTER), ("value", POINTER),
     ("key_stride_t", INT), ("key_stride_h", INT), ("value_stride_t", INT), ("value_stride_h", INT),
     ("newest", POINTER), ("newest_rows", POINTER), ("newest_from", POINTER), ("newest_tokens", INT),
-    ("source_dtype", INT), ("each", INT), ("forwards", INT),
+    ("source_dtype", INT), ("each", INT), ("forwards", INT), ("at_once", INT),
 ]  # fmt: skip
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 """In the order of enum Dtype."""
@@ -69,6 +69,10 @@ class Args(ctypes.Structure):
 
 class WriteArgs(ctypes.Structure):
     _fields_ = WRITE_FIELDS
+
+
+AT_ONCE = 5 * 132
+"""Thread blocks that an H200 holds."""
 
 
 class GatherArgs(ctypes.Structure):
@@ -258,14 +262,14 @@ def gather_nvfp4(
         rotated_keys,
         at(query_starts), at(seq_lens), at(key), at(value), *strides(key), *strides(value),
         at(newest), at(newest_rows), at(newest_from), 0 if newest is None else newest.shape[3],
-        DTYPES.index(source), each, forwards,
+        DTYPES.index(source), each, forwards, AT_ONCE,
     )  # fmt: skip
     library("nvfp4_gather").run_nvfp4_gather(ctypes.byref(args))
 
 
-def gather_plan(heads: int, head_size: int, tokens: int) -> dict[str, int]:
-    """How the gather's launch cuts its work, ``GatherPlan``."""
-    args = GatherArgs(heads=heads, block_size=16, head_size=head_size, num_tokens=tokens)
+def gather_plan(heads: int, head_size: int, tokens: int, at_once: int = AT_ONCE) -> dict[str, int]:
+    """How the gather's launch cuts its work, ``GatherPlan``. at_once: thread blocks that a device holds."""
+    args = GatherArgs(heads=heads, block_size=16, head_size=head_size, num_tokens=tokens, at_once=at_once)
     plan = (INT * 6)()
     library("nvfp4_gather").run_gather_plan(ctypes.byref(args), plan)
     return dict(zip(("shares", "rounds", "lanes", "slots", "each", "threads"), plan, strict=True))

@@ -6,10 +6,17 @@ namespace {
 
 template <typename T, typename S>
 cudaError_t launch(const Nvfp4GatherParams& p, cudaStream_t stream) {
-  const GatherPlan plan = gather_plan(p);
-  const dim3 grid(unsigned(ceil_div(p.num_tokens, plan.tokens())), unsigned(plan.rounds));
   const auto kernel =
       rotation_block(p.page.head_size) == 32 ? nvfp4_gather_kernel<T, S, 32> : nvfp4_gather_kernel<T, S, 16>;
+  int device = 0, sms = 0, blocks = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, GATHER_THREADS, 0);
+  }
+  if (error != cudaSuccess) return error;
+  const GatherPlan plan = gather_plan(p, sms * blocks);
+  const dim3 grid(unsigned(ceil_div(p.num_tokens, plan.tokens())), unsigned(plan.rounds));
   kernel<<<grid, plan.threads, 0, stream>>>(p, plan, own_is_wide(p));
   return cudaGetLastError();
 }

@@ -87,15 +87,22 @@ struct GatherPlan {
 constexpr int GATHER_THREADS = 256, GATHER_SLOTS = 32, GATHER_EACH = 8;  // at most
 constexpr int GATHER_PLACES = (GATHER_SLOTS + 1) * (GATHER_EACH + 1);
 
-inline GatherPlan gather_plan(const Nvfp4GatherParams& p) {
-  constexpr int ENOUGH_BLOCKS = 512;  // about four for each SM of a large GPU: then with fewer tokens
+// at_once: thread blocks that the device holds. All take as long, so a launch takes as long as its waves of
+// them. A token counts 2, and finding out where tokens are 1. Of equals, more tokens a block.
+inline GatherPlan gather_plan(const Nvfp4GatherParams& p, int at_once) {
   GatherPlan plan;
   plan.shares = p.page.heads * (p.page.head_size / rotation_block(p.page.head_size)) * 2;
   plan.rounds = int(ceil_div(plan.shares, GATHER_THREADS));
   plan.lanes = int(ceil_div(plan.shares / 2, plan.rounds)) * 2;
   plan.slots = std::min(GATHER_THREADS / plan.lanes, GATHER_SLOTS);
-  const int64_t each = p.num_tokens / (int64_t(plan.slots) * ENOUGH_BLOCKS);
-  plan.each = int(std::max<int64_t>(1, std::min<int64_t>(each, GATHER_EACH)));
+  const auto cost = [&](int each) {
+    const int64_t blocks = ceil_div(p.num_tokens, int64_t(plan.slots) * each) * plan.rounds;
+    return ceil_div(blocks, int64_t(std::max(at_once, 1))) * (2 * each + 1);
+  };
+  plan.each = GATHER_EACH;
+  for (int each = GATHER_EACH - 1; each > 0; --each) {
+    if (cost(each) < cost(plan.each)) plan.each = each;
+  }
   plan.threads = int(ceil_div(plan.slots * plan.lanes, 32)) * 32;
   plan.k_step = p.k_stride_t * dtype_bytes(p.dtype);
   plan.v_step = p.v_stride_t * dtype_bytes(p.dtype);
