@@ -13,6 +13,7 @@ from vllm_xlayer.config import PREFIX, REFUSED, VARIABLES, VLLMS_SETTINGS, Conne
 from vllm_xlayer.connector.nixl import settings as nixl
 from vllm_xlayer.demo import TASKS
 
+from .resources import others_table
 from .resources import table as kernel_table
 
 SHORT = 5
@@ -312,9 +313,14 @@ def table(head: list[str], lines: list[tuple[str, list[str]]]) -> str:
 
 
 def resources(results: dict[str, Any]) -> str:
-    """Markdown of `benchmarks.resources`: a line an instantiation of the decode kernel."""
-    made = f"nvcc {results['nvcc']}, {results['date']}, commit {results['commit']}."
-    return f"{table(*kernel_table(results['kernels']))}\n\n{made}"
+    """Markdown of `benchmarks.resources`: a line an instantiation of the decode kernel, and of the others."""
+    return "\n\n".join([
+        table(*kernel_table(results["kernels"])),
+        "The other kernels: registers of the instantiation with the most (+ bytes spilled), and warps that "
+        "an SM has registers for.",
+        table(*others_table(results["others"])),
+        f"nvcc {results['nvcc']}, {results['date']}, commit {results['commit']}.",
+    ])  # fmt: skip
 
 
 def settings() -> str:

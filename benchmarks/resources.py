@@ -1,4 +1,4 @@
-"""``python -m benchmarks.resources [--write]``: registers, spills and occupancy of the decode kernel.
+"""``python -m benchmarks.resources [--write]``: registers, spills and occupancy of all kernels.
 
 Needs an extension with CUDA code, and no GPU. ``cuobjdump`` says a thread's registers and spills, the
 extension a block's dynamic shared memory. How many an SM then holds follows from its limits, as in the table
@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ SM = {
 
 NAME = re.compile(r"decode_kernelINS0_6ConfigILi(\d+)ELi(\d+)ELi(\d+)EEELb([01])E")
 """In a mangled name: head size, query rows / 8, warps, whether there may be newest tokens."""
+OTHER = re.compile(r"_ZN6xlayer(?:9attention)?\d+(\w+?_kernel)(?=[IE])")
+"""The name itself, of the other kernels."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,23 @@ class Kernel:
     blocks: int
 
 
+@dataclass(frozen=True)
+class OtherKernel:
+    """All instantiations of another kernel, for one architecture.
+
+    Attributes:
+        registers: of a thread, the most of any.
+        spilled: bytes of stack a thread, the most of any.
+        warps: that an SM has registers for, of the one with the most.
+    """
+
+    arch: str
+    name: str
+    registers: int
+    spilled: int
+    warps: int
+
+
 def find_cuobjdump() -> str:
     """vLLM's Triton brings one, if no CUDA toolkit does.
 
@@ -86,29 +105,43 @@ def find_cuobjdump() -> str:
 
 def blocks_of(arch: str, warps: int, registers: int, shared_bytes: int) -> int:
     """Thread blocks that an SM holds."""
-    most_warps, most_blocks, kib = SM[re.sub(r"\D", "", arch)]
-    warp_registers = -(-registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
+    _, most_blocks, kib = SM[_number(arch)]
     shared = -(-(shared_bytes + RESERVED) // SHARED_UNIT) * SHARED_UNIT
-    # Registers are given out by each of the SM's four schedulers.
-    by_registers = 4 * (REGISTERS // 4 // warp_registers) // warps
-    return min(most_blocks, most_warps // warps, by_registers, kib * 1024 // shared)
+    return min(most_blocks, warps_of(arch, registers) // warps, kib * 1024 // shared)
+
+
+def warps_of(arch: str, registers: int) -> int:
+    """Warps that an SM has registers for; each of its four schedulers gives them out."""
+    warp_registers = -(-registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
+    return min(SM[_number(arch)][0], 4 * (REGISTERS // 4 // warp_registers))
+
+
+def _number(arch: str) -> str:
+    return re.sub(r"\D", "", arch)
+
+
+def said_of(text: str) -> Iterator[tuple[str, str, int, int, int]]:
+    """Architecture, mangled name, registers, stack and static shared memory, of what cuobjdump says."""
+    arch = name = ""
+    for line in text.splitlines():
+        if found := re.match(r"arch = sm_(\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function (\w+)", line):
+            name = found[1]
+        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            registers, spilled, static = map(int, found.groups())
+            yield arch, name, registers, spilled, static
 
 
 def parsed(text: str, shared: dict[tuple[int, int, int], int]) -> Iterator[Kernel]:
-    """What cuobjdump says.
+    """The decode kernels of what cuobjdump says.
 
     Args:
         shared: (head size, rows, warps) -> bytes of dynamic shared memory.
     """
-    arch, name = "", None
-    for line in text.splitlines():
-        if found := re.match(r"arch = sm_(\w+)", line):
-            arch = found[1]
-        elif "Function" in line:
-            name = NAME.search(line)
-        elif name and (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)):
+    for arch, mangled, registers, spilled, static in said_of(text):
+        if name := NAME.search(mangled):
             head_size, tiles, warps, newest = map(int, name.groups())
-            registers, spilled, static = map(int, found.groups())
             # What nvcc counts as static on sm_90 and newer is what is reserved, by every block.
             static = max(0, static - RESERVED)
             total = static + shared[head_size, 8 * tiles, warps]
@@ -116,8 +149,26 @@ def parsed(text: str, shared: dict[tuple[int, int, int], int]) -> Iterator[Kerne
             yield Kernel(arch, head_size, 8 * tiles, warps, bool(newest), registers, spilled, total, blocks)
 
 
-def kernels() -> list[Kernel]:
-    """Those of the installed extension.
+def others(text: str) -> list[OtherKernel]:
+    """All but the decode kernels of what cuobjdump says.
+
+    Raises:
+        ValueError: a kernel's name is not understood.
+    """
+    most: dict[tuple[str, str], tuple[int, int]] = {}
+    for arch, mangled, registers, spilled, _ in said_of(text):
+        if NAME.search(mangled):
+            continue
+        if not (name := OTHER.match(mangled)):
+            raise ValueError(f"expected a kernel of xlayer, got {mangled}")
+        key = name[1].removesuffix("_kernel"), arch
+        before = most.get(key, (0, 0))
+        most[key] = max(registers, before[0]), max(spilled, before[1])
+    return [OtherKernel(arch, name, *of, warps_of(arch, of[0])) for (name, arch), of in sorted(most.items())]
+
+
+def kernels() -> tuple[list[Kernel], list[OtherKernel]]:
+    """The decode kernels of the installed extension, and the others.
 
     Raises:
         RuntimeError: it was built without CUDA.
@@ -134,35 +185,54 @@ def kernels() -> list[Kernel]:
     )
     if not found:
         raise RuntimeError(f"expected decode kernels in {extension}, cuobjdump named none")
-    return found
+    return found, others(said.stdout)
+
+
+def others_table(found: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Head and lines: a line a kernel; a column an architecture: registers, spills, warps an SM."""
+    return _by_arch("kernel", ((k["name"], k["arch"], _cell(k, "warps")) for k in found))
 
 
 def table(found: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Head and lines: a line an instantiation; a column an architecture: registers, spills, blocks an SM."""
-    archs = sorted({k["arch"] for k in found}, key=lambda arch: int(re.sub(r"\D", "", arch)))
-    lines: dict[str, dict[str, str]] = {}
+    cells = []
     for k in found:
         title = f"{k['head_size']}, {k['rows']} rows"
         title += f", {k['warps']} warps" if k["warps"] != 4 else ""
         title += ", newest" if k["newest"] else ""
-        spilled = f" + {k['spilled']} B" if k["spilled"] else ""
-        lines.setdefault(title, {})[k["arch"]] = f"{k['registers']}{spilled}: {k['blocks']}"
-    head = ["head size", *(f"sm_{arch}" for arch in archs)]
-    return head, [(title, [cells.get(arch, "-") for arch in archs]) for title, cells in lines.items()]
+        cells.append((title, k["arch"], _cell(k, "blocks")))
+    return _by_arch("head size", cells)
+
+
+def _cell(k: dict[str, Any], fits: str) -> str:
+    spilled = f" + {k['spilled']} B" if k["spilled"] else ""
+    return f"{k['registers']}{spilled}: {k[fits]}"
+
+
+def _by_arch(
+    first: str, cells: Iterable[tuple[str, str, str]]
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Head and lines of (line, architecture, cell)."""
+    lines: dict[str, dict[str, str]] = {}
+    for title, arch, cell in cells:
+        lines.setdefault(title, {})[arch] = cell
+    archs = sorted({arch for line in lines.values() for arch in line}, key=lambda arch: int(_number(arch)))
+    head = [first, *(f"sm_{arch}" for arch in archs)]
+    return head, [(title, [line.get(arch, "-") for arch in archs]) for title, line in lines.items()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"into results/{FILE.name}")
     args = parser.parse_args()
-    found = [asdict(kernel) for kernel in kernels()]
-    head, lines = table(found)
-    shown = Table(*head, title="registers (+ spills): thread blocks an SM")
-    for title, cells in lines:
-        shown.add_row(title, *cells)
-    Console().print(shown)
+    decode, rest = ([asdict(kernel) for kernel in some] for some in kernels())
+    for (head, lines), what in ((table(decode), "thread blocks"), (others_table(rest), "warps")):
+        shown = Table(*head, title=f"registers (+ spills): {what} an SM")
+        for title, cells in lines:
+            shown.add_row(title, *cells)
+        Console().print(shown)
     if args.write:
-        result = provenance() | {"nvcc": ops.build_info()["nvcc"], "kernels": found}
+        result = provenance() | {"nvcc": ops.build_info()["nvcc"], "kernels": decode, "others": rest}
         FILE.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
