@@ -11,6 +11,7 @@ from vllm_xlayer.bench.copy_peers import NOT_MEASURED
 from vllm_xlayer.bench.first_token import added, floor, span_lines
 from vllm_xlayer.bench.offload import bounds as offload_bounds
 from vllm_xlayer.bench.offload import step_lines
+from vllm_xlayer.bench.shapes import has_experts
 
 from .faults import COUNTS, FAULTS
 from .markdown import SHAPES_SAID, about, listed, milliseconds, of_other_commits, table
@@ -70,7 +71,6 @@ def offload_section(results: dict[str, Any]) -> str:
     least, restore = floor(ours), ours["restore"]
     turns = len(restore["restored"]) // results["repeats"]
     rows = restore["rows_restored"] // len(restore["restored"])
-    stored, decode = ours["decode"]["rows_stored"], ours["decode"]
     kinds = (("computed", "cold"), ("on the device", "cached"), ("in the host tier", "restored"))
     first = [(title, [milliseconds(statistics.median(restore[kind]), 1)]) for title, kind in kinds]
     first += [
@@ -81,13 +81,6 @@ def offload_section(results: dict[str, Any]) -> str:
         (title, ["" if seconds is None else milliseconds(seconds, 1) for seconds in medians])
         for title, *medians in span_lines(restore["spans"])
     ]
-    steps = [
-        (title, [
-            milliseconds(seconds, 2), "" if compared is None else f"{100 * (seconds / compared - 1):+.1f} %",
-            f"{copied / 1e9:.1f}" if copied else "",
-        ])
-        for title, seconds, compared, copied in step_lines(results["engines"])
-    ]  # fmt: skip
     peers = offload_peers.lines(results["engines"])
     beside = [] if len(peers) < 2 else [
         "vLLM's own connector in the same run, ms, median. Its pages lie layer by layer unless "
@@ -99,22 +92,44 @@ def offload_section(results: dict[str, Any]) -> str:
         f"### On {SHAPES_SAID[results['shape']]}" if asked else "## The host tier in vLLM's engine",
         f"`vllm-xlayer bench offload{asked}`: {results['shape']} shape, random weights, {results['dtype']}. "
         f"Time to the first token of {results['repeats']} prompts just short of {results['prompt']:,} "
-        f"tokens of {rows:,} rows, {rows * ours['row_bytes'] / 1e6:,.0f} MB, restored {turns} times, median:",
+        f"tokens ({rows:,} rows, {rows * ours['row_bytes'] / 1e6:,.0f} MB), restored {turns} times, median:",
         table(["prompt", "ms"], first),
         "What it waits for, median of each:",
         table(["ms", "on the device", "in the host tier"], spans),
         *beside,
-        f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
-        f"{results['rounds']} rounds of {results['steps']}. The copies are by the connector's "
-        "own code, without a pause, between memory that the engine does not use. "
-        + (f"Decoding stored {stored:,} rows in all rounds" if stored else
-           "No block was filled, so decoding itself stored nothing: a row is of many tokens here")
-        + (". All say the same, as what is said chooses experts:" if decode.get("same_answers") else ":"),
-        table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], steps),
-        listed(offload_bounds(results)),
+        *_decode_steps(results),
         *filter(None, [of_other_commits(results, results["engines"])]),
         about(results, ours["runner"]),
     ])  # fmt: skip
+
+
+def _decode_steps(results: dict[str, Any]) -> list[str]:
+    """Of `bench offload`: decode steps beside copies, and the bounds."""
+    decode = results["engines"]["with"]["decode"]
+    if has_experts(results["shape"]) and not decode.get("same_answers"):
+        alone = results["engines"]["without"]["decode"]["alone"]["seconds"]
+        return [
+            "Decode steps beside copies are not shown: what was said chose the experts that a step reads, "
+            f"and steps without a connector took from {milliseconds(min(alone), 1)} to "
+            f"{milliseconds(max(alone), 1)} ms."
+        ]
+    lines = [
+        (title, [
+            milliseconds(seconds, 2), "" if compared is None else f"{100 * (seconds / compared - 1):+.1f} %",
+            f"{copied / 1e9:.1f}" if copied else "",
+        ])
+        for title, seconds, compared, copied in step_lines(results["engines"])
+    ]  # fmt: skip
+    stored = f"Decoding stored {decode['rows_stored']:,} rows in all rounds"
+    same = ", and every answer is one token over and over, so that steps read the same experts"
+    return [
+        f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
+        f"{results['rounds']} rounds of {results['steps']}. The copies are by the connector's "
+        "own code, without a pause, between memory that the engine does not use. "
+        f"{stored}{same if decode.get('same_answers') else ''}:",
+        table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], lines),
+        listed(offload_bounds(results)),
+    ]
 
 
 def fault_tables(*runs: dict[str, Any]) -> str:

@@ -64,8 +64,8 @@ DIGITS = {"ms": 2, "us": 1}
 REASONS = {
     "decode step 64 x": "In part the host: fp8's step was 1.64 times ours then, 16.7 ms, and took 17.5 ms in "
     "this run. Our kernels are 0.05 ms of it: a layer's attention takes 1 us longer, its writing 0.5 us. The "
-    "rest is not known: before newest tokens and rotated keys (commit 0a4d240) the step of `bench offload` "
-    "took 10.53 ms with vLLM 0.33 already, and 10.08 with 0.26.",
+    "rest is that run: the same step takes 10.19 ms in `bench offload`, without a connector, and took 10.08 "
+    "there with 0.26.",
     "decode, ": "Newest 64 tokens in 16 bits, the default since, and queries that are rotated "
     "([NOTES](../csrc/kernels/nvfp4_attention/NOTES.md)).",
     "write": "K is rotated since: 80 additions and 16 shuffles a group "
@@ -73,22 +73,17 @@ REASONS = {
     "tokens that fit": "Newest tokens take at most 2.5 % of the GPU's memory, and vLLM takes more of it, "
     "too: of bf16 834,608 tokens fitted, and 824,432 do.",
     "times the tokens": "Newest tokens' memory.",
-    "first token of": "The host's time, as of the first token cached above. Another benchmark ran on the "
-    "machine's second GPU, and bf16's, all cached, went from 27 to 39 ms.",
+    "first token of": "The host's time, which launches such a step kernel by kernel (the GPU computes for 7 "
+    "ms, `benchmarks.steps`), in one engine's process a third slower than in another: all cached, fp8 took "
+    "37 ms in this run, and bf16 28.",
     "first token": "The host's time, which launches such a step kernel by kernel: some 25 of each layer's "
     "launches put newest and own tokens over dequantised ones. Since commit 1e70f51 one does: 25 ms of "
     "16,384 cached tokens in `benchmarks.steps`, where bf16 took 68 on the same host. Not measured anew by "
     "this benchmark.",
-    "computed, first token": "Not known. `bench capacity` has 495 ms with both.",
-    "on the device, first token": "The host's time, before newest tokens already; not measured since "
-    "one launch gathers a prompt's tokens (commit 1e70f51).",
-    "in the host tier, first token": "As on the device; the link's time is the same.",
-    "host tier - device": "Not known: the link needs 11 ms, the rest is the host's time. The bound of 12.5 "
-    "ms was kept with 0.26 and is missed.",
-    "beside rows from the host": "Not known. Rounds scatter from 4 to 35 %. The bound of 3 % was missed with "
-    "0.26 (3.5 %) and is missed by more.",
-    "without the connector": "Not known: as the step of `bench engine`, without a connector.",
-    "with the connector": "As without it.",
+    "beside rows from the host": "Beside pieces of 64 MiB, which are no rows, a step takes 5.6 % longer than "
+    "alone, beside rows 4.7 %. The bound of 3 % was missed with 0.26 (3.5 %), too.",
+    "without the connector": "Of 0.11 ms our kernels are 0.05, as of `bench engine`'s step. Hosts differ by "
+    "as much.",
     "beside": "As without the connector; the rest is not known.",
     "copies inside": "On the device alone all but the smallest have the rate they had; one large copy was "
     "1.3 % slower on this host. What the host takes for a call of small pieces scatters most.",

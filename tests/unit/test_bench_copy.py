@@ -114,7 +114,7 @@ def test_offload_in_tables(offloads):
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
     assert "38.0 to 55.0" in text and text.count("7.4") == 1
     made = markdown_tier.offload_section(offloads)
-    assert "of 3 prompts just short of 16,384 tokens, restored 1 times, median" in made
+    assert "of 3 prompts just short of 16,384 tokens (1,023 rows, 603 MB), restored 1 times, median" in made
     assert "Decoding stored 1,728 rows" in made
     assert "| until its rows are asked for |  | 3.0 |\n" in made
     assert "| until the model's step begins | 4.0 | 7.4 |\n" in made
@@ -156,8 +156,20 @@ def test_offload_of_a_shape_with_states(offloads):
     (found,) = map(str, offload.bounds(results))
     assert found == "decode step with the connector, storing what it decodes: 1.000 %, at most 5 %: kept"
     made = markdown_tier.offload_section(results)
-    assert made.startswith("### On Qwen3-Next's shape: ") and f"- {found}" in made
+    assert made.startswith("### On Qwen3-Next's shape: ") and f"- {found}" not in made
+    assert "what was said chose the experts that a step reads, and steps without a connector took" in made
     assert "`vllm-xlayer bench offload --shape qwen3-next --prompt 32768`" in made
+    results["engines"]["with"]["decode"]["same_answers"] = True
+    made = markdown_tier.offload_section(results)
+    assert f"- {found}" in made and "not shown" not in made and "every answer is one token" in made
+
+
+def test_engines_of_another_commit_are_named(offloads):
+    """Those that a run was not asked for."""
+    offloads["engines"]["without"] |= {"date": "2026-01-01 00:00 UTC", "commit": "abc"}
+    offloads["engines"]["with"] |= {"date": offloads["date"], "commit": offloads["commit"]}
+    made = markdown_tier.offload_section(offloads)
+    assert "Of another commit: without: 2026-01-01 00:00 UTC, commit abc." in made
 
 
 def test_rows_that_the_host_tier_must_hold():
