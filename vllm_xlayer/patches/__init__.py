@@ -1,6 +1,17 @@
 """Changes to vLLM where it has no extension point: a registry, and one file a target."""
 
-from . import attention, block_copies, cli, connectors, flushes, item_names, kv_scales, newest, sleep
+from . import (
+    attention,
+    block_copies,
+    cli,
+    connectors,
+    flushes,
+    item_names,
+    kv_scales,
+    model_backends,
+    newest,
+    sleep,
+)
 
 PATCHES = (
     attention.PATCH,
@@ -9,6 +20,7 @@ PATCHES = (
     connectors.PATCH,
     flushes.PATCH,
     kv_scales.PATCH,
+    model_backends.PATCH,
     newest.PATCH,
     newest.HYBRIDS,
     *item_names.PATCHES,
