@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+import torch
+
 from . import (
     capacity,
     copy,
@@ -30,6 +32,8 @@ QUESTIONS = {
     "traffic": traffic,
     "write": write,
 }
+NEED_A_GPU = frozenset({"copy", "decode", "write"})
+"""The others run on the CPU reference platform, too, to see that they work."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, module in QUESTIONS.items():
         module.add_arguments(commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0]))
     args = parser.parse_args(argv)
+    if args.question in NEED_A_GPU and not torch.cuda.is_available():
+        print(f"{args.question}: expected an NVIDIA GPU, got none", file=sys.stderr)
+        return 1
     return QUESTIONS[args.question].run(args)
 
 
