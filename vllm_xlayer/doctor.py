@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
         "versions": _versions(),
         "gpus": gpus,
         "extension": _extension(gpus),
+        "environment": _environment(),
         "vllm": _vllm(),
         "copies": copies(),
     }
@@ -32,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         _print(report)
-    asked = (report["extension"], report["vllm"], report.get("model", {}), report.get("hand-over", {}))
-    return 1 if any("error" in part for part in asked) else 0
+    parts = ("extension", "environment", "vllm", "model", "hand-over")
+    return 1 if any("error" in report.get(name, {}) for name in parts) else 0
 
 
 def _versions() -> dict[str, str]:
@@ -71,6 +72,18 @@ def _extension(gpus: list[str]) -> dict[str, Any]:
     except ops.ExtensionMissingError as error:
         return {"error": str(error)}
     return built | {"error": NO_CUDA_OPS} if gpus and not built["cuda"] else built
+
+
+def _environment() -> dict[str, str]:
+    """The package's variables that are set; an error where an engine would not start with them."""
+    from .config import PREFIX, Config, ConfigError
+
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIX)}
+    try:
+        Config.load()
+    except ConfigError as error:
+        found["error"] = str(error)
+    return found
 
 
 def copies() -> str:
@@ -167,6 +180,8 @@ def _print(report: dict[str, Any]) -> None:
     pairs.add_row("GPU", "\n".join(report["gpus"]) or "none visible: the CPU reference platform serves")
     for name, value in report["extension"].items():
         pairs.add_row(f"extension: {name}", ", ".join(value) if isinstance(value, list) else str(value))
+    for name, value in report["environment"].items():
+        pairs.add_row(f"environment: {name}", value)
     state = report["vllm"]
     for name, value in state.items():
         if name != "private":

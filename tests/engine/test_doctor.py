@@ -1,5 +1,6 @@
 """What `vllm-xlayer doctor` says of this vLLM and of a model, without an engine."""
 
+import json
 from argparse import Namespace
 
 import pytest
@@ -32,6 +33,23 @@ def test_cpu_ops_alone_are_an_error_beside_a_gpu(monkeypatch, capsys, gpus, cuda
     monkeypatch.setattr(ops, "build_info", lambda: {"cuda": cuda, "archs": []})
     assert doctor.run(Namespace(model=None, engines=None, json=False)) == code
     assert ("expected CUDA ops" in capsys.readouterr().out) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("VLLM_XLAYER_NEWEST_TOKENS", "32", None),
+        ("VLLM_XLAYER_NEWEST_TOKENS", "3", "expected 0, 16, 32, 64 or 128, got '3'"),
+        ("VLLM_XLAYER_NEWEST_TOKEN", "32", "got VLLM_XLAYER_NEWEST_TOKEN"),
+    ],
+)
+def test_variables_with_which_no_engine_starts_are_an_error(monkeypatch, capsys, name, value, says):
+    monkeypatch.setattr(doctor, "_vllm", dict)
+    monkeypatch.setenv(name, value)
+    assert doctor.run(Namespace(model=None, engines=None, json=True)) == (says is not None)
+    found = json.loads(capsys.readouterr().out)["environment"]
+    assert found[name] == value and ("error" in found) == (says is not None)
+    assert says is None or says in found["error"]
 
 
 def test_a_page_is_what_the_backend_makes_of_it(reference_platform, tiny_llama):
