@@ -71,5 +71,5 @@ def test_an_engine_without_our_connector(answering):
 
 def test_nobody_is_there(monkeypatch):
     monkeypatch.setattr(ask, "SECONDS", 0.05)
-    with pytest.raises(ask.NoAnswer, match=r"within 0\.05 s"):
+    with pytest.raises(ask.NoAnswer, match=r"within 0\.05 s, got nothing"):
         ask.record_at("127.0.0.1:9")

@@ -32,9 +32,12 @@ def record_at(address: str) -> Record:
             socket.send(msgspec.msgpack.encode((GET_META_MSG, 0, 0)))
             answer = socket.recv_multipart()[0]
         except zmq.ZMQError as error:
+            got = (
+                "nothing" if isinstance(error, zmq.Again) else error
+            )  # as a string: "Resource temporarily ..."
             raise NoAnswer(
-                f"{address}: expected the side channel of an engine with XLayerNixlConnector to answer "
-                f"within {SECONDS:g} s, got {error}"
+                f"{address}: expected the side channel of an engine with XLayerNixlConnector (HOST:PORT) to "
+                f"answer within {SECONDS:g} s, got {got}"
             ) from error
     try:
         payload = msgspec.msgpack.decode(answer, type=NixlHandshakePayload)
