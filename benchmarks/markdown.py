@@ -149,6 +149,30 @@ def gain(
     )
 
 
+NEWEST_SHAPES = {
+    "64 x 8192": "64 x 8,192",
+    "64 x 8192, 4 KV heads": "64 x 8,192 with 4 KV heads",
+    "64 x 1024": "64 x 1,024",
+    "256 x 1024": "256 x 1,024",
+    "64 x 8192, D 256": "64 x 8,192 with heads of 256",
+    "ragged 96, up to 60k": "a ragged batch of up to 60,000 tokens",
+}
+"""Shapes of `bench decode` whose cost of newest tokens docs/accuracy.md tells -> what it calls them."""
+
+
+def newest_costs(results: dict[str, Any]) -> str:
+    """What newest tokens cost decode attention: a bullet of docs/accuracy.md."""
+    seconds = {shape["name"]: shape["seconds"] for shape in results["shapes"]}
+    costs = [
+        f"{100 * (seconds[name][OURS] / seconds[name]['nvfp4'] - 1):.0f} % ({said})"
+        for name, said in NEWEST_SHAPES.items()
+    ]
+    return (
+        f"- **Time**: decode attention takes longer by {', '.join(costs[:3])},\n  {', '.join(costs[3:])}\n"
+        f"  (`bench decode`, {results['hardware']})."
+    )
+
+
 def short_decode_table(results: dict[str, Any]) -> str:
     """Markdown of the first shapes of `bench decode`."""
     return decode_table(results, SHORT)

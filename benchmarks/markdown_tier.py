@@ -9,8 +9,8 @@ from vllm_xlayer.bench.copy import WAYS, table_head, table_line
 from vllm_xlayer.bench.copy import bounds as copy_bounds
 from vllm_xlayer.bench.copy_peers import NOT_MEASURED
 from vllm_xlayer.bench.first_token import added, floor, span_lines
+from vllm_xlayer.bench.offload import BESIDE, step_lines
 from vllm_xlayer.bench.offload import bounds as offload_bounds
-from vllm_xlayer.bench.offload import step_lines
 from vllm_xlayer.bench.shapes import has_experts
 
 from .faults import COUNTS, FAULTS
@@ -130,6 +130,41 @@ def _decode_steps(results: dict[str, Any]) -> list[str]:
         table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], lines),
         listed(offload_bounds(results)),
     ]
+
+
+def restoring_in_readme(results: dict[str, Any]) -> str:
+    """What restored prompts cost others, and a first token: one bullet of the README's limits."""
+    later, slower = milliseconds(added(results["engines"]["with"]["restore"]), 0), _slower(results)
+    return (
+        f"- **Restoring prompts slows others' decode steps** while it lasts (by {slower['loads']:.0f} %), "
+        f"and a restored first token comes {later} ms after one from\n  the device's cache."
+    )
+
+
+def restoring_in_limits(results: dict[str, Any]) -> str:
+    """The same for docs/limits.md, with what it was measured with."""
+    ours, slower = results["engines"]["with"], _slower(results)
+    alone = statistics.median(ours["decode"]["alone"]["seconds"])
+    rounds = [100 * (seconds / alone - 1) for seconds in ours["decode"]["loads"]["seconds"]]
+    batch, later = f"{results['requests']} x {results['tokens']:,}", milliseconds(added(ours["restore"]), 0)
+    return (
+        f"- **Restoring without a pause slows others' decode steps**: of {batch} tokens by "
+        f"{slower['loads']:.1f} % (median of {len(rounds)} rounds\n  that scatter from {min(rounds):.0f} to "
+        f"{max(rounds):.0f} %; pieces of 64 MiB: {slower['large']:.1f} %), storing by "
+        f"{slower['stores']:.1f} % ({results['hardware']}).\n"
+        f"- **A restored first token comes {later} ms later than one from the device's cache** (a prompt "
+        f"just short of {results['prompt']:,} tokens).\n"
+        f"  Its rows take the link {milliseconds(floor(ours), 0)} ms, for a part of which the host launches "
+        "the step that reads them."
+    )
+
+
+def _slower(results: dict[str, Any]) -> dict[str, float]:
+    """Kind of copies -> percent that a decode step beside them takes longer."""
+    costs = {
+        title: 100 * (took / than - 1) for title, took, than, _ in step_lines(results["engines"]) if than
+    }
+    return {kind: costs[title] for kind, title in BESIDE.items()}
 
 
 def fault_tables(*runs: dict[str, Any]) -> str:
