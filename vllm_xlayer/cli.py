@@ -1,4 +1,4 @@
-"""``vllm-xlayer``: look at the installation, and see the package work."""
+"""Looks at the installation, and shows the package at work."""
 
 import argparse
 import sys

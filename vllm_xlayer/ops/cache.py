@@ -82,7 +82,7 @@ def copy_blocks(
         src_ids: int64 [P] on the CPU, each below n.
         dst_ids: int64 [P] on the CPU, each below m.
         method: a ``CopyMethod``; None is the kernel inside a device, else the copy engine. Which one is
-            faster between device and host, ``connector.copy_choice`` knows. No meaning between host memory.
+            faster between device and host, ``connector.copy.choice`` knows. No meaning between host memory.
 
     Copy engine: submitted in a few batches, so that the first pieces move while the host submits the rest.
     Kernel: host memory must be pinned or registered, a piece has at most 1 GiB, and it is fast only where

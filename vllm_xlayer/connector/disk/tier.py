@@ -47,7 +47,7 @@ logger = init_logger(__name__)
 
 HUNG_SECONDS = 5.0
 """A call to the disk that takes longer hangs. A disk that was asleep or writes back much takes a few seconds,
-and no request waits longer than tiering.DEADLINE_SECONDS."""
+and no request waits longer than manager.DEADLINE_SECONDS."""
 FLUSH_SECONDS = 3.0
 """A clean stop waits so long for what is still to be written. vLLM kills its core 5 s after telling it to."""
 
