@@ -14,7 +14,7 @@ FORMAT = "vllm-xlayer KV scales 1"
 
 
 class Scales(NamedTuple):
-    """Of one layer; a value is e2m1 * block scale * global scale."""
+    """The global scales of one layer; a value is e2m1 * block scale * global scale."""
 
     k: float
     v: float

@@ -2,7 +2,8 @@
 
 Format (one K or V vector of one token and KV head, ``head_size`` D a multiple of 16):
 D/2 bytes of packed e2m1 (the low nibble is the even element) and D/16 bytes of e4m3
-block scales. value = e2m1 * block scale * global scale. This package's backends keep K rotated (``rotate``).
+block scales. value = e2m1 * block scale * global scale. This package's backends keep K rotated
+(``rotate``).
 
 A page is one layer's part of a block of N tokens and H heads, dense:
 
@@ -257,7 +258,7 @@ class UnsuitedGroups(NamedTuple):
 
 
 def unsuited_groups(x: torch.Tensor, global_scale: float | torch.Tensor) -> UnsuitedGroups:
-    """Of x [..., D]. Groups of zeros are neither, and those with a NaN."""
+    """Masks of the groups of x [..., D]. A group of zeros, or with a NaN, is in neither."""
     scale = x.float().unflatten(-1, (-1, GROUP)).abs().amax(-1) / (6 * global_scale)
     return UnsuitedGroups(scale > E4M3_MAX, (scale > 0) & (scale < E4M3_MIN_NORMAL))
 
@@ -272,17 +273,17 @@ class Counts(NamedTuple):
 
 
 def count_groups(x: torch.Tensor, global_scale: float) -> Counts:
-    """Of x [..., D]. Groups of zeros are neither."""
+    """Counts the groups of x [..., D] that the scale does not suit; those of zeros or with a NaN are not."""
     return Counts(*(int(mask.sum()) for mask in unsuited_groups(x, global_scale)))
 
 
 def e4m3_encode(x: torch.Tensor) -> torch.Tensor:
-    """Non-negative float32 to e4m3 bytes: round to nearest even, saturating at 448."""
+    """Non-negative float32 of any shape as e4m3 bytes, uint8: rounds to nearest even, saturates at 448."""
     return x.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def e4m3_decode(x: torch.Tensor) -> torch.Tensor:
-    """e4m3 bytes to float32."""
+    """e4m3 bytes (uint8 of any shape) as float32."""
     return x.view(torch.float8_e4m3fn).float()
 
 

@@ -35,7 +35,7 @@ class Limits:
 
 @functools.cache
 def limits() -> Limits:
-    """As the extension says them, also one without CUDA."""
+    """What the decode kernel takes, as the extension says it; one without CUDA says the same."""
     decode = ops.build_info()["decode"]
     sizes = sorted({shape["head_size"] for shape in decode["shapes"]})
     return Limits(tuple(sizes), decode["max_group"], decode["max_q_len"])

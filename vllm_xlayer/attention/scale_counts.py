@@ -24,7 +24,7 @@ NAMED = 3
 
 
 class ScaleCounts:
-    """Of one layer of a rank.
+    """Counts of groups that the global scales of one layer of a rank do not suit.
 
     Attributes:
         counts: int64 [K and V, (all groups, saturated, underflowed)].

@@ -67,7 +67,7 @@ def _name(layout: LayoutDescriptor) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """As in "1 page" and "2 pages"."""
+    """A number with its noun: "1 page", "2 pages"."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 

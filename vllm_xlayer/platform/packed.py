@@ -35,7 +35,7 @@ _ACTIVATIONS = {
 
 
 def pack_linear(weight: torch.Tensor) -> torch.Tensor:
-    """vLLM takes this way for small 16-bit layers on CPUs with AMX."""
+    """A copy of weight [N, K] as `linear` takes it. vLLM packs small 16-bit layers on CPUs with AMX."""
     return weight.clone()
 
 
@@ -47,7 +47,7 @@ def linear(
 
 
 def pack_experts(weight: torch.Tensor, out: torch.Tensor, isa: str) -> None:
-    """``isa`` names the instructions that vLLM's kernels would use."""
+    """Copies weight to out, of the same shape. ``isa``: the instructions that vLLM's kernels would use."""
     out.copy_(weight)
 
 

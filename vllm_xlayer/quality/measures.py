@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
     high: float
 
     def map(self, function) -> "Estimate":
-        """Of an increasing function of the quantity."""
+        """The estimate of an increasing function of the quantity."""
         return Estimate(*(float(function(x)) for x in self))
 
 

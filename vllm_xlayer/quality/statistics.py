@@ -20,13 +20,13 @@ HEADROOM = 1.01
 
 
 def squared_error(x: torch.Tensor, global_scale: float, choice: ScaleChoice) -> float:
-    """Of x [..., D] after NVFP4, summed."""
+    """Squared error of x [..., D] after NVFP4, summed over all elements."""
     exact = x.float()
     return float((decode(*encode(exact, global_scale, choice), global_scale) - exact).double().square().sum())
 
 
 def best_exponent(errors: Mapping[int, float]) -> int:
-    """Of 2, of the global scale, given the squared error of each.
+    """The exponent of the global scale, a power of 2, given the squared error of each exponent.
 
     The largest one that is about as good as the best. Above it the error grows little by little, as ever more
     of the smallest groups get coarse scales; below it there would be less room for values larger than those

@@ -46,8 +46,9 @@ def windows_of(files: list[Path], tokenizer, count: int, length: int) -> list[li
 
 
 def demo_beginnings(tokenizer, count: int, length: int) -> list[list[int]]:
-    """Of windows in the language of the small model's tasks: a table of up to ``length`` tokens and the first
-    questions with their answers. What the model writes after them is right only with the table in view."""
+    """How windows in the language of the small model's tasks begin: with a table of up to ``length`` tokens
+    and the first questions with their answers. What the model writes after them is right only with the table
+    in view."""
     from ..demo.documents import TASK_NAMES, prefixes
 
     chosen = [TASK_NAMES[i % len(TASK_NAMES)] for i in range(count)]

@@ -41,6 +41,8 @@ def pieces_of(
     """A transfer's pieces.
 
     Args:
+        src_ids, dst_ids: int64 [rows], a row's place in the memory that it is copied from and to.
+        runs: rows and bytes of a row, one behind the other.
         most: bytes of one row in one piece, a multiple of 16; None for no bound.
 
     Raises:

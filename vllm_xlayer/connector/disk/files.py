@@ -113,7 +113,7 @@ class DiskFiles:
         return False
 
     def scan(self, progress: Callable[[], None] = lambda: None) -> Iterator[list[Found]]:
-        """Of every folder its entries and temporary files.
+        """Yields the entries and temporary files of every folder, a list a folder.
 
         Args:
             progress: called after every call to the disk.

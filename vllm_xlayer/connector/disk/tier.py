@@ -152,13 +152,13 @@ class DiskTier(SecondaryTierManager):
 
     @property
     def counts(self) -> Counter[str]:
-        """Of chunks: stored, hit, "miss: <reason>" (there, but not usable), "not stored: <reason>" and "not
-        loaded: <reason>"."""
+        """Numbers of chunks by what became of them: stored, hit, "miss: <reason>" (there, but not usable),
+        "not stored: <reason>" and "not loaded: <reason>"."""
         return self.jobs.counts
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Spent writing what was stored ("store"), and reading what was a hit ("load")."""
+        """Seconds spent writing what was stored ("store"), and reading what was a hit ("load")."""
         return self.jobs.seconds
 
     @property

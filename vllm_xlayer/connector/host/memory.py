@@ -49,7 +49,7 @@ class HostShape:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of one chunk, all ranks."""
+        """Bytes of one chunk, all ranks."""
         return self.rows_per_chunk * self.copies * self.row_bytes
 
 

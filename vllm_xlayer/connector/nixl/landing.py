@@ -17,7 +17,7 @@ from .staging import Rows
 
 @dataclass(eq=False)
 class OnDevice:
-    """Of the rows of one read: int64 [n] each, but for the last.
+    """What kernels are told of the rows of one read: int64 [n] each, but for the last.
 
     Args:
         remote, blocks: as `Rows` has them.
@@ -139,7 +139,7 @@ class Landings:
             return Launched(self.stream)
 
     def check(self, read: RowsInto) -> SealCheck:
-        """Of all rows of a read, whose chunks are landing."""
+        """Submits the comparison of seals for all rows of a read, whose chunks are landing."""
         with self._on_stream():
             return SealCheck(len(read.rows.remote), _wrong(read), self.stream)
 
