@@ -209,9 +209,9 @@ def test_a_block_is_one_interval_in_rows_and_one_a_slot_otherwise(layout):
                 place = byte_offset(layout, layer, block, head, token, "K", 0)
                 touched.add((place.region, place.byte // layout.block_stride))
         assert {index for _, index in touched} == {block}
-        assert len({region for region, _ in touched}) == layout.pieces_per_block
-    assert layout.block_stride * layout.pieces_per_block == layout.row_bytes
-    assert layout.pieces_per_block == (1 if layout.layout.block_outer else len(spec.layers))
+        pieces = 1 if layout.layout.block_outer else len(spec.layers)
+        assert len({region for region, _ in touched}) == pieces
+        assert layout.block_stride * pieces == layout.row_bytes
 
 
 def test_rows_of_llama_8b_with_nvfp4_have_589824_bytes():

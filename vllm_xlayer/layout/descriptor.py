@@ -103,11 +103,6 @@ class LayoutDescriptor:
         return len(self.slots) * self.page_step
 
     @property
-    def pieces_per_block(self) -> int:
-        """Contiguous pieces a block is made of: 1 for rows, else one a slot."""
-        return 1 if self.layout.block_outer else len(self.slots)
-
-    @property
     def block_stride(self) -> int:
         """Bytes from a block to the next within a region."""
         return self.row_bytes if self.layout.block_outer else self.page_step
