@@ -18,6 +18,8 @@ def ask(url: str, model: str, prompt: str) -> tuple[str, int]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(f"expected URL MODEL PROMPT, got {sys.argv[1:]}")
     for _ in range(2):
         text, cached = ask(*sys.argv[1:4])
         print(f"{text!r}, {cached} tokens cached")

@@ -4,6 +4,8 @@ import sys
 
 from vllm import LLM, SamplingParams
 
+if len(sys.argv) != 2:
+    sys.exit(f"expected MODEL, got {sys.argv[1:]}")
 llm = LLM(
     sys.argv[1],
     kv_cache_dtype="nvfp4",

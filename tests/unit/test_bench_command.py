@@ -1,4 +1,4 @@
-"""`vllm-xlayer bench`: a question that needs a GPU says so where there is none."""
+"""`vllm-xlayer bench`: its help, and what a question says that needs a GPU where there is none."""
 
 import pytest
 import torch
@@ -13,6 +13,13 @@ def test_a_question_says_that_it_needs_a_gpu(question, tmp_path, monkeypatch, ca
     assert command.main([question]) == 1
     assert capsys.readouterr().err == f"{question}: expected an NVIDIA GPU, got none\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_help_says_what_is_measured(capsys):
+    for question, module in command.QUESTIONS.items():
+        with pytest.raises(SystemExit):
+            command.main([question, "--help"])
+        assert module.__doc__.strip() in capsys.readouterr().out
 
 
 def test_the_others_are_asked(monkeypatch):

@@ -37,10 +37,18 @@ NEED_A_GPU = frozenset({"copy", "decode", "write"})
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="vllm-xlayer bench")
+    parser = argparse.ArgumentParser(
+        prog="vllm-xlayer bench",
+        description="Measures this machine, prints a table, and writes QUESTION.json to the current folder.",
+    )
     commands = parser.add_subparsers(dest="question", required=True)
     for name, module in QUESTIONS.items():
-        module.add_arguments(commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0]))
+        text = module.__doc__ or ""
+        question = commands.add_parser(
+            name, help=text.partition("\n")[0], description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        module.add_arguments(question)
     args = parser.parse_args(argv)
     if args.question in NEED_A_GPU and not torch.cuda.is_available():
         print(f"{args.question}: expected an NVIDIA GPU, got none", file=sys.stderr)
