@@ -4,11 +4,19 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import vllm
 
 from vllm_xlayer.demo import model_path
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/offline.py"
+
+
+def test_an_engine_process_that_imports_the_script_starts_no_engine(monkeypatch):
+    """As multiprocessing's spawn does, where vLLM cannot fork: without a GPU, and where CUDA is in use."""
+    monkeypatch.setattr(vllm, "LLM", lambda *args, **given: pytest.fail("an engine starts an engine"))
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(model_path())])
+    runpy.run_path(str(EXAMPLE), run_name="__mp_main__")
 
 
 def test_a_prompt_comes_back_from_host_memory(make_llm, monkeypatch, capfd):
