@@ -137,7 +137,7 @@ def restoring_in_readme(results: dict[str, Any]) -> str:
     later, slower = milliseconds(added(results["engines"]["with"]["restore"]), 0), _slower(results)
     return (
         f"- **Restoring prompts slows others' decode steps** while it lasts (by {slower['loads']:.0f} %), "
-        f"and a restored first token comes {later} ms after one from\n  the device's cache."
+        f"and a restored first token comes {later} ms after one\n  from the device's cache."
     )
 
 
