@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -125,6 +126,9 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
     from . import compat
     from .layout import NegotiationError, row_line
 
+    if args.model.startswith(("/", ".", "~")) and not Path(args.model).expanduser().is_dir():
+        # vLLM would take it for a name, and say that it is not one.
+        return {"error": f"--model: expected a folder or a name, found no folder {args.model!r}"}
     try:
         compat.check_vllm()
         from .compat.model import rows_of_model

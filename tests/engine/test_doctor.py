@@ -85,6 +85,12 @@ def test_the_report_of_a_model(reference_platform, make_llm, tmp_path, capsys):
     assert "--layer: expected 0 to 5" in doctor._model(Namespace(**args | dict(layer=6)))["error"]
 
 
+@pytest.mark.parametrize("model", ["/no/such/folder", "./no-such-folder"])
+def test_a_folder_that_is_not_there(model):
+    expected = f"--model: expected a folder or a name, found no folder {model!r}"
+    assert doctor._model(Namespace(model=model)) == {"error": expected}
+
+
 def test_layers_that_cannot_be_built_are_taken_for_alike(
     reference_platform, make_llm, tiny_llama, tmp_path, monkeypatch
 ):
