@@ -6,7 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+from vllm import envs
+from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 
 from ... import kv_scales
 from ...attention.newest import newest_tokens_of
@@ -20,6 +21,12 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 SAFE_HASHES = ("sha256", "sha256_cbor")
 """Hash functions of vLLM's under which different prompts do not get the same key, even if someone tries.
 Their chains begin alike in every process, unless PYTHONHASHSEED differs: then nothing is found."""
+FOLDER_FORMATS = (
+    "auto", "bitsandbytes", "dummy", "fastsafetensors", "gguf", "hf", "instanttensor", "mistral", "npcache",
+    "pt", "runai_streamer", "runai_streamer_sharded", "safetensors", "sharded_state",
+)  # fmt: skip
+"""Load formats that take weights from the files of the model's folder, or make them up (dummy). Others take
+them from a file of their own (tensorizer), another process (ipc_cache), or wherever a plugin does."""
 
 
 class NoIdentity(ValueError):
@@ -40,13 +47,12 @@ def tier_identity(
     if problems := list(_problems(vllm_config)):
         raise NoIdentity("; ".join(problems))
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    folder = model_folder(vllm_config)
     return TierIdentity(
         layout=layout.fingerprint + (", one row for all ranks" if one_copy else ""),
         kv_dtype="+".join(sorted({str(cache.cache_dtype), *(spec.dtype for spec in layout.attention)})),
         model=str(model.model)[-200:],
-        settings=_settings_digest(vllm_config, code_digest(folder), layout.has_opaque),
-        weights=weights_digest(folder),
+        settings=_settings_digest(vllm_config, code_digest(_folder_of(model)), layout.has_opaque),
+        weights=weights_digest(weights_folder(vllm_config)),
         tp_size=vllm_config.parallel_config.tensor_parallel_size,
         block_size=layout.groups[0].block_size,
         blocks_per_chunk=blocks_per_chunk,
@@ -91,7 +97,7 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
     model, load, cache = vllm_config.model_config, vllm_config.load_config, vllm_config.cache_config
     parallel, attention = vllm_config.parallel_config, vllm_config.attention_config
     multimodal = model.multimodal_config
-    load_format = str(getattr(load.load_format, "value", load.load_format))
+    load_format = _load_format(load)
     settings = {
         # Other versions may compute the same model in another way, and have.
         "vllm": version("vllm"),
@@ -167,7 +173,7 @@ def _drafter(vllm_config: VllmConfig) -> SpeculativeConfig | None:
     return speculative
 
 
-def draft_settings(drafter: SpeculativeConfig) -> dict[str, Any]:
+def draft_settings(drafter: SpeculativeConfig, load: LoadConfig) -> dict[str, Any]:
     """What shapes the KV of a model that drafts, beside the layout, which says its layers.
 
     Its KV at a block's last position may depend on the token after, which is in no key. A draft from it may
@@ -178,7 +184,6 @@ def draft_settings(drafter: SpeculativeConfig) -> dict[str, Any]:
     """
     draft = drafter.draft_model_config
     assert draft is not None  # else `_problems` has said so
-    folder = _folder_of(draft)
     return {
         "method": drafter.method,
         "tokens": drafter.num_speculative_tokens,
@@ -186,8 +191,8 @@ def draft_settings(drafter: SpeculativeConfig) -> dict[str, Any]:
         "config": draft.hf_config.to_dict(),
         "dtype": draft.dtype,
         "quantization": draft.quantization,
-        "code": code_digest(folder),
-        "weights": weights_digest(folder),
+        "code": code_digest(_folder_of(draft)),
+        "weights": weights_digest(_folder_of(draft, load.download_dir)),
     }
 
 
@@ -196,23 +201,43 @@ def _settings_digest(vllm_config: VllmConfig, code: str, states: bool) -> str:
     if states:
         shaping.append(state_settings(vllm_config))
     if (drafter := _drafter(vllm_config)) is not None:
-        shaping.append(draft_settings(drafter))
+        load = getattr(drafter, "draft_load_config", None) or vllm_config.load_config
+        shaping.append(draft_settings(drafter, load))
     text = json.dumps(shaping, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def model_folder(vllm_config: VllmConfig) -> Path:
-    """Where the model's files are. Raises NoIdentity where they are not on this host."""
-    return _folder_of(vllm_config.model_config)
+def weights_folder(vllm_config: VllmConfig) -> Path:
+    """Where the files are that the model's weights are loaded from.
+
+    Raises:
+        NoIdentity: they are not on this host, or weights come from elsewhere.
+    """
+    load = vllm_config.load_config
+    if (load_format := _load_format(load)) not in FOLDER_FORMATS:
+        raise NoIdentity(
+            "load_format: expected one that reads the files of the model's folder "
+            f"({', '.join(FOLDER_FORMATS)}), got {load_format}, which may take weights from elsewhere"
+        )
+    return _folder_of(vllm_config.model_config, load.download_dir)
 
 
-def _folder_of(model: ModelConfig) -> Path:
+def _load_format(load: LoadConfig) -> str:
+    return str(getattr(load.load_format, "value", load.load_format))
+
+
+def _folder_of(model: ModelConfig, cache: str | None = None) -> Path:
+    """cache: of Hugging Face's; None is the usual one, where vLLM always has configurations and code from."""
     if Path(model.model).is_dir():
         return Path(model.model)
+    if envs.VLLM_USE_MODELSCOPE:
+        raise NoIdentity(f"the files of model {model.model} are ModelScope's, which nothing here looks for")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+        return Path(
+            snapshot_download(model.model, revision=model.revision, cache_dir=cache, local_files_only=True)
+        )
     except (OSError, ValueError) as error:
         raise NoIdentity(f"the files of model {model.model} are not found here: {error}") from error
 

@@ -8,7 +8,7 @@ from vllm.config import VllmConfig
 
 from ...layout import LayoutDescriptor
 from ...layout.spec import CacheSpec
-from ..disk.identity import model_folder, shaping_settings, weights_digest
+from ..disk.identity import shaping_settings, weights_digest, weights_folder
 from .link import Link
 from .record import Record
 
@@ -46,7 +46,7 @@ def record_of(
         seals: as in `Record`.
 
     Raises:
-        NoIdentity: the model's weights are not found.
+        NoIdentity: the model's weights are not found, or come from elsewhere than its folder.
     """
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     settings = shaping_settings(vllm_config)
@@ -67,7 +67,7 @@ def record_of(
 def _weights(vllm_config: VllmConfig, settings: dict[str, Any]) -> str:
     if settings["load_format"] == "dummy":
         return "dummy"  # what they are, the seed among the settings says
-    return weights_digest(model_folder(vllm_config), of_this_copy=False)
+    return weights_digest(weights_folder(vllm_config), of_this_copy=False)
 
 
 def _group(spec: CacheSpec, vllm_config: VllmConfig) -> dict[str, Any]:
