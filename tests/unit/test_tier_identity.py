@@ -92,7 +92,7 @@ def engine(**changes):
             backend="TRITON", enable_stochastic_rounding=False, stochastic_rounding_philox_rounds=0
         ),
         device_config=SimpleNamespace(device_type="cpu"),
-        lora_config=None, speculative_config=None, additional_config={},
+        lora_config=None, speculative_config=None, ec_transfer_config=None, additional_config={},
     )  # fmt: skip
     for name, value in changes.items():
         part, _, field = name.rpartition(".")
@@ -113,6 +113,7 @@ def engine(**changes):
         ),
         ({"parallel_config.world_size": 4}, "tensor parallelism only, got 4 ranks .* other layers"),
         ({"model_config.multimodal_config.mm_encoder_attn_dtype": "fp8"}, "scales from the first images"),
+        ({"ec_transfer_config": SimpleNamespace(is_ec_consumer=True)}, "other engines' encoders"),
     ],
 )
 def test_kv_that_must_not_be_kept(changes, reason):
@@ -205,6 +206,23 @@ def test_rows_of_rotated_keys_are_not_those_of_kernels_that_do_not_rotate(
     monkeypatch.setattr("vllm.platforms.current_platform", there)
     assert (of(folder, **NVFP4).digest == here) is rotated
     assert of(folder).digest == plain
+
+
+NOT_OF_AN_ITEM = {
+    "allow_missing_mm_embeddings", "enable_mm_embeds", "interleave_mm_strings", "language_model_only",
+    "limit_per_prompt", "mm_encoder_only", "mm_encoder_fp8_scale_save_margin",
+    "mm_encoder_fp8_scale_save_path", "mm_hasher_algorithm", "mm_ipc_gpu_memory_gb", "mm_processor_cache_gb",
+    "mm_processor_cache_type", "mm_shm_cache_max_object_size_mb", "mm_tensor_ipc", "skip_mm_profiling",
+}  # fmt: skip
+"""What may be asked of a prompt, how it becomes tokens and names, and where items lie: keys have what comes
+of it."""
+
+
+def test_every_multimodal_setting_of_vllms_is_known():
+    """A new one is looked at before it is in one of the two lists."""
+    from vllm.config import MultiModalConfig
+
+    assert not {f.name for f in fields(MultiModalConfig)} - {*identity.MULTIMODAL} - NOT_OF_AN_ITEM
 
 
 STATES = {
@@ -331,14 +349,15 @@ def test_a_draft_model_that_is_not_here(tmp_path, monkeypatch):
         of(save(tmp_path / "model", DATA), **drafted(tmp_path / "nowhere"))
 
 
-RECORDED = "ccf6860111de1c08e304892f4b0f6d1e"
+RECORDED = "a8a7f7263a9b317cc0edb1f383adb18c"
 
 
 def test_engines_without_states_keep_their_digest(monkeypatch):
-    """Recorded before hybrids had a disk tier: what is in a folder stays valid."""
+    """Of text: as it was before hybrids had a disk tier. What is in a folder stays valid."""
     monkeypatch.setattr(identity, "version", lambda name: "0.33.0")
     monkeypatch.delenv("VLLM_XLAYER_SCALE_CHOICE", raising=False)
-    assert identity._settings_digest(engine(), "code", False) == RECORDED
+    text_only = engine(**{"model_config.multimodal_config": None})
+    assert identity._settings_digest(text_only, "code", False) == RECORDED
 
 
 def test_versions_environment_and_files_are_in_the_digest(tmp_path, monkeypatch):

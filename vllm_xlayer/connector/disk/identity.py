@@ -73,6 +73,12 @@ def _problems(vllm_config: VllmConfig):
         and not multimodal.mm_encoder_fp8_scale_path
     ):
         yield "mm_encoder_attn_dtype without mm_encoder_fp8_scale_path takes scales from the first images"
+    encoders = vllm_config.ec_transfer_config
+    if encoders is not None and encoders.is_ec_consumer:
+        yield (
+            "ec_transfer_config: what other engines' encoders make of images, audio and video is not known "
+            "here by their weights"
+        )
     if cache.prefix_caching_hash_algo not in SAFE_HASHES:
         yield (
             f"prefix_caching_hash_algo: expected one of {', '.join(SAFE_HASHES)}, "
@@ -136,11 +142,13 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
 
 MULTIMODAL = (
     "media_io_kwargs",
+    "mm_device_do_normalize",
     "mm_processor_kwargs",
     "mm_encoder_attn_backend",
     "mm_encoder_attn_dtype",
     "mm_encoder_fp8_scale_path",
     "mm_encoder_tp_mode",
+    "video_pruning_method",
     "video_pruning_rate",
 )
 """Settings of vLLM's that shape an item's embeddings and are not in its name."""
