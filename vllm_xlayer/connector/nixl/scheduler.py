@@ -99,15 +99,15 @@ class RowNixlScheduler(NixlPullConnectorScheduler):
         return [len(group) for group in self.get_exchange_clipped_blocks(ids)]
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        if request.prompt_token_ids is None:
-            return 0, False  # embeddings have no tags: the prompt is computed here
+        if not _has_tags(request):  # the prompt is computed here
+            return 0, False
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)
-        if (request.kv_transfer_params or {}).get("do_remote_decode") and request.prompt_token_ids:
+        if (request.kv_transfer_params or {}).get("do_remote_decode") and _has_tags(request):
             self.to_seal[request.request_id] = request
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
@@ -143,3 +143,8 @@ class RowNixlScheduler(NixlPullConnectorScheduler):
             )
             for i, group in enumerate(self.kv_cache_config.transfer_groups)
         ]
+
+
+def _has_tags(request: Request) -> bool:
+    """Whether its tokens say what its prompt is: of embeddings, also of some between tokens, nothing does."""
+    return bool(request.prompt_token_ids) and request.prompt_embeds is None
