@@ -107,6 +107,10 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         found, is_async = super().get_num_new_matched_tokens(
             request, num_computed_tokens, max_num_new_tokens=limit
         )
+        if found and self.manager.fetches(self._req_status[request.request_id].req_context):
+            # vLLM waits for what is fetched only where the answer depends on it: not for a window's end that
+            # is no use without what is missing before it. What was found may have gone for it.
+            return None, False
         asked = not request.skip_reading_prefix_cache and request.request_id not in self._load_failed
         if found is not None and asked:
             self._note_answer(self._req_status[request.request_id], num_computed_tokens, found)

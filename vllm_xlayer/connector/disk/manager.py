@@ -81,6 +81,10 @@ class TieredManager(TieringOffloadingManager):
         since = self._waits_since.get(req_context.req_id)
         return since is not None and time.monotonic() - since > DEADLINE_SECONDS
 
+    def fetches(self, req_context: ReqContext) -> bool:
+        by_tier = self._pending_load_submissions.values()
+        return any(req_context.req_id in by_request for by_request in by_tier)
+
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
         self._waits_since.pop(req_context.req_id, None)
         self.disk.touch(keys, req_context)

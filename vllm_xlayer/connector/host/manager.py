@@ -93,6 +93,11 @@ class HostTierManager(CPUOffloadingManager):
         """Whether a request has waited too long for a tier behind this one."""
         return False
 
+    def fetches(self, req_context: ReqContext) -> bool:
+        """Whether a request has had chunks fetched from a tier behind this one in this step. They may have
+        the room of what it found before."""
+        return False
+
     @property
     def host(self) -> "HostTierManager":
         return self
