@@ -7,11 +7,19 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, ScheduleEndContext
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    OffloadKey,
+    ReqContext,
+    ScheduleEndContext,
+    make_offload_key,
+)
+from vllm.v1.kv_offload.tiering.base import TransferJob
 
 from vllm_xlayer.connector.disk import manager as tiering
 from vllm_xlayer.connector.disk import tier as disk_tier
-from vllm_xlayer.connector.disk.format import TierIdentity
+from vllm_xlayer.connector.disk.format import HEADER_BYTES, TierIdentity
+from vllm_xlayer.connector.disk.jobs import Unused
 from vllm_xlayer.connector.disk.manager import TieredManager
 from vllm_xlayer.connector.disk.tier import DiskTier
 from vllm_xlayer.connector.host.manager import HostTierManager
@@ -117,3 +125,17 @@ def test_nothing_is_read_from_the_disk_until_workers_have_reported(start):
         manager.on_reset_flushed()
     assert found(manager) == [PENDING] * 4
     settle(manager)
+
+
+def test_what_no_layer_has_of_a_row_is_not_on_the_disk(tmp_path):
+    """It is the former owner's: of another prompt, perhaps of another user."""
+    view = np.full((2, 64), 0xAB, dtype=np.uint8)
+    unused = Unused(32, {1: [(8, 16), (24, 32)]})  # of rows of two ranks
+    tier = DiskTier(view, tmp_path, 1 << 20, IDENTITY, 8, unused)
+    keys = [make_offload_key(bytes(8), group) for group in range(2)]
+    tier.submit_store(TransferJob(0, keys, np.arange(2), False, REQUEST))
+    tier.shutdown()
+    written = {path.stem: path.read_bytes()[HEADER_BYTES:] for path in tmp_path.rglob("*.row")}
+    row = bytes([0xAB] * 8 + [0] * 8) * 2
+    assert written == {keys[0].hex(): bytes([0xAB] * 64), keys[1].hex(): row * 2}
+    assert (view == 0xAB).all()
