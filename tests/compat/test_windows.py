@@ -1,6 +1,9 @@
-"""Sliding windows: the connector looks for as many chunks as vLLM stores, those a hit on the device needs."""
+"""Sliding windows: the connector looks for as many chunks as vLLM stores, those a hit on the device needs.
+
+And of what is stored each block lies in its place."""
 
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading import config as up
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading import scheduler as upstream_scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_xlayer.connector.windows import with_window_as_stored
+from vllm_xlayer.connector.windows import misplaced, with_window_as_stored
 
 PAGE = dict(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
 
@@ -56,3 +59,26 @@ def test_vllm_looks_for_one_more_where_that_matters():
 def test_other_groups_are_left_alone():
     group = Group(kv_cache_spec=FullAttentionSpec(**PAGE), tokens_per_chunk=16)
     assert with_window_as_stored(group) is group
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_what_is_stored_lies_in_its_place(seed):
+    """As vLLM's workers and ours take a job: from the place of its first block on, one after the other."""
+    pick = random.Random(seed)
+    per_chunk, chunks = pick.randint(2, 4), pick.randint(1, 6)
+    blocks = [pick.choice([0, 1, 1]) * (i + 1) for i in range(per_chunk * chunks + pick.randrange(per_chunk))]
+    first = pick.randint(0, chunks)
+    left_out = misplaced(blocks, first, per_chunk)
+    lasts = range((first + 1) * per_chunk - 1, len(blocks), per_chunk)
+    could = [last for last in lasts if blocks[last]]
+    stored = [last for last in could if last not in left_out]
+    assert sorted([*left_out, *stored]) == could
+    # One with all its blocks is never left out, and one that begins late only for another before it.
+    for last in left_out:
+        assert 0 in blocks[last + 1 - per_chunk : last + 1]
+    places = [i for last in stored for i in range(last + 1 - per_chunk, last + 1)]
+    held = [i for i in places if blocks[i]]
+    if held:
+        begin = places.index(held[0])
+        assert begin < per_chunk and places[begin : begin + len(held)] == held
+    assert not could or stored or any(blocks[could[0] + 1 - per_chunk : could[0]])

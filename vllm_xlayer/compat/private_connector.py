@@ -48,6 +48,15 @@ DEPENDENCES = (
     ),
     Private(
         CONNECTOR_FEATURE,
+        f"{_OFFLOADING}.scheduler:OffloadingConnectorScheduler",
+        why="blocks of a chunk of which some have left the window would be stored in others' places",
+        how="overridden: such chunks lose their last block first, without which vLLM stores none",
+        remove_when="a store says of each block which place it has",
+        methods={"_build_store_jobs": "self scheduler_output"},
+        attributes=("_sliding_window_groups", "group_states", "block_ids"),
+    ),
+    Private(
+        CONNECTOR_FEATURE,
         f"{_OFFLOADING}.scheduler:RequestGroupState",
         why="vLLM would look at every running request in every step",
         how="read: whether a request has chunks to store; set back where a load failed",

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import TransferJob
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     GroupOffloadConfig,
@@ -30,7 +31,7 @@ from .host.manager import HostTierManager
 from .item_names import is_by_content
 from .stats.activity import TierActivity, queues
 from .step_news import without_idle, without_reloaded
-from .windows import with_window_as_stored
+from .windows import misplaced, with_window_as_stored
 from .worker import RowWorkerMetadata
 
 logger = init_logger(__name__)
@@ -216,6 +217,21 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         meta = super().build_connector_meta(without_reloaded(with_news, self._is_reloaded))
         self._check()
         return meta
+
+    def _build_store_jobs(self, scheduler_output: SchedulerOutput) -> dict[int, TransferJob]:
+        if self.config.blocks_per_chunk > 1 and self._sliding_window_groups:
+            finished = scheduler_output.finished_req_ids or set()
+            for request in (*scheduler_output.num_scheduled_tokens, *finished):
+                if (status := self._req_status.get(request)) is not None:
+                    self._leave_out_misplaced(status, request in finished)
+        return super()._build_store_jobs(scheduler_output)
+
+    def _leave_out_misplaced(self, status: RequestOffloadState, finished: bool) -> None:
+        for index in self._sliding_window_groups:
+            group = status.group_states[index]
+            first = 0 if finished else group.next_stored_chunk_idx  # at the end vLLM may look at earlier ones
+            for last in misplaced(group.block_ids, first, self.config.blocks_per_chunk):
+                group.block_ids[last] = NULL_BLOCK
 
     def request_finished(self, request: Request):
         self._load_failed.discard(request.request_id)
