@@ -115,15 +115,19 @@ class NixlWire:
         self.retired: list[tuple[Peer, PreparedPeer]] = []
         """Peers that are gone, or have been met again."""
 
+    def rows_beside(self, seal_bytes: int, row_bytes: int) -> int:
+        """Rows of a peer that a buffer has room for beside its seals. Raises StagingTooSmall."""
+        if (rows := (self.ring.shape[1] - seal_bytes) // row_bytes) < 1:
+            raise StagingTooSmall(
+                f"staging_bytes: expected at least {BUFFERS * (row_bytes + seal_bytes)} for rows "
+                f"of {row_bytes} bytes and {seal_bytes} bytes of seals, got {self.ring.numel()}"
+            )
+        return rows
+
     def add_peer(self, peer: Peer, remote: RemotePool) -> None:
         """Prepares descriptors. Raises StagingTooSmall."""
         buffer_bytes, row, size = self.ring.shape[1], remote.row_bytes, remote.seal_bytes
-        first, rows = (buffer_bytes - size) // row, buffer_bytes // row
-        if first < 1:
-            raise StagingTooSmall(
-                f"staging_bytes: expected at least {BUFFERS * (row + size)} for rows "
-                f"of {row} bytes and {size} bytes of seals, got {self.ring.numel()}"
-            )
+        first, rows = self.rows_beside(size, row), buffer_bytes // row
         if peer in self.peers:
             self.retire_peer(peer)
         device, base = max(self.ring.get_device(), 0), self.ring.data_ptr()

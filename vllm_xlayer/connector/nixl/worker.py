@@ -27,7 +27,7 @@ from .link import Link, allow_cuda_ipc_reads, why_tcp
 from .record import PROTOCOL, Record, RecordsDiffer, check_records
 from .reshard import CannotReshard, Move, heads_of, moves_between
 from .scheduler import RowNixlMetadata
-from .seals import SealTable
+from .seals import BYTES, SealTable
 from .settings import NixlSettings
 from .staging import BESIDE_STEPS, IDLE, Rows, StagedReads
 from .stats import RowNixlStats
@@ -130,10 +130,16 @@ class RowNixlWorker(NixlPullConnectorWorker):
     ) -> str:
         """As vLLM's, once the peer's record agrees with ours.
 
+        What keeps rows from being read is seen before vLLM gives NIXL descriptors of the peer, which it does
+        not take back where a handshake fails; the next request begins another one.
+
         Raises:
-            RecordsDiffer: the requests that wait for this peer are computed here instead.
+            RecordsDiffer, CannotReshard, StagingTooSmall: the requests that wait for this peer are computed
+                here instead.
         """
         theirs = self._agree(nixl_agent_meta)
+        moves = self._moves_from(theirs)
+        self.wire.rows_beside(theirs.blocks * BYTES if theirs.seals else 0, nixl_agent_meta.block_lens[0])
         agent = super().add_remote_agent(nixl_agent_meta, remote_tp_rank, remote_tp_size, remote_dcp_size)
         remote = RemotePool(
             agent,
@@ -143,7 +149,7 @@ class RowNixlWorker(NixlPullConnectorWorker):
             nixl_agent_meta.block_lens[0],
             theirs.blocks,
             theirs.seals,
-            self._moves_from(theirs),
+            moves,
         )
         self.wire.add_peer((nixl_agent_meta.engine_id, remote_tp_rank), remote)
         self._say_if_slow(nixl_agent_meta.engine_id, theirs)
