@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from vllm_xlayer.compat.engine import come_to_rest, empty_device_cache
 from vllm_xlayer.connector.connector import XLayerConnector
-from vllm_xlayer.connector.copy import transfers
+from vllm_xlayer.connector.copy import directions, transfers
 from vllm_xlayer.connector.host.accounts import check_accounts
 
 NUM_TOKENS = 8
@@ -92,3 +92,19 @@ def test_the_policy_for_failed_loads_is_said(caplog_vllm):
 def test_another_layout_is_refused_with_both_names(make_llm, tiny_llama):
     with pytest.raises(ValueError, match="Silent asks for LBHNC, XLayerConnector asks for BLHNC"):
         make_llm(tiny_llama, kv_transfer_config=both("LBHNC"))
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_loads_are_early_beside_connectors_that_follow_the_stream(make_llm, tiny_llama, monkeypatch, follows):
+    """Of others nobody knows when they write to blocks that are given to them."""
+    made = []
+    real = directions.make_direction
+
+    def make_direction(src, dst, device, early=False):
+        made.append(early)
+        return real(src, dst, device, early)
+
+    monkeypatch.setattr(directions, "make_direction", make_direction)
+    monkeypatch.setattr(Silent, "loads_follow_streams", follows, raising=False)
+    make_llm(tiny_llama, kv_transfer_config=both())
+    assert made == [False, follows]  # stores, loads

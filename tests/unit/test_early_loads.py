@@ -20,15 +20,16 @@ LEFT, IDLE_LEFT = 3, 6
 """Batches that may be left when a load is reported: the fake device needs a millisecond for each."""
 
 
-@pytest.mark.parametrize("writer", [None, "a disk tier", "another rank"])
-def test_none_where_somebody_else_writes_to_host_memory(monkeypatch, writer):
-    """To a chunk that is given away while the link still reads it."""
+@pytest.mark.parametrize("writer", [None, "a disk tier", "another rank", "another connector"])
+def test_none_where_somebody_else_writes(monkeypatch, writer):
+    """To a chunk that is given away while the link still reads it, or a block while it is still written."""
     made = []
     monkeypatch.setattr(offload, "worker_memory", lambda *_: (torch.zeros(4, ROW, dtype=torch.uint8), None))
     monkeypatch.setattr(directions, "make_direction", lambda *_, early=False: made.append(early))
     disk = SimpleNamespace(in_process=True) if writer == "a disk tier" else None
     config = offloading_config(replicated_layout=writer == "another rank")
     spec = offload.RowOffloadingSpec(config, disk, engine="a", takes_failures=True)
+    spec.early_loads = writer != "another connector"  # which writes to blocks
     pool = torch.zeros(4, ROW, dtype=torch.uint8)
     refs = [[SimpleNamespace(page_size_bytes=ROW)]]
     spec._make_worker(SimpleNamespace(tensors=[SimpleNamespace(tensor=pool)], group_data_refs=refs))
@@ -110,6 +111,22 @@ def test_host_rows_are_overwritten_after_they_are_read(device, load, monkeypatch
         device.run(pick.choice(runnable))
         store.advance()
     assert torch.equal(load.dst[ids], expected[ids]) and bool((load.src[ids] == 7).all())
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_blocks_that_are_given_away_once_they_are_reported(device, load, early):  # noqa: F811
+    """The request is aborted, and a connector that follows no stream reads another's rows into its blocks.
+
+    What is left of the load comes after that, so beside such a connector loads are not early."""
+    if not early:
+        load = transfers.StreamDirection(load.src, load.dst, GPU)
+    ids = submit(load, [10 * PER_BATCH])
+    while not load.advance():
+        device.run_a_copy()
+    load.dst[ids] = 99
+    while runnable := device.runnable():
+        device.run(runnable[0])
+    assert bool((load.dst[ids] == 99).all()) is not early
 
 
 def test_not_where_the_model_runs_on_another_stream(device, load):  # noqa: F811

@@ -12,6 +12,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 
+from vllm_xlayer.connector.connector import XLayerConnector
+from vllm_xlayer.connector.nixl.connector import XLayerNixlConnector
 from vllm_xlayer.connector.nixl.parts import Joining, Parts
 from vllm_xlayer.connector.nixl.tiered import TieredNixlMetadata, XLayerTieredNixlConnector
 
@@ -163,3 +165,8 @@ def test_workers_report_whole_requests():
     results = connector.get_transfer_results(set())
     assert (results.finished_recving, results.failed_recving) == ({"a", "b"}, {"b"})
     assert connector.get_block_ids_with_load_errors() == set()
+
+
+def test_both_follow_the_models_stream():
+    """So that loads of the tiers may be early beside the link's."""
+    assert XLayerNixlConnector.loads_follow_streams and XLayerConnector.loads_follow_streams

@@ -21,7 +21,7 @@ DEPENDENCES = (
         "disk tier across a sleep",
         "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector",
         why="below MultiConnector nothing is found after a sleep that was written before it",
-        how="read: its connectors, which are told of a sleep",
+        how="read: its connectors, which are told of a sleep, and of which some let loads be early",
         remove_when="a connector is told why it is reset",
         attributes=("_connectors",),
     ),

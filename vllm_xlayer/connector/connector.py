@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from vllm.config import ParallelConfig, VllmConfig
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -66,10 +67,15 @@ class XLayerConnector(OffloadingConnector):
 
     ``kv_connector_extra_config`` takes what OffloadingConnector takes, and ConnectorSettings.
 
+    Attributes:
+        loads_follow_streams: What it writes to blocks waits for what the model's stream has by then.
+
     Attributes (worker side, after `register_kv_caches`):
         layout: What was negotiated; what a transfer peer or a tier must agree with.
         pool: uint8 [num_blocks, row_bytes], the whole KV cache of this rank.
     """
+
+    loads_follow_streams = True
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         # Not OffloadingConnector's: it would create the spec from the class name in the user's config.
@@ -116,6 +122,8 @@ class XLayerConnector(OffloadingConnector):
         self.pool = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.pool = self.pool.view(-1, self.layout.row_bytes)
         if isinstance(self.connector_worker, RowConnectorWorker):
+            assert isinstance(self.connector_worker.spec, RowOffloadingSpec)
+            self.connector_worker.spec.early_loads = _all_follow_streams()
             self.connector_worker.register_pool(self.pool, self.layout)
         else:
             self.connector_worker.register_kv_caches(dict(kv_caches))
@@ -165,6 +173,14 @@ class XLayerConnector(OffloadingConnector):
     ) -> KVConnectorPromMetrics:
         config = _naming_our_spec(vllm_config)
         return OffloadPromMetrics(config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _all_follow_streams() -> bool:
+    """Of all connectors of this worker; of others than ours nothing is known."""
+    if not has_kv_transfer_group():
+        return True
+    group = get_kv_transfer_group()
+    return all(getattr(one, "loads_follow_streams", False) for one in getattr(group, "_connectors", [group]))
 
 
 def _naming_our_spec(vllm_config: VllmConfig) -> VllmConfig:

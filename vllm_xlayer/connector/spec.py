@@ -87,6 +87,8 @@ class RowOffloadingSpec(CPUOffloadingSpec):
     """vLLM's CPU offloading with our managers and worker, which also run where there is no GPU."""
 
     _worker: OffloadingWorker | None  # type: ignore[assignment]
+    early_loads = True
+    """Whether loads may be reported shortly before they end; set before the worker is made."""
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, OffloadingMetricMetadata]:
@@ -202,7 +204,8 @@ class RowOffloadingSpec(CPUOffloadingSpec):
         except MemoryError as error:
             return NoTierWorker(str(error))
         used = [ref.page_size_bytes for (ref,) in kv_caches.group_data_refs]
-        early = self._shape.shared_as is None  # else a disk tier or another rank writes to it, too
+        # Else a disk tier or another rank writes to host memory, too.
+        early = self.early_loads and self._shape.shared_as is None
         return RowOffloadingWorker(
             pool, host, self.blocks_per_chunk, pins, early_loads=early, used_bytes=used
         )

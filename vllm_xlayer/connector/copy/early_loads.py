@@ -12,6 +12,9 @@ of their own (samples to the host, grammars, what ranks of a pipeline exchange) 
 ask what has finished after the launch, on that stream; if ever one does not, loads are not reported early.
 Of several ranks each has its own wait, and a load counts when all have reported it.
 
+A request that is aborted between the report and the end gives its blocks away as early. So loads are early
+only beside connectors whose own loads follow the stream, too: a read over a network does not.
+
 Host memory is given away as early: only for tiers whose host memory nothing but such copies of this rank
 writes, so not with a disk tier, whose threads do, nor where ranks share one copy of equal rows.
 """

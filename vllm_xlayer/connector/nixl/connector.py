@@ -43,6 +43,9 @@ class XLayerNixlConnector(NixlPullConnector):
         ValueError: this engine cannot hand over rows, or nixl is not installed; says why.
     """
 
+    loads_follow_streams = True
+    """As XLayerConnector's: rows come into the ring first."""
+
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         # Not NixlPullConnector's: it would create vLLM's scheduler and worker.
         NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
