@@ -229,7 +229,12 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
     def _leave_out_misplaced(self, status: RequestOffloadState, finished: bool) -> None:
         for index in self._sliding_window_groups:
             group = status.group_states[index]
-            first = 0 if finished else group.next_stored_chunk_idx  # at the end vLLM may look at earlier ones
+            first = group.next_stored_chunk_idx
+            if (
+                finished
+                and self.config.alignment_tokens != self.config.kv_group_configs[index].tokens_per_chunk
+            ):
+                first = 0  # of several chunks between two places where hits end, vLLM looks at some again
             for last in misplaced(group.block_ids, first, self.config.blocks_per_chunk):
                 group.block_ids[last] = NULL_BLOCK
 
