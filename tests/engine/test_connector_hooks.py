@@ -215,3 +215,15 @@ def test_where_groups_hold_states_vllm_cuts_hits_by_itself(monkeypatch, tokens):
     request = SimpleNamespace(num_tokens=tokens, request_id="r", skip_reading_prefix_cache=False)
     made.get_num_new_matched_tokens(request, 16)
     assert asked == [tokens - 16]
+
+
+def test_what_any_rank_says_is_kept():
+    """A job that failed on one rank only is not what the others say of it, in whatever order they come."""
+    ranks = [
+        RowWorkerMetadata({1: 1}, failed_jobs={1}, rows_stored=2, ready=1),
+        RowWorkerMetadata({1: 1, 2: 1}, failed_jobs={2}, problem="no memory", rows_loaded=3, ready=1),
+    ]
+    for first, second in (ranks, ranks[::-1]):
+        both = first.aggregate(second)
+        assert both.completed_jobs == {1: 2, 2: 1} and both.failed_jobs == {1, 2}
+        assert (both.problem, both.rows_stored, both.rows_loaded, both.ready) == ("no memory", 2, 3, 2)
