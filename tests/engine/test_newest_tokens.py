@@ -25,10 +25,14 @@ EAGLE = dict(method="eagle", num_speculative_tokens=3)
 """The drafter has a layer of its own, with a KV cache and newest tokens."""
 HYBRID = "lfm2"
 """A model with states beside attention, which take blocks, too."""
+CHUNKS = "llama4"
+"""A model with layers that attend in chunks of 64 tokens: vLLM makes a request of each chunk of a step."""
 
 
 @pytest.fixture(
-    scope="module", params=[None, NGRAM, EAGLE, HYBRID], ids=["plain", "drafts", "drafter", "hybrid"]
+    scope="module",
+    params=[None, NGRAM, EAGLE, HYBRID, CHUNKS],
+    ids=["plain", "drafts", "drafter", "hybrid", "chunks"],
 )
 def llm(request, make_llm, tiny_llama, tmp_path_factory):
     """A cache of 21 blocks, of which three requests take most: they preempt each other."""
@@ -36,8 +40,9 @@ def llm(request, make_llm, tiny_llama, tmp_path_factory):
         patch.setenv("VLLM_XLAYER_NEWEST_TOKENS", str(PLACES))
         allow_drafts(patch)
         model, blocks, speculation = tiny_llama, 21, request.param
-        if speculation is HYBRID:
-            model, blocks, speculation = save_hybrid(HYBRID, tmp_path_factory.mktemp(HYBRID)), 63, None
+        if speculation in (HYBRID, CHUNKS):
+            name, speculation = speculation, None
+            model, blocks = save_hybrid(name, tmp_path_factory.mktemp(name)), 63
         if speculation is EAGLE:
             speculation = EAGLE | {"model": str(save_eagle(tmp_path_factory.mktemp("eagle"), 0))}
         with patch.context() as while_made:

@@ -234,3 +234,25 @@ def test_a_group_with_a_layer_that_has_no_memory_reads_its_pages(monkeypatch, me
     monkeypatch.setattr(newest.logger, "warning", lambda text, *args: said.append(text % args))
     assert newest.make_planner(config, ["a"], torch.device("cpu")) is not None and not said
     assert newest.make_planner(config, ["a", "b"], torch.device("cpu")) is None and "in b:" in said[0]
+
+
+def test_layers_that_attend_in_chunks_read_their_pages(monkeypatch):
+    """Whose a chunk is nobody says, and a request has several of them in a step: more than there are rows."""
+    monkeypatch.setattr(newest_rows, "_v2_starts_are_told", True)
+    monkeypatch.setattr(newest, "num_rows", lambda config: 3)
+    monkeypatch.delenv("VLLM_XLAYER_NEWEST_TOKENS", raising=False)
+    impl = SimpleNamespace(newest=torch.empty(3, 2, 1, 64, 16))
+    layers = {
+        "whole": SimpleNamespace(impl=impl),
+        "chunk": SimpleNamespace(impl=impl, attention_chunk_size=64),
+    }
+    compilation = SimpleNamespace(static_forward_context=layers, max_cudagraph_capture_size=0)
+    config = SimpleNamespace(
+        **vars(ON_GPU), compilation_config=compilation,
+        scheduler_config=SimpleNamespace(max_num_seqs=3, max_num_batched_tokens=64),
+    )  # fmt: skip
+    said = []
+    monkeypatch.setattr(newest.logger, "warning", lambda text, *args: said.append(text % args))
+    assert newest.make_planner(config, ["whole"], torch.device("cpu")) is not None and not said
+    assert newest.make_planner(config, ["chunk"], torch.device("cpu")) is None
+    assert "chunks of 64 tokens in chunk: 1 layers" in said[0]

@@ -140,6 +140,13 @@ def make_planner(config: VllmConfig, layer_names: list[str], device: torch.devic
         )  # fmt: skip
     if not places:
         return None
+    if chunk := _chunk_of(config, layer_names):
+        logger.warning(
+            "NVFP4 KV cache: expected layers whose batches are the runner's, got attention in chunks of %d "
+            "tokens in %s: %d layers read all tokens from their pages, which costs accuracy",
+            chunk, layer_names[0], len(layer_names),
+        )  # fmt: skip
+        return None
     kept = num_rows(config)
     if bare := _layers_without(config, layer_names, kept, places):
         logger.warning(
@@ -164,6 +171,14 @@ def make_planner(config: VllmConfig, layer_names: list[str], device: torch.devic
         places,
         device,
     )
+
+
+def _chunk_of(config: VllmConfig, layer_names: list[str]) -> int | None:
+    """Tokens of a chunk, where layers attend in chunks (Llama 4). vLLM makes a request of each chunk that a
+    step has tokens of, in which positions begin anew, and says of none whose it is."""
+    layers = config.compilation_config.static_forward_context
+    chunks = (getattr(layers[name], "attention_chunk_size", None) for name in layer_names)
+    return next((chunk for chunk in chunks if chunk), None)
 
 
 def _layers_without(config: VllmConfig, layer_names: list[str], rows: int, places: int) -> list[str]:
