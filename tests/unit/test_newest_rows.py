@@ -256,3 +256,47 @@ def test_layers_that_attend_in_chunks_read_their_pages(monkeypatch):
     assert newest.make_planner(config, ["whole"], torch.device("cpu")) is not None and not said
     assert newest.make_planner(config, ["chunk"], torch.device("cpu")) is None
     assert "chunks of 64 tokens in chunk: 1 layers" in said[0]
+
+
+def test_an_engine_steps_with_its_own_rows(monkeypatch):
+    """Two engines in one process on model runner V1: the second one's rows are of other requests."""
+    from vllm_xlayer.platform import worker
+
+    monkeypatch.setattr(worker.CPUModelRunner, "_update_states", lambda *_: None)
+    monkeypatch.setattr(newest_rows, "_rows", None)
+    engines = [worker.CpuReferenceRunner.__new__(worker.CpuReferenceRunner) for _ in range(2)]
+    for i, engine in enumerate(engines):
+        engine.request_rows = NamedRows(4, lambda i=i: [f"{i}-request"])
+    nothing = SimpleNamespace(
+        finished_req_ids=(), preempted_req_ids=None, scheduled_new_reqs=(),
+        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=()),
+    )  # fmt: skip
+    for engine in (*engines, engines[0]):
+        engine._update_states(nothing)
+        assert newest_rows.rows_in_use() is engine.request_rows
+
+
+def test_rows_of_an_engine_with_more_requests_are_nobodys(monkeypatch):
+    """Two engines in one process on model runner V2: what started last may have the longer table, and more
+    rows, than the engine whose step it is."""
+    large = RunnerRows("large", PLACES, PLACES)
+    for place in range(PLACES):
+        large.start(place, range(PLACES))
+    monkeypatch.setattr(newest_rows, "_rows", large)
+    planner = newest.NewestPlanner(2, 4, 4, 16, torch.device("cpu"))
+    ints = [torch.tensor(x, dtype=torch.int32) for x in (range(5), [1] * 4)]
+    step = SimpleNamespace(
+        num_reqs=4,
+        req_idx=np.arange(4),
+        query_start_loc=ints[0],
+        seq_lens=ints[1],
+        slot_mapping=torch.arange(4),
+    )
+    own = large._row_of[:4].copy()
+    assert own.max() >= 2
+    for _ in range(2):  # the second time what started meanwhile is looked at
+        assert planner.plan(step).rows.tolist() == [row if row < 2 else NO_ROW for row in own]
+        large.start(PLACES - 1, range(PLACES))
+    small = RunnerRows("small", 2, 2)
+    small.start(1, [1])
+    assert small.rows_of(step).tolist() == [NO_ROW, 1, NO_ROW, NO_ROW]

@@ -88,6 +88,7 @@ class NewestPlanner:
         n = step.num_reqs
         in_use = rows_in_use()
         rows = np.full(n, NO_ROW, dtype=np.int32) if in_use is None else in_use.rows_of(step)
+        rows[rows >= len(self._state)] = NO_ROW  # another engine of this process may have more
         slots = self._slots[: len(step.slot_mapping)]
         batch = NewestBatch(slots, self._row_of[:n], self._begin[:n], self._places)
         batch.rows.copy_(self._to_device(rows))
@@ -105,6 +106,7 @@ class NewestPlanner:
             self._state.fill_(JUST_STARTED)
         elif rows is not None:
             started = np.flatnonzero(self._starts != rows.starts)
+            started = started[started < len(self._state)]
             if len(started):
                 self._state.index_fill_(0, self._to_device(started), JUST_STARTED)
         if rows is not None:

@@ -107,7 +107,9 @@ class RunnerRows:
         rows = np.full(step.num_reqs, NO_ROW, dtype=np.int32)
         places = _batch_of_hybrid if step.req_idx is None else step.req_idx
         if places is not None:  # a dummy run's may be None; padding has none
-            rows[: len(places)] = self._row_of[places[: step.num_reqs]]
+            places = places[: step.num_reqs]
+            known = np.flatnonzero(places < len(self._row_of))  # another engine's table may be longer
+            rows[known] = self._row_of[places[known]]
         return rows
 
 

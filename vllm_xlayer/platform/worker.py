@@ -33,10 +33,10 @@ class CpuReferenceRunner(CPUModelRunner):
         super().__init__(vllm_config, device)
         rows = newest.num_rows(vllm_config) if newest.newest_tokens_of(vllm_config) else 0
         self.request_rows = NamedRows(rows, lambda: self.input_batch.req_ids)
-        use_rows(self.request_rows)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
-        """Before vLLM's: a step's metadata is built after it."""
+        """Before vLLM's: a step's metadata is built after it, of the rows of its own engine's requests."""
+        use_rows(self.request_rows)
         self.request_rows.end(scheduler_output.finished_req_ids)
         self.request_rows.end(scheduler_output.preempted_req_ids or ())
         self.request_rows.start(new.req_id for new in scheduler_output.scheduled_new_reqs)
