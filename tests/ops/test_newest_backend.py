@@ -215,3 +215,34 @@ def test_a_start_that_is_not_told_is_seen(monkeypatch):
     with pytest.raises(AssertionError):
         for position in range(48, 52):
             machine.step([(0, position, 1)])
+
+
+def test_a_layer_that_hears_late_whose_kv_it_reads(monkeypatch):
+    """A drafter's layers (Gemma 4): queries alone, to another layer's pages and newest tokens."""
+    machine = Machine(monkeypatch, CASES[0], 0)
+    config, drafter = machine._config(), SimpleNamespace(impl=cpu_impl(CASES[0]))
+    assert drafter.impl.newest is not machine.impl.newest and drafter.impl.newest.isnan().all()
+    drafter.kv_sharing_target_layer_name = "layer"
+    config.compilation_config.static_forward_context["drafter"] = drafter
+    machine.builder = NVFP4MetadataBuilder(
+        machine.builder.kv_cache_spec, ["layer", "drafter"], config, torch.device("cpu")
+    )
+    assert drafter.impl.newest is machine.impl.newest
+    forward, compared = machine.impl.forward, []
+
+    def both(layer, query, key, value, cache, metadata, output):
+        forward(layer, query, key, value, cache, metadata, output)
+        drafts = torch.full_like(output, torch.nan)
+        drafter.impl.forward(layer, query, None, None, cache, metadata, drafts)
+        decodes = 0 if metadata.decode is None else metadata.decode.num_tokens
+        assert torch.equal(drafts[:decodes], output[:decodes])
+        assert not drafts[: metadata.num_actual_tokens].isnan().any()
+        compared.append(decodes)
+
+    monkeypatch.setattr(machine.impl, "forward", both)
+    for row in range(2):
+        machine.start(row, 0)
+    machine.step([(row, 0, 40) for row in range(2)])
+    machine.step([(0, 40, 1), (1, 40, 20)])
+    machine.step([(0, 41, 1), (1, 60, 1)])
+    assert compared == [0, 1, 2]

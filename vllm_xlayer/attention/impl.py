@@ -95,6 +95,16 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         if self.config is not None and self.newest is None:
             self.newest = self._newest_memory(self.config, act_dtype)
 
+    def share_kv_of(self, target: str, layers) -> None:
+        """Reads another layer's pages and newest tokens from now on, whatever this layer was made as: whose
+        KV it is vLLM tells the layers of a drafter (Gemma 4) once they are loaded.
+
+        Args:
+            layers: name -> layer, as in vLLM's ``static_forward_context``.
+        """
+        self.shared_kv = target
+        self.newest = getattr(layers[target].impl, "newest", None)
+
     def _newest_memory(self, config, dtype: torch.dtype) -> torch.Tensor:
         """A layer that reads another's pages reads its newest tokens, too; that one was loaded before."""
         if self.shared_kv is not None:

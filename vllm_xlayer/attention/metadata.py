@@ -123,6 +123,7 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
                 f"--kv-cache-dtype nvfp4: expected K and V heads of one size, got {kv_cache_spec.head_size} "
                 f"and {head_size_v} ({layer_names[0]})"
             )
+        _share_kv_as_layers_do(vllm_config, layer_names)
         self._speculates = vllm_config.speculative_config is not None
         self._newest = make_planner(vllm_config, layer_names, device)
         self._scales = make_report(vllm_config, layer_names)
@@ -211,6 +212,15 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
         if self._speculates and not computes_prompts:
             known = None  # of a request that decodes it counts drafts that the device may have rejected
         return (m.seq_lens.cpu() if known is None else known)[first : m.num_reqs]
+
+
+def _share_kv_as_layers_do(vllm_config, layer_names: list[str]) -> None:
+    """Tells the impls of layers whose KV vLLM made another layer's after it had made them."""
+    layers = vllm_config.compilation_config.static_forward_context
+    for name in layer_names:
+        target = getattr(layers[name], "kv_sharing_target_layer_name", None)
+        if target is not None and layers[name].impl.shared_kv != target:
+            layers[name].impl.share_kv_of(target, layers)
 
 
 def _decode_query_len(vllm_config) -> int:
