@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_xlayer.attention import metadata
+from vllm_xlayer.attention.backend import NVFP4Backend
 from vllm_xlayer.attention.metadata import NVFP4MetadataBuilder
 
 pytestmark = pytest.mark.usefixtures("pages_alone")
@@ -164,6 +165,23 @@ def test_graphs_are_for_all_layers_of_a_cache():
     ):
         of.compilation_config.static_forward_context[name] = others[name]
         assert NVFP4MetadataBuilder.get_cudagraph_support(of, spec) is expected
+
+
+def test_requests_whose_drafts_are_in_two_chunks():
+    """vLLM makes two requests of each (Llama 4), more than may run."""
+    from vllm.model_executor.layers.attention.chunked_local_attention import (
+        create_chunked_local_attention_backend,
+    )
+
+    of = config(speculative=3, windows=(None, None))
+    of.compilation_config.max_cudagraph_capture_size = 0
+    for layer in of.compilation_config.static_forward_context.values():
+        layer.attention_chunk_size = 64
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=128, dtype=torch.uint8)
+    in_chunks = create_chunked_local_attention_backend(NVFP4Backend, 64).get_builder_cls()
+    made = in_chunks(spec, LAYERS, of, torch.device("cpu")).build(0, batch([4] * 4, [66, 65, 67, 130]))
+    assert made.decode.num_requests == 8 and made.decode.seq_lens.tolist() == [64, 2, 64, 1, 64, 3, 64, 2]
+    assert made.decode.query_starts.tolist() == [0, 2, 4, 7, 8, 9, 12, 14, 16]
 
 
 def test_heads_without_a_decode_kernel(monkeypatch):

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .decode import DecodeBatch, DecodePlanner, limits
-from .newest import NewestBatch, make_planner
+from .newest import NewestBatch, chunk_of, make_planner
 from .plan import Piece, plan_pieces
 from .scale_counts import make_report
 
@@ -159,12 +159,14 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
     def _make_planner(self, vllm_config, shape: tuple[int, int, int], layer_names, device) -> DecodePlanner:
         layers = vllm_config.compilation_config.static_forward_context
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        # Of a request whose query tokens are in two chunks vLLM makes two (`newest.chunk_of`).
+        of_each = 1 if chunk_of(vllm_config, layer_names) is None else 2
         return DecodePlanner(
             device,
             num_heads=shape[0],
             num_kv_heads=shape[1],
             head_size=shape[2],
-            max_requests=max(vllm_config.scheduler_config.max_num_seqs, captured),
+            max_requests=of_each * max(vllm_config.scheduler_config.max_num_seqs, captured),
             max_query_len=self._decode_len,
             windows={layers[name].impl.window for name in layer_names},
         )

@@ -142,7 +142,7 @@ def make_planner(config: VllmConfig, layer_names: list[str], device: torch.devic
         )  # fmt: skip
     if not places:
         return None
-    if chunk := _chunk_of(config, layer_names):
+    if chunk := chunk_of(config, layer_names):
         logger.warning(
             "NVFP4 KV cache: expected layers whose batches are the runner's, got attention in chunks of %d "
             "tokens in %s: %d layers read all tokens from their pages, which costs accuracy",
@@ -175,7 +175,7 @@ def make_planner(config: VllmConfig, layer_names: list[str], device: torch.devic
     )
 
 
-def _chunk_of(config: VllmConfig, layer_names: list[str]) -> int | None:
+def chunk_of(config: VllmConfig, layer_names: list[str]) -> int | None:
     """Tokens of a chunk, where layers attend in chunks (Llama 4). vLLM makes a request of each chunk that a
     step has tokens of, in which positions begin anew, and says of none whose it is."""
     layers = config.compilation_config.static_forward_context
