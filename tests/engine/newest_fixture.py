@@ -211,10 +211,10 @@ def _count_only(monkeypatch, counts):
                 rows.starts[:] = before
             seen.add(name)
 
-    def mutated_on_v2(table, places, place, running):
+    def mutated_on_v2(table, places, place, running, *more):
         before = newest_rows.rows_in_use()
         starts = None if before is None else before.starts.copy()
-        start_on_v2(table, places, place, running)
+        start_on_v2(table, places, place, running, *more)
         name = next(name for name, its in table.req_id_to_index.items() if its == place)
         if before is newest_rows.rows_in_use() and not counts(name, seen):
             before.starts[:] = starts

@@ -71,6 +71,28 @@ def test_requests_beyond_the_rows_are_said(runner, monkeypatch):
     assert "--max-num-seqs 2 lets them wait" in said[0]
 
 
+def test_vllms_warm_up_is_no_word_to_the_user(monkeypatch):
+    """It has more requests than rows, at every start; it counts starts as all do."""
+    from vllm_xlayer.patches.newest import tell_start
+
+    said = []
+    monkeypatch.setattr(newest_rows, "_starts_without_row", 0)
+    monkeypatch.setattr(newest_rows, "_num_rows", 2)
+    monkeypatch.setattr(newest_rows, "_rows", None)
+    monkeypatch.setattr(newest_rows.logger, "warning", lambda line, *args: said.append(line % args))
+    table = SimpleNamespace(max_num_reqs=PLACES, req_id_to_index={})
+
+    def start(name):
+        tell_start(lambda states, req_id: states.req_id_to_index.update({req_id: len(places)}), table, name)
+
+    places = table.req_id_to_index
+    for i in range(5):
+        start(f"_warmup_{i}_")
+    assert not said and newest_rows.rows_in_use().starts.tolist() == [1, 1]
+    start("somebody's")
+    assert len(said) == 1 and "more run: 1 request so far" in said[0]
+
+
 @pytest.mark.parametrize("runner", [OnV1, OnV2])
 @pytest.mark.parametrize("count", [1, 5, PLACES])
 def test_rows_are_nobody_elses(runner, count):

@@ -83,15 +83,16 @@ class RunnerRows:
         self._free = list(range(rows))
         self._row_of = np.full(places, NO_ROW, dtype=np.int32)
 
-    def start(self, place: int, running: Iterable[int]) -> None:
+    def start(self, place: int, running: Iterable[int], is_warm_up: bool = False) -> None:
         """A request is put into a place: a new one, or one that resumes.
 
-        running: the places of all that run.
+        running: the places of all that run. is_warm_up: nobody waits for its answer.
         """
         if self._row_of[place] == NO_ROW:
             self._free = self._free or self._take_from_ended(running)
             if not self._free:
-                _count_start_without_row(len(self.starts))
+                if not is_warm_up:
+                    _count_start_without_row(len(self.starts))
                 return
             self._row_of[place] = self._free.pop()
         self.starts[self._row_of[place]] += 1
@@ -144,15 +145,17 @@ def expect_v2_starts() -> None:
     _v2_starts_are_told = True
 
 
-def start_on_v2(table: Any, places: int, place: int, running: Iterable[int]) -> None:
-    """A request was put into a place of a runner's table; see `RunnerRows`."""
+def start_on_v2(
+    table: Any, places: int, place: int, running: Iterable[int], is_warm_up: bool = False
+) -> None:
+    """A request was put into a place of a runner's table; see `RunnerRows.start`."""
     if not _num_rows:  # no layer keeps newest tokens: another KV cache, or they are off
         return
     rows = _rows
     if not isinstance(rows, RunnerRows) or rows.table is not table:
         rows = RunnerRows(table, places, min(places, _num_rows))
         use_rows(rows)
-    rows.start(place, running)
+    rows.start(place, running, is_warm_up)
 
 
 def starts_on_v2_are_told() -> bool:
