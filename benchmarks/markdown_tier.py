@@ -105,9 +105,10 @@ def offload_section(results: dict[str, Any]) -> str:
 
 def _decode_steps(results: dict[str, Any]) -> list[str]:
     """Of `bench offload`: decode steps beside copies, and the bounds."""
-    decode = results["engines"]["with"]["decode"]
-    if has_experts(results["shape"]) and not decode.get("same_answers"):
-        alone = results["engines"]["without"]["decode"]["alone"]["seconds"]
+    decode, without = (results["engines"][name]["decode"] for name in ("with", "without"))
+    same_answers = decode.get("same_answers") and without.get("same_answers")
+    if has_experts(results["shape"]) and not same_answers:
+        alone = without["alone"]["seconds"]
         return [
             "Decode steps beside copies are not shown: what was said chose the experts that a step reads, "
             f"and steps without a connector took from {milliseconds(min(alone), 1)} to "
@@ -126,7 +127,7 @@ def _decode_steps(results: dict[str, Any]) -> list[str]:
         f"A decode step of {results['requests']} requests with {results['tokens']:,} tokens, median of "
         f"{results['rounds']} rounds of {results['steps']}. The copies are by the connector's "
         "own code, without a pause, between memory that the engine does not use. "
-        f"{stored}{same if decode.get('same_answers') else ''}:",
+        f"{stored}{same if same_answers else ''}:",
         table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], lines),
         listed(offload_bounds(results)),
     ]

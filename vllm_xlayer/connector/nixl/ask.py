@@ -32,9 +32,8 @@ def record_at(address: str) -> Record:
             socket.send(msgspec.msgpack.encode((GET_META_MSG, 0, 0)))
             answer = socket.recv_multipart()[0]
         except zmq.ZMQError as error:
-            got = (
-                "nothing" if isinstance(error, zmq.Again) else error
-            )  # as a string: "Resource temporarily ..."
+            # Again, which is what a timeout is, calls itself "Resource temporarily unavailable".
+            got = "nothing" if isinstance(error, zmq.Again) else error
             raise NoAnswer(
                 f"{address}: expected the side channel of an engine with XLayerNixlConnector (HOST:PORT) to "
                 f"answer within {SECONDS:g} s, got {got}"
