@@ -12,6 +12,7 @@ import torch
 from backend_cases import CASES, Case, check_case, make_impl
 
 from vllm_xlayer import ops
+from vllm_xlayer.attention.plan import Waves
 
 pytest.importorskip("vllm")
 
@@ -60,6 +61,9 @@ def cpu_impl(case: Case):
     class OnCpu(NVFP4Impl):
         def _kernels(self):
             return torch_attend(self), torch_merge
+
+        def _waves(self, query_lens):
+            return Waves(query_lens, 16)  # a thread block a token, so that pieces are cut back
 
         def _workspace(self, dtype, tokens):
             # NaN: what a piece does not fill must not be read.

@@ -1,10 +1,12 @@
 """The dense attention the NVFP4 backend stands on: FlashAttention-3 on Hopper, FlashAttention-2 elsewhere."""
 
+import numpy as np
 import torch
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from .metadata import DevicePiece
+from .plan import Waves
 
 
 class FlashAttention:
@@ -22,9 +24,23 @@ class FlashAttention:
         if version is None:
             raise RuntimeError("--kv-cache-dtype nvfp4: expected vLLM's FlashAttention kernels, found none")
         self.version = version
+        self.head_size = head_size
         self.scale = scale
         self.window = [-1, -1] if window is None else [window - 1, 0]
         self.soft_cap = soft_cap
+
+    def waves(self, query_lens: np.ndarray, num_heads: int, num_kv_heads: int) -> Waves | None:
+        """Of FlashAttention-3, which keeps a thread block an SM, and gives each 128 rows of a KV head (192
+        where heads are of 64): all query heads of so many tokens.
+
+        Args:
+            query_lens: int [R].
+        """
+        if self.version != 3:
+            return None
+        rows = 192 if self.head_size <= 64 else 128
+        blocks = num_kv_heads * -(-query_lens * (num_heads // num_kv_heads) // rows)
+        return Waves(blocks, torch.cuda.get_device_properties().multi_processor_count)
 
     def __call__(self, piece: DevicePiece, q, k, v, out: torch.Tensor | None):
         """q [Tq, Hq, D]; k, v [Tk, H, D]. Returns (output [Tq, Hq, D], LSE float32 [Hq, Tq] in base e); the

@@ -74,6 +74,10 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
 
         return FlashAttention(self.head_size, self.scale, self.window, self.soft_cap), merge
 
+    def _waves(self, query_lens):
+        """Of the dense attention of requests with so many query tokens, `plan.Waves` or None."""
+        return self.attend.waves(query_lens, self.num_heads, self.num_kv_heads)
+
     def _workspace_tokens(self, config, workspace_bytes: int) -> int:
         """Tokens of K and V the workspace holds: what the setting buys, at least what one request's
         query tokens (and the window before them) need."""
@@ -150,7 +154,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         )  # fmt: skip
 
     def _prefill(self, layer, query, key, value, kv_cache, attn_metadata: NVFP4Metadata, output) -> None:
-        for piece in attn_metadata.plan(self.window, self.capacity):
+        for piece in attn_metadata.plan(self.window, self.capacity, self._waves):
             tokens = piece.tokens
             own = (None, None)
             if self.shared_kv is None:  # a layer that reads another's pages reads all tokens there

@@ -1,5 +1,6 @@
 """Per-step metadata of the NVFP4 backend: decode requests first, then prefill, planned on the host."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .decode import DecodeBatch, DecodePlanner, limits
 from .newest import NewestBatch, chunk_of, make_planner
-from .plan import Piece, plan_pieces
+from .plan import Piece, Waves, plan_pieces
 from .scale_counts import make_report
 
 logger = init_logger(__name__)
@@ -75,11 +76,17 @@ class NVFP4Metadata(AttentionMetadata):
     newest: NewestBatch | None = None
     _plans: dict[tuple[int | None, int], list[DevicePiece]] = field(default_factory=dict)
 
-    def plan(self, window: int | None, capacity: int) -> list[DevicePiece]:
+    def plan(
+        self,
+        window: int | None,
+        capacity: int,
+        waves_of: Callable[[np.ndarray], Waves | None] = lambda query_lens: None,
+    ) -> list[DevicePiece]:
+        """The pieces for layers with such a window and workspace; ``waves_of`` numbers of query tokens."""
         key = (window, capacity)
         if key not in self._plans:
             query_lens = np.diff(self.query_starts)
-            pieces = plan_pieces(query_lens, self.seq_lens, capacity, window)
+            pieces = plan_pieces(query_lens, self.seq_lens, capacity, window, waves_of(query_lens))
             self._plans[key] = [self._to_device(p, query_lens) for p in pieces]
         return self._plans[key]
 

@@ -4,7 +4,8 @@ The attention over an NVFP4 cache dequantises a request's cached tokens into a d
 16-bit workspace and attends to them with a dense kernel. The workspace has a fixed
 capacity, so a batch is worked through in pieces:
 
-* requests that fit are packed together, as many as the capacity takes;
+* requests that fit are packed together, as many as the capacity takes, less those whose thread blocks would
+  leave the device half empty at the end of the piece;
 * a request longer than the capacity is cut along its keys: every part but the last lies
   wholly before the query tokens (no mask needed), the last one ends with them (causal).
   The parts' outputs are merged by log-sum-exp.
@@ -35,8 +36,36 @@ class Piece:
     merge: bool
 
 
+@dataclass(frozen=True)
+class Waves:
+    """Thread blocks of the dense attention.
+
+    Attributes:
+        blocks: int [R], of each request.
+        at_once: that the device computes at once.
+    """
+
+    blocks: np.ndarray
+    at_once: int
+
+    def fullest(self, first: int, last: int) -> int:
+        """Where a piece that begins with request ``first`` ends, at ``last`` at the latest: waves of thread
+        blocks are as full as they can be, or nearly, and requests many."""
+        blocks = np.cumsum(self.blocks[first:last])
+        used = blocks / (-(-blocks // self.at_once) * self.at_once).clip(1)
+        return first + 1 + int(np.flatnonzero(used >= used.max() - NEARLY)[-1])
+
+
+NEARLY = 0.05
+"""Of a piece's waves: less is not worth a launch."""
+
+
 def plan_pieces(
-    query_lens: np.ndarray, seq_lens: np.ndarray, capacity: int, window: int | None = None
+    query_lens: np.ndarray,
+    seq_lens: np.ndarray,
+    capacity: int,
+    window: int | None = None,
+    waves: Waves | None = None,
 ) -> list[Piece]:
     """Plan a batch.
 
@@ -46,6 +75,7 @@ def plan_pieces(
         capacity: Tokens the workspace holds.
         window: Sliding window in tokens (a query sees itself and ``window - 1`` before it),
             None for full attention.
+        waves: of the dense attention, None if it is not known how it cuts its work.
 
     Raises:
         ValueError: A request's query tokens, or with a window the keys they can see, do not
@@ -72,6 +102,8 @@ def plan_pieces(
         while last < len(lens) and used + lens[last] <= capacity:
             used += int(lens[last])
             last += 1
+        if waves is not None and last < len(lens):
+            last = waves.fullest(first, last)
         if query_lens[first:last].any():
             pieces.append(
                 Piece(

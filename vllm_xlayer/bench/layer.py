@@ -57,7 +57,9 @@ class Layer:
                 slot_mapping=torch.empty(0, dtype=torch.int64),
                 newest=newest,
             )
-            self.pieces = step.plan(None, impl.capacity)  # once a step for all layers, and not timed
+            self.pieces = step.plan(
+                None, impl.capacity, impl._waves
+            )  # once a step for all layers, and not timed
             self.attend.append(partial(impl._prefill, layer, query, key, value, cache, step, inputs.out))
             gathered = [piece for piece in self.pieces if not piece.all_own]
             if gathered:
@@ -105,6 +107,9 @@ def _impl(inputs: Inputs) -> Any:
     class OnCpu(NVFP4Impl):
         def _kernels(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
             return partial(_torch_attention, self.scale), _torch_merge
+
+        def _waves(self, query_lens: np.ndarray) -> None:
+            return None
 
     # The newest tokens are given by whoever measures, not kept by an engine.
     with mock.patch.dict(os.environ, VLLM_XLAYER_NEWEST_TOKENS="0"), set_current_vllm_config(VllmConfig()):
