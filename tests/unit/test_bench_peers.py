@@ -154,6 +154,21 @@ def test_fa3_has_the_strides_of_vllms_cache(dtype, layers):
         assert torch.equal(side.float(), given.transpose(1, 2).to(dtype).float())
 
 
+def test_times_are_measured_on_wide_logits(monkeypatch):
+    """The same few blocks over and over, up to the last, in this package's pages and in FlashAttention's."""
+    monkeypatch.setattr("vllm_xlayer.bench.inputs.POOL", 3)
+    inputs = Inputs(replace(SHAPE, lens=(2048,), layers=2), 1, "cpu")
+    pages = nvfp4.page_views(ours.nvfp4_cache(inputs, None, rotated=False))
+    nibbles = torch.stack((pages.k_data & 15, pages.k_data >> 4), -1).flatten(-2).numpy()
+    scales = pages.k_scale.contiguous().view(torch.uint8).numpy()
+    ours_k = torch.from_numpy(ref.dequantise(nibbles.reshape(-1, ref.GROUP), scales.ravel()))
+    ours_k = ours_k.view(len(pages.k_data), 2, 16, 128).transpose(1, 2)
+    for k in (ours_k, flash_attention_3.key_and_value(inputs, torch.bfloat16, None)[0].double()):
+        assert len(k) == 128 and torch.equal(k[127], k[127 % 3]) and not torch.equal(k[0], k[1])
+        logits = torch.einsum("bthd,d->bth", k, torch.randn(128, dtype=torch.float64)) * 128**-0.5
+        assert 2 < logits.std() < 4
+
+
 def test_int4_scales_lie_behind_the_elements():
     """A float32 scale after 64 bytes of 128 elements, in every token's and head's K and V."""
     inputs = Inputs(replace(SHAPE, layers=2), 1, "cpu")

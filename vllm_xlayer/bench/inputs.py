@@ -6,6 +6,13 @@ from typing import Any
 
 import torch
 
+KEYS = 3.0
+"""Standard deviation of an element of K where times are measured, and so of the logits. This package's kernel
+takes longer the wider they are: it brings up to date what it has added up only when a logit is far above all
+before. FlashAttention does that in every tile."""
+POOL = 256
+"""Blocks that are different: a cache holds them over and over."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -71,11 +78,26 @@ class Inputs:
                 at += count
             self.tables.append(table.to(self.device))
 
+    def some_kv(self) -> torch.Tensor:
+        """K and V (blocks, 2, heads, tokens, D) bfloat16 of so many blocks as differ."""
+        s = self.shape
+        size = (min(POOL, self.num_blocks), 2, s.num_kv_heads, s.block_size, s.head_size)
+        kv = torch.randn(size, dtype=torch.bfloat16, device=self.device)
+        kv[:, 0] *= KEYS
+        return kv
+
     def pages(self, page_bytes: int) -> torch.Tensor:
         """(blocks, page_bytes) bytes of one layer, whatever is in them; other layers' pages lie between them
         where the shape has more than one."""
         size = (self.num_blocks, self.shape.layers * page_bytes)
         return torch.empty(size, dtype=torch.uint8, device=self.device)[:, :page_bytes]
+
+
+def fill(cache: torch.Tensor, blocks: torch.Tensor) -> None:
+    """Copies ``blocks`` to ``cache``, (blocks, ...) each, over and over until it is full."""
+    for at in range(0, len(cache), len(blocks)):
+        here = cache[at : at + len(blocks)]
+        here.copy_(blocks[: len(here)])
 
 
 Calls = list[Callable[[], Any]]

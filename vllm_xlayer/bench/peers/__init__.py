@@ -23,7 +23,8 @@ class Peer:
     bits: float
     """Of an element of K or V."""
     make: Callable[[Inputs, torch.Tensor | None], Calls]
-    """Calls over a cache that holds the given K and V, (blocks, 2, heads, tokens, D) bfloat16, or anything.
+    """Calls over a cache that holds the given K and V, (blocks, 2, heads, tokens, D) bfloat16; with None
+    those of `Inputs.some_kv`, or anything where its time does not depend on it.
     Raises whatever the peer raises: it has no number then."""
     max_error: float
     """Relative L2 error that its result may have. Attention that reads a page wrongly is near 1."""

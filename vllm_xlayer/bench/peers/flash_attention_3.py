@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from ..inputs import Calls, Inputs
+from ..inputs import Calls, Inputs, fill
 
 NUM_SPLITS = 32
 """vLLM's default bound (flash_attn_max_num_splits_for_cuda_graph)."""
@@ -33,10 +33,8 @@ def key_and_value(inputs: Inputs, dtype: torch.dtype, kv: torch.Tensor | None) -
     s = inputs.shape
     pages = inputs.pages(2 * s.num_kv_heads * s.block_size * s.head_size * dtype.itemsize)
     cache = pages.view(dtype).unflatten(-1, (s.num_kv_heads, s.block_size, 2 * s.head_size))
-    if kv is None:
-        cache.copy_(torch.randn(cache.shape, dtype=torch.bfloat16, device=inputs.device))
-    else:
-        cache.copy_(torch.cat(kv.unbind(1), dim=-1))
+    kv = inputs.some_kv() if kv is None else kv
+    fill(cache, torch.cat(kv.unbind(1), dim=-1).to(dtype))
     return cache.transpose(1, 2).split(s.head_size, dim=-1)
 
 

@@ -17,7 +17,7 @@ from ...nvfp4 import (
     rotate_back,
 )
 from ...ops.newest import TILE
-from ..inputs import Calls, Inputs
+from ..inputs import KEYS, Calls, Inputs, fill
 
 NEWEST = 64
 """Tokens of each request that `make_newest` reads in 16 bits."""
@@ -59,18 +59,17 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None, newest_tokens: int = 0)
 
 
 def nvfp4_cache(inputs: Inputs, kv: torch.Tensor | None, rotated: bool = ROTATED_KEYS) -> torch.Tensor:
-    """(blocks, heads, tokens, 9D/8) bytes that hold ``kv``; random ones where that is None."""
+    """(blocks, heads, tokens, 9D/8) bytes that hold ``kv``; `Inputs.some_kv` where that is None."""
     s = inputs.shape
     pages = inputs.pages(page_bytes(s.num_kv_heads, s.block_size, s.head_size))
     cache = pages.unflatten(-1, (s.num_kv_heads, s.block_size, content_bytes(s.head_size)))
-    if kv is None:
-        return cache.random_(0, 0x60)  # any byte below 0x7F is a positive block scale
+    kv = inputs.some_kv() if kv is None else kv
     data, scale = encode(_written(kv) if rotated else kv.float())
     views = page_views(cache)
     parts = ((views.k_data, data[:, 0]), (views.k_scale, scale[:, 0]),
              (views.v_data, data[:, 1]), (views.v_scale, scale[:, 1]))  # fmt: skip
     for view, part in parts:
-        view.copy_(part)
+        fill(view, part)
     return cache
 
 
@@ -85,6 +84,7 @@ def newest_arguments(
     s, device = inputs.shape, inputs.device
     size = (len(s.lens), 2, s.num_kv_heads, places, s.head_size)
     newest = torch.randn(size, dtype=inputs.q.dtype, device=device)
+    newest[:, 0] *= KEYS
     begin = [-(-max(0, length - places) // TILE) * TILE for length in s.lens]
     if kv is not None:
         views, pages = page_views(cache), decode(*encode(_written(kv))).to(newest.dtype)
