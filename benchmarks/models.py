@@ -30,6 +30,8 @@ from .model_configs import configs
 
 RESULT = {False: RESULTS / "cpu-models.json", True: RESULTS / "gpu-models.json"}
 """By whether there is a GPU."""
+LARGE = RESULTS / "gpu-models-large.json"
+"""Of `--cache-gib`, and with graphs: another question."""
 DOCUMENT = ROOT / "docs" / "models.md"
 NVFP4 = {"kv_cache_dtype": "nvfp4"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -137,10 +139,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="limit for all (default: none)")
     parser.add_argument("--at-once", type=int, default=1, help="families at a time (default: 1)")
     parser.add_argument(
-        "--cache-gib", type=float, default=1 / 64, help="of a device's cache, whose last blocks are used"
+        "--cache-gib",
+        type=float,
+        help=f"of a device's cache, whose last blocks are used, and decode in CUDA graphs; into {LARGE.name}",
     )
-    parser.add_argument("--graphs", action="store_true", help="decode in CUDA graphs")
-    parser.add_argument("--json", type=Path, default=RESULT[gpu], help="file to write (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file to write (default: as above)")
     parser.add_argument("--logs", type=Path, help="folder for what each family's process writes")
     args = parser.parse_args()
     if unknown := set(args.families) - set(known):
@@ -149,16 +152,17 @@ def main() -> int:
         os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     from .readme import rendered
 
-    results = rows_of(args.json, "families")
+    large = args.cache_gib is not None
+    file = args.json or (LARGE if large else RESULT[gpu])
+    results = rows_of(file, "families")
 
     def finished(name: str, cells: dict[str, str]) -> None:
         results[name] = stamped({"family": known[name].label, **cells})
-        write(args.json, {"families": {name: results[name] for name in known if name in results}})
+        kept = {"families": {name: results[name] for name in known if name in results}}
+        write(file, kept | ({"cache_gib": args.cache_gib} if large else {}))
 
-    size = int(args.cache_gib * 2**30)
-    tried = {
-        name: replace(known[name], cache_bytes=size, graphs=args.graphs) for name in args.families or known
-    }
+    more = dict(cache_bytes=int(args.cache_gib * 2**30), graphs=True) if large else {}
+    tried = {name: replace(known[name], **more) for name in args.families or known}
     try_all(
         tried, try_family, list(WAYS), finished,
         seconds=args.seconds, at_once=args.at_once, total_seconds=60 * args.minutes, logs=args.logs,
