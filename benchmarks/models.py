@@ -161,7 +161,7 @@ def main() -> int:
         kept = {"families": {name: results[name] for name in known if name in results}}
         write(file, kept | ({"cache_gib": args.cache_gib} if large else {}))
 
-    more = dict(cache_bytes=int(args.cache_gib * 2**30), graphs=True) if large else {}
+    more: dict[str, Any] = dict(cache_bytes=int(args.cache_gib * 2**30), graphs=True) if large else {}
     tried = {name: replace(known[name], **more) for name in args.families or known}
     try_all(
         tried, try_family, list(WAYS), finished,

@@ -68,10 +68,17 @@ class Pair:
         row = self.worker.layout.row_bytes
         self.settings |= dict(kv_cache_memory_bytes=POOL_BLOCKS * row)
         self.prefill = OtherEngine(model, environment=LINKS[kind], **self.settings)
+        self.gone = None
         self.computed = vllm_greedy(self.decode, PROMPTS, NUM_TOKENS)
         self.read = vllm_greedy(self.decode, PROMPTS, NUM_TOKENS)
         assert "kv_cache_dtype" in KINDS[kind] or self.read == self.computed
         self.forget()
+
+    def kill_prefill(self):
+        """Once; what it had said of all prompts is in `gone` afterwards."""
+        if self.gone is None:
+            self.gone = hand_over(self)
+            self.prefill.kill()
 
     def forget(self):
         """So that what is not read shows as NaN."""
@@ -347,8 +354,7 @@ class TestTheOtherEngine:
     @pytest.mark.fault("hand-over: prefill engine killed")
     def test_it_is_killed(self, pair):
         """The pair has no prefill engine after it."""
-        pair.gone = hand_over(pair)
-        pair.prefill.kill()
+        pair.kill_prefill()
         TALLY["tries"] += 1
         pair.check(pair.gone, computed=True)
         pair.check_failures()
@@ -356,6 +362,7 @@ class TestTheOtherEngine:
 
     @pytest.mark.fault("hand-over: prefill engine restarted with other weights")
     def test_another_one_is_at_its_address(self, pair, tmp_path):
+        pair.kill_prefill()
         other = save_random_model(llama_config(rope_theta=5e5), tmp_path)
         restarted = OtherEngine(other, pair.prefill.port, **pair.settings)
         try:

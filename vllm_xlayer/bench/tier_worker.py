@@ -188,16 +188,16 @@ def tier(llm: Any) -> TierState:
     return cast(TierState, state)
 
 
-def wait_for_tier(llm: Any, seconds: float = 60.0) -> None:
+def wait_for_tier(llm: Any) -> None:
     """Returns when the tier is ready and no row has moved for a while.
 
     Raises:
-        TimeoutError: after so many seconds.
+        TimeoutError: not within a minute.
     """
-    deadline, seen, same = time.monotonic() + seconds, None, 0
+    deadline, seen, same = time.monotonic() + 60, None, 0
     while same < 10:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"expected a tier at rest within {seconds} s, got {seen}")
+            raise TimeoutError(f"expected a tier at rest within a minute, got {seen}")
         time.sleep(0.02)
         state = tier(llm)
         same = same + 1 if state["ready"] and state == seen else 0
