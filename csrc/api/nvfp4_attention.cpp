@@ -53,7 +53,8 @@ void check_seq_lens(const Tensor& seq_lens) {
 }
 
 void check_schedule(const Tensor& schedule, int64_t requests, const Nvfp4AttentionParams& p) {
-  const int64_t needed = Schedule::size(requests, p.page.heads, p.q_len * (p.num_q_heads / p.page.heads));
+  const int rows = p.q_len * (p.num_q_heads / p.page.heads);
+  const int64_t needed = Schedule::size(requests, p.page.heads, rows, p.parts);
   check_rank("schedule", schedule, 1, "(entries)");
   check_dense("schedule", schedule);
   STD_TORCH_CHECK(schedule.size(0) >= needed, "schedule: expected at least ", needed, " entries for ",

@@ -18,7 +18,7 @@ void run(Nvfp4AttentionParams p) {
   // NaN: nothing is read that was not written.
   std::vector<float> out(slots * C::TILE_ROWS * C::DP, NAN), ml(slots * C::TILE_ROWS * 2, NAN);
   const int rows = p.q_len * (p.num_q_heads / p.page.heads);
-  std::vector<int32_t> schedule(Schedule::size(p.num_requests, p.page.heads, rows), -1);
+  std::vector<int32_t> schedule(Schedule::size(p.num_requests, p.page.heads, rows, p.parts), -1);
   p.partial_out = out.data();
   p.partial_ml = ml.data();
   p.schedule = schedule.data();
@@ -28,7 +28,8 @@ void run(Nvfp4AttentionParams p) {
   simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
     p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p);
   });
-  for (int64_t i = Schedule::counters(p.num_requests); i < int64_t(schedule.size()); ++i) {
+  const int64_t end = Schedule::firsts(p.num_requests, p.page.heads, rows);
+  for (int64_t i = Schedule::counters(p.num_requests); i < end; ++i) {
     if (schedule[i] > 0) simt::fail("a counter is not 0 after the launch");  // -1: never used
   }
 }
@@ -50,6 +51,7 @@ extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, const int32_t* newes
     p.q_len = int(q_len);
     p.window = int(window);
     p.split_units = int(split_units);
+    p.parts = int(parts);
     p.page.heads = p.num_q_heads = int(heads);
     schedule_kernel(p, int(unit), 8, int(parts));
   });

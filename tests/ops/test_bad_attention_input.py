@@ -18,8 +18,9 @@ def attend(**arguments) -> None:
     torch.ops.vllm_xlayer.nvfp4_paged_attention(**arguments)
 
 
-ENTRIES = 11
-"""Of a schedule for 2 requests: 4, where each begins, the end, and a counter for each (request, KV head)."""
+ENTRIES = 12
+"""Of a schedule for 2 requests and a part: 4, the part's request, where each begins, the end, and a counter
+for each (request, KV head)."""
 
 
 def schedule(**arguments) -> None:
@@ -131,7 +132,7 @@ def int32(*values: int) -> torch.Tensor:
         ({"lse": torch.zeros(4, 5)}, "lse: expected size 4 in dimension 1 .*tokens of q"),
         ({"lse": torch.zeros(2, 4)}, "lse: expected size 4 in dimension 0 .*heads of q"),
         ({"sinks": torch.zeros(2)}, "sinks: expected size 4 in dimension 0"),
-        ({"schedule": int32(*[0] * 10)}, r"schedule: expected at least 11 entries .*got 10"),
+        ({"schedule": int32(*[0] * 11)}, r"schedule: expected at least 12 entries .*got 11"),
         ({"q_len": 0}, "q_len: expected 1 to 8, got 0"),
         ({"q_len": 9}, "q_len: expected 1 to 8, got 9"),
         ({"window": -1}, "window: expected 0 to 2147483647, got -1"),
@@ -178,8 +179,8 @@ def test_attention_checks_only_the_blocks_it_reads():
         ({"seq_lens": int32(5, 48).view(2, 1)}, "seq_lens: expected 1 dimensions"),
         ({"schedule": int32(*[0] * 2 * ENTRIES)[::2]}, "schedule: expected a contiguous tensor"),
         (
-            {"schedule": int32(*[0] * 10)},
-            r"schedule: expected at least 11 entries .*got 10",
+            {"schedule": int32(*[0] * 11)},
+            r"schedule: expected at least 12 entries .*got 11",
         ),
         ({"q_len": 9}, "q_len: expected 1 to 8, got 9"),
         ({"num_kv_heads": 0}, "num_kv_heads: expected 1 to .*got 0"),

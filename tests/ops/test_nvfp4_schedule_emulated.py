@@ -142,6 +142,16 @@ def test_every_tile_is_in_one_part(case):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_part_begins_with_the_request_that_has_its_first_unit(case):
+    made = cut(case, full(case.lengths, case.newest))
+    expected = [
+        next(r for r in range(len(case.lengths)) if made.begins[r] <= part * made.chunk < made.begins[r + 1])
+        for part in range(made.parts)
+    ]
+    assert made.firsts == expected + [-9] * (case.parts - made.parts)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_parts_cost_the_same(case):
     """No more than the mean, with what cannot be cut: a unit, and the newest tokens of a line and its run."""
     newest_from = full(case.lengths, case.newest)
@@ -190,3 +200,4 @@ def test_a_fixed_split_does_not_count_them():
     lengths = [1000, 64, 0, 130]
     made = schedule_of(lengths, 2, 7, 64, full(lengths, 64), split_units=3)
     assert made.chunk == 3 and made.begins == [0, 36, 42, 42, 48]
+    assert made.parts == 16 and made.firsts == [-9] * 7  # any number of parts: none is said

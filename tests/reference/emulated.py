@@ -145,6 +145,7 @@ class Schedule:
         chunk: units of a part.
         total: units of the whole line.
         begins: [R + 1], where on it each request's units begin, and ``total``.
+        firsts: [parts to aim for], the request that each begins with; -9 where nothing was written.
     """
 
     chunk: int
@@ -152,6 +153,7 @@ class Schedule:
     total: int
     counts_newest: int
     begins: list[int]
+    firsts: list[int]
 
 
 def schedule_of(
@@ -167,7 +169,7 @@ def schedule_of(
     """Of a batch with a query head for each of so many KV heads. parts: to aim for. unit: tokens."""
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     newest = None if newest_from is None else torch.tensor(newest_from, dtype=torch.int32)
-    schedule = torch.empty(5 + len(lengths) * (1 + heads), dtype=torch.int32)
+    schedule = torch.full((5 + parts + len(lengths) * (1 + heads),), -9, dtype=torch.int32)
     run = library("nvfp4_attention").run_nvfp4_schedule
     run.argtypes = [POINTER, POINTER, INT, INT, INT, INT, INT, INT, INT, POINTER]
     newest_at = None if newest is None else newest.data_ptr()
@@ -175,8 +177,9 @@ def schedule_of(
         seq_lens.data_ptr(), newest_at, len(lengths), unit, heads, parts, q_len, window, split_units,
         schedule.data_ptr(),
     )  # fmt: skip
-    chunk, made, total, counts_newest, *begins = schedule[: 5 + len(lengths)].tolist()
-    return Schedule(chunk, made, total, counts_newest, begins)
+    chunk, made, total, counts_newest = schedule[:4].tolist()
+    begins, firsts = schedule[4 : 5 + len(lengths)], schedule[-parts:]
+    return Schedule(chunk, made, total, counts_newest, begins.tolist(), firsts.tolist())
 
 
 def emulated(batch: Batch, **how: object) -> EmulatedBatch:

@@ -77,7 +77,9 @@ class AttentionWorkspace:
             *shape,
             split_units=split_units,
             parts=tuple(parts),
-            schedule=torch.zeros(5 + max_requests * (1 + counters), dtype=torch.int32, device=device),
+            schedule=torch.zeros(
+                5 + max(parts) + max_requests * (1 + counters), dtype=torch.int32, device=device
+            ),
             partial=torch.empty(floats, dtype=torch.float32, device=device),
         )
 

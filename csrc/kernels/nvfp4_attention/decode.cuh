@@ -211,7 +211,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
   for (int part = blockIdx.x; part < parts; part += gridDim.x) {
     int position = part * chunk;
     const int part_begin = position, part_end = min(position + chunk, total);
-    int request = find_request(begins, p.num_requests, position);
+    // With a fixed split among all, else there is nothing to search.
+    const bool searched = p.split_units > 0;
+    int request = find_request(begins, searched ? 0 : firsts_of(p)[part],
+                               searched ? p.num_requests : 1, position);
     while (position < part_end) {
       const int q_len = queries_of(p, request).count;
       const int units = key_range(p.seq_lens[request], q_len, p.window, C::UNIT_TOKENS).units;

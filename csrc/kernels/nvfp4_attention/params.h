@@ -20,13 +20,17 @@ namespace xlayer {
 constexpr int SPLIT_UNIT_TOKENS = 64;  // a fixed split is in these
 
 struct Schedule {
-  // int32 [4 + R + 1 + R * T]: chunk, parts, total, 1 if newest tokens are counted; for each request where its
-  // units begin, and `total`; for each request and head tile how many parts have finished, 0 between two
-  // launches. T: at most one head tile for 8 query rows.
+  // int32 [4 + R + 1 + R * T + P]: chunk, parts, total, 1 if newest tokens are counted; for each request where its
+  // units begin, and `total`; for each request and head tile how many parts have finished, 0 between two launches; for
+  // each part the request that it begins with (not with a fixed split, which has any number of parts). T: at most
+  // one head tile for 8 query rows; P: parts to aim for, which are not exceeded.
   static constexpr int CHUNK = 0, PARTS = 1, TOTAL = 2, NEWEST = 3, BEGINS = 4;
   XLAYER_HD static constexpr int64_t counters(int64_t requests) { return BEGINS + requests + 1; }
-  static constexpr int64_t size(int64_t requests, int heads, int rows) {
+  XLAYER_HD static constexpr int64_t firsts(int64_t requests, int heads, int rows) {
     return counters(requests) + requests * heads * ((rows + 7) / 8);
+  }
+  static constexpr int64_t size(int64_t requests, int heads, int rows, int64_t parts) {
+    return firsts(requests, heads, rows) + parts;
   }
 };
 

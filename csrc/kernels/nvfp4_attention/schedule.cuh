@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     schedule_kernel(const __grid_constant__ Nvfp4AttentionParams p, int unit, int tile_rows, int parts) {
   __shared__ int sums[SCHEDULE_THREADS / 32];
   __shared__ int shortest, longest;  // line of a request and head tile, in units
+  __shared__ int units_of_part;
   if (threadIdx.x == 0) shortest = INT32_MAX, longest = 0;
   __syncthreads();
   int32_t* begins = p.schedule + Schedule::BEGINS;
@@ -99,6 +100,15 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
     p.schedule[Schedule::PARTS] = (total + chunk - 1) / chunk;
     p.schedule[Schedule::TOTAL] = total;
     p.schedule[Schedule::NEWEST] = p.newest_from != nullptr;
+    units_of_part = chunk;
+  }
+  if (p.split_units > 0) return;
+  __syncthreads();
+  for (int r = threadIdx.x; r < p.num_requests; r += SCHEDULE_THREADS) {
+    const int chunk = units_of_part, end = begins[r + 1];
+    for (int part = (begins[r] + chunk - 1) / chunk; part * chunk < end; ++part) {
+      firsts_of(p)[part] = r;
+    }
   }
 }
 

@@ -42,9 +42,15 @@ __host__ __device__ inline int head_tiles_of(const Nvfp4AttentionParams& p, int 
   return p.page.heads * row_tiles(q_len, p.num_q_heads / p.page.heads, tile_rows);
 }
 
-// The request whose units hold position `pos`: begins[r] <= pos < begins[r + 1]. Called by whole warps.
-__device__ __forceinline__ int find_request(const int32_t* begins, int requests, int pos) {
-  int low = 0, count = requests;  // the answer is in [low, low + count)
+// Of each part the request that it begins with.
+__device__ __forceinline__ int32_t* firsts_of(const Nvfp4AttentionParams& p) {
+  const int rows = p.q_len * (p.num_q_heads / p.page.heads);
+  return p.schedule + Schedule::firsts(p.num_requests, p.page.heads, rows);
+}
+
+// The request in [low, low + count) whose units hold position `pos`: begins[r] <= pos < begins[r + 1]. Called by whole
+// warps.
+__device__ __forceinline__ int find_request(const int32_t* begins, int low, int count, int pos) {
   const int lane = threadIdx.x & 31;
   while (count > 1) {
     const int step = (count + 31) / 32;
