@@ -1,4 +1,6 @@
 // The gather's kernel on the CPU: for tests/ops/test_gather_sources.py and test_nvfp4_gather_emulated.py.
+#include <vector>
+
 #include "simt.h"
 
 #include "kernels/nvfp4_gather/kernel.cuh"
@@ -29,9 +31,23 @@ struct GatherArgs {
 template <typename T, typename S>
 void run(const Nvfp4GatherParams& p, const GatherPlan& plan) {
   const unsigned blocks = unsigned(ceil_div(p.num_tokens, plan.tokens()));
-  const auto kernel =
-      rotation_block(p.page.head_size) == 32 ? nvfp4_gather_kernel<T, S, 32> : nvfp4_gather_kernel<T, S, 16>;
+  const auto kernel = gather_kernel<T, S>(p);
   simt::launch({blocks, unsigned(plan.rounds), 1}, plan.threads, 0, [&] { kernel(p, plan, own_is_wide(p)); });
+}
+
+template <int BLOCK, bool LINES>
+void stores(const Nvfp4GatherParams& p, const GatherPlan& plan, int64_t* out) {
+  using CUT = Cut<BLOCK, LINES>;
+  const std::vector<TokenPlace> places(GATHER_PLACES);
+  simt::launch({1, unsigned(plan.rounds), 1}, plan.threads, 0, [&] {
+    const GatherShare<__nv_bfloat16, CUT> to(p, plan, places.data());
+    const int64_t thread = int64_t(blockIdx.y) * plan.threads + threadIdx.x;
+    const bool is_idle = to.place == places.data() + plan.slots * (plan.each + 1);
+    for (int c = 0; c < 2; ++c) {
+      const int64_t at = to.k - static_cast<__nv_bfloat16*>(p.k_out) + c * CUT::OUT_APART;
+      out[thread * 2 + c] = is_idle || c >= CUT::CHUNKS ? -1 : at;
+    }
+  });
 }
 
 static Nvfp4GatherParams params(const GatherArgs* a) {
@@ -93,4 +109,14 @@ extern "C" void run_gather_plan(const GatherArgs* a, int64_t* out) {
   const GatherPlan plan = gather_plan(params(a), int(a->at_once));
   const int64_t all[] = {plan.shares, plan.rounds, plan.lanes, plan.slots, plan.each, plan.threads};
   std::copy(all, all + 6, out);
+}
+
+// Of each thread's first token, for bfloat16: elements from k_out to where its chunks of 8 are stored by the
+// first and by the second instruction; -1: nothing is. [rounds][threads][2]
+extern "C" void run_gather_stores(const GatherArgs* a, int64_t* out) {
+  const Nvfp4GatherParams p = params(a);
+  const GatherPlan plan = gather_plan(p, int(a->at_once));
+  if (in_lines(p)) return stores<32, true>(p, plan, out);
+  return rotation_block(p.page.head_size) == 32 ? stores<32, false>(p, plan, out)
+                                                : stores<16, false>(p, plan, out);
 }

@@ -53,10 +53,11 @@ def test_large_pages(check, block_size):
     check(Case(block_size=block_size, head_size=64), *ALL)
 
 
-@pytest.mark.parametrize("heads", [1, 3, 8])
-def test_heads(check, heads):
+@pytest.mark.parametrize("heads", [1, 2, 3, 8])
+@pytest.mark.parametrize("head_size", [80, 128])
+def test_heads(check, heads, head_size):
     """A warp's lanes are more than a token's chunks, or have several each."""
-    check(Case(heads=heads, head_size=80), *ALL)
+    check(Case(heads=heads, head_size=head_size), *ALL)
 
 
 @pytest.mark.parametrize("source_dtype", [BF16, F16], ids=str)

@@ -138,7 +138,7 @@ def test_ragged_requests(device, dtype, head_size, order):
 
 
 @pytest.mark.parametrize("head_size", [16, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("heads", [1, 2, 5])
+@pytest.mark.parametrize("heads", [1, 2, 5, 8])
 def test_rotated_keys_come_out_as_they_were(device, head_size, heads):
     """K is rotated back; V, and a page written without rotation, are as ever."""
     pool = make_pool(device, blocks=3, heads=heads, head_size=head_size)

@@ -77,9 +77,33 @@ def test_pages_and_rows_anywhere(block_size, pad, rotated):
     check(make(Case(block_size=block_size, pad=pad, rotated=rotated, head_size=96), CPU).arguments)
 
 
-def test_rows_of_the_output_anywhere():
+@pytest.mark.parametrize("heads", [1, 2, 8])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "plain"])
+def test_heads_and_head_sizes(heads, head_size, rotated):
+    """In bfloat16, where lanes exchange what they store, or not."""
+    check(make(Case(heads=heads, head_size=head_size, rotated=rotated), CPU).arguments, each=0)
+
+
+@pytest.mark.parametrize("heads", range(1, 10))
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 192, 256])
+def test_a_store_instruction_writes_whole_lines(heads, head_size):
+    """128 bytes of K or V where heads are 256, or two are; elsewhere sectors of 32. And all of a token."""
+    plan, stores = emulated.gather_plan(heads, head_size, 100), emulated.gather_stores(heads, head_size, 100)
+    tokens = torch.arange(plan["slots"])[:, None] * plan["each"] * heads * head_size
+    expected = tokens + torch.arange(0, heads * head_size, 8)
+    assert torch.equal(stores[stores >= 0].sort().values, expected.flatten())
+    whole = 64 if head_size in (128, 256) or (head_size == 64 and heads % 2 == 0) else 16
+    for instruction in stores.unflatten(1, (-1, 32)).permute(0, 1, 3, 2).flatten(0, 2):
+        chunks = instruction[instruction >= 0]
+        _, counts = (chunks // whole).unique(return_counts=True)
+        assert (counts == whole // 8).all()
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_rows_of_the_output_anywhere(head_size):
     """The strides of K and V differ, and from what a dense output has."""
-    made = make(Case(head_size=64), CPU)
+    made = make(Case(head_size=head_size), CPU)
     tokens, heads, size = made.arguments["k_out"].shape
     k = torch.full((tokens, heads + 1, size + 8), 7.0, dtype=BF16)
     v = torch.full((heads + 2, tokens, size + 16), 7.0, dtype=BF16).transpose(0, 1)

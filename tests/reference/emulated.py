@@ -267,9 +267,29 @@ def gather_nvfp4(
     library("nvfp4_gather").run_nvfp4_gather(ctypes.byref(args))
 
 
+def _gather_args(heads: int, head_size: int, tokens: int, at_once: int) -> GatherArgs:
+    """Of a dense bfloat16 output."""
+    strides = dict.fromkeys(("k_stride_t", "v_stride_t"), heads * head_size)
+    strides |= dict.fromkeys(("k_stride_h", "v_stride_h"), head_size)
+    return GatherArgs(
+        heads=heads, block_size=16, head_size=head_size, num_tokens=tokens, at_once=at_once, **strides
+    )
+
+
 def gather_plan(heads: int, head_size: int, tokens: int, at_once: int = AT_ONCE) -> dict[str, int]:
     """How the gather's launch cuts its work, ``GatherPlan``. at_once: thread blocks that a device holds."""
-    args = GatherArgs(heads=heads, block_size=16, head_size=head_size, num_tokens=tokens, at_once=at_once)
     plan = (INT * 6)()
+    args = _gather_args(heads, head_size, tokens, at_once)
     library("nvfp4_gather").run_gather_plan(ctypes.byref(args), plan)
     return dict(zip(("shares", "rounds", "lanes", "slots", "each", "threads"), plan, strict=True))
+
+
+def gather_stores(heads: int, head_size: int, tokens: int) -> torch.Tensor:
+    """Where the threads of the first blocks store their first token: int64 (rounds, threads, 2), elements
+    from the start of a dense bfloat16 output to the 8 of the first store instruction and to those of the
+    second; -1 where nothing is stored."""
+    plan = gather_plan(heads, head_size, tokens)
+    out = torch.full((plan["rounds"], plan["threads"], 2), -1)
+    args = _gather_args(heads, head_size, tokens, AT_ONCE)
+    library("nvfp4_gather").run_gather_stores(ctypes.byref(args), ctypes.c_void_p(out.data_ptr()))
+    return out

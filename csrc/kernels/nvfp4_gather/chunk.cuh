@@ -1,8 +1,21 @@
 // A thread's elements of K or V: out of memory, out of a page's nibbles, rotated back, and into memory.
 //
-// They are CHUNKS chunks of 8 of a rotation block, every second one; the thread beside it has the others. So
-// of the butterflies only those of elements 8 apart need another lane, and yet two lanes write 32 bytes side
-// by side in one instruction (16-bit output):
+// They are CHUNKS chunks of 8 of a rotation block; the thread beside it has the others.
+//
+// Lines: 8 lanes have 128 elements that follow each other in the output, 256 bytes, which are two lines of
+// the caches. A lane rotates two chunks side by side, so of the butterflies only those of elements 16 apart
+// need another lane. Then it gives one of them, in 16 bits an element, to the lane 4 away, and gets one. So
+// each of two store instructions writes a line, and the same chunks of V, which is not rotated, are read as
+// they are stored:
+//
+//   lane                0      1      2      3      4      5      6      7
+//   chunks, rotated    0  1   2  3   4  5   6  7   8  9  10 11  12 13  14 15
+//   stored first       0      2      4      6      1      3      5      7
+//   stored then        8     10     12     14      9     11     13     15
+//
+// Otherwise (float32, a head size or a number of heads that does not allow it, heads apart in the output) a
+// lane has every second chunk of its block from beginning to end: those of elements 8 apart need another
+// lane, and two lanes write 32 bytes side by side in one instruction (16-bit output):
 //
 //   block of 32:  | chunk 0 | chunk 1 | chunk 2 | chunk 3 |      of 16:  | chunk 0 | chunk 1 |
 //           lane:    even      odd       even      odd                      even      odd
@@ -20,6 +33,28 @@ constexpr int CHUNK = 8;
 
 template <int CHUNKS>
 using Elements = float[CHUNKS][CHUNK];
+
+// Which chunks a share has. Elements are counted through all heads of a token.
+template <int ROTATION_BLOCK, bool OF_LINES>
+struct Cut {
+  static constexpr int BLOCK = ROTATION_BLOCK, CHUNKS = BLOCK / (2 * CHUNK);
+  static constexpr bool LINES = OF_LINES;
+  static constexpr int KEY_APART = LINES ? CHUNK : 2 * CHUNK;  // elements from one to the next, rotated
+  static constexpr int OUT_APART = LINES ? LINE_LANES * CHUNK : 2 * CHUNK;  // as they are stored
+
+  // The first element of the first chunk.
+  static __device__ __forceinline__ unsigned key(unsigned share) {
+    return LINES ? share * (2 * CHUNK) : out(share);
+  }
+  static __device__ __forceinline__ unsigned out(unsigned share) {
+    if (!LINES) return share / 2 * BLOCK + share % 2 * CHUNK;
+    const unsigned lane = share % LINE_LANES;
+    return share / LINE_LANES * (2 * LINE_LANES * CHUNK) + (lane % 4 * 2 + lane / 4) * CHUNK;
+  }
+};
+
+// Lines: whether a lane keeps its second chunk, and gives the first.
+__device__ __forceinline__ bool keeps_second() { return threadIdx.x & (LINE_LANES / 2); }
 
 // An element is a product of e2m1 and its block scale, times the global scale, and, where it was rotated,
 // times the rotation's factor in the end; each result is rounded once to float32. That factor and the 2^14
@@ -39,9 +74,8 @@ __device__ __forceinline__ void times(Elements<CHUNKS>& x, float factor) {
   for (int i = 0; i < CHUNKS * CHUNK; ++i) x[i / CHUNK][i % CHUNK] = mul_rn(x[i / CHUNK][i % CHUNK], factor);
 }
 
-// Elements times their block scales times 2^-14, exactly. scales: of the chunks, which are of different
-// groups.
-template <int CHUNKS>
+// Elements times their block scales times 2^-14, exactly. scales: of the chunks' groups; ONE_GROUP: of all.
+template <int CHUNKS, bool ONE_GROUP>
 __device__ __forceinline__ void decode(const uint32_t (&words)[CHUNKS], __half2 scales, Elements<CHUNKS>& x) {
   const uint32_t two = 2, sixteen = 16;
   const auto put = [](uint32_t pair, float& low, float& high) {
@@ -52,7 +86,7 @@ __device__ __forceinline__ void decode(const uint32_t (&words)[CHUNKS], __half2 
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c) {
     const HighBytes bytes = high_bytes(words[c], {two, sixteen});
-    const __half2 s = c == 0 ? __low2half2(scales) : __high2half2(scales);
+    const __half2 s = c == 0 || ONE_GROUP ? __low2half2(scales) : __high2half2(scales);
     put(scaled_pair<0, 1>(bytes.even, s), x[c][0], x[c][2]);
     put(scaled_pair<2, 3>(bytes.even, s), x[c][4], x[c][6]);
     put(scaled_pair<0, 1>(bytes.odd, s), x[c][1], x[c][3]);
@@ -60,53 +94,89 @@ __device__ __forceinline__ void decode(const uint32_t (&words)[CHUNKS], __half2 
   }
 }
 
-// A rotation block's butterflies. All lanes of the warp: a shuffle among a mask of some that differs from
-// lane to lane compares the masks first, with MATCH and REDUX.
-template <int CHUNKS>
-__device__ __forceinline__ void rotate_lanes(Elements<CHUNKS>& x) {
+// The butterfly of elements that the lane beside it has: the sum, or the difference in the odd lane, rounded
+// once. All lanes of the warp: a shuffle among a mask of some that differs from lane to lane compares the
+// masks first, with MATCH and REDUX.
+__device__ __forceinline__ void butterfly_beside(float (&x)[CHUNK]) {
   const float sign = threadIdx.x % 2 == 0 ? 1.0f : -1.0f;
 #pragma unroll
-  for (int c = 0; c < CHUNKS; ++c) {
-    butterflies<CHUNK>(x[c]);
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-      const float other = __shfl_xor_sync(~0u, x[c][i], 1);
-      x[c][i] = fma_rn(x[c][i], sign, other);  // the sum, or the difference in the odd lane: rounded once
-    }
-  }
-  if constexpr (CHUNKS == 2) {
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-      const float a = x[0][i], b = x[1][i];
-      x[0][i] = add_rn(a, b);
-      x[1][i] = add_rn(a, -b);
-    }
+  for (int i = 0; i < CHUNK; ++i) {
+    const float other = __shfl_xor_sync(~0u, x[i], 1);
+    x[i] = fma_rn(x[i], sign, other);
   }
 }
 
+// A rotation block's butterflies. All lanes of the warp. Lines: a lane that keeps its second chunk has it in
+// x[0] then.
+template <typename CUT>
+__device__ __forceinline__ void rotate_lanes(Elements<CUT::CHUNKS>& x) {
+  constexpr int CHUNKS = CUT::CHUNKS;
+  constexpr bool LINES = CUT::LINES;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c) {
+    butterflies<CHUNK>(x[c]);
+    if constexpr (!LINES) butterfly_beside(x[c]);
+  }
+  if constexpr (CHUNKS == 2) {
+    const float order = LINES && keeps_second() ? -1.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < CHUNK; ++i) {
+      const float a = x[0][i], b = x[1][i];
+      x[0][i] = LINES ? fma_rn(b, order, a) : add_rn(a, b);
+      x[1][i] = LINES ? fma_rn(b, -order, a) : add_rn(a, -b);
+    }
+  }
+  if constexpr (LINES) {
+    butterfly_beside(x[0]);
+    butterfly_beside(x[1]);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 packed(const float (&x)[CHUNK]) {
+  uint4 y;
+  uint32_t* words = reinterpret_cast<uint32_t*>(&y);
+#pragma unroll
+  for (int i = 0; i < CHUNK / 2; ++i) {
+    if constexpr (std::is_same_v<T, __half>) {
+      words[i] = __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(x[2 * i], x[2 * i + 1])));
+    } else {
+      words[i] =
+          __builtin_bit_cast(uint32_t, __nv_bfloat162_raw(__floats2bfloat162_rn(x[2 * i], x[2 * i + 1])));
+    }
+  }
+  return y;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_chunk(T* out, const float (&x)[CHUNK]) {
+  *reinterpret_cast<uint4*>(out) = packed<T>(x);
+}
 __device__ __forceinline__ void store_chunk(float* out, const float (&x)[CHUNK]) {
   reinterpret_cast<float4*>(out)[0] = make_float4(x[0], x[1], x[2], x[3]);
   reinterpret_cast<float4*>(out)[1] = make_float4(x[4], x[5], x[6], x[7]);
 }
 
-__device__ __forceinline__ void store_chunk(__half* out, const float (&x)[CHUNK]) {
-  alignas(16) __half2 y[CHUNK / 2];
+template <typename CUT, typename T>
+__device__ __forceinline__ void store(T* out, const Elements<CUT::CHUNKS>& x) {
 #pragma unroll
-  for (int i = 0; i < CHUNK / 2; ++i) y[i] = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-  *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(y);
+  for (int c = 0; c < CUT::CHUNKS; ++c) store_chunk(out + c * CUT::OUT_APART, x[c]);
 }
 
-__device__ __forceinline__ void store_chunk(__nv_bfloat16* out, const float (&x)[CHUNK]) {
-  alignas(16) __nv_bfloat162 y[CHUNK / 2];
-#pragma unroll
-  for (int i = 0; i < CHUNK / 2; ++i) y[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-  *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(y);
-}
-
-template <int CHUNKS, typename T>
-__device__ __forceinline__ void store(T* out, const Elements<CHUNKS>& x) {
-#pragma unroll
-  for (int c = 0; c < CHUNKS; ++c) store_chunk(out + 2 * c * CHUNK, x[c]);
+// A share of K. Lines: x[0] is the chunk that the lane keeps, and x[1] the one that it gives. All lanes of
+// the warp, of which those store that are to.
+template <typename CUT, typename T>
+__device__ __forceinline__ void store_key(bool is_to_store, T* out, const Elements<CUT::CHUNKS>& x) {
+  if constexpr (CUT::LINES) {
+    const uint4 kept = packed<T>(x[0]), given = packed<T>(x[1]);
+    const auto exchange = [](uint32_t word) { return __shfl_xor_sync(~0u, word, LINE_LANES / 2); };
+    const uint4 got = make_uint4(exchange(given.x), exchange(given.y), exchange(given.z), exchange(given.w));
+    if (!is_to_store) return;
+    *reinterpret_cast<uint4*>(out) = keeps_second() ? got : kept;
+    *reinterpret_cast<uint4*>(out + CUT::OUT_APART) = keeps_second() ? kept : got;
+  } else {
+    if (is_to_store) store<CUT>(out, x);
+  }
 }
 
 // A chunk as it lies in memory.

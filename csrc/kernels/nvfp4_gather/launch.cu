@@ -6,8 +6,7 @@ namespace {
 
 template <typename T, typename S>
 cudaError_t launch(const Nvfp4GatherParams& p, cudaStream_t stream) {
-  const auto kernel =
-      rotation_block(p.page.head_size) == 32 ? nvfp4_gather_kernel<T, S, 32> : nvfp4_gather_kernel<T, S, 16>;
+  const auto kernel = gather_kernel<T, S>(p);
   int device = 0, sms = 0, blocks = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);

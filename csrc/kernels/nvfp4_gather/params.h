@@ -80,6 +80,7 @@ XLAYER_HD TokenSource source_of(const Nvfp4GatherParams& p, int r, int64_t posit
 struct GatherPlan {
   int shares, rounds, lanes, slots, each, threads;
   int64_t k_step, v_step;  // bytes from a token to the next in the output
+  unsigned v_apart;        // lines: bytes of a page from a thread's first chunk of V to its second
 
   XLAYER_HD int tokens() const { return slots * each; }  // of a thread block
 };
@@ -87,13 +88,25 @@ struct GatherPlan {
 constexpr int GATHER_THREADS = 256, GATHER_SLOTS = 32, GATHER_EACH = 8;  // at most
 constexpr int GATHER_PLACES = (GATHER_SLOTS + 1) * (GATHER_EACH + 1);
 
+// Whether LINE_LANES threads of a token have LINE_ELEMENTS that follow each other in the output, and store
+// them so (chunk.cuh): of one head, or of whole heads side by side.
+constexpr int LINE_LANES = 8, LINE_ELEMENTS = 128;
+inline bool in_lines(const Nvfp4GatherParams& p) {
+  const int size = p.page.head_size;
+  if (dtype_bytes(p.dtype) != 2 || rotation_block(size) != 32) return false;
+  if (size % LINE_ELEMENTS == 0) return true;
+  return LINE_ELEMENTS % size == 0 && p.page.heads * size % LINE_ELEMENTS == 0 && p.k_stride_h == size &&
+         p.v_stride_h == size;
+}
+
 // at_once: thread blocks that the device holds. All take as long, so a launch takes as long as its waves of
 // them. A token counts 2, and finding out where tokens are 1. Of equals, more tokens a block.
 inline GatherPlan gather_plan(const Nvfp4GatherParams& p, int at_once) {
   GatherPlan plan;
   plan.shares = p.page.heads * (p.page.head_size / rotation_block(p.page.head_size)) * 2;
   plan.rounds = int(ceil_div(plan.shares, GATHER_THREADS));
-  plan.lanes = int(ceil_div(plan.shares / 2, plan.rounds)) * 2;
+  const int together = in_lines(p) ? LINE_LANES : 2;
+  plan.lanes = int(ceil_div(plan.shares / together, plan.rounds)) * together;
   plan.slots = std::min(GATHER_THREADS / plan.lanes, GATHER_SLOTS);
   const auto cost = [&](int each) {
     const int64_t blocks = ceil_div(p.num_tokens, int64_t(plan.slots) * each) * plan.rounds;
@@ -106,6 +119,7 @@ inline GatherPlan gather_plan(const Nvfp4GatherParams& p, int at_once) {
   plan.threads = int(ceil_div(plan.slots * plan.lanes, 32)) * 32;
   plan.k_step = p.k_stride_t * dtype_bytes(p.dtype);
   plan.v_step = p.v_stride_t * dtype_bytes(p.dtype);
+  plan.v_apart = LINE_ELEMENTS / 4 * (p.page.head_size < LINE_ELEMENTS ? p.page.block_size : 1);
   return plan;
 }
 
