@@ -64,14 +64,27 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
 
     def on_new_request(self, request: Request) -> None:
         super().on_new_request(request)
-        if isinstance(self.manager, TieredManager) and (reason := _why_host_only(request)):
-            self._req_status[request.request_id].req_context.set_state(HostOnly(reason))
+        self._keep_from_disk(self._req_status[request.request_id])
+
+    def _keep_from_disk(self, status: RequestOffloadState) -> None:
+        """Where a request's keys do not say whose KV it is."""
+        if isinstance(self.manager, TieredManager) and (reason := _why_host_only(status.req)):
+            status.req_context.set_state(HostOnly(reason))
             if reason not in self._said_host_only:
                 self._said_host_only.add(reason)
                 logger.warning(
                     "XLayerConnector: %s do not use the disk tier (counted, said once): %s",
                     *HOST_ONLY[reason],
                 )
+
+    def _begin_turn(self, status: RequestOffloadState) -> None:
+        """A request that takes more input as it goes on (a streaming session) begins, or has got some."""
+        request = status.req
+        for group in status.group_states:
+            group.block_ids.clear()  # all are told again, and vLLM 0.31 would take them for additional ones
+        # It leaves out the last token of the turn before, whose hash vLLM 0.31 keeps where it ends a block.
+        del request.block_hashes[request.num_computed_tokens // self.config.tokens_per_hash :]
+        request.update_block_hashes()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
@@ -213,6 +226,9 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         return bool(jobs) and jobs <= self._current_batch_load_jobs.keys()
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        for data in scheduler_output.scheduled_new_reqs:
+            if (status := self._req_status[data.req_id]).req.resumable:
+                self._begin_turn(status)
         with_news = without_idle(scheduler_output, self._has_news)
         meta = super().build_connector_meta(without_reloaded(with_news, self._is_reloaded))
         self._check()
