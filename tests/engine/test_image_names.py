@@ -7,6 +7,7 @@ from faults import TALLY, core_of, greedy, live_connector, manager_of, settle
 from model_fixture import IMAGE_TOKEN, llava_config, random_prompts, save_image_processor, save_random_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_sessions import talk
 
 pytestmark = pytest.mark.fault("images named by a counter")
 
@@ -127,3 +128,17 @@ def test_named_by_content_or_by_the_user(make_llm, tiny_llava, images, answers, 
     got, _ = answers_to(llm, images[::-1], names)  # other images of the same names
     compare(llm, got, answers[::-1])
     assert manager_of(llm).disk.counts[COUNTS] > 0
+
+
+def test_that_comes_in_a_later_turn_of_a_session(make_llm, tiny_llava, images, tmp_path):
+    llm = start(make_llm, tiny_llava, tmp_path)
+    (first,) = random_prompts([16], seed=2)
+    image = {"prompt_token_ids": [*BEFORE, IMAGE_TOKEN, *AFTER], "multi_modal_data": {"image": images[0]}}
+    turns = [{"prompt_token_ids": first}, image | {"multi_modal_uuids": {"image": "the user's name"}}]
+    talk(llm, turns, 2)
+    assert len(entries(tmp_path)) <= 1, "only the first turn is known by its content"
+    assert manager_of(llm).disk.counts[COUNTS] > 0
+    core_of(llm).shutdown()
+    llm = start(make_llm, tiny_llava, tmp_path)
+    talk(llm, [{"prompt_token_ids": first}, image], 2)
+    assert len(entries(tmp_path)) > 1, "all are"

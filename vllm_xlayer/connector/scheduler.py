@@ -80,6 +80,7 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
     def _begin_turn(self, status: RequestOffloadState) -> None:
         """A request that takes more input as it goes on (a streaming session) begins, or has got some."""
         request = status.req
+        self._keep_from_disk(status)  # there may be images in it
         for group in status.group_states:
             group.block_ids.clear()  # all are told again, and vLLM 0.31 would take them for additional ones
         # It leaves out the last token of the turn before, whose hash vLLM 0.31 keeps where it ends a block.
