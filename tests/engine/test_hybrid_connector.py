@@ -5,6 +5,7 @@ Whatever is not restored is 0xFF, which is a NaN in every dtype.
 """
 
 import pytest
+from faults import greedy, settle
 from hybrid_fixture import (
     CONFIGS,
     answers_and_hits,
@@ -210,6 +211,21 @@ def test_prompts_shorter_than_a_block_with_a_match_unit(make_llm, folder, kind):
     assert lookups.hits - before == sum(
         hit for *_, hit in answers
     )  # tokens: most prompts have less than a block
+
+
+@pytest.mark.parametrize("most", [0, 16, 64, 80])
+def test_a_request_may_want_less_stored_than_its_parts_of_blocks(make_llm, folder, most):
+    prompts = random_prompts([40, 100, 161], seed=12)
+    llm = start(make_llm, folder, "auto", {}, block_size=64, prefix_match_unit=16, max_num_batched_tokens=512)
+    sampling = greedy(4)
+    sampling.extra_args = {"kv_transfer_params": {"max_offload_tokens": most}}
+    for prompt in prompts:
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 4
+    settle(llm)
+    empty_device(llm)
+    hits = [hit for *_, hit in one_by_one(llm, prompts)]
+    assert max(hits) <= most and any(hits) == (most >= 64)
 
 
 def test_small_caches_preemption_and_eviction(make_llm, folder):

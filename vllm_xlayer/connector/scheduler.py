@@ -30,7 +30,7 @@ from .host.accounts import check_accounts
 from .host.manager import HostTierManager
 from .item_names import is_by_content
 from .stats.activity import TierActivity, queues
-from .step_news import without_idle, without_reloaded
+from .step_news import without_idle, without_reloaded, without_unwanted_states
 from .windows import misplaced, with_window_as_stored
 from .worker import RowWorkerMetadata
 
@@ -226,11 +226,17 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
         jobs = status.transfer_jobs if status is not None else set()
         return bool(jobs) and jobs <= self._current_batch_load_jobs.keys()
 
+    def _most_tokens(self, request_id: str) -> int:
+        """Of a request, that may be stored of those that it has."""
+        status = self._req_status.get(request_id)
+        return 0 if status is None else self._calc_num_offloadable_tokens(status, status.req.num_tokens)
+
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         for data in scheduler_output.scheduled_new_reqs:
             if (status := self._req_status[data.req_id]).req.resumable:
                 self._begin_turn(status)
-        with_news = without_idle(scheduler_output, self._has_news)
+        wanted = without_unwanted_states(scheduler_output, self._most_tokens)
+        with_news = without_idle(wanted, self._has_news)
         meta = super().build_connector_meta(without_reloaded(with_news, self._is_reloaded))
         self._check()
         return meta

@@ -61,3 +61,23 @@ def without_reloaded(output: SchedulerOutput, reloaded: Callable[[str], bool]) -
     preempted = output.preempted_req_ids or set()
     stay = {request for request in preempted if not reloaded(request)}
     return output if len(stay) == len(preempted) else replace(output, preempted_req_ids=stay)
+
+
+def without_unwanted_states(output: SchedulerOutput, most: Callable[[str], int]) -> SchedulerOutput:
+    """The step without states that end with a later token than a request wants stored.
+
+    Of parts of blocks vLLM asserts that there are none, while a request may want any number
+    (``max_offload_tokens`` in its kv_transfer_params): it would end the engine.
+
+    Args:
+        most: tokens that may be stored of a request, by its id.
+    """
+    states = output.kv_connector_block_state
+    if states is None or not states.boundary_state_offloads:
+        return output
+    wanted = {
+        request: [entry for entry in entries if entry[2] <= limit]
+        for request, entries in states.boundary_state_offloads.items()
+        if (limit := most(request))
+    }
+    return replace(output, kv_connector_block_state=replace(states, boundary_state_offloads=wanted))
