@@ -23,14 +23,17 @@ from disk_fixture import (
 )
 from faults import (
     TALLY,
+    Slow,
     core_of,
     forget_device_cache,
     live_connector,
     manager_of,
     settle,
+    slow_down,
+    under_way,
     without_connector,
 )
-from model_fixture import transformers_greedy, vllm_greedy
+from model_fixture import random_prompts, transformers_greedy, vllm_greedy
 from transformers import AutoConfig
 
 from vllm_xlayer.connector.disk import manager as tiering
@@ -286,6 +289,26 @@ def test_a_sleep_keeps_the_disk(make_llm, tiny_llama, answers, tmp_path):
     assert cached(llm) == (changed, WHOLE_BLOCKS)  # what it has written since
     core_of(llm).shutdown()
     assert cached_right(start(make_llm, tiny_llama, tmp_path), answers) == WHOLE_BLOCKS
+
+
+def test_a_sleep_waits_for_what_is_being_stored(make_llm, tiny_llama, answers, tmp_path, monkeypatch):
+    """In this process vLLM does not: and gives away the chunks that late copies write to."""
+    slow_down(monkeypatch, 50)
+    wait = Slow.wait
+
+    def wait_late(self, jobs):
+        if {job for _, job, *_ in self.running}.intersection(jobs):
+            time.sleep(1)  # the disk is faster
+        wait(self, jobs)
+
+    monkeypatch.setattr(Slow, "wait", wait_late)
+    llm = start(make_llm, tiny_llama, tmp_path, cpu_bytes_to_use=40 * ROW)
+    assert cached_right(llm, answers) == [0] * len(PROMPTS)
+    vllm_greedy(llm, random_prompts([200, 200], seed=77), 4)
+    assert under_way(llm, "store")
+    llm.sleep(1)
+    llm.wake_up()
+    assert sum(cached_right(llm, answers)) > 0
 
 
 def test_a_reset_while_it_sleeps_forgets_the_disk(make_llm, tiny_llama, answers, tmp_path):

@@ -155,9 +155,15 @@ class XLayerConnector(OffloadingConnector):
         """Scheduler side: the next reset is because the engine sleeps. Runs functions on all its workers."""
         if not isinstance(self.connector_scheduler, RowConnectorScheduler):
             return
-        manager = self.connector_scheduler.manager
+        manager, jobs = self.connector_scheduler.manager, {*self.connector_scheduler._jobs}
+
+        def weights() -> list[Any]:
+            # The reset gives their host memory away, and vLLM 0.31 fills it from the disk without waiting.
+            collective_rpc(_end_transfers, args=(jobs,))
+            return collective_rpc(loaded_weights)
+
         if isinstance(manager, TieredManager):
-            manager.disk.sleep.begins(lambda: collective_rpc(loaded_weights))
+            manager.disk.sleep.begins(weights)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
@@ -173,6 +179,14 @@ class XLayerConnector(OffloadingConnector):
     ) -> KVConnectorPromMetrics:
         config = _naming_our_spec(vllm_config)
         return OffloadPromMetrics(config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _end_transfers(worker: Any, jobs: set[int]) -> None:
+    """Run in a worker: returns when none of these jobs touches memory any more."""
+    group = get_kv_transfer_group()
+    for one in getattr(group, "_connectors", [group]):
+        if isinstance(one, XLayerConnector):
+            one.handle_preemptions(OffloadingConnectorMetadata({}, {}, jobs))
 
 
 def _all_follow_streams() -> bool:
