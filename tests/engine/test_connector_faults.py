@@ -16,6 +16,7 @@ from faults import (
     greedy,
     live_connector,
     manager_of,
+    scheduler_side,
     settle,
     slow_down,
     step_until,
@@ -335,3 +336,33 @@ def test_the_device_cache_is_emptied_when_nothing_is_under_way(make_llm, tiny_ll
     assert not scheduler.has_requests()
     assert len(scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block) == 0
     settle(llm)
+
+
+@fault("reset_prefix_cache during store")
+def test_what_a_window_left_behind_is_not_stored_after_a_reset(make_llm, tmp_path):
+    """The request goes on, and vLLM offers all of its blocks again: also those that are another's by then."""
+    config = Gemma2Config(
+        **(SHAPE | dict(tie_word_embeddings=True, num_hidden_layers=4)),
+        sliding_window=48,
+        query_pre_attn_scalar=32,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    save_random_model(config, tmp_path)
+    long, *others = random_prompts([200, 90, 90, 90, 90], seed=8)
+    answers = without_connector(make_llm, tmp_path, [long], NUM_TOKENS)
+    settings = dict(num_gpu_blocks_override=48, max_model_len=416, max_num_batched_tokens=64)
+    llm = make_llm(tmp_path, kv_transfer_config=connector(), **settings)
+    add(llm, ["long"], [long], LONG)
+    for _ in range(70):
+        llm.llm_engine.step()
+    for i, other in enumerate(others):  # in blocks that the long one has left behind
+        add(llm, [str(i)], [other], greedy(1))
+        step_until(llm, lambda: len(core_of(llm).scheduler.running) == 1)
+    assert not llm.reset_prefix_cache(reset_connector=True), "a request was to run"
+    ((name, status),) = ((n, s) for n, s in scheduler_side(llm)._req_status.items() if n.startswith("long"))
+    tables = core_of(llm).scheduler.kv_cache_manager.get_block_ids(name)
+    for table, group in zip(tables, status.group_states, strict=True):
+        assert {*group.block_ids} <= {0, *table}, "the others are not its own"
+    finish(llm)
+    forget_device_cache(llm)
+    check(llm, [long], answers)

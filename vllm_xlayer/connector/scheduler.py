@@ -261,6 +261,14 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
             for last in misplaced(group.block_ids, first, self.config.blocks_per_chunk):
                 group.block_ids[last] = NULL_BLOCK
 
+    def reset_cache(self) -> None:
+        # vLLM offers what running requests have stored once more. Of a window's blocks some were given away.
+        for status in self._req_status.values():
+            for group in (status.group_states[index] for index in self._sliding_window_groups):
+                stored = min(group.next_stored_chunk_idx * self.config.blocks_per_chunk, len(group.block_ids))
+                group.block_ids[:stored] = [NULL_BLOCK] * stored
+        super().reset_cache()
+
     def request_finished(self, request: Request):
         self._load_failed.discard(request.request_id)
         self.activity.lookups.forget(request.request_id)
