@@ -182,8 +182,15 @@ def other_nvfp4_backends(llm: Any) -> list[str]:
     """Names of the backends beside this package's that were told to keep NVFP4: what they keep is theirs."""
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
     told = [layer for layer in layers if str(getattr(layer, "kv_cache_dtype", "")).startswith("nvfp4")]
-    theirs = [layer.attn_backend for layer in told if not layer.attn_backend.__module__.startswith(OURS)]
-    return sorted({backend.get_name() for backend in theirs})
+    backends = {layer.attn_backend for layer in told}
+    # For layers that attend in chunks vLLM makes a class of its own from this package's.
+    return sorted(
+        {
+            backend.get_name()
+            for backend in backends
+            if not any(base.__module__.startswith(OURS) for base in backend.__mro__)
+        }
+    )
 
 
 def sentence(error: BaseException) -> str:

@@ -23,7 +23,14 @@ from faults import (
     under_way,
     without_connector,
 )
-from model_fixture import SHAPE, random_prompts, save_random_model, transformers_greedy, vllm_greedy
+from model_fixture import (
+    ON_GPU,
+    SHAPE,
+    random_prompts,
+    save_random_model,
+    transformers_greedy,
+    vllm_greedy,
+)
 from transformers import Gemma2Config
 
 from vllm_xlayer.compat.engine import empty_device_cache
@@ -250,7 +257,8 @@ def test_preemption_with_slow_transfers(make_llm, tiny_llama, copies, monkeypatc
 def test_a_reset_that_preempts_running_requests(make_llm, tiny_llama, answers, monkeypatch):
     """They are back in the same step, with loads that begin in it."""
     slow_down(monkeypatch, 3)
-    llm = make_llm(tiny_llama, kv_transfer_config=connector())
+    # While a step is in flight, vLLM gives no blocks away, and refuses this.
+    llm = make_llm(tiny_llama, kv_transfer_config=connector(), async_scheduling=not ON_GPU)
     vllm_greedy(llm, PROMPTS, NUM_TOKENS)
     scheduler = core_of(llm).scheduler
     for steps in range(3):

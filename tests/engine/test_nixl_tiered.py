@@ -240,7 +240,7 @@ def test_the_tiers_fail(exact, first, monkeypatch):
         let_go(exact, link if first == "link" else tiers)
         assert waiting(exact) == len(PROMPTS)
     exact.finish()
-    assert copies.failed == len(PROMPTS) and exact.rows_read - read == REST
+    assert 0 < copies.failed == copies.loads and exact.rows_read - read == REST
     exact.check_nothing_is_kept()
 
 
@@ -266,7 +266,8 @@ def test_both_fail(exact, monkeypatch):
     copies = Copies(monkeypatch, lambda: exact.pool)
     copies.fail_loads = lambda n: True
     exact.ask(handed_over)
-    assert copies.failed == len(PROMPTS) and exact.reads.failures == {"seal": len(PROMPTS)}
+    assert 0 < copies.failed == copies.loads  # on a GPU requests share copies
+    assert exact.reads.failures == {"seal": len(PROMPTS)}
 
 
 @pytest.mark.fault("hand-over: failed, with tiers")
@@ -298,7 +299,8 @@ def test_the_other_engine_is_killed(exact):
     loaded = exact.tiers.rows_loaded
     exact.add(handed_over)
     exact.finish()
-    failed = sum(exact.reads.failures.values())
-    assert failed == len(PROMPTS) or (ON_GPU and failed == 0), "a GPU's rows may still have been read"
-    assert exact.tiers.rows_loaded - loaded == (2 if failed else 1) * HELD
+    failed, loaded = sum(exact.reads.failures.values()), exact.tiers.rows_loaded - loaded
+    assert failed == len(PROMPTS) or (ON_GPU and failed < len(PROMPTS)), "a GPU's rows may still be read"
+    rows = sorted(n // 16 for n in HEADS)  # loaded once more, of those that failed
+    assert HELD + sum(rows[:failed]) <= loaded <= HELD + sum(rows[len(rows) - failed :])
     exact.check_nothing_is_kept(prefill=False)
