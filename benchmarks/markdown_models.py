@@ -16,6 +16,11 @@ GPU_INTRODUCTION = f"""### The same on a GPU
 
 In 16 bits, with vLLM's kernels and this package's. {COMPARED}
 """
+LARGE_INTRODUCTION = """### With CUDA graphs and a large cache
+
+On a GPU, as above, but decode in CUDA graphs and a cache of {:.0f} GiB, whose last blocks were used:
+`python -m benchmarks.models FAMILY --cache-gib {:.0f}`.
+"""
 LATENTS_INTRODUCTION = """### Latent attention on a GPU
 
 `python -m benchmarks.latents`, with latents of real width. *In rows*: as in vLLM's own layout, tokens and
@@ -26,7 +31,12 @@ FP8 = (
     "vLLM's own FLASH_ATTN_DIFFKV, which the model chooses, takes the flag and keeps fp8: a byte an element, "
     "not NVFP4"
 )
-REMARKS = {("MiMoV2FlashForCausalLM", "NVFP4", "866e501"): FP8}
+CHUNKED = "the class that vLLM makes from this package's backend for layers that attend in chunks"
+REMARKS = {
+    ("MiMoV2FlashForCausalLM", "NVFP4", "866e501"): FP8,
+    ("Llama4ForCausalLM", "NVFP4", "bb881fd"): CHUNKED,
+    ("Llama4ForCausalLM", "both", "bb881fd"): CHUNKED,
+}
 """(row, way, commit) -> what its cell does not say of itself."""
 PLATFORM, ABSENT = "CPU reference platform: ", "are not supported for now"
 """What a sentence of the platform begins with, and what vLLM says of an unknown model."""
@@ -44,6 +54,13 @@ def table(results: dict[str, Any]) -> str:
 def gpu_table(results: dict[str, Any]) -> str:
     """The same, from a GPU."""
     return _table(GPU_INTRODUCTION, ("family", *WAYS), results["families"].values(), results)
+
+
+def large_table(results: dict[str, Any]) -> str:
+    """The same, with CUDA graphs and a cache of so many GiB."""
+    size = results["cache_gib"]
+    introduction = LARGE_INTRODUCTION.format(size, size)
+    return _table(introduction, ("family", *WAYS), results["families"].values(), results)
 
 
 def counted(gpu: dict[str, Any], cpu: dict[str, Any]) -> str:

@@ -108,6 +108,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "resources": (("resources.json",), markdown.resources),
     "models": (("cpu-models.json",), markdown_models.table),
     "models_gpu": (("gpu-models.json",), markdown_models.gpu_table),
+    "models_large": (("gpu-models-large.json",), markdown_models.large_table),
     "models_counted": (("gpu-models.json", "cpu-models.json"), markdown_models.counted_in_readme),
     "models_counted_limits": (("gpu-models.json", "cpu-models.json"), markdown_models.counted_in_limits),
     "upstream_nixl": (("cpu-upstream-nixl.json",), markdown_handover.upstream),
