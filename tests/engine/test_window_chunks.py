@@ -1,6 +1,6 @@
 """Chunks of several blocks, of a model with windows, where the host tier had no room for a while.
 
-By then blocks that have left the window have other owners, and what is left of a chunk has to keep its place.
+By then blocks that have left the window have other owners, and what is left of a chunk is nobody's.
 """
 
 import pytest
@@ -59,4 +59,33 @@ def test_a_chunk_of_which_blocks_are_gone(make_llm, model, monkeypatch, interval
         (found,) = check(llm, [prompt], [answer])
         assert found == len(prompt) - 1 or (busy and prompt is not SHORTER[-1])
         forget_device_cache(llm)
+    settle(llm)
+
+
+def test_what_is_left_of_a_chunk_is_not_taken_for_all_of_it(make_llm, tmp_path, monkeypatch):
+    """The window is longer than a chunk: of a prompt that ends with a chunk its first block is needed, too.
+
+    What is stored of prompts that were on the device: of layers with a window, their last 36 tokens' blocks.
+    """
+    monkeypatch.setenv("VLLM_XLAYER_DEBUG", "1")
+    config = Gemma2Config(
+        **(SHAPE | dict(tie_word_embeddings=True, num_hidden_layers=4)),
+        sliding_window=37, query_pre_attn_scalar=32, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    save_random_model(config, tmp_path)
+    first, prompt, second = PROMPT[:97], PROMPT[:129], PROMPT[:165]
+    (answer,) = without_connector(make_llm, tmp_path, [prompt], NUM_TOKENS)
+    llm = make_llm(
+        tmp_path, kv_transfer_config=dict(
+            kv_connector="XLayerConnector", kv_role="kv_both",
+            kv_connector_extra_config={"cpu_bytes_to_use": 256 * ROW, "blocks_per_chunk": 2},
+        ),
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(manager_of(llm), "prepare_store", lambda keys, context: None)
+        vllm_greedy(llm, [second], 1)
+    for stored in (first, second):
+        vllm_greedy(llm, [stored], 1)
+    forget_device_cache(llm)
+    check(llm, [prompt], [answer])
     settle(llm)

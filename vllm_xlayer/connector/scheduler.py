@@ -31,7 +31,7 @@ from .host.manager import HostTierManager
 from .item_names import is_by_content
 from .stats.activity import TierActivity, queues
 from .step_news import without_idle, without_reloaded, without_unwanted_states
-from .windows import misplaced, with_window_as_stored
+from .windows import incomplete, with_window_as_stored
 from .worker import RowWorkerMetadata
 
 logger = init_logger(__name__)
@@ -246,19 +246,16 @@ class RowConnectorScheduler(OffloadingConnectorScheduler):
             finished = scheduler_output.finished_req_ids or set()
             for request in (*scheduler_output.num_scheduled_tokens, *finished):
                 if (status := self._req_status.get(request)) is not None:
-                    self._leave_out_misplaced(status, request in finished)
+                    self._leave_out_incomplete(status, request in finished)
         return super()._build_store_jobs(scheduler_output)
 
-    def _leave_out_misplaced(self, status: RequestOffloadState, finished: bool) -> None:
+    def _leave_out_incomplete(self, status: RequestOffloadState, finished: bool) -> None:
         for index in self._sliding_window_groups:
-            group = status.group_states[index]
-            first = group.next_stored_chunk_idx
-            if (
-                finished
-                and self.config.alignment_tokens != self.config.kv_group_configs[index].tokens_per_chunk
-            ):
+            group, config = status.group_states[index], self.config.kv_group_configs[index]
+            first, per_chunk = group.next_stored_chunk_idx, self.config.blocks_per_chunk
+            if finished and self.config.alignment_tokens != config.tokens_per_chunk:
                 first = 0  # of several chunks between two places where hits end, vLLM looks at some again
-            for last in misplaced(group.block_ids, first, self.config.blocks_per_chunk):
+            for last in incomplete(group.block_ids, first, per_chunk):
                 group.block_ids[last] = NULL_BLOCK
 
     def reset_cache(self) -> None:

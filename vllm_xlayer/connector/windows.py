@@ -20,29 +20,20 @@ def with_window_as_stored(group: GroupOffloadConfig) -> GroupOffloadConfig:
     return group._replace(sliding_window_size_in_chunks=max(1, -(-before // chunk)))
 
 
-def misplaced(blocks: Sequence[int], first_chunk: int, per_chunk: int) -> list[int]:
-    """Of chunks that are to be stored in one job: those whose blocks would get others' places in host memory.
+def incomplete(blocks: Sequence[int], first_chunk: int, per_chunk: int) -> list[int]:
+    """Chunks of which some blocks are gone: they have left the window, and may have other owners.
 
-    A block that has left the window may have another owner, and is not stored. vLLM tells the worker which
-    blocks remain and the place of the first one, and it takes the others to follow: so only the chunk that
-    comes first may lack blocks, and those before the others.
+    vLLM stores what is left of them under the whole chunk's key. But who finds the key may need all: a hit
+    that ends with the chunk, or, where groups have chunks of different size, in it. And the worker, which is
+    told the place of the first block only, takes the others of a job to follow it.
 
     Args:
         blocks: of a request; 0 for those that are gone. A chunk without its last one is not stored.
-        first_chunk: that may be in the job.
+        first_chunk: that may be stored.
         per_chunk: blocks of one chunk.
 
     Returns:
         Indices of the chunks' last blocks.
     """
-    found, begun = [], False
-    for last in range((first_chunk + 1) * per_chunk - 1, len(blocks), per_chunk):
-        if blocks[last] == 0:
-            continue
-        chunk = blocks[last + 1 - per_chunk : last + 1]
-        gone = chunk.count(0)
-        if gone and (begun or any(chunk[:gone])):
-            found.append(last)
-        else:
-            begun = True
-    return found
+    lasts = range((first_chunk + 1) * per_chunk - 1, len(blocks), per_chunk)
+    return [last for last in lasts if blocks[last] and 0 in blocks[last + 1 - per_chunk : last]]
