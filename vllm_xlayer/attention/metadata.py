@@ -82,7 +82,10 @@ class NVFP4Metadata(AttentionMetadata):
         capacity: int,
         waves_of: Callable[[np.ndarray], Waves | None] = lambda query_lens: None,
     ) -> list[DevicePiece]:
-        """The pieces for layers with such a window and workspace; ``waves_of`` numbers of query tokens."""
+        """The pieces for layers with such a window (tokens) and workspace (tokens).
+
+        waves_of: numbers of query tokens, int [R] -> the thread blocks of the dense attention.
+        """
         key = (window, capacity)
         if key not in self._plans:
             query_lens = np.diff(self.query_starts)
