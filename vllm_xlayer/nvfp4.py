@@ -3,7 +3,7 @@
 Format (one K or V vector of one token and KV head, ``head_size`` D a multiple of 16):
 D/2 bytes of packed e2m1 (the low nibble is the even element) and D/16 bytes of e4m3
 block scales. value = e2m1 * block scale * global scale. This package's backends keep K rotated
-(``rotate``).
+(``rotate``), and the bits of eight elements in another order (``pack``).
 
 A page is one layer's part of a block of N tokens and H heads, dense:
 
@@ -208,6 +208,57 @@ def decode(
 
 OURS_FIRST = (8, 9)
 """Compute capabilities whose users get our kernels unless these refuse. On others vLLM's own come first."""
+
+PACKED = "lanes of 16 bits"
+"""Names what ``pack`` does, as ``KEY_ROTATION`` does the rotation."""
+
+
+def pack(data: torch.Tensor) -> torch.Tensor:
+    """Data as this package's pages keep it, uint8 [..., D/2], from that of ``encode``, of the same shape.
+
+    Each four bytes have the same eight elements in another order of bits, of which a GPU without FP4 makes
+    halves with fewer instructions: csrc/kernels/nvfp4/packed.cuh draws it. Plain torch operations, for tests
+    and tools.
+    """
+    nibbles = _words(data)
+    word = torch.zeros_like(nibbles)
+    for element in range(8):
+        code, sign = _bits_of(element)
+        word |= (nibbles >> 4 * element & 7) << code | (nibbles >> 4 * element + 3 & 1) << sign
+    return _bytes(_change(word), data)
+
+
+def unpack(data: torch.Tensor) -> torch.Tensor:
+    """What ``decode`` reads, from data as this package's pages keep it."""
+    word = _change(_words(data))
+    nibbles = torch.zeros_like(word)
+    for element in range(8):
+        code, sign = _bits_of(element)
+        nibbles |= ((word >> code & 7) | (word >> sign & 1) << 3) << 4 * element
+    return _bytes(nibbles, data)
+
+
+def _bits_of(element: int) -> tuple[int, int]:
+    """The first bit of an element's magnitude code in a word, and its sign's, before they are changed."""
+    lane, place = element // 2 % 2 * 16, element // 4 * 2 + element % 2
+    return lane + (9, 0, 3, 6)[place], lane + 15 - place
+
+
+def _change(word: torch.Tensor) -> torch.Tensor:
+    """Places 1 and 2 changed by the others, or changed back."""
+    parts = (word >> 8 & 0x00070007, word << 8 & 0x40004000, word >> 4 & 0x00380038, word << 4 & 0x20002000)
+    for part in parts:
+        word = word ^ part
+    return word
+
+
+def _words(data: torch.Tensor) -> torch.Tensor:
+    return data.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+
+
+def _bytes(words: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return (words - (words >> 31 << 32)).int().view(torch.uint8).view(like.shape)
+
 
 ROTATED_KEYS = True
 """Whether this package's backends keep K rotated. vLLM's own never do."""

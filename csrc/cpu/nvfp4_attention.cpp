@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "float16.h"
+#include "words.h"
 
 namespace xlayer::cpu {
 namespace {
@@ -36,10 +37,11 @@ void decode_token(const Page& page, const uint8_t* page_bytes, bool is_v, int h,
   const uint8_t* scales = page_bytes + page.scale_base(is_v, h);
   for (int s = 0; s < page.scales(); ++s) {
     const double* values = table.values[scales[page.scale_index(order, n, s)]];
-    for (int i = 0; i < GROUP / 2; ++i) {
-      const uint8_t byte = data[s * (GROUP / 2) + i];
-      out[s * GROUP + 2 * i] = values[byte & 15];
-      out[s * GROUP + 2 * i + 1] = values[byte >> 4];
+    for (int w = 0; w < GROUP / WORD_ELEMENTS; ++w) {
+      const uint32_t nibbles = load_word(data + s * (GROUP / 2) + 4 * w);
+      for (int i = 0; i < WORD_ELEMENTS; ++i) {
+        out[s * GROUP + w * WORD_ELEMENTS + i] = values[nibbles >> (4 * i) & 15];
+      }
     }
   }
 }

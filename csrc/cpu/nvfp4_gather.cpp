@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "float16.h"
+#include "words.h"
 
 namespace xlayer::cpu {
 namespace {
@@ -30,10 +31,11 @@ void gather_token(const Page& page, const uint8_t* page_bytes, bool is_v, int n,
     T* head = out + h * stride_h;
     for (int s = 0; s < page.scales(); ++s) {
       const T* values = table + scales[page.scale_index(order, n, s)] * NIBBLES;
-      for (int i = 0; i < GROUP / 2; ++i) {
-        const uint8_t byte = data[s * (GROUP / 2) + i];
-        head[s * GROUP + 2 * i] = values[byte & 15];
-        head[s * GROUP + 2 * i + 1] = values[byte >> 4];
+      for (int w = 0; w < GROUP / WORD_ELEMENTS; ++w) {
+        const uint32_t nibbles = load_word(data + s * (GROUP / 2) + 4 * w);
+        for (int i = 0; i < WORD_ELEMENTS; ++i) {
+          head[s * GROUP + w * WORD_ELEMENTS + i] = values[nibbles >> (4 * i) & 15];
+        }
       }
     }
   }
@@ -51,9 +53,9 @@ void gather_rotated(const Page& page, const uint8_t* page_bytes, int n, float gl
       float x[MAX_ROTATION_BLOCK];
       for (int i = 0; i < block; ++i) {
         const int d = first + i;
-        const uint32_t nibble = d % 2 == 0 ? data[d / 2] & 15u : data[d / 2] >> 4;
+        const uint32_t nibbles = load_word(data + d / WORD_ELEMENTS * 4);
         const float scale = e4m3_decode(scales[page.scale_index(ScaleOrder::LINEAR, n, d / GROUP)]);
-        x[i] = e2m1_decode(nibble) * scale * global_scale;
+        x[i] = e2m1_decode(nibbles >> (4 * (d % WORD_ELEMENTS)) & 15) * scale * global_scale;
       }
       rotate_block(x, block, rotation_back(block));
       for (int i = 0; i < block; ++i) out[h * stride_h + first + i] = from_float<T>(x[i]);

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from model_fixture import vllm_greedy
-from reference.nvfp4_ref import keys_from_kept
+from reference.nvfp4_ref import keys_from_kept, unpacked
 
 from vllm_xlayer.kv_scales import Scales
 
@@ -285,7 +285,7 @@ def decode_nvfp4(page, scales):
     half = data_bytes + KV_HEADS * BLOCK * HEAD_SIZE // 16
     decoded = []
     for part, scale in zip(page.reshape(2, half), scales, strict=True):
-        nibbles = torch.stack((part[:data_bytes] & 15, part[:data_bytes] >> 4), dim=-1).long()
+        nibbles = torch.from_numpy(unpacked(part[:data_bytes].numpy())).long()
         groups = E2M1[nibbles].view(KV_HEADS, BLOCK, HEAD_SIZE // 16, 16)
         block_scales = part[data_bytes:].view(torch.float8_e4m3fn).double()
         values = groups * block_scales.view(KV_HEADS, BLOCK, HEAD_SIZE // 16, 1) * scale.double()

@@ -101,7 +101,7 @@ def test_op_equals_the_torch_codec_bit_for_bit(device, choice, dtype):
         (value, 3.0, views.v_data, views.v_scale),
     ):
         data, scales = nvfp4.encode(source.cpu(), scale, choice)
-        assert torch.equal(data_view.transpose(1, 2).flatten(0, 1).cpu(), data)
+        assert torch.equal(data_view.transpose(1, 2).flatten(0, 1).cpu(), nvfp4.pack(data))
         assert torch.equal(scale_view.transpose(1, 2).flatten(0, 1).cpu(), scales)
 
 
@@ -172,7 +172,7 @@ def test_rotated_keys_equal_the_torch_codec_bit_for_bit(device, dtype):
     ops.reshape_and_cache_nvfp4(key, key, pool.cache, slots, one, one, rotated_keys=True)
     views = nvfp4.page_views(pool.cache)
     data, scales = nvfp4.encode(nvfp4.rotate(key.cpu()))
-    assert torch.equal(views.k_data.transpose(1, 2).flatten(0, 1).cpu(), data)
+    assert torch.equal(views.k_data.transpose(1, 2).flatten(0, 1).cpu(), nvfp4.pack(data))
     assert torch.equal(views.k_scale.transpose(1, 2).flatten(0, 1).cpu(), scales)
     kept = nvfp4.decode(data, scales)
     assert kept[3, 1, 32:64].isnan().all() and kept.isnan().sum() == 32
@@ -283,7 +283,8 @@ def test_nan_and_inf_stay_in_their_group(device, choice, dtype):
         write(pool, x.to(device), x.to(device), [17], choice=choice)
         views = nvfp4.page_views(pool.cache)
         for data, scale in ((views.k_data, views.k_scale), (views.v_data, views.v_scale)):
-            decoded.append(nvfp4.decode(data[1, :, 1], scale[1, :, 1]).cpu().unflatten(-1, (4, 16)))
+            usual = nvfp4.unpack(data[1, :, 1])
+            decoded.append(nvfp4.decode(usual, scale[1, :, 1]).cpu().unflatten(-1, (4, 16)))
     for before, after in zip(decoded[:2], decoded[2:], strict=True):
         assert after[0, 0].isnan().all()
         assert after[1, 1, 4] == 2688 and after[1, 2, 8] == -2688
@@ -297,8 +298,8 @@ def test_values_beyond_the_format_saturate(device):
     key = torch.full((1, 2, 16), 1e30, device=device)
     write(pool, key, -key, [0], k_scale=0.5, v_scale=2.0)
     views = nvfp4.page_views(pool.cache)
-    assert (nvfp4.decode(views.k_data[0, :, 0], views.k_scale[0, :, 0], 0.5) == 1344).all()
-    assert (nvfp4.decode(views.v_data[0, :, 0], views.v_scale[0, :, 0], 2.0) == -5376).all()
+    assert (nvfp4.decode(nvfp4.unpack(views.k_data[0, :, 0]), views.k_scale[0, :, 0], 0.5) == 1344).all()
+    assert (nvfp4.decode(nvfp4.unpack(views.v_data[0, :, 0]), views.v_scale[0, :, 0], 2.0) == -5376).all()
 
 
 @pytest.mark.parametrize("tokens", [0, 4])
@@ -324,7 +325,7 @@ def test_block_stride_beyond_32_bits(device):
     data, scale = nvfp4.encode(key.cpu())
     views = nvfp4.page_views(cache)
     for t, slot in enumerate(slots.tolist()):
-        assert torch.equal(views.k_data[slot // 16, :, slot % 16].cpu(), data[t])
+        assert torch.equal(views.k_data[slot // 16, :, slot % 16].cpu(), nvfp4.pack(data[t]))
         assert torch.equal(views.v_scale[slot // 16, :, slot % 16].cpu(), scale[t])
 
     out = torch.empty(2, 1, 1, 16, device=device)

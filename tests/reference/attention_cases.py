@@ -260,7 +260,8 @@ def make_batch(case: Case, device: torch.device) -> Batch:
         at = data_at[token]
         pages[block[:, None, None], at] = rng.integers(0, 256, at.shape, dtype=np.uint8)
         if is_v and firsts:
-            pages[block[token == 0, None, None], data_at[0]] &= np.uint8(0x88)  # only its signs are left
+            of_first = block[token == 0, None, None], data_at[0]
+            pages[of_first] = ref.packed(ref.unpacked(pages[of_first]) & 8)  # only its signs are left
         at = scale_at[token]
         scales = rng.integers(low, high, at.shape, dtype=np.uint8)
         if case.outliers and not is_v:

@@ -28,7 +28,7 @@ def dequantise_pages(
     """Pages [B, bytes] to exact values [B, N, H, D] float64, without the global scale."""
     data_at, scale_at = byte_addresses(heads, block_size, head_size, is_v, swizzled)
     data, scale = pages[:, data_at], pages[:, scale_at]
-    nibbles = np.stack((data & 15, data >> 4), -1).reshape(-1, ref.GROUP)
+    nibbles = ref.unpacked(data).reshape(-1, ref.GROUP)
     values = ref.dequantise(nibbles, scale.reshape(-1))
     return values.reshape(len(pages), block_size, heads, head_size)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from reference import nvfp4_ref as ref
 from reference.pools import make_pool, scalar
 
 from vllm_xlayer import nvfp4, ops
@@ -21,4 +22,4 @@ def write_groups(
     data = views.k_data.flatten(0, 2)[:count].cpu().numpy()
     k_scale = views.k_scale.flatten()[:count].cpu().numpy()
     assert np.array_equal(k_scale, views.v_scale.flatten()[:count].cpu().numpy())
-    return np.stack((data & 15, data >> 4), -1).reshape(count, 16), k_scale
+    return ref.unpacked(data), k_scale

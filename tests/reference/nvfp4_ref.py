@@ -101,8 +101,43 @@ def keys_from_kept(head_size: int) -> np.ndarray:
     return np.linalg.inv(kept_keys(head_size))
 
 
+def _lane_nibbles() -> np.ndarray:
+    """[65536, 4] nibbles of places 0 to 3 of every lane, by what csrc/kernels/nvfp4/packed.cuh draws."""
+    bit = [np.arange(1 << 16) >> i & 1 for i in range(16)]
+    places = [
+        (bit[15], bit[11], bit[10], bit[9]),
+        (bit[14] ^ bit[6], bit[2] ^ bit[10], bit[1] ^ bit[9], bit[0] ^ bit[8]),
+        (bit[13] ^ bit[9], bit[5] ^ bit[9], bit[4] ^ bit[8], bit[3] ^ bit[7]),
+        (bit[12], bit[8], bit[7], bit[6]),
+    ]
+    return np.stack([8 * s + 4 * x + 2 * y + z for s, x, y, z in places], -1).astype(np.uint8)
+
+
+LANE_NIBBLES = _lane_nibbles()
+LANE_OF = np.argsort(LANE_NIBBLES.astype(np.int64) @ [1, 16, 256, 4096])
+"""The lane that has four nibbles, by these as a number, place 0 the lowest."""
+ELEMENTS = np.array([[0, 1, 4, 5], [2, 3, 6, 7]])
+"""Of a word: those of lane 0's places and of lane 1's."""
+
+
+def unpacked(data: np.ndarray) -> np.ndarray:
+    """Nibbles [..., D] from a page's data [..., D / 2]."""
+    lanes = np.ascontiguousarray(data).view("<u2")
+    words = LANE_NIBBLES[lanes.reshape(*lanes.shape[:-1], -1, 2)]
+    nibbles = np.zeros((*words.shape[:-2], 8), np.uint8)
+    nibbles[..., ELEMENTS] = words
+    return nibbles.reshape(*data.shape[:-1], -1)
+
+
+def packed(nibbles: np.ndarray) -> np.ndarray:
+    """A page's data [..., D / 2] from nibbles [..., D]."""
+    words = nibbles.reshape(*nibbles.shape[:-1], -1, 8)[..., ELEMENTS].astype(np.int64)
+    lanes = LANE_OF[words @ [1, 16, 256, 4096]].astype("<u2")
+    return lanes.reshape(*nibbles.shape[:-1], -1).view(np.uint8)
+
+
 def data_byte(heads: int, block_size: int, head_size: int, is_v: bool, h: int, n: int, i: int) -> int:
-    """Where byte i (elements 2i and 2i + 1) of token n, head h lies in a page."""
+    """Where byte i of token n, head h lies in a page; elements 8w to 8w + 7 are in bytes 4w to 4w + 3."""
     half_page = heads * block_size * (head_size // 2 + head_size // GROUP)
     return int(is_v) * half_page + (h * block_size + n) * (head_size // 2) + i
 
@@ -126,9 +161,11 @@ def read_token(
     nibbles = np.zeros((heads, head_size), np.uint8)
     scale = np.zeros((heads, head_size // GROUP), np.uint8)
     for h in range(heads):
-        for i in range(head_size // 2):
-            byte = page[data_byte(heads, block_size, head_size, is_v, h, n, i)]
-            nibbles[h, 2 * i], nibbles[h, 2 * i + 1] = byte & 15, byte >> 4
+        places = range(head_size // 2)
+        data = np.array(
+            [page[data_byte(heads, block_size, head_size, is_v, h, n, i)] for i in places], np.uint8
+        )
+        nibbles[h] = unpacked(data)
         for s in range(head_size // GROUP):
             scale[h, s] = page[scale_byte(heads, block_size, head_size, is_v, h, n, s, swizzled)]
     return nibbles, scale

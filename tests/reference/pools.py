@@ -67,7 +67,7 @@ def put_token(
     """Write one token's nibbles [H, D] and scales [H, S] into a page's bytes, byte by byte."""
     shape = (pool.heads, pool.block_size, pool.head_size)
     for h in range(pool.heads):
-        for i in range(pool.head_size // 2):
-            page[ref.data_byte(*shape, is_v, h, n, i)] = nibbles[h, 2 * i] | (nibbles[h, 2 * i + 1] << 4)
+        for i, byte in enumerate(ref.packed(nibbles[h])):
+            page[ref.data_byte(*shape, is_v, h, n, i)] = byte
         for s in range(pool.head_size // ref.GROUP):
             page[ref.scale_byte(*shape, is_v, h, n, s, swizzled)] = scales[h, s]

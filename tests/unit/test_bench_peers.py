@@ -158,7 +158,7 @@ def test_times_are_measured_on_wide_logits(monkeypatch):
     """The same few blocks over and over, up to the last, in this package's pages and in FlashAttention's."""
     monkeypatch.setattr("vllm_xlayer.bench.inputs.POOL", 3)
     inputs = Inputs(replace(SHAPE, lens=(2048,), layers=2), 1, "cpu")
-    pages = nvfp4.page_views(ours.nvfp4_cache(inputs, None, rotated=False))
+    pages = nvfp4.page_views(ours.nvfp4_cache(inputs, None, ours=False))
     nibbles = torch.stack((pages.k_data & 15, pages.k_data >> 4), -1).flatten(-2).numpy()
     scales = pages.k_scale.contiguous().view(torch.uint8).numpy()
     ours_k = torch.from_numpy(ref.dequantise(nibbles.reshape(-1, ref.GROUP), scales.ravel()))

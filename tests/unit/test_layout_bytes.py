@@ -108,7 +108,7 @@ def check_bijection(layout):
             whole = range(8 * place.byte, 8 * (place.byte + size), 4)
             bits += [
                 (place.region, bit)
-                for bit in (whole if place.nibble is None else [8 * place.byte + 4 * place.nibble])
+                for bit in (whole if place.element is None else [8 * place.byte + 4 * place.element])
             ]
         assert len(set(bits)) == len(bits)
         assert set(bits) == {
@@ -184,8 +184,8 @@ def test_nvfp4_page_has_the_four_parts_in_order(layout):
             for head, token in itertools.product(range(heads), range(tokens)):
                 for element in range(size):
                     place = byte_offset(layout, layer, 1, head, token, which, element)
-                    assert place.nibble == element % 2
-                    assert region[place.byte] == d[head, token, element // 2]
+                    assert place.element == element % 8
+                    assert region[place.byte] == d[head, token, element // 8 * 4]
                 for group in range(size // 16):
                     t, g = token, group
                     if which == "V" and layout.scale_order is ScaleOrder.SWIZZLED:

@@ -27,10 +27,10 @@ def descriptor(heads, dtype="nvfp4", head_size=64, order=ScaleOrder.LINEAR, layo
 def items(layout, head, dtype, head_size):
     """Byte of every item of one head in a row, in an order that has nothing to do with memory."""
     for layer, token, which in itertools.product(layout.groups[0].layers, range(TOKENS), "KV"):
-        step = 2 if dtype == "nvfp4" else 1
+        step = 8 if dtype == "nvfp4" else 1
         for element in range(0, head_size, step):
             first = byte_offset(layout, layer, 0, head, token, which, element).byte
-            yield from range(first, first + (2 if dtype == "bfloat16" else 1))
+            yield from range(first, first + {"bfloat16": 2, "fp8": 1, "nvfp4": 4}[dtype])
         if dtype == "nvfp4":
             for group in range(head_size // GROUP):
                 yield scale_offset(layout, layer, 0, head, token, which, group).byte

@@ -115,6 +115,16 @@ def test_encode_is_the_reference(global_scale):
     assert np.array_equal(data.numpy(), nibbles[:, 0::2] | (nibbles[:, 1::2] << 4))
 
 
+def test_pages_keep_elements_as_drawn():
+    """Every lane of 16 bits beside others, packed and unpacked by this package and by the reference."""
+    lanes = np.arange(1 << 16, dtype="<u2")
+    data = np.stack((lanes, np.random.default_rng(2).permutation(lanes)), -1).view(np.uint8)
+    nibbles = ref.unpacked(data)
+    usual = torch.from_numpy(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4))
+    assert np.array_equal(nvfp4.unpack(torch.from_numpy(data)).numpy(), usual.numpy())
+    assert np.array_equal(nvfp4.pack(usual).numpy(), data) and np.array_equal(ref.packed(nibbles), data)
+
+
 @pytest.mark.parametrize("choice", list(ScaleChoice))
 def test_relative_error_on_gaussian_data(choice):
     x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))

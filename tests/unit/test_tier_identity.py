@@ -151,7 +151,7 @@ SHAPES_KV = {
     "skipped_layers": {"cache_config.kv_cache_dtype_skip_layers": ["0"]},
     "scale_choice": {},  # below
     "kv_scales": {},  # below
-    "key_rotation": {},  # below
+    "nvfp4_pages": {},  # below
     "newest_tokens": {},  # below
     "backend": {"attention_config.backend": "TRITON_ATTN"},
     "backend_per_kind": {"attention_config.backend_per_kind": {"full": "TRITON_ATTN"}},

@@ -29,7 +29,7 @@ from ..layout import (
     allocation_of,
     negotiate,
 )
-from ..nvfp4 import KEY_ROTATION, OURS_FIRST, ROTATED_KEYS, ScaleOrder
+from ..nvfp4 import KEY_ROTATION, OURS_FIRST, PACKED, ROTATED_KEYS, ScaleOrder
 from .extension_points import CONNECTOR
 from .plan import NO_CACHE, PLAN, refusals_of, row_bytes_of, row_groups
 
@@ -171,11 +171,11 @@ def scale_order() -> ScaleOrder:
     return ScaleOrder.SWIZZLED if sm_100 else ScaleOrder.LINEAR
 
 
-def key_rotation() -> str | None:
-    """How K is kept in NVFP4 pages on this machine: ours rotate it, vLLM's own kernels (None) do not."""
+def nvfp4_pages() -> str | None:
+    """How NVFP4 pages are kept here: ours rotate K and order bits, vLLM's own kernels (None) do not."""
     from vllm.platforms import current_platform
 
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
     if capability is not None and capability.major not in OURS_FIRST:
         return None
-    return KEY_ROTATION if ROTATED_KEYS else None
+    return f"{KEY_ROTATION}, {PACKED}" if ROTATED_KEYS else PACKED

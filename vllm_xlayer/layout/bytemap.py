@@ -9,20 +9,24 @@ if TYPE_CHECKING:
     import torch
 
 
+WORD_BYTES = 4
+"""Of eight elements of nvfp4: which bits are whose, vLLM's kernels and this package's see differently."""
+
+
 class Place(NamedTuple):
     """Where one item lies."""
 
     region: int
     byte: int
     """Offset from the start of the region."""
-    nibble: int | None = None
-    """For packed e2m1: 0 is the low nibble, 1 the high one. None where the item is a whole byte or more."""
+    element: int | None = None
+    """Of a word of eight packed e2m1, whose first byte is ``byte``. None where the item is whole bytes."""
 
 
 def byte_offset(
     layout: LayoutDescriptor, layer: str, block: int, head: int, token: int, which: str, element: int
 ) -> Place:
-    """Where one element of K or V (``which``: "K" or "V") lies: its first byte, or its nibble for nvfp4.
+    """Where one element of K or V (``which``: "K" or "V") lies: its first byte, for nvfp4 its word's.
 
     Raises IndexError where an index is outside the layer's shape, and KeyError for an unknown layer.
     """
@@ -31,7 +35,8 @@ def byte_offset(
     _check_index("element", element, spec.head_size_k if which == "K" else spec.head_size_v)
     if spec.dtype == "nvfp4":
         vector = head * spec.block_size + token
-        return Place(start.region, start.byte + vector * (spec.head_size_k // 2) + element // 2, element % 2)
+        word, in_word = divmod(element, 8)
+        return Place(start.region, start.byte + vector * (spec.head_size_k // 2) + word * WORD_BYTES, in_word)
     _, h_stride, n_stride, c_stride = layout.strides(layer)
     content = element if which == "K" else spec.head_size_k + element
     return Place(start.region, start.byte + head * h_stride + token * n_stride + content * c_stride)

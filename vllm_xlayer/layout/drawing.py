@@ -1,6 +1,6 @@
 """A layout for people: one line for the log, and a picture of where one token's K lies."""
 
-from vllm_xlayer.layout.bytemap import byte_offset, scale_offset
+from vllm_xlayer.layout.bytemap import WORD_BYTES, byte_offset, scale_offset
 from vllm_xlayer.layout.descriptor import LayoutDescriptor
 from vllm_xlayer.layout.rows import RowDecision
 from vllm_xlayer.nvfp4 import GROUP, ScaleOrder
@@ -78,7 +78,8 @@ def _parts(layout: LayoutDescriptor, layer: str, head: int, token: int) -> dict[
     for which, size in (("K", spec.head_size_k), ("V", spec.head_size_v)):
         first = byte_offset(layout, layer, 0, head, token, which, 0).byte
         last = byte_offset(layout, layer, 0, head, token, which, size - 1).byte
-        parts[f"{which} data" if spec.dtype == "nvfp4" else which] = (first, last + spec.item_bytes)
+        size_of_last = WORD_BYTES if spec.dtype == "nvfp4" else spec.item_bytes
+        parts[f"{which} data" if spec.dtype == "nvfp4" else which] = (first, last + size_of_last)
         if spec.dtype == "nvfp4":
             swizzled = which == "V" and layout.scale_order is ScaleOrder.SWIZZLED
             tokens = range(token // 4 * 4, token // 4 * 4 + 4) if swizzled else (token,)

@@ -4,7 +4,7 @@
 // token and head. It is dense, 9D/8 * N * H bytes:
 //
 //   offset              size         content
-//   0                   H*N*D/2      K data    [H][N][D/2]  low nibble = even element
+//   0                   H*N*D/2      K data    [H][N][D/2]  words of 8 elements, see packed.cuh
 //   H*N*D/2             H*N*S        K scale   [H][N][S]    e4m3
 //   H*N*(D/2+S)         H*N*D/2      V data    [H][N][D/2]
 //   H*N*(D+S)           H*N*S        V scale   [H][N][S]    or swizzled, see v_scale_index

@@ -77,7 +77,7 @@ struct Nvfp4AttentionParams {
   int split_units;     // > 0: every (request, head) is cut into parts of so many units, whatever the batch
   float* partial_out;  // [slots][tile rows][D padded], unnormalised
   float* partial_ml;   // [slots][tile rows][2] running maximum (base 2), sum
-  uint32_t two = 2, sixteen = 16;  // see ../nvfp4/dequantise.cuh
+  Shifts shifts;
 };
 
 // Query tokens of one request: where they begin in q, and how many.

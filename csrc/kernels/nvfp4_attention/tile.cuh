@@ -34,10 +34,10 @@ template <class C>
 struct LaneOffsets {
   static constexpr int V_GROUPS = C::DP == 256 ? 2 : 1;  // scale groups of V's dimensions of a lane
   uint32_t k_data, k_scale[C::EXACT && C::DP > 64 ? 1 : 2], v_data, v_scale[V_GROUPS];
-  const Shifts shifts;
+  const Shifts& shifts;
 
   __device__ __forceinline__ LaneOffsets(uint32_t ring, const Nvfp4AttentionParams& p)
-      : shifts{p.two, p.sixteen} {
+      : shifts(p.shifts) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int token = token_of_row(g);
     if (C::DP == 64) {
@@ -157,12 +157,12 @@ class Tile {
     }
 #pragma unroll
     for (int w = 0; w < C::WORDS; ++w) {
-      const HighBytes a = high_bytes(words[0][w], at.shifts), b = high_bytes(words[1][w], at.shifts);
+      const Places a(words[0][w], at.shifts), b(words[1][w], at.shifts);
       const __half2 a_scale = scale_of_word(scales[0], w), b_scale = scale_of_word(scales[1], w);
-      const uint32_t even[4] = {scaled_pair<0, 1>(a.even, a_scale), scaled_pair<0, 1>(b.even, b_scale),
-                                scaled_pair<2, 3>(a.even, a_scale), scaled_pair<2, 3>(b.even, b_scale)};
-      const uint32_t odd[4] = {scaled_pair<0, 1>(a.odd, a_scale), scaled_pair<0, 1>(b.odd, b_scale),
-                               scaled_pair<2, 3>(a.odd, a_scale), scaled_pair<2, 3>(b.odd, b_scale)};
+      const uint32_t even[4] = {a.times(0, a_scale), b.times(0, b_scale), a.times(2, a_scale),
+                                b.times(2, b_scale)};
+      const uint32_t odd[4] = {a.times(1, a_scale), b.times(1, b_scale), a.times(3, a_scale),
+                               b.times(3, b_scale)};
       Order<C>::multiply_k_word(state, w, even, odd, s);
     }
   }
@@ -208,18 +208,16 @@ class Tile {
       const __half2 s0 = scales[w / 2 % LaneOffsets<C>::V_GROUPS][0];
       const __half2 s1 = scales[w / 2 % LaneOffsets<C>::V_GROUPS][1];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {  // elements 0..3 and 4..7 of the word
-        // Two tokens' four elements side by side: pairs of the same dimension are then 16 bits apart.
+      for (int half = 0; half < 2; ++half) {  // lanes of the word
+        // Two tokens' lanes side by side: pairs are then of the same dimension.
         constexpr uint32_t SELECT[2] = {0x5410u, 0x7632u};
-        const HighBytes a = high_bytes(__byte_perm(words[0][w], words[1][w], SELECT[half]), at.shifts);
-        const HighBytes b = high_bytes(__byte_perm(words[2][w], words[3][w], SELECT[half]), at.shifts);
-        const uint32_t first[4] = {scaled_pair<0, 2>(a.even, s0), scaled_pair<0, 2>(a.odd, s0),
-                                   scaled_pair<0, 2>(b.even, s1), scaled_pair<0, 2>(b.odd, s1)};
-        const uint32_t second[4] = {scaled_pair<1, 3>(a.even, s0), scaled_pair<1, 3>(a.odd, s0),
-                                    scaled_pair<1, 3>(b.even, s1), scaled_pair<1, 3>(b.odd, s1)};
-        // Dimensions 8 w + 4 half + (0, 1) and (2, 3) of the lane's.
-        Order<C>::multiply_v_tile(state, 4 * w + 2 * half, first, p);
-        Order<C>::multiply_v_tile(state, 4 * w + 2 * half + 1, second, p);
+        const Places a(__byte_perm(words[0][w], words[1][w], SELECT[half]), at.shifts);
+        const Places b(__byte_perm(words[2][w], words[3][w], SELECT[half]), at.shifts);
+        const uint32_t first[4] = {a.times(0, s0), a.times(1, s0), b.times(0, s1), b.times(1, s1)};
+        const uint32_t second[4] = {a.times(2, s0), a.times(3, s0), b.times(2, s1), b.times(3, s1)};
+        // Dimensions 8 w + 2 half + (0, 1) and (4, 5) of the lane's.
+        Order<C>::multiply_v_tile(state, 4 * w + half, first, p);
+        Order<C>::multiply_v_tile(state, 4 * w + 2 + half, second, p);
       }
     }
   }

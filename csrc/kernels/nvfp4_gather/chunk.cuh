@@ -1,4 +1,4 @@
-// A thread's elements of K or V: out of memory, out of a page's nibbles, rotated back, and into memory.
+// A thread's elements of K or V: out of memory, out of a page's words, rotated back, and into memory.
 //
 // They are CHUNKS chunks of 8 of a rotation block, every second one; the thread beside it has the others. So
 // of the butterflies only those of elements 8 apart need another lane, and yet two lanes write 32 bytes side
@@ -43,7 +43,6 @@ __device__ __forceinline__ void times(Elements<CHUNKS>& x, float factor) {
 // groups.
 template <int CHUNKS>
 __device__ __forceinline__ void decode(const uint32_t (&words)[CHUNKS], __half2 scales, Elements<CHUNKS>& x) {
-  const uint32_t two = 2, sixteen = 16;
   const auto put = [](uint32_t pair, float& low, float& high) {
     const float2 both = __half22float2(__half2(__builtin_bit_cast(__half2_raw, pair)));
     low = both.x;
@@ -51,12 +50,12 @@ __device__ __forceinline__ void decode(const uint32_t (&words)[CHUNKS], __half2 
   };
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c) {
-    const HighBytes bytes = high_bytes(words[c], {two, sixteen});
+    const Places places(words[c], Shifts());
     const __half2 s = c == 0 ? __low2half2(scales) : __high2half2(scales);
-    put(scaled_pair<0, 1>(bytes.even, s), x[c][0], x[c][2]);
-    put(scaled_pair<2, 3>(bytes.even, s), x[c][4], x[c][6]);
-    put(scaled_pair<0, 1>(bytes.odd, s), x[c][1], x[c][3]);
-    put(scaled_pair<2, 3>(bytes.odd, s), x[c][5], x[c][7]);
+    put(places.times(0, s), x[c][0], x[c][2]);
+    put(places.times(1, s), x[c][1], x[c][3]);
+    put(places.times(2, s), x[c][4], x[c][6]);
+    put(places.times(3, s), x[c][5], x[c][7]);
   }
 }
 

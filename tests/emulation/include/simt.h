@@ -304,6 +304,9 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t select) {
   }
   return out;
 }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t by) {
+  return uint32_t((uint64_t(high) << 32 | low) << (by & 31) >> 32);
+}
 template <class T>
 T __ldg(const T* p) {
   return *p;

@@ -35,7 +35,7 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None) -> Calls:
         raise NotImplementedError(f"measured for head size {HEAD_SIZE} and one query token a request only")
     if reason := _unusable(inputs.device):
         raise RuntimeError(reason)
-    views = page_views(nvfp4_cache(inputs, kv, rotated=False))
+    views = page_views(nvfp4_cache(inputs, kv, ours=False))
     scales = (views.k_scale.view(torch.float8_e4m3fn), views.v_scale.view(torch.float8_e4m3fn))
     workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=inputs.device)
     starts = torch.tensor([0, *s.blocks]).cumsum(0).int()

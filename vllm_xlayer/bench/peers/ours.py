@@ -11,6 +11,7 @@ from ...nvfp4 import (
     content_bytes,
     decode,
     encode,
+    pack,
     page_bytes,
     page_views,
     rotate,
@@ -58,13 +59,17 @@ def make(inputs: Inputs, kv: torch.Tensor | None = None, newest_tokens: int = 0)
     return [partial(call, table) for table in inputs.tables]
 
 
-def nvfp4_cache(inputs: Inputs, kv: torch.Tensor | None, rotated: bool = ROTATED_KEYS) -> torch.Tensor:
-    """(blocks, heads, tokens, 9D/8) bytes that hold ``kv``; `Inputs.some_kv` where that is None."""
+def nvfp4_cache(inputs: Inputs, kv: torch.Tensor | None, ours: bool = True) -> torch.Tensor:
+    """(blocks, heads, tokens, 9D/8) bytes that hold ``kv``; `Inputs.some_kv` where that is None.
+
+    ours: as this package keeps them, else in NVFP4's usual order.
+    """
     s = inputs.shape
     pages = inputs.pages(page_bytes(s.num_kv_heads, s.block_size, s.head_size))
     cache = pages.unflatten(-1, (s.num_kv_heads, s.block_size, content_bytes(s.head_size)))
     kv = inputs.some_kv() if kv is None else kv
-    data, scale = encode(_written(kv) if rotated else kv.float())
+    data, scale = encode(_written(kv) if ours else kv.float())
+    data = pack(data) if ours else data
     views = page_views(cache)
     parts = ((views.k_data, data[:, 0]), (views.k_scale, scale[:, 0]),
              (views.v_data, data[:, 1]), (views.v_scale, scale[:, 1]))  # fmt: skip

@@ -11,7 +11,7 @@ from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 
 from ... import kv_scales
 from ...attention.newest import newest_tokens_of
-from ...compat.rows import key_rotation
+from ...compat.rows import nvfp4_pages
 from ...config import Config
 from ...layout import RowDescriptor
 from ...nvfp4 import KV_DTYPES
@@ -134,7 +134,7 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
     }
     if str(cache.cache_dtype) in KV_DTYPES:  # so that what others have on disk stays valid
         settings["kv_scales"] = kv_scales.digest(Config.load().kv_scales)
-        settings["key_rotation"] = key_rotation()
+        settings["nvfp4_pages"] = nvfp4_pages()
         if newest_tokens := newest_tokens_of(vllm_config):  # others' stays valid here, too
             settings["newest_tokens"] = newest_tokens
     return settings
