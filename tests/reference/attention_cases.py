@@ -261,7 +261,7 @@ def make_batch(case: Case, device: torch.device) -> Batch:
         pages[block[:, None, None], at] = rng.integers(0, 256, at.shape, dtype=np.uint8)
         if is_v and firsts:
             of_first = block[token == 0, None, None], data_at[0]
-            pages[of_first] = ref.packed(ref.unpacked(pages[of_first]) & 8)  # only its signs are left
+            pages[of_first] = ref4.packed(ref4.unpacked(pages[of_first]) & 8)  # only its signs are left
         at = scale_at[token]
         scales = rng.integers(low, high, at.shape, dtype=np.uint8)
         if case.outliers and not is_v:
