@@ -6,7 +6,8 @@
 // of K and V (chunk.cuh), so that where these are in a page and in the output is computed once. It asks for
 // the next token's bytes before it decodes those that it has.
 //
-// From a page a thread reads 4 bytes of data a chunk, and the chunks' block scales.
+// From a page a thread reads 4 bytes of data a chunk, and the chunks' block scales. A token's data of a head are
+// half a line of the L2, the next token's the other half: it is told to fetch both at once.
 #pragma once
 
 #include "chunk.cuh"
@@ -181,7 +182,7 @@ struct FromPages {
   static __device__ __forceinline__ void load_words(uint64_t address, Bytes& bytes) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {  // 16 elements apart
-      bytes.words[c] = load<uint32_t>(address + c * CHUNK);
+      bytes.words[c] = ptx::load_of_line(address + c * CHUNK);
     }
   }
   static __device__ __forceinline__ void scale(Elements<CHUNKS>& x, float global) {

@@ -11,6 +11,11 @@ inline uint32_t shared_address(const void* p) {
   return uint32_t(static_cast<const uint8_t*>(p) - simt::shared_base());
 }
 
+inline uint32_t load_of_line(uint64_t address) {
+  if (address % 4 != 0) simt::fail("ld.global: misaligned");
+  return *reinterpret_cast<const uint32_t*>(address);
+}
+
 template <int BYTES>
 void load_shared(uint32_t at, uint32_t* words) {
   std::memcpy(words, simt::shared_at(at, BYTES), BYTES);
