@@ -18,8 +18,8 @@ In 16 bits, with vLLM's kernels and this package's. {COMPARED}
 """
 LARGE_INTRODUCTION = """### With CUDA graphs and a large cache
 
-On a GPU, as above, but decode in CUDA graphs and a cache of {:.0f} GiB, whose last blocks were used:
-`python -m benchmarks.models FAMILY --cache-gib {:.0f}`.
+On a GPU, as above, but decode in CUDA graphs and a cache of so many GiB, whose last blocks were used:
+`python -m benchmarks.models FAMILY --cache-gib GIB`.
 """
 LATENTS_INTRODUCTION = """### Latent attention on a GPU
 
@@ -57,10 +57,8 @@ def gpu_table(results: dict[str, Any]) -> str:
 
 
 def large_table(results: dict[str, Any]) -> str:
-    """The same, with CUDA graphs and a cache of so many GiB."""
-    size = results["cache_gib"]
-    introduction = LARGE_INTRODUCTION.format(size, size)
-    return _table(introduction, ("family", *WAYS), results["families"].values(), results)
+    """The same, with CUDA graphs and a large cache."""
+    return _table(LARGE_INTRODUCTION, ("family", "GiB", *WAYS), results["families"].values(), results)
 
 
 def counted(gpu: dict[str, Any], cpu: dict[str, Any]) -> str:

@@ -157,9 +157,9 @@ def main() -> int:
     results = rows_of(file, "families")
 
     def finished(name: str, cells: dict[str, str]) -> None:
-        results[name] = stamped({"family": known[name].label, **cells})
-        kept = {"families": {name: results[name] for name in known if name in results}}
-        write(file, kept | ({"cache_gib": args.cache_gib} if large else {}))
+        size = {"GiB": f"{args.cache_gib:g}"} if large else {}
+        results[name] = stamped({"family": known[name].label, **size, **cells})
+        write(file, {"families": {name: results[name] for name in known if name in results}})
 
     more: dict[str, Any] = dict(cache_bytes=int(args.cache_gib * 2**30), graphs=True) if large else {}
     tried = {name: replace(known[name], **more) for name in args.families or known}

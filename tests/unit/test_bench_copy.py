@@ -180,6 +180,13 @@ def test_rows_that_the_host_tier_must_hold():
     assert offload.rows_needed(job, 16) == 2 * (15 + 5) + 7
 
 
+@pytest.mark.parametrize("block", [16, 784, 2816])
+def test_blocks_end_while_steps_are_timed(block):
+    job = dict(tokens=8192, steps=32)
+    timed = range(8 + 1, 8 + 32)  # tokens decoded after the first and before the last timed step
+    assert any((offload.batch_tokens(job, block) + decoded) % block == 0 for decoded in timed)
+
+
 def test_bytes_copied_until_a_moment():
     samples = [(1.0, 0), (2.0, 100), (3.0, 300)]
     expected = {0.5: 0, 1.0: 0, 2.0: 100, 2.9: 100, 9.0: 300}

@@ -208,6 +208,16 @@ def test_rows_of_rotated_keys_are_not_those_of_kernels_that_do_not_rotate(
     assert of(folder).digest == plain
 
 
+@pytest.mark.parametrize("name", ["KEY_ROTATION", "PACKED"])
+def test_rows_of_pages_kept_otherwise_are_other_rows(tmp_path, monkeypatch, name):
+    """As another version of this package may keep them."""
+    folder = save(tmp_path / "model", DATA)
+    here, plain = of(folder, **NVFP4).digest, of(folder).digest
+    monkeypatch.setattr(f"vllm_xlayer.compat.rows.{name}", "otherwise")
+    assert of(folder, **NVFP4).digest != here
+    assert of(folder).digest == plain
+
+
 NOT_OF_AN_ITEM = {
     "allow_missing_mm_embeddings", "enable_mm_embeds", "interleave_mm_strings", "language_model_only",
     "limit_per_prompt", "mm_encoder_only", "mm_encoder_fp8_scale_save_margin",

@@ -50,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, help="restored prompts")
     parser.add_argument("--requests", type=int, default=BATCH[0], help="in the decoding batch")
-    parser.add_argument("--tokens", type=int, default=BATCH[1], help=f"of each of them, less {LAST}")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=BATCH[1],
+        help=f"of each of them, less {LAST}; large blocks: whole ones, less some steps",
+    )
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed, after a quarter as many")
     parser.add_argument("--rounds", type=int, default=5, help="of decoding alone and beside copies")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
@@ -147,17 +152,27 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     elif job["connector"] is not None:
         report["restore"] = offload_peers.restores(llm, job["prompt"] - LAST, job["repeats"])
     if ours or job["connector"] is None:
-        batch = make_prompts(llm, job["requests"], job["tokens"] - LAST, seed=101)
+        block = llm.llm_engine.vllm_config.cache_config.block_size
+        batch = make_prompts(llm, job["requests"], batch_tokens(job, block), seed=101)
         report["decode"] = decodes(llm, batch, job)
+        if ours and not report["decode"]["rows_stored"]:
+            raise RuntimeError("expected rows stored of what is decoded, got none")
     llm.llm_engine.engine_core.shutdown()
     return report
+
+
+def batch_tokens(job: dict[str, Any], block: int) -> int:
+    """Of a prompt in the decoding batch: blocks end, and are stored, while steps are timed."""
+    if block <= job["steps"]:
+        return int(job["tokens"] - LAST)
+    return int(job["tokens"] // block * block - job["steps"] // 4 - job["steps"] // 2)
 
 
 def rows_needed(job: dict[str, Any], block: int) -> int:
     """Rows, block tokens each, of all that is stored. In a smaller tier every round stores prompts anew."""
     decoded = 2 * (job["steps"] // 4) + job["steps"]
-    kept = (job["tokens"] - LAST) // block
-    new = (job["tokens"] - LAST + decoded) // block - kept
+    kept = batch_tokens(job, block) // block
+    new = (batch_tokens(job, block) + decoded) // block - kept
     runs = 1 + (1 + len(BESIDE)) * job["rounds"]  # of steps(): the first computes the prompts
     return job["requests"] * (kept + runs * new) + job["repeats"] * ((job["prompt"] - LAST) // block)
 
