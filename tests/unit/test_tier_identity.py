@@ -3,6 +3,7 @@
 import json
 import operator
 import os
+import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm_xlayer import kv_scales
-from vllm_xlayer.connector.disk import identity
-from vllm_xlayer.connector.disk.identity import NoIdentity, tier_identity, weights_digest
+from vllm_xlayer.connector.disk import identity, weight_files
+from vllm_xlayer.connector.disk.identity import tier_identity
+from vllm_xlayer.connector.disk.weight_files import NoIdentity, loaded_weights, weights_digest
 
 
 def save(folder, data, name="model.safetensors", header=None, time=1000):
@@ -59,6 +61,33 @@ def test_the_name_of_a_cached_blob_counts(tmp_path):
         (folder / "model.safetensors").symlink_to(tmp_path / blob)
         digests.add(weights_digest(folder))
     assert len(digests) == 2
+
+
+def test_weights_that_may_have_been_loaded_before_they_were_written_are_this_process_own(
+    tmp_path, monkeypatch
+):
+    """Who loads the files that an engine found replaced as it started must not find that engine's KV."""
+    said = []
+    monkeypatch.setattr(weight_files.logger, "warning", lambda *message: said.append(message))
+    folder = save(tmp_path / "model", DATA)
+    change = (folder / "model.safetensors").stat().st_ctime
+
+    def at(began, life="a"):
+        monkeypatch.setattr(weight_files, "process_began", lambda: began)
+        monkeypatch.setattr(weight_files, "THIS_LIFE", life)
+        return loaded_weights(folder)
+
+    assert at(change + 1) == at(change + 2, "b") == weights_digest(folder)
+    assert not said
+    assert at(change - 1) == at(change - 2) and at(change - 1) != weights_digest(folder)
+    assert at(change - 1, "b") != at(change - 1, "a")
+    assert "were written since this engine began to start" in said[0][0] and said[0][1] == folder
+    (tmp_path / "old").mkdir()
+    (folder / "model.safetensors").rename(tmp_path / "old" / "model.safetensors")
+    moved = (tmp_path / "old" / "model.safetensors").stat().st_ctime
+    time.sleep(0.05)
+    (folder / "model.safetensors").symlink_to(tmp_path / "old" / "model.safetensors")
+    assert at(moved + 0.02, "b") != at(moved + 0.02, "a")  # the link is newer than what it leads to
 
 
 def test_no_weights(tmp_path):

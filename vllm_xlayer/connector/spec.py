@@ -20,10 +20,10 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from .disk.format import TierIdentity
-from .disk.identity import NoIdentity
 from .disk.jobs import Unused
 from .disk.manager import TieredManager
 from .disk.tier import DiskTier
+from .disk.weight_files import NoIdentity
 from .host import pinning, recency
 from .host.manager import HostTierManager
 from .host.memory import GIB, HostShape, scheduler_memory, worker_memory

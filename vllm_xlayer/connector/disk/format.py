@@ -52,7 +52,7 @@ class TierIdentity:
     settings: str
     """Digest of what shapes the values: the model's configuration, dtype, quantization."""
     weights: str
-    """identity.weights_digest."""
+    """weight_files.loaded_weights."""
     tp_size: int
     """The rows of ranks 0 to tp_size-1 lie side by side in an entry, of equal ones the first."""
     block_size: int

@@ -16,8 +16,8 @@ from ...config import Config
 from ...layout import RowDescriptor
 from ...nvfp4 import KV_DTYPES
 from .format import TierIdentity
+from .weight_files import NoIdentity, loaded_weights
 
-SAMPLES, SAMPLE_BYTES = 64, 4096
 SAFE_HASHES = ("sha256", "sha256_cbor")
 """Hash functions of vLLM's under which different prompts do not get the same key, even if someone tries.
 Their chains begin alike in every process, unless PYTHONHASHSEED differs: then nothing is found."""
@@ -27,10 +27,6 @@ FOLDER_FORMATS = (
 )  # fmt: skip
 """Load formats that take weights from the files of the model's folder, or make them up (dummy). Others take
 them from a file of their own (tensorizer), another process (ipc_cache), or wherever a plugin does."""
-
-
-class NoIdentity(ValueError):
-    """KV of this engine must not outlive it; says why."""
 
 
 def tier_identity(
@@ -52,7 +48,7 @@ def tier_identity(
         kv_dtype="+".join(sorted({str(cache.cache_dtype), *(spec.dtype for spec in layout.attention)})),
         model=str(model.model)[-200:],
         settings=_settings_digest(vllm_config, code_digest(_folder_of(model)), layout.has_opaque),
-        weights=weights_digest(weights_folder(vllm_config)),
+        weights=loaded_weights(weights_folder(vllm_config)),
         tp_size=vllm_config.parallel_config.tensor_parallel_size,
         block_size=layout.groups[0].block_size,
         blocks_per_chunk=blocks_per_chunk,
@@ -200,7 +196,7 @@ def draft_settings(drafter: SpeculativeConfig, load: LoadConfig) -> dict[str, An
         "dtype": draft.dtype,
         "quantization": draft.quantization,
         "code": code_digest(_folder_of(draft)),
-        "weights": weights_digest(_folder_of(draft, load.download_dir)),
+        "weights": loaded_weights(_folder_of(draft, load.download_dir)),
     }
 
 
@@ -248,45 +244,6 @@ def _folder_of(model: ModelConfig, cache: str | None = None) -> Path:
         )
     except (OSError, ValueError) as error:
         raise NoIdentity(f"the files of model {model.model} are not found here: {error}") from error
-
-
-def weights_digest(folder: Path, of_this_copy: bool = True) -> str:
-    """32 hex digits over the weight files of a model folder.
-
-    Covers every file's name, size, time of last change, safetensors header (names, shapes, dtypes, offsets)
-    and 64 samples of 4 KiB spread over it, and for files of Hugging Face's cache the name of the blob, which
-    is a hash of all of it. So an update, a fine-tune with equal shapes and a file written anew are seen. Not
-    seen: a change that hits none of the samples and keeps the time of last change. A copy of a folder with
-    new times counts as another model, which costs misses only.
-
-    Args:
-        of_this_copy: False leaves out times and blobs' names, which differ between hosts that hold the same
-            files; then a change that hits none of the samples is not seen.
-
-    Raises:
-        NoIdentity: there are no weight files.
-    """
-    files = sorted(
-        path for suffix in ("safetensors", "bin", "pt", "gguf") for path in folder.glob(f"*.{suffix}")
-    )
-    if not files:
-        raise NoIdentity(f"expected weight files in {folder}, found none")
-    digest = hashlib.sha256()
-    for path in files:
-        real = path.resolve()
-        stat = real.stat()
-        facts = [path.name, stat.st_size]
-        if of_this_copy:
-            facts = [path.name, real.name, stat.st_size, stat.st_mtime_ns]
-        digest.update(json.dumps(facts).encode())
-        with real.open("rb") as file:
-            if path.suffix == ".safetensors":
-                length = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(min(length, stat.st_size)))
-            for i in range(SAMPLES):
-                file.seek(max(0, stat.st_size - SAMPLE_BYTES) * i // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
 
 
 def code_digest(folder: Path) -> str:

@@ -8,7 +8,8 @@ from vllm.config import VllmConfig
 
 from ...layout import LayoutDescriptor
 from ...layout.spec import CacheSpec
-from ..disk.identity import shaping_settings, weights_digest, weights_folder
+from ..disk.identity import shaping_settings, weights_folder
+from ..disk.weight_files import weights_digest
 from .link import Link
 from .record import Record
 
