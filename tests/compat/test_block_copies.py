@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.worker import utils
 
 from vllm_xlayer.patches import block_copies
@@ -37,23 +36,6 @@ def test_pages_are_copied_whole(layout, state_first):
         expected = torch.as_strided(before, (BLOCKS, PAGE), (block, 1), i * layer).clone()
         expected[3] = expected[1]
         assert torch.equal(pages, expected)
-
-
-@pytest.mark.parametrize("ours", ["NVFP4", "XLayerConnector", None])
-def test_a_copy_of_a_copy_of_the_same_step(monkeypatch, ours):
-    """Two requests that begin alike, of which the second goes on inside the block that the first gets."""
-    from vllm.platforms import current_platform
-
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    for name, module in (("NVFP4", block_copies.OUR_LAYERS), ("XLayerConnector", block_copies.OUR_CONNECTOR)):
-        monkeypatch.setitem(sys.modules, module, sys)
-        if ours != name:
-            monkeypatch.delitem(sys.modules, module)
-    block_copies.PATCH.apply()
-    cache = torch.arange(6).view(6, 1).repeat(1, 3)
-    copies = [KVCacheBlockCopy(1, 3), KVCacheBlockCopy(0, 2), KVCacheBlockCopy(3, 5), KVCacheBlockCopy(5, 4)]
-    utils.copy_kv_cache_blocks_inplace([cache], 6, copies)
-    assert cache[:, 0].tolist() == ([0, 1, 0, 1, 1, 1] if ours else [0, 1, 0, 1, 5, 3])
 
 
 @pytest.mark.parametrize("nvfp4", [False, True])

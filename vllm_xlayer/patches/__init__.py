@@ -10,6 +10,7 @@ from . import (
     kv_scales,
     model_backends,
     newest,
+    partial_hits,
     sleep,
 )
 
@@ -23,6 +24,7 @@ PATCHES = (
     model_backends.PATCH,
     newest.PATCH,
     newest.HYBRIDS,
+    partial_hits.PATCH,
     *item_names.PATCHES,
     *sleep.PATCHES,
 )

@@ -9,14 +9,9 @@ own. A block that is one row is copied as one piece.
 It is mended where attention is ours: on the CPU reference platform, and in processes with NVFP4 layers, whose
 default layout has such regions. What vLLM does with other caches on GPUs is left alone: nothing changes for
 those who did not ask. Rows are what to ask for.
-
-And of a step's copies vLLM reads all sources before it writes anything. But a request may go on inside a
-block that another request of the same step gets by a copy, when both begin alike: it then copied what was
-there before. So it gets its copy from where that block's comes from, with XLayerConnector, too.
 """
 
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 from ..compat.dependence import Patch
@@ -24,28 +19,15 @@ from .wrapping import wrap
 
 OUR_LAYERS = "vllm_xlayer.attention.impl"
 """The module of NVFP4 layers on a GPU, imported with the first of them."""
-OUR_CONNECTOR = "vllm_xlayer.connector.connector"
-"""The module of XLayerConnector, imported where it is asked for."""
 
 
-def copy_longest_views(original: Any, kv_caches: Any, num_blocks: int, kv_cache_block_copies: Any) -> None:
-    """The original, which meets the longest view at an address first, and no copy of a step's copy."""
+def copy_longest_views(original: Any, kv_caches: Any, *args: Any, **kwargs: Any) -> None:
+    """The original, which meets the longest view at an address first."""
     from vllm.platforms import current_platform
 
-    is_ours = current_platform.is_cpu() or OUR_LAYERS in sys.modules
-    if is_ours:
+    if current_platform.is_cpu() or OUR_LAYERS in sys.modules:
         kv_caches = sorted(kv_caches, key=lambda cache: cache.nbytes, reverse=True)
-    if is_ours or OUR_CONNECTOR in sys.modules:
-        kv_cache_block_copies = from_first_sources(kv_cache_block_copies)
-    original(kv_caches, num_blocks, kv_cache_block_copies)
-
-
-def from_first_sources(copies: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """A step's copies (from, to), none of them from a block that an earlier one writes."""
-    first: dict[int, int] = {}
-    for source, target in copies:
-        first[target] = first.get(source, source)
-    return [(source, target) for target, source in first.items()]
+    original(kv_caches, *args, **kwargs)
 
 
 def _apply() -> None:
@@ -60,8 +42,8 @@ PATCH = Patch(
     why="with --prefix-match-unit a hybrid model may answer from pages that vLLM copied in part; not so in "
     "rows: set VLLM_KV_CACHE_LAYOUT=BLHNC, or take XLayerConnector",
     how="wrapped: gives it views in order of their size, as it copies the first at an address, on "
-    "the CPU platform and with NVFP4; and, with XLayerConnector, too, no copy of a copy of the same step",
-    remove_when="it copies pages whose first layer has a state in full, and a step's copies in turn",
+    "the CPU platform and with NVFP4",
+    remove_when="it copies pages whose first layer has a state in full",
     methods={"copy_kv_cache_blocks_inplace": "kv_caches num_blocks kv_cache_block_copies"},
     apply=_apply,
 )
