@@ -175,16 +175,26 @@ def test_engines_of_another_commit_are_named(offloads):
 
 
 def test_rows_that_the_host_tier_must_hold():
-    """As counted on the CPU platform: 15 blocks of 256 - 7 tokens, and one more in each run of 12 tokens."""
-    job = dict(requests=2, tokens=256, steps=8, rounds=1, repeats=1, prompt=128)
-    assert offload.rows_needed(job, 16) == 2 * (15 + 5) + 7
+    """15 blocks of 256 - 7 tokens, and two more in each of five runs of 24 tokens; 7 of a restored prompt."""
+    job = dict(requests=2, tokens=256, steps=16, rounds=1, repeats=1, prompt=128)
+    assert offload.rows_needed(job, 16) == 2 * (15 + 5 * 2) + 7
 
 
-@pytest.mark.parametrize("block", [16, 784, 2816])
-def test_blocks_end_while_steps_are_timed(block):
-    job = dict(tokens=8192, steps=32)
-    timed = range(8 + 1, 8 + 32)  # tokens decoded after the first and before the last timed step
-    assert any((offload.batch_tokens(job, block) + decoded) % block == 0 for decoded in timed)
+@pytest.mark.parametrize("block, steps, ends", [(16, 32, 128), (784, 32, 2), (2816, 128, 2)])
+def test_blocks_end_while_steps_are_timed(block, steps, ends):
+    """As many as in the long run: a block's tokens are decoded, of all requests together, for each."""
+    job = dict(tokens=8192, steps=steps, requests=64)
+    lengths = offload.batch_tokens(job, block)
+    assert abs(sum(lengths) / 64 - 8192) <= block / 64 + offload.LAST
+    for lead in (0, 17):  # of a request before the last
+        begin = steps // 4 + lead
+        ended = sum((length + begin + steps) // block - (length + begin) // block for length in lengths)
+        assert ends <= ended <= ends + 1
+
+
+def test_too_few_steps_for_a_large_block():
+    with pytest.raises(ValueError, match=r"--steps: expected at least 88, .* of 2816 tokens .* got 32"):
+        offload.batch_tokens(dict(tokens=8192, steps=32, requests=64), 2816)
 
 
 def test_bytes_copied_until_a_moment():

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         default=BATCH[1],
-        help=f"of each of them, less {LAST}; large blocks: whole ones, less some steps",
+        help=f"of each of them, less {LAST}; where blocks are larger than --steps, in the mean",
     )
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed, after a quarter as many")
     parser.add_argument("--rounds", type=int, default=5, help="of decoding alone and beside copies")
@@ -133,7 +133,7 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     llm = LLM(
         job["model"], load_format="dummy", skip_tokenizer_init=True, kv_cache_dtype=job["dtype"],
-        max_model_len=max(job["prompt"], job["tokens"]) + 2 * job["steps"], max_num_seqs=job["requests"],
+        max_model_len=max(job["prompt"], 2 * job["tokens"]) + most_decoded(job), max_num_seqs=job["requests"],
         gpu_memory_utilization=job["utilization"], **settings,
     )  # fmt: skip
     report: dict[str, Any] = {
@@ -153,7 +153,9 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
         report["restore"] = offload_peers.restores(llm, job["prompt"] - LAST, job["repeats"])
     if ours or job["connector"] is None:
         block = llm.llm_engine.vllm_config.cache_config.block_size
-        batch = make_prompts(llm, job["requests"], batch_tokens(job, block), seed=101)
+        lengths = batch_tokens(job, block)
+        batch = make_prompts(llm, job["requests"], max(lengths), seed=101)
+        batch = [prompt[:length] for prompt, length in zip(batch, lengths, strict=True)]
         report["decode"] = decodes(llm, batch, job)
         if ours and not report["decode"]["rows_stored"]:
             raise RuntimeError("expected rows stored of what is decoded, got none")
@@ -161,20 +163,36 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def batch_tokens(job: dict[str, Any], block: int) -> int:
-    """Of a prompt in the decoding batch: blocks end, and are stored, while steps are timed."""
+def batch_tokens(job: dict[str, Any], block: int) -> list[int]:
+    """Of each prompt in the decoding batch.
+
+    Of large blocks few end while steps are timed. So prompts end anywhere in a block, as in the long run:
+    as many blocks end in a step as there are tokens in it for each of a block's.
+    """
+    tokens, requests = job["tokens"], job["requests"]
     if block <= job["steps"]:
-        return int(job["tokens"] - LAST)
-    return int(job["tokens"] // block * block - job["steps"] // 4 - job["steps"] // 2)
+        return [tokens - LAST] * requests
+    if requests * job["steps"] < 2 * block:
+        raise ValueError(
+            f"--steps: expected at least {-(-2 * block // requests)}, so that two blocks of {block} tokens "
+            f"end meanwhile, got {job['steps']}"
+        )
+    return [tokens + block // 2 - (n + 1) * block // requests for n in range(requests)]
+
+
+def most_decoded(job: dict[str, Any]) -> int:
+    """Tokens of an answer, at most: requests that begin first go on until the last has all that are timed."""
+    return int(2 * (job["steps"] // 4) + job["steps"] + 2 * job["requests"])
 
 
 def rows_needed(job: dict[str, Any], block: int) -> int:
     """Rows, block tokens each, of all that is stored. In a smaller tier every round stores prompts anew."""
+    lengths = batch_tokens(job, block)
     decoded = 2 * (job["steps"] // 4) + job["steps"]
-    kept = batch_tokens(job, block) // block
-    new = (batch_tokens(job, block) + decoded) // block - kept
+    kept = sum(length // block for length in lengths)
+    new = sum((length + decoded) // block for length in lengths) - kept
     runs = 1 + (1 + len(BESIDE)) * job["rounds"]  # of steps(): the first computes the prompts
-    return job["requests"] * (kept + runs * new) + job["repeats"] * ((job["prompt"] - LAST) // block)
+    return kept + runs * new + job["repeats"] * ((job["prompt"] - LAST) // block)
 
 
 def decodes(llm: Any, prompts: list[list[int]], job: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +233,7 @@ def steps(llm: Any, prompts: list[list[int]], job: dict[str, Any], beside: str) 
     said = same_answers(len(prompts), engine.model_config.get_vocab_size())
     for n, prompt in enumerate(prompts):
         sampling = SamplingParams(
-            max_tokens=2 * warm + timed, temperature=0.0, ignore_eos=True, detokenize=False,
+            max_tokens=most_decoded(job), temperature=0.0, ignore_eos=True, detokenize=False,
             allowed_token_ids=[said[n]] if job["same_answers"] else None,
         )  # fmt: skip
         engine.add_request(f"{time.perf_counter()}-{n}", {"prompt_token_ids": prompt}, sampling)
@@ -230,7 +248,12 @@ def steps(llm: Any, prompts: list[list[int]], job: dict[str, Any], beside: str) 
 
     begin = run_to(warm)
     end = run_to(warm + timed)
+    if max(done.values()) == most_decoded(job):
+        raise RuntimeError("expected all requests to decode while steps are timed, but one has ended")
     run_to(2 * warm + timed)
+    engine.abort_request(list(done))
+    while engine.has_unfinished_requests():
+        engine.step()
     rate = 0.0
     if copying:
         (samples,) = llm.collective_rpc("end_copies")
