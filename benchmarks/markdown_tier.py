@@ -87,7 +87,8 @@ def offload_section(results: dict[str, Any]) -> str:
         "VLLM_KV_CACHE_LAYOUT=BLHNC is set:",
         table(["connector", *offload_peers.HEAD], peers),
     ]  # fmt: skip
-    asked = "" if results["shape"] == SHAPE else f" --shape {results['shape']} --prompt {results['prompt']}"
+    said = ("shape", "prompt", "steps")
+    asked = "" if results["shape"] == SHAPE else "".join(f" --{name} {results[name]}" for name in said)
     return "\n\n".join([
         f"### On {SHAPES_SAID[results['shape']]}" if asked else "## The host tier in vLLM's engine",
         f"`vllm-xlayer bench offload{asked}`: {results['shape']} shape, random weights, {results['dtype']}. "
@@ -114,12 +115,17 @@ def _decode_steps(results: dict[str, Any]) -> list[str]:
             f"and steps without a connector took from {milliseconds(min(alone), 1)} to "
             f"{milliseconds(max(alone), 1)} ms."
         ]
+    rounds = [without["alone"], decode["alone"], *(decode[name] for name in BESIDE)]
+    ranges = [f"{min(one['seconds']) * 1e3:.2f} to {max(one['seconds']) * 1e3:.2f}" for one in rounds]
     lines = [
         (title, [
-            milliseconds(seconds, 2), "" if compared is None else f"{100 * (seconds / compared - 1):+.1f} %",
+            milliseconds(seconds, 2), least_to_most,
+            "" if compared is None else f"{100 * (seconds / compared - 1):+.1f} %",
             f"{copied / 1e9:.1f}" if copied else "",
         ])
-        for title, seconds, compared, copied in step_lines(results["engines"])
+        for (title, seconds, compared, copied), least_to_most in zip(
+            step_lines(results["engines"]), ranges, strict=True
+        )
     ]  # fmt: skip
     stored = f"Decoding stored {decode['rows_stored']:,} rows in all rounds"
     same = ", and every answer is one token over and over, so that steps read the same experts"
@@ -128,23 +134,24 @@ def _decode_steps(results: dict[str, Any]) -> list[str]:
         f"{results['rounds']} rounds of {results['steps']}. The copies are by the connector's "
         "own code, without a pause, between memory that the engine does not use. "
         f"{stored}{same if same_answers else ''}:",
-        table(["decode step", "ms", "slower by", "copied meanwhile, GB/s"], lines),
+        table(["decode step", "ms", "least to most", "slower by", "copied meanwhile, GB/s"], lines),
         listed(offload_bounds(results)),
     ]
 
 
-def restoring_in_readme(results: dict[str, Any]) -> str:
+def restoring_in_readme(results: dict[str, Any], hybrid: dict[str, Any]) -> str:
     """What restored prompts cost others, and a first token: one bullet of the README's limits."""
     later, slower = milliseconds(added(results["engines"]["with"]["restore"]), 0), _slower(results)
     return (
-        f"- **Restoring prompts slows others' decode steps** while it lasts (by {slower['loads']:.0f} %), "
-        f"and a restored first token comes {later} ms after one\n  from the device's cache."
+        f"- **Restoring prompts slows others' decode steps** while it lasts (by {slower['loads']:.0f} %; of "
+        f"Qwen3-Next's shape, by {_slower(hybrid)['loads']:.0f} %), and a restored\n"
+        f"  first token comes {later} ms after one from the device's cache."
     )
 
 
-def restoring_in_limits(results: dict[str, Any]) -> str:
+def restoring_in_limits(results: dict[str, Any], hybrid: dict[str, Any]) -> str:
     """The same for docs/limits.md, with what it was measured with."""
-    ours, slower = results["engines"]["with"], _slower(results)
+    ours, slower, of_hybrid = results["engines"]["with"], _slower(results), _slower(hybrid)
     alone = statistics.median(ours["decode"]["alone"]["seconds"])
     rounds = [100 * (seconds / alone - 1) for seconds in ours["decode"]["loads"]["seconds"]]
     batch, later = f"{results['requests']} x {results['tokens']:,}", milliseconds(added(ours["restore"]), 0)
@@ -153,6 +160,9 @@ def restoring_in_limits(results: dict[str, Any]) -> str:
         f"{slower['loads']:.1f} % (median of {len(rounds)} rounds\n  that scatter from {min(rounds):.0f} to "
         f"{max(rounds):.0f} %; pieces of 64 MiB: {slower['large']:.1f} %), storing by "
         f"{slower['stores']:.1f} % ({results['hardware']}).\n"
+        "  Of Qwen3-Next's shape, whose steps are shorter, by "
+        f"{of_hybrid['loads']:.0f} % (64 MiB: {of_hybrid['large']:.0f} %), storing by "
+        f"{of_hybrid['stores']:.0f} %. Rows of\n  what is decoded are few, and not stored without a pause.\n"
         f"- **A restored first token comes {later} ms later than one from the device's cache** (a prompt "
         f"just short of {results['prompt']:,} tokens).\n"
         f"  Its rows take the link {milliseconds(floor(ours), 0)} ms, for a part of which the host launches "

@@ -57,6 +57,7 @@ COPY_PLOT = (RESULTS / "h200-copy.json", RESULTS / markdown_tier.COPY_PNG)
 QUALITY_PLOT = (RESULTS / "h200-quality.json", RESULTS / "h200-quality.png")
 """The same for docs/accuracy.md and the README."""
 
+OFFLOADS = ("h200-offload.json", "h200-offload-qwen3-next.json")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("cpu-demo.json",), markdown.demo_table),
     "gain": (
@@ -100,8 +101,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "copy": (("h200-copy.json",), markdown_tier.copy_section),
     "pacing": (("h200-pacing.json",), markdown_tier.pacing_section),
     "offload": (("h200-offload.json",), markdown_tier.offload_section),
-    "restoring": (("h200-offload.json",), markdown_tier.restoring_in_readme),
-    "restoring_limits": (("h200-offload.json",), markdown_tier.restoring_in_limits),
+    "restoring": (OFFLOADS, markdown_tier.restoring_in_readme),
+    "restoring_limits": (OFFLOADS, markdown_tier.restoring_in_limits),
     "offload_qwen": (("h200-offload-qwen3-next.json",), markdown_tier.offload_section),
     "worse": (("vllm-0.26.json", *versions.FILES.values()), versions.section),
     "settings": ((), markdown.settings),

@@ -158,7 +158,7 @@ def test_offload_of_a_shape_with_states(offloads):
     made = markdown_tier.offload_section(results)
     assert made.startswith("### On Qwen3-Next's shape: ") and f"- {found}" not in made
     assert "what was said chose the experts that a step reads, and steps without a connector took" in made
-    assert "`vllm-xlayer bench offload --shape qwen3-next --prompt 32768`" in made
+    assert "`vllm-xlayer bench offload --shape qwen3-next --prompt 32768 --steps 32`" in made
     results["engines"]["with"]["decode"]["same_answers"] = True
     assert "not shown" in markdown_tier.offload_section(results)  # without it, answers were the model's
     results["engines"]["without"]["decode"]["same_answers"] = True

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..provenance import kept, stamped, write
+from ..provenance import kept, rows_of, stamped, write
 from . import offload_peers
 from .bounds import SHAPE, Bound
 from .engines import GRAPHS_ONLY, run_engine
@@ -73,12 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs an engine after the other, prints the tables, writes the JSON. Returns 1 if one failed."""
     failed = False
-    asked = dict(
-        dtype=args.kv_cache_dtype, prompt=args.prompt, repeats=args.repeats, requests=args.requests,
-        tokens=args.tokens, steps=args.steps, rounds=args.rounds,
-    )  # fmt: skip
+    first_tokens = dict(dtype=args.kv_cache_dtype, prompt=args.prompt, repeats=args.repeats)
+    decoding = dict(requests=args.requests, tokens=args.tokens, steps=args.steps, rounds=args.rounds)
+    asked = first_tokens | decoding
     question = {"shape": args.shape, **asked}
-    engines: dict[str, Any] = kept(args.json, "engines", args.engines, **question)
+    engines = engines_kept(args.json, args.engines, {"shape": args.shape, **first_tokens}, decoding)
     numbers = question | {"engines": engines}
     with tempfile.TemporaryDirectory(prefix="vllm-xlayer-offload-") as name:
         folder = Path(name)
@@ -112,6 +111,15 @@ def run(args: argparse.Namespace) -> int:
         for bound in bounds(numbers):
             console.print(str(bound))
     return int(failed)
+
+
+def engines_kept(
+    path: Path, asked: list[str], first_tokens: dict[str, Any], decoding: dict[str, Any]
+) -> dict[str, Any]:
+    """The engines of a file, to which others are added; of peers decoding was not asked."""
+    engines = kept(path, "engines", asked, **first_tokens)
+    same = rows_of(path, "engines", **first_tokens, **decoding)
+    return {name: row for name, row in engines.items() if name in same or name in offload_peers.PEERS}
 
 
 def engine(job: dict[str, Any]) -> dict[str, Any]:
