@@ -9,8 +9,8 @@ from vllm_xlayer.bench.copy import WAYS, table_head, table_line
 from vllm_xlayer.bench.copy import bounds as copy_bounds
 from vllm_xlayer.bench.copy_peers import NOT_MEASURED
 from vllm_xlayer.bench.first_token import added, floor, span_lines
-from vllm_xlayer.bench.offload import BESIDE, step_lines
-from vllm_xlayer.bench.offload import bounds as offload_bounds
+from vllm_xlayer.bench.offload_tables import BESIDE, step_lines
+from vllm_xlayer.bench.offload_tables import bounds as offload_bounds
 from vllm_xlayer.bench.shapes import has_experts
 
 from .faults import COUNTS, FAULTS

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vllm_xlayer.bench.first_token import added
-from vllm_xlayer.bench.offload import step_lines
+from vllm_xlayer.bench.offload_tables import step_lines
 from vllm_xlayer.bench.write import TITLES as WRITERS
 
 from . import RESULTS, ROOT

@@ -5,7 +5,8 @@ from faults import live_connector
 
 from benchmarks.beside_loads import host_seconds, set_loads
 from vllm_xlayer.bench.first_token import SPANS, TURNS, restores
-from vllm_xlayer.bench.offload import BESIDE, WORKER, decodes, steps
+from vllm_xlayer.bench.offload import WORKER, decodes, steps
+from vllm_xlayer.bench.offload_tables import BESIDE
 from vllm_xlayer.bench.shapes import has_experts
 from vllm_xlayer.bench.tier_worker import row_copies, tier
 from vllm_xlayer.connector.copy import transfers

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import markdown_tier, pacing, plot
-from vllm_xlayer.bench import copy, first_token, offload, offload_peers, tier_worker
+from vllm_xlayer.bench import copy, first_token, offload, offload_peers, offload_tables, tier_worker
 from vllm_xlayer.bench.copy_peers import TITLES
 from vllm_xlayer.connector.copy.choice import Way
 from vllm_xlayer.provenance import provenance
@@ -109,7 +109,7 @@ def test_offload_in_tables(offloads):
     console = Console(width=100, record=True)
     console.print(first_token.restore_table(engines["with"]))
     console.print(first_token.span_table(engines["with"]["restore"]["spans"]))
-    console.print(offload.decode_table(engines, "64 x 8,192"))
+    console.print(offload_tables.decode_table(engines, "64 x 8,192"))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= 100
     assert "38.0 to 55.0" in text and text.count("7.4") == 1
@@ -139,21 +139,21 @@ def test_what_a_first_token_waits_for():
 
 def test_bounds_of_offload(offloads):
     """Only of what they were asked for: 12 ms; 1 % and 3 % of a step."""
-    assert offload.bounds({**offloads, "tokens": 4096}) == []
-    found = [str(bound) for bound in offload.bounds(offloads)]
+    assert offload_tables.bounds({**offloads, "tokens": 4096}) == []
+    found = [str(bound) for bound in offload_tables.bounds(offloads)]
     assert found == [
         "host tier - device: 12.000 ms, at most 12.5 ms: kept",
         "decode step with the connector, storing what it decodes: 1.000 %, at most 2 %: kept",
         "decode step beside rows from the host: 2.970 %, at most 3 %: kept",
     ]
     assert all(f"- {bound}" in markdown_tier.offload_section(offloads) for bound in found)
-    assert [str(bound) for bound in offload.bounds({**offloads, "prompt": 8192})] == found[1:]
+    assert [str(bound) for bound in offload_tables.bounds({**offloads, "prompt": 8192})] == found[1:]
 
 
 def test_offload_of_a_shape_with_states(offloads):
     """Its steps may be slower by 5 %, and its table has a heading of its own."""
     results = {**offloads, "shape": "qwen3-next", "prompt": 32768}
-    (found,) = map(str, offload.bounds(results))
+    (found,) = map(str, offload_tables.bounds(results))
     assert found == "decode step with the connector, storing what it decodes: 1.000 %, at most 5 %: kept"
     made = markdown_tier.offload_section(results)
     assert made.startswith("### On Qwen3-Next's shape: ") and f"- {found}" not in made

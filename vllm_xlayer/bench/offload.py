@@ -2,7 +2,6 @@
 
 import argparse
 import bisect
-import statistics
 import sys
 import tempfile
 import time
@@ -10,32 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ..provenance import kept, rows_of, stamped, write
 from . import offload_peers
-from .bounds import SHAPE, Bound
+from .bounds import SHAPE
 from .engines import GRAPHS_ONLY, run_engine
-from .first_token import added, link, make_prompts, restore_table, restores, span_table
+from .first_token import link, make_prompts, restore_table, restores, span_table
+from .offload_tables import BATCH, BESIDE, LARGE, PROMPT, bounds, decode_table
 from .shapes import SETTINGS, SHAPES, has_experts, same_answers, write_model
 from .tier_worker import tier, wait_for_tier
 
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
 OURS = "XLayerConnector"
-LARGE = 64 << 20
-"""Bytes of a large piece."""
-STORING = "with the connector, storing what it decodes"
-BESIDE = {
-    "stores": "beside rows to the host",
-    "loads": "beside rows from the host",
-    "large": f"beside {LARGE >> 20} MiB pieces from the host",
-}
-"""What decoding is timed beside -> its title. Large pieces show what is not due to the rows."""
-PROMPT, BATCH = 16384, (64, 8192)
-"""Tokens of a restored prompt; requests that decode, and tokens of each."""
-RESTORE_MS = 12.5
-STEP_COSTS = {SHAPE: {STORING: 2.0, BESIDE["loads"]: 3.0}, "qwen3-next": {STORING: 5.0}}
-"""Bounds: milliseconds that a first token may come later; by shape, per cent that a step may take longer."""
 CONNECTORS = {"with": OURS, "without": None} | dict.fromkeys(offload_peers.PEERS, "OffloadingConnector")
 """Engine -> its connector."""
 LAST = 7
@@ -141,7 +126,8 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     llm = LLM(
         job["model"], load_format="dummy", skip_tokenizer_init=True, kv_cache_dtype=job["dtype"],
-        max_model_len=max(job["prompt"], 2 * job["tokens"]) + most_decoded(job), max_num_seqs=job["requests"],
+        max_model_len=max(job["prompt"], 2 * job["tokens"]) + most_decoded(job["steps"], job["requests"]),
+        max_num_seqs=job["requests"],
         gpu_memory_utilization=job["utilization"], **settings,
     )  # fmt: skip
     report: dict[str, Any] = {
@@ -188,9 +174,9 @@ def batch_tokens(job: dict[str, Any], block: int) -> list[int]:
     return [tokens + block // 2 - (n + 1) * block // requests for n in range(requests)]
 
 
-def most_decoded(job: dict[str, Any]) -> int:
+def most_decoded(steps: int, requests: int) -> int:
     """Tokens of an answer, at most: requests that begin first go on until the last has all that are timed."""
-    return int(2 * (job["steps"] // 4) + job["steps"] + 2 * job["requests"])
+    return 2 * (steps // 4) + steps + 2 * requests
 
 
 def rows_needed(job: dict[str, Any], block: int) -> int:
@@ -238,10 +224,11 @@ def steps(llm: Any, prompts: list[list[int]], job: dict[str, Any], beside: str) 
         row_bytes = LARGE if beside == "large" else tier(llm)["row_bytes"]
         llm.collective_rpc("begin_copies", args=(beside != "stores", row_bytes))
     engine, timed, warm = llm.llm_engine, job["steps"], job["steps"] // 4
+    most = most_decoded(timed, len(prompts))
     said = same_answers(len(prompts), engine.model_config.get_vocab_size())
     for n, prompt in enumerate(prompts):
         sampling = SamplingParams(
-            max_tokens=most_decoded(job), temperature=0.0, ignore_eos=True, detokenize=False,
+            max_tokens=most, temperature=0.0, ignore_eos=True, detokenize=False,
             allowed_token_ids=[said[n]] if job["same_answers"] else None,
         )  # fmt: skip
         engine.add_request(f"{time.perf_counter()}-{n}", {"prompt_token_ids": prompt}, sampling)
@@ -256,7 +243,7 @@ def steps(llm: Any, prompts: list[list[int]], job: dict[str, Any], beside: str) 
 
     begin = run_to(warm)
     end = run_to(warm + timed)
-    if max(done.values()) == most_decoded(job):
+    if max(done.values()) == most:
         raise RuntimeError("expected all requests to decode while steps are timed, but one has ended")
     run_to(2 * warm + timed)
     engine.abort_request(list(done))
@@ -273,44 +260,3 @@ def copied_until(samples: list[tuple[float, int]], when: float) -> int:
     """Bytes of the last sample, (time, bytes) in ascending order, that is not after ``when``."""
     after = bisect.bisect_right(samples, when, key=lambda sample: sample[0])
     return samples[after - 1][1] if after else 0
-
-
-def step_lines(results: dict[str, Any]) -> list[tuple[str, float, float | None, float]]:
-    """(what, seconds of a step, seconds compared with, bytes copied a second): medians of the rounds."""
-    decode = results["with"]["decode"]
-    without = statistics.median(results["without"]["decode"]["alone"]["seconds"])
-    alone = statistics.median(decode["alone"]["seconds"])
-    lines: list[tuple[str, float, float | None, float]] = [
-        ("without the connector", without, None, 0.0),
-        (STORING, alone, without, 0.0),
-    ]
-    for name, title in BESIDE.items():
-        seconds, copied = (statistics.median(decode[name][k]) for k in ("seconds", "copied_per_second"))
-        lines.append((title, seconds, alone, copied))
-    return lines
-
-
-def bounds(results: dict[str, Any]) -> list[Bound]:
-    """Of the connector's costs, at full size."""
-    if results["dtype"] != "nvfp4" or (results["requests"], results["tokens"]) != BATCH:
-        return []
-    engines = results["engines"]
-    costs = {title: 100 * (s / compared - 1) for title, s, compared, _ in step_lines(engines) if compared}
-    found = [
-        Bound(f"decode step {what}", costs[what], limit, " %")
-        for what, limit in STEP_COSTS.get(results["shape"], {}).items()
-    ]
-    if (results["shape"], results["prompt"]) == (SHAPE, PROMPT):
-        later = added(engines["with"]["restore"]) * 1e3
-        found.insert(0, Bound("host tier - device", later, RESTORE_MS, " ms"))
-    return found
-
-
-def decode_table(results: dict[str, Any], batch: str) -> Table:
-    grid = Table(title=f"Decode step, {batch} tokens")
-    for title in ("", "ms", "slower by", "copied meanwhile, GB/s"):
-        grid.add_column(title, justify="right" if title else "left")
-    for title, seconds, compared, copied in step_lines(results):
-        slower = "" if compared is None else f"{100 * (seconds / compared - 1):+.1f} %"
-        grid.add_row(title, f"{seconds * 1e3:.2f}", slower, f"{copied / 1e9:.1f}" if copied else "")
-    return grid
