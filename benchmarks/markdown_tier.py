@@ -14,7 +14,8 @@ from vllm_xlayer.bench.offload_tables import bounds as offload_bounds
 from vllm_xlayer.bench.shapes import has_experts
 
 from .faults import COUNTS, FAULTS
-from .markdown import SHAPES_SAID, about, listed, milliseconds, of_other_commits, table
+from .markdown import about, listed, milliseconds, of_other_commits, table
+from .markdown_engine import SHAPES_SAID
 from .pacing import SMALL
 
 COPY_PNG = "h200-copy.png"

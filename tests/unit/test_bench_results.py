@@ -7,7 +7,7 @@ import types
 import pytest
 from rich.console import Console
 
-from benchmarks import markdown, readme
+from benchmarks import markdown, markdown_engine, readme
 from vllm_xlayer.bench import bounds, engine, engines, load, prefill, traffic
 from vllm_xlayer.bench.lengths import ragged
 from vllm_xlayer.demo import TASKS
@@ -94,11 +94,14 @@ def test_bounds(module, results, kept):
 def test_other_shapes_may_not_be_slower_than_fp8(shape):
     results = engine_results(shape, (16, 65536), fp8=(0.01, 0.02, 7.0), nvfp4=(0.0099, 0.0201, 8.0))
     assert [bound.kept for bound in engine.bounds(results)] == [True, False, True]
-    shown = markdown.engine_section(results)
-    assert markdown.SHAPES_SAID[shape] in shown and "| decode step 16 x 65,536, ms | 20.00 | 20.10 |" in shown
-    assert markdown.ANSWERS_SAID[True] in shown and "another commit" not in shown
+    shown = markdown_engine.engine_section(results)
+    assert (
+        markdown_engine.SHAPES_SAID[shape] in shown
+        and "| decode step 16 x 65,536, ms | 20.00 | 20.10 |" in shown
+    )
+    assert markdown_engine.ANSWERS_SAID[True] in shown and "another commit" not in shown
     results["caches"]["fp8"] |= {"date": "then", "commit": "other"}
-    assert "Of another commit: fp8: then, commit other." in markdown.engine_section(results)
+    assert "Of another commit: fp8: then, commit other." in markdown_engine.engine_section(results)
 
 
 def test_what_is_just_over_a_bound_does_not_read_as_kept():
@@ -112,7 +115,7 @@ def test_bounds_are_for_the_full_size_only():
 
 
 def test_prefill_shows_medians_and_ratios():
-    text = markdown.prefill_section(PREFILL)
+    text = markdown_engine.prefill_section(PREFILL)
     assert "| first token of 16,384, half cached, ms | 200.0 | 210.0 | 220.0 |" in text
     assert "- nvfp4 / fp8, prefill 64 x 8,192: 1.025, at most 1.03: kept" in text
     assert "- nvfp4 / bf16, first token of 16,384, half cached: 1.100, at most 1.05: missed" in text
@@ -120,7 +123,7 @@ def test_prefill_shows_medians_and_ratios():
 
 
 def test_load_shows_the_memory_and_what_was_kept():
-    text = markdown.load_section(LOAD)
+    text = markdown_engine.load_section(LOAD)
     assert "352 x 8,192 tokens (2.88 million)" in text and "27.0 GB" in text
     assert "| - of their tokens still cached | 50 % |" in text
     assert "| - output tokens a second | 22,528 |" in text  # 352 x 64 in a second
@@ -128,7 +131,7 @@ def test_load_shows_the_memory_and_what_was_kept():
 
 
 def test_traffic_shows_both_passes():
-    text = markdown.traffic_section(TRAFFIC)
+    text = markdown_engine.traffic_section(TRAFFIC)
     assert "256 requests, 1,000,000 prompt tokens (at most 30,000), 90,000 of answers (at most 1,500)" in text
     assert "| all is computed, s | 40.0 |\n| - of prompt tokens cached | 0 % |" in text
     assert "| - output tokens a second | 2,250 |" in text and "| - output tokens a second | 9,000 |" in text
