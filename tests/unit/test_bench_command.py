@@ -1,5 +1,7 @@
 """`vllm-xlayer bench`: its help, and what a question says that needs a GPU where there is none."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -30,3 +32,10 @@ def test_the_others_are_asked(monkeypatch):
     for question in command.QUESTIONS:
         command.main([question])
     assert asked == [question for question in command.QUESTIONS if question not in command.NEED_A_GPU]
+
+
+@pytest.mark.parametrize("question", command.QUESTIONS)
+def test_every_option_says_what_it_is(question):
+    parser = argparse.ArgumentParser()
+    command.QUESTIONS[question].add_arguments(parser)
+    assert [action.dest for action in parser._actions if not action.help] == []

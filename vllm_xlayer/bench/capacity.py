@@ -24,10 +24,19 @@ CACHES = (("bf16", "auto", False), ("nvfp4 + XLayerConnector", "nvfp4", True))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="llama-3.1-8b",
+        help="of the model, whose weights are random (default: %(default)s)",
+    )
     parser.add_argument("--prompt", type=int, default=16384, help="tokens of the restored prompt")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="prompts, each restored once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.85, help="as for vllm serve (default: %(default)s)"
+    )
     parser.add_argument("--host-bytes", type=int, default=8 << 30, help="host tier")
     parser.add_argument(
         "--json", type=Path, default=Path("capacity.json"), help="file to write (default: %(default)s)"

@@ -49,7 +49,9 @@ CHECKED = 16 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="times each is measured (default: %(default)s)"
+    )
     parser.add_argument("--pieces", type=int, nargs="+", default=PIECES, help="bytes of a piece")
     parser.add_argument(
         "--json", type=Path, default=Path("copy.json"), help="file to write (default: %(default)s)"

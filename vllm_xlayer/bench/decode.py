@@ -62,7 +62,9 @@ PLOTTED = ("64 x 1024", "64 x 2048", "64 x 4096", "64 x 8192", "64 x 16384")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="times each is measured (default: %(default)s)"
+    )
     parser.add_argument("--peers", nargs="*", choices=GROUPS, default=[g for g in GROUPS if g != COMPILED],
                         help="measured in this order, beside ours")  # fmt: skip
     parser.add_argument("--only", help="shapes whose name contains this")

@@ -37,9 +37,22 @@ STEP_MS = 11.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default=SHAPE,
+        help="of the model, whose weights are random (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--caches",
+        nargs="+",
+        choices=CACHES,
+        default=list(CACHES),
+        help="KV caches, an engine each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9, help="as for vllm serve (default: %(default)s)"
+    )
     parser.add_argument("--starts", type=int, choices=(1, 2), default=2, help="of each engine (default: 2)")
     parser.add_argument("--scale", type=int, default=1, help="divides requests and tokens, to try it out")
     parser.add_argument(

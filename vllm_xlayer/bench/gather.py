@@ -71,7 +71,9 @@ BATCHES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="times each is measured (default: %(default)s)"
+    )
     parser.add_argument("--only", help="batches whose name contains this")
     parser.add_argument("--scale", type=int, default=1, help="divides requests and tokens, to try it out")
     parser.add_argument(

@@ -36,8 +36,18 @@ STAGINGS = (64 << 20, 256 << 20, LARGE_RING)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPE if on_gpu else "tiny")
-    parser.add_argument("--cache", choices=("nvfp4", "fp8", "bf16"), default="nvfp4")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default=SHAPE if on_gpu else "tiny",
+        help="of the model, whose weights are random (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("nvfp4", "fp8", "bf16"),
+        default="nvfp4",
+        help="KV cache of both engines (default: %(default)s)",
+    )
     parser.add_argument(
         "--tokens", nargs="+", type=int, default=[16384 if on_gpu else 512], help="of each prompt"
     )
@@ -46,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices", nargs=2, metavar=("PREFILL", "DECODE"),
         help="GPUs of each engine, as CUDA_VISIBLE_DEVICES has them; several for as many ranks: 0,1",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="times each is measured (default: %(default)s)"
+    )
     parser.add_argument(
         "--way-seconds", type=float, default=60, help="limit of a way and length (default: %(default)s)"
     )

@@ -33,8 +33,19 @@ SPARE = 1.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=["fp8", "nvfp4"])
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default=SHAPE,
+        help="of the model, whose weights are random (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--caches",
+        nargs="+",
+        choices=CACHES,
+        default=["fp8", "nvfp4"],
+        help="KV caches, an engine each (default: %(default)s)",
+    )
     parser.add_argument("--scale", type=int, default=1, help="divides requests and tokens, to try it out")
     parser.add_argument(
         "--json", type=Path, default=Path("load.json"), help="file to write (default: %(default)s)"

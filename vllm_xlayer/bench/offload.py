@@ -28,7 +28,12 @@ LAST = 7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default=SHAPE,
+        help="of the model, whose weights are random (default: %(default)s)",
+    )
     parser.add_argument("--kv-cache-dtype", default="nvfp4", help="as for vllm serve (default: nvfp4)")
     parser.add_argument(
         "--prompt", type=int, default=PROMPT, help=f"tokens of a restored prompt, less {LAST}"
@@ -43,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed, after a quarter as many")
     parser.add_argument("--rounds", type=int, default=5, help="of decoding alone and beside copies")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.85, help="as for vllm serve (default: %(default)s)"
+    )
     parser.add_argument(
         "--engines", nargs="+", choices=CONNECTORS, default=list(CONNECTORS),
         help="with and without XLayerConnector, and vLLM's own, layer by layer and in rows, of which first "

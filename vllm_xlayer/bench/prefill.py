@@ -28,8 +28,19 @@ BATCH_RATIO, LONG_RATIO = 1.03, 1.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=["bf16", "fp8", "nvfp4"])
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default=SHAPE,
+        help="of the model, whose weights are random (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--caches",
+        nargs="+",
+        choices=CACHES,
+        default=["bf16", "fp8", "nvfp4"],
+        help="KV caches, an engine each (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=2, help="times each engine is measured")
     parser.add_argument("--prompts", type=int, default=5, help="half cached prompts a round")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3, help="of each engine")

@@ -30,10 +30,23 @@ TURNS = {"new": "all is computed", "again": "the same again"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default=SHAPE,
+        help="of the model, whose weights are random (default: %(default)s)",
+    )
     parser.add_argument("--layers", type=int, help="of the model, instead of the shape's")
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
-    parser.add_argument("--requests", type=int, default=REQUESTS)
+    parser.add_argument(
+        "--caches",
+        nargs="+",
+        choices=CACHES,
+        default=list(CACHES),
+        help="KV caches, an engine each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--requests", type=int, default=REQUESTS, help="offered at once (default: %(default)s)"
+    )
     parser.add_argument("--scale", type=int, default=1, help="divides their tokens, to try it out")
     parser.add_argument(
         "--json", type=Path, default=Path("traffic.json"), help="file to write (default: %(default)s)"

@@ -30,7 +30,9 @@ TITLES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="times each is measured (default: %(default)s)"
+    )
     parser.add_argument(
         "--json", type=Path, default=Path("write.json"), help="file to write (default: %(default)s)"
     )
