@@ -16,20 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ..provenance import write
+from .arguments import shape_argument
 from .engines import run_engine
-from .shapes import SHAPES, write_model
+from .shapes import write_model
 
 CACHES = (("bf16", "auto", False), ("nvfp4 + XLayerConnector", "nvfp4", True))
 """Name, --kv-cache-dtype, with the connector."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default="llama-3.1-8b",
-        help="of the model, whose weights are random (default: %(default)s)",
-    )
+    shape_argument(parser)
     parser.add_argument("--prompt", type=int, default=16384, help="tokens of the restored prompt")
     parser.add_argument(
         "--repeats", type=int, default=5, help="prompts, each restored once (default: %(default)s)"

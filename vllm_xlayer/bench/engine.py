@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..provenance import kept, stamped, write
+from .arguments import caches_argument, shape_argument
 from .bounds import SHAPE, Bound
 from .engines import CACHES, GRAPHS_ONLY, Engine, goes_on, prompts
-from .shapes import SETTINGS, SHAPES, has_experts, same_answers, write_model
+from .shapes import SETTINGS, has_experts, same_answers, write_model
 
 DECODES: dict[str, dict[tuple[int, int], float]] = {
     SHAPE: {(64, 8192): 0.70, (1, 16384): 1.0},
@@ -37,19 +38,8 @@ STEP_MS = 11.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default=SHAPE,
-        help="of the model, whose weights are random (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--caches",
-        nargs="+",
-        choices=CACHES,
-        default=list(CACHES),
-        help="KV caches, an engine each (default: %(default)s)",
-    )
+    shape_argument(parser)
+    caches_argument(parser, CACHES)
     parser.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9, help="as for vllm serve (default: %(default)s)"
     )

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from ..nvfp4 import content_bytes
 from ..provenance import write
+from .arguments import shape_argument
 from .bounds import SHAPE
 from .engines import Engine, EngineFailed, end_when_told
 from .handover_link import Link
@@ -36,12 +37,7 @@ STAGINGS = (64 << 20, 256 << 20, LARGE_RING)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     on_gpu = torch.cuda.is_available()
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default=SHAPE if on_gpu else "tiny",
-        help="of the model, whose weights are random (default: %(default)s)",
-    )
+    shape_argument(parser, SHAPE if on_gpu else "tiny")
     parser.add_argument(
         "--cache",
         choices=("nvfp4", "fp8", "bf16"),

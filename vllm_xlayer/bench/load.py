@@ -16,8 +16,8 @@ from rich.table import Table
 
 from ..nvfp4 import content_bytes
 from ..provenance import hardware, provenance, write
-from .bounds import SHAPE
-from .engines import CACHES, GRAPHS_ONLY, WARM_STEPS, Engine, goes_on, prompts
+from .arguments import caches_argument, shape_argument
+from .engines import GRAPHS_ONLY, WARM_STEPS, Engine, goes_on, prompts
 from .shapes import SHAPES, write_model
 
 REQUESTS, TOKENS = 24, 32768
@@ -33,19 +33,8 @@ SPARE = 1.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default=SHAPE,
-        help="of the model, whose weights are random (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--caches",
-        nargs="+",
-        choices=CACHES,
-        default=["fp8", "nvfp4"],
-        help="KV caches, an engine each (default: %(default)s)",
-    )
+    shape_argument(parser)
+    caches_argument(parser, ["fp8", "nvfp4"])
     parser.add_argument("--scale", type=int, default=1, help="divides requests and tokens, to try it out")
     parser.add_argument(
         "--json", type=Path, default=Path("load.json"), help="file to write (default: %(default)s)"

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from ..provenance import kept, rows_of, stamped, write
 from . import offload_peers
-from .bounds import SHAPE
+from .arguments import shape_argument
 from .engines import GRAPHS_ONLY, run_engine
 from .first_token import link, make_prompts, restore_table, restores, span_table
 from .offload_tables import BATCH, BESIDE, LARGE, PROMPT, bounds, decode_table
-from .shapes import SETTINGS, SHAPES, has_experts, same_answers, write_model
+from .shapes import SETTINGS, has_experts, same_answers, write_model
 from .tier_worker import tier, wait_for_tier
 
 WORKER = "vllm_xlayer.bench.tier_worker.TierWorker"
@@ -28,12 +28,7 @@ LAST = 7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default=SHAPE,
-        help="of the model, whose weights are random (default: %(default)s)",
-    )
+    shape_argument(parser)
     parser.add_argument("--kv-cache-dtype", default="nvfp4", help="as for vllm serve (default: nvfp4)")
     parser.add_argument(
         "--prompt", type=int, default=PROMPT, help=f"tokens of a restored prompt, less {LAST}"

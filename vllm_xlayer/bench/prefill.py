@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..provenance import write
+from .arguments import caches_argument, shape_argument
 from .bounds import SHAPE, Bound
-from .engines import CACHES, GRAPHS_ONLY, Engine, goes_on, prompts
-from .shapes import SHAPES, write_model
+from .engines import GRAPHS_ONLY, Engine, goes_on, prompts
+from .shapes import write_model
 
 BATCH = (64, 8192)
 """Requests, tokens of each: new ones every time."""
@@ -28,19 +29,8 @@ BATCH_RATIO, LONG_RATIO = 1.03, 1.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default=SHAPE,
-        help="of the model, whose weights are random (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--caches",
-        nargs="+",
-        choices=CACHES,
-        default=["bf16", "fp8", "nvfp4"],
-        help="KV caches, an engine each (default: %(default)s)",
-    )
+    shape_argument(parser)
+    caches_argument(parser, ["bf16", "fp8", "nvfp4"])
     parser.add_argument("--rounds", type=int, default=2, help="times each engine is measured")
     parser.add_argument("--prompts", type=int, default=5, help="half cached prompts a round")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3, help="of each engine")

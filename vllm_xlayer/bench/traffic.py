@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..provenance import kept, stamped, write
-from .bounds import SHAPE
+from .arguments import caches_argument, shape_argument
 from .engines import CACHES, Engine, Prompt, goes_on, prompts_of
 from .lengths import ragged
 from .shapes import SHAPES, write_model
@@ -30,20 +30,9 @@ TURNS = {"new": "all is computed", "again": "the same again"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default=SHAPE,
-        help="of the model, whose weights are random (default: %(default)s)",
-    )
+    shape_argument(parser)
     parser.add_argument("--layers", type=int, help="of the model, instead of the shape's")
-    parser.add_argument(
-        "--caches",
-        nargs="+",
-        choices=CACHES,
-        default=list(CACHES),
-        help="KV caches, an engine each (default: %(default)s)",
-    )
+    caches_argument(parser, CACHES)
     parser.add_argument(
         "--requests", type=int, default=REQUESTS, help="offered at once (default: %(default)s)"
     )
