@@ -1,6 +1,6 @@
 """Who waits for the next step: requests that go on inside a block which got its hash in this one.
 
-What it protects is in tests/engine/test_partial_hits.py.
+What it protects is in tests/engine/test_partial_hit_answers.py.
 """
 
 import sys
