@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak [--minutes 30] [--engines 1] [--seed 0]
     python -m benchmarks.soak --model lfm2 [--caches auto nvfp4] [--minutes 2.5]
-    python -m benchmarks.soak --model qwen3_next_mtp   # needs a GPU
+    python -m benchmarks.soak --model qwen3_next_mtp --caches auto
 
 Random arrivals of prompts with shared prefixes, aborts, resets and failing copies, on a GPU or on the CPU
 reference platform; accounts are checked after every step. "mimo" speculates with NVFP4 (soak_speculation.py);

@@ -39,7 +39,8 @@ def save_qwen3_next_with_mtp(config: dict, folder: Path) -> dict[str, str]:
     Its draft layer is one of attention and experts, and vLLM takes it for layer 0: that has experts, too.
     """
     layers = config["num_hidden_layers"]
-    config = config | {"mlp_only_layers": [*range(1, layers)]}
+    # All experts of a token: were they chosen, other rounding could choose others.
+    config = config | {"mlp_only_layers": [*range(1, layers)], "num_experts_per_tok": config["num_experts"]}
     more = config | {
         "num_hidden_layers": layers + 1, "layer_types": [*config["layer_types"], "full_attention"],
     }  # fmt: skip
@@ -53,6 +54,7 @@ def save_qwen3_next_with_mtp(config: dict, folder: Path) -> dict[str, str]:
     size, generator = config["hidden_size"], torch.Generator().manual_seed(1)
     drawn = torch.randn(size, 2 * size, generator=generator) * (2 * size) ** -0.5
     weights["mtp.fc.weight"] = drawn.to(norm.dtype)
+    weights["lm_head.weight"][:2] *= 3  # one of two tokens comes next, mostly: so drafts are accepted
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return {}

@@ -132,4 +132,12 @@ _OWN = (
         remove_when="it writes to its output whatever that is",
         methods={"_expand_kernel_impl": "output input_val cu_num_tokens replace_from replace_to"},
     ),
+    Private(
+        PLATFORM_FEATURE,
+        "vllm.v1.worker.mamba_utils",
+        why="with speculative decoding states would not come to a step's block, nor to one that is full",
+        how="others stand in for these kernels of Triton's, and take what they take, in this order",
+        remove_when="vLLM has them for CPUs",
+        attributes=("precopy_mamba_align_fused_kernel", "postprocess_mamba_fused_kernel"),
+    ),
 )

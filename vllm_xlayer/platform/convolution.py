@@ -1,8 +1,9 @@
 """Causal convolutions of the linear attention layers: short convolution, gated delta net, Mamba.
 
 Every channel is convolved by itself: out[t] = sum over i of weight[i] * x[t - width + 1 + i], plus bias. Of
-a request's tokens the last width - 1 inputs are its state, [channels, width - 1] in a slot of the cache.
-The cache may be strided in any way, and slots that no request of the step owns are neither read nor written.
+a request's tokens the last width - 1 inputs are its state, [channels, width - 1] in a slot of the cache. With
+speculation there is room for one input more for each draft. The cache may be strided in any way, and slots
+that no request of the step owns are neither read nor written.
 """
 
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def update(
 
     Args:
         x: [n, channels].
-        conv_state: [slots, channels, width - 1].
+        conv_state: [slots, channels, width - 1 or more]: what is more is left alone.
         weight, bias: [channels, width], and [channels] or None.
         conv_state_indices: int [n] or [n, 1], each request's slot; those equal to pad_slot_id are padding,
             and their outputs are zero. None: request i has slot i.
@@ -74,6 +75,7 @@ def update(
     slots = torch.arange(n) if conv_state_indices is None else conv_state_indices.reshape(n).long()
     rows = torch.nonzero(slots != pad_slot_id).squeeze(1)
     slots = slots[rows]
+    conv_state = conv_state[..., : weight.shape[-1] - 1]
     out, state = _convolve(x[rows].unsqueeze(-1), conv_state[slots], weight, bias, activation)
     conv_state[slots] = state
     return torch.zeros_like(x).index_copy_(0, rows, out.squeeze(-1))
@@ -96,7 +98,7 @@ def forward(
     Args:
         x: [channels, tokens].
         weight, bias: [channels, width], and [channels] or None.
-        conv_states: [slots, channels, width - 1].
+        conv_states: [slots, channels, width - 1 or more]: what is more is left alone.
         query_start_loc: int [n + 1], where each request's tokens start.
         cache_indices: int [n], each request's slot, or pad_slot_id.
         has_initial_state: bool [n]; a request without one starts from zeros, whatever its slot holds.
@@ -105,7 +107,7 @@ def forward(
         The outputs, like x; zero for padding.
     """
     activation, out = "silu" if silu_activation else None, torch.zeros_like(x)
-    starts = query_start_loc.tolist()
+    conv_states, starts = conv_states[..., : weight.shape[-1] - 1], query_start_loc.tolist()
     for i, slot in enumerate(cache_indices.tolist()):
         tokens = slice(starts[i], starts[i + 1])
         if slot == pad_slot_id or tokens.start == tokens.stop:
@@ -127,11 +129,31 @@ def update_packed(
     pad_slot_id: int,
     is_weight_packed: bool,
 ) -> torch.Tensor:
-    """As `update`; num_accepted_tokens, of speculation, must be None."""
-    if num_accepted_tokens is not None:
-        raise NotImplementedError("convolution: expected a step without speculation, got num_accepted_tokens")
+    """As `update`; with num_accepted_tokens, a token and its drafts for each of n requests.
+
+    Args:
+        x: then [n, tokens, channels].
+        conv_states: then [slots, channels, width - 2 + tokens or more]. The state that is read begins at the
+            last token that was accepted. Written is what follows its first input, and the tokens behind it.
+        num_accepted_tokens: int [n], of the step before, at least 1.
+    """
     activation = "silu" if silu_activation else None
-    return update(x, conv_states, weight, bias, activation, conv_state_indices, None, pad_slot_id)
+    if num_accepted_tokens is None:
+        return update(x, conv_states, weight, bias, activation, conv_state_indices, None, pad_slot_id)
+    if conv_state_indices is None:
+        raise NotImplementedError("convolution: expected slots of requests with drafts, got none")
+    before, out = weight.shape[-1] - 1, torch.zeros_like(x)
+    slots, accepted = conv_state_indices.flatten().tolist(), num_accepted_tokens.tolist()
+    for i, slot in enumerate(slots):
+        if slot == pad_slot_id:
+            continue
+        first, tokens = accepted[i] - 1, x[i].transpose(0, 1)
+        state = conv_states[slot, :, first : first + before]
+        inputs = torch.cat((state.to(x.dtype), tokens), dim=-1)[:, 1:]
+        y, _ = _convolve(tokens[None], state[None], weight, bias, activation)
+        out[i] = y[0].transpose(0, 1)
+        conv_states[slot, :, : inputs.shape[-1]] = inputs.to(conv_states.dtype)
+    return out
 
 
 OPS: dict[str, Callable[..., torch.Tensor]] = {

@@ -140,6 +140,46 @@ def update(
     return out.to(v.dtype).unsqueeze(1)
 
 
+def update_drafted(
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    initial_state_source: torch.Tensor,
+    spec_state_indices: torch.Tensor,
+    num_accepted_tokens: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    use_qk_l2norm_in_kernel: bool,
+    softplus_beta: float,
+    softplus_threshold: float,
+) -> torch.Tensor:
+    """A token and its drafts for each of n requests; each token's state is kept in a slot of its own.
+
+    Args: as `update`'s, of all requests' tokens one behind the other, and
+        spec_state_indices: int [n, 1 + drafts], a request's slots. Read is the one of the last token that was
+            accepted; slot t is written with the state after token t.
+        num_accepted_tokens: int [n], of the step before, at least 1.
+        cu_seqlens: int [n + 1], where each request's tokens start.
+
+    Returns:
+        The outputs [tokens, value heads, V].
+    """
+    num_heads, out = v.shape[-2], torch.empty_like(v)
+    g, beta = (x[0] for x in gates(A_log, a, b, dt_bias))
+    queries, keys = (_heads(x, num_heads, use_qk_l2norm_in_kernel, EPSILON) for x in (q, k))
+    starts, accepted = cu_seqlens.tolist(), num_accepted_tokens.tolist()
+    for i, slots in enumerate(spec_state_indices.tolist()):
+        state = initial_state_source[slots[accepted[i] - 1]].float().unsqueeze(0)
+        for t in range(starts[i], starts[i + 1]):
+            one = slice(t, t + 1)
+            out[one], state = _token(state, queries[one], keys[one], v[one].float(), g[one], beta[one])
+            initial_state_source[slots[t - starts[i]]] = state[0].to(initial_state_source.dtype)
+    return out
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "fused_gdn_gating_cpu(Tensor A_log, Tensor a, Tensor b, Tensor dt_bias) -> (Tensor, Tensor)": gates,
     "chunk_gated_delta_rule_cpu(Tensor query, Tensor key, Tensor value, Tensor g, Tensor beta, "
@@ -148,5 +188,9 @@ OPS: dict[str, Callable[..., Any]] = {
     "fused_sigmoid_gating_delta_rule_update_cpu(Tensor A_log, Tensor dt_bias, Tensor q, Tensor k, Tensor v, "
     "Tensor a, Tensor b, Tensor(a!) initial_state_source, Tensor initial_state_indices, Tensor cu_seqlens, "
     "bool use_qk_l2norm_in_kernel, float softplus_beta, float softplus_threshold) -> Tensor": update,
+    "fused_sigmoid_gating_delta_rule_update_spec_cpu(Tensor A_log, Tensor dt_bias, Tensor q, Tensor k, "
+    "Tensor v, Tensor a, Tensor b, Tensor(a!) initial_state_source, Tensor spec_state_indices, "
+    "Tensor num_accepted_tokens, Tensor cu_seqlens, bool use_qk_l2norm_in_kernel, float softplus_beta, "
+    "float softplus_threshold) -> Tensor": update_drafted,
 }
 """Schemas, with the arguments in vLLM's order."""

@@ -55,13 +55,18 @@ class CpuReferencePlatform(CpuPlatform):
         Once a process, as a second engine would look for them again only to wrap what replaced them. One of
         the parent's functions writes to a copy of what is not int64, as temperatures are: ours is taken.
         """
+        from vllm.triton_utils import HAS_TRITON
+        from vllm.triton_utils.dispatcher import register_kernels
         from vllm.utils import cpu_triton_utils
 
         from vllm_xlayer.platform.speculation import expand
+        from vllm_xlayer.platform.state_copies import KERNELS
 
         _let_humming_be_looked_at()
         cpu_triton_utils._expand_kernel_impl = expand
         super().register_triton_kernel_overrides()
+        if not HAS_TRITON:
+            register_kernels(KERNELS)
 
     @classmethod
     def get_attn_backend_cls(
@@ -205,8 +210,10 @@ def _refusal(vllm_config: "VllmConfig") -> str | None:
                 f"speculative decoding: expected method {', '.join(DRAFTERS)}, got {speculative.method}, "
                 "whose kernels need Triton"
             )
-        if model_config is not None and model_config.is_hybrid:
-            return "speculative decoding of models with states beside attention is not supported"
+        is_hybrid = model_config is not None and model_config.is_hybrid
+        # vLLM's path on CPUs keeps a state for each draft of gated delta nets only.
+        if is_hybrid and not hasattr(model_config.hf_text_config, "linear_num_value_heads"):
+            return "speculative decoding of models with states beside attention: expected gated delta nets"
     if model_config is None:
         return None
     if model_config.is_attention_free:
