@@ -141,14 +141,15 @@ def hybrids_soak_section(results: dict[str, Any]) -> str:
     return f"""\
 ### Hybrid models, soaked
 
-`python -m benchmarks.soak --model lfm2` and `--model qwen3_next`: tiny models with random weights, a device
-cache of about four requests, a host tier not much larger, aborts, resets and failing copies. Tokens and the
-logprobs of the likeliest ones are compared with those of an engine without connector that answers each prompt
-alone. *Rounding*: how far logprobs move without a connector, in nats, with as small a cache and for as long:
-in batches, and of requests that are preempted, whose tokens are then computed again by other kernels. Twice
-of it counts as equal, 0.0001 at least. What *wrong* is worth is said for each KV cache group: of cached
-prompts one block of which was given another prompt's bytes, how many got an answer that is called wrong; the
-others go unseen in the soak, too.
+`python -m benchmarks.soak --model lfm2`, `--model qwen3_next`, `--model qwen3_next_mtp` (which drafts): tiny
+models with random weights, a device cache of about four requests, a host tier not much larger, aborts, resets
+and failing copies. Tokens and the logprobs of the likeliest ones are compared with those of an engine without
+connector that answers each prompt alone. *Rounding*: how far logprobs move without a connector, in nats, with
+as small a cache and for as long: in batches, of one to sixteen requests since there is a row with drafts here
+and of sixteen before, and of requests that are preempted, whose tokens are then computed again by other
+kernels. Twice of it counts as equal, 0.0001 at least. What *wrong* is worth is said for each KV cache group:
+of cached prompts one block of which was given another prompt's bytes, how many got an answer that is called
+wrong; the others go unseen in the soak, too.
 
 So that a prompt has few right answers, Qwen3-Next's states are in float32, and with NVFP4 attention is LFM2's
 last layer, as it is Qwen3-Next's. What a preempted request answers with NVFP4 after it went on is not

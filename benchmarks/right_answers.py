@@ -54,6 +54,10 @@ class Answers:
         got = answer_of(output)
         return min(answer.distance(got, tokens) for answer in self.right)
 
+    def spread(self) -> float:
+        """How far they are from each other, at most."""
+        return max(one.distance(other, NUM_TOKENS) for one in self.right for other in self.right)
+
 
 def sampling() -> Any:
     """SamplingParams: greedy, with the logprobs that are compared."""
