@@ -15,6 +15,7 @@ CONNECTOR_FEATURE = "XLayerConnector"
 PLATFORM_FEATURE = "CPU reference platform"
 ATTENTION_FEATURE = "NVFP4 attention"
 TOOLS_FEATURE = "demo and benchmarks"
+PARTIAL_HITS_FEATURE = "partial hits of one step"
 
 
 class FeatureUnavailable(RuntimeError):

@@ -10,6 +10,7 @@ import functools
 from .dependence import (
     ATTENTION_FEATURE,
     CONNECTOR_FEATURE,
+    PARTIAL_HITS_FEATURE,
     PLATFORM_FEATURE,
     TOOLS_FEATURE,
     FeatureUnavailable,
@@ -139,5 +140,13 @@ _OWN = (
         how="others stand in for these kernels of Triton's, and take what they take, in this order",
         remove_when="vLLM has them for CPUs",
         attributes=("precopy_mamba_align_fused_kernel", "postprocess_mamba_fused_kernel"),
+    ),
+    Private(
+        PARTIAL_HITS_FEATURE,
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock",
+        why="a block that gets its hash in a step would not be told from one that has it",
+        how="read before and after vLLM gives blocks their hashes",
+        remove_when="the patch of that name goes",
+        attributes=("block_hash_num_tokens",),
     ),
 )

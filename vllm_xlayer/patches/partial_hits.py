@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ..compat.dependence import Patch
+from ..compat.dependence import PARTIAL_HITS_FEATURE, Patch
+from ..compat.private import require
 from .wrapping import wrap
 
 OUR_CONNECTOR = "vllm_xlayer.connector.connector"
@@ -27,7 +28,7 @@ _hashed: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 def note_hashed(original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """The original, which gives blocks of a request that is scheduled their hashes."""
     first = manager.num_cached_block.get(request.request_id, 0)
-    blocks = manager.req_to_blocks[request.request_id][first:]
+    blocks = manager.req_to_blocks.get(request.request_id, ())[first:]
     before = [block.block_hash_num_tokens for block in blocks]
     result = original(manager, request, *args, **kwargs)
     changed = (
@@ -79,13 +80,14 @@ def _is_ours(manager: Any) -> bool:
 def _apply() -> None:
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+    require(PARTIAL_HITS_FEATURE)
     wrap(FullAttentionManager, "cache_blocks", note_hashed, "vllm")
     wrap(FullAttentionManager, "get_num_blocks_to_allocate", wait_for_next_step, "vllm")
     wrap(FullAttentionManager, "new_step_starts", forget_hashed, "vllm")
 
 
 PATCH = Patch(
-    feature="partial hits of one step",
+    feature=PARTIAL_HITS_FEATURE,
     owner="vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
     why="with --prefix-match-unit a hybrid model may answer from a part of a block that is copied before it "
     "is computed: leave --prefix-match-unit out",
