@@ -41,8 +41,8 @@ SM = {
 }
 """Architecture -> warps, thread blocks and KiB of shared memory an SM has."""
 
-NAME = re.compile(r"decode_kernelINS0_6ConfigILi(\d+)ELi(\d+)ELi(\d+)EEELb([01])E")
-"""In a mangled name: head size, query rows / 8, warps, whether there may be newest tokens."""
+NAME = re.compile(r"decode_kernelINS0_6ConfigILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)EEELb([01])E")
+"""In a mangled name: head size, query rows / 8, warps, teams, whether there may be newest tokens."""
 OTHER = re.compile(r"_ZN6xlayer(?:9attention)?\d+(\w+?_kernel)(?=[IE])")
 """The name itself, of the other kernels."""
 
@@ -54,6 +54,8 @@ class Kernel:
     Attributes:
         arch: as nvcc names it, "90a" for instance.
         rows: query rows of a head tile.
+        warps: of a team.
+        teams: of a thread block.
         newest: with tiles of newest tokens.
         registers: of a thread.
         spilled: bytes of stack a thread.
@@ -65,6 +67,7 @@ class Kernel:
     head_size: int
     rows: int
     warps: int
+    teams: int
     newest: bool
     registers: int
     spilled: int
@@ -133,20 +136,21 @@ def said_of(text: str) -> Iterator[tuple[str, str, int, int, int]]:
             yield arch, name, registers, spilled, static
 
 
-def parsed(text: str, shared: dict[tuple[int, int, int], int]) -> Iterator[Kernel]:
+def parsed(text: str, shared: dict[tuple[int, int, int, int], int]) -> Iterator[Kernel]:
     """The decode kernels of what cuobjdump says.
 
     Args:
-        shared: (head size, rows, warps) -> bytes of dynamic shared memory.
+        shared: (head size, rows, warps, teams) -> bytes of dynamic shared memory.
     """
     for arch, mangled, registers, spilled, static in said_of(text):
         if name := NAME.search(mangled):
-            head_size, tiles, warps, newest = map(int, name.groups())
+            head_size, tiles, warps, teams, newest = map(int, name.groups())
             # What nvcc counts as static on sm_90 and newer is what is reserved, by every block.
             static = max(0, static - RESERVED)
-            total = static + shared[head_size, 8 * tiles, warps]
-            blocks = blocks_of(arch, warps, registers, total)
-            yield Kernel(arch, head_size, 8 * tiles, warps, bool(newest), registers, spilled, total, blocks)
+            shape = head_size, 8 * tiles, warps, teams
+            total = static + shared[shape]
+            blocks = blocks_of(arch, warps * teams, registers, total)
+            yield Kernel(arch, *shape, bool(newest), registers, spilled, total, blocks)
 
 
 def others(text: str) -> list[OtherKernel]:
@@ -177,11 +181,12 @@ def kernels() -> tuple[list[Kernel], list[OtherKernel]]:
     if not info["cuda"]:
         raise RuntimeError("expected an extension with CUDA code, got one without (VLLM_XLAYER_CUDA=1)")
     extension = importlib.import_module("vllm_xlayer._C").__file__
-    shared = {(s["head_size"], s["rows"], s["warps"]): s["shared_bytes"] for s in info["decode"]["shapes"]}
+    shapes = info["decode"]["shapes"]
+    shared = {(s["head_size"], s["rows"], s["warps"], s["teams"]): s["shared_bytes"] for s in shapes}
     command = [find_cuobjdump(), "--dump-resource-usage", str(extension)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     found = sorted(
-        parsed(said.stdout, shared), key=lambda k: (k.head_size, k.rows, k.warps, k.newest, k.arch)
+        parsed(said.stdout, shared), key=lambda k: (k.head_size, k.rows, k.warps, k.teams, k.newest, k.arch)
     )
     if not found:
         raise RuntimeError(f"expected decode kernels in {extension}, cuobjdump named none")
@@ -199,6 +204,7 @@ def table(found: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[
     for k in found:
         title = f"{k['head_size']}, {k['rows']} rows"
         title += f", {k['warps']} warps" if k["warps"] != 4 else ""
+        title += f", {k['teams']} teams" if k["teams"] != 1 else ""
         title += ", newest" if k["newest"] else ""
         cells.append((title, k["arch"], _cell(k, "blocks")))
     return _by_arch("head size", cells)

@@ -25,7 +25,8 @@ void run(Nvfp4AttentionParams p) {
   simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
     schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.parts);
   });
-  simt::launch({unsigned(p.parts), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
+  // As many teams as parts, or more.
+  simt::launch({unsigned((p.parts + C::TEAMS - 1) / C::TEAMS), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
     p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p);
   });
   for (int64_t i = Schedule::counters(p.num_requests); i < int64_t(schedule.size()); ++i) {
@@ -71,7 +72,7 @@ struct Args {
   int64_t num_requests, q_len, num_q_heads;
   const float *k_scale, *v_scale, *sinks;
   double scale, soft_cap;
-  int64_t window, swizzled, parts, split_units, late_copies, warps;
+  int64_t window, swizzled, parts, split_units, late_copies, warps, teams;
   const void* newest;
   const int32_t *newest_rows, *newest_from;
   int64_t newest_tokens;
@@ -79,8 +80,8 @@ struct Args {
   int64_t kernel_q_len, rotated_keys;
 };
 
-// Tile rows are chosen as launch.cu does; warps: 4, or 16 where there is such a kernel. Returns 1 for a head
-// size without a kernel.
+// Tile rows are chosen as launch.cu does; warps: of a team, 4, or 16 where there is such a kernel; teams: of a
+// thread block, 1, or 4. Returns 1 for a head size without a kernel.
 extern "C" int run_nvfp4_attention(const Args* a) {
   using namespace xlayer::attention;
   xlayer::Nvfp4AttentionParams p = {};
@@ -122,6 +123,14 @@ extern "C" int run_nvfp4_attention(const Args* a) {
   simt::machine().late_copies = a->late_copies != 0;
 
   const int rows = p.kernel_q_len * (p.num_q_heads / p.page.heads);
+  if (a->teams == 4) {
+    switch (p.page.head_size) {
+      case 64: rows <= 8 ? run<Config<64, 1, 4, 4>>(p) : run<Config<64, 2, 4, 4>>(p); return 0;
+      case 128: rows <= 8 ? run<Config<128, 1, 4, 4>>(p) : run<Config<128, 2, 4, 4>>(p); return 0;
+      case 256: run<Config<256, 1, 4, 4>>(p); return 0;
+    }
+    return 1;
+  }
   if (a->warps == 16) {
     switch (p.page.head_size) {
       case 64: run<Config<64, 1, 16>>(p); return 0;

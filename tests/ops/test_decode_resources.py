@@ -12,7 +12,7 @@ SAID = """
 Fatbin elf code:
 ================
 arch = sm_90a
- Function _ZN6xlayer9attention13decode_kernelINS0_6ConfigILi128ELi2ELi4EEELb1EEEvNS_20Nvfp4AttentionParamsE:
+ Function _ZN6xlayer9attention13decode_kernelINS0_6ConfigILi128ELi2ELi4ELi1EEELb1EEEvNS_20ParamsE:
   REG:168 STACK:152 SHARED:1024 LOCAL:0 CONSTANT[0]:904 TEXTURE:0 SURFACE:0 SAMPLER:0
  Function _ZN6xlayer18newest_step_kernelENS_16NewestStepParamsE:
   REG:30 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:904 TEXTURE:0 SURFACE:0 SAMPLER:0
@@ -26,8 +26,9 @@ arch = sm_90a
 
 
 def test_what_cuobjdump_says_is_understood():
-    (kernel,) = parsed(SAID, {(128, 16, 4): 34304})
-    assert (kernel.arch, kernel.head_size, kernel.rows, kernel.warps) == ("90a", 128, 16, 4)
+    (kernel,) = parsed(SAID, {(128, 16, 4, 1): 34304})
+    assert (kernel.arch, kernel.head_size, kernel.rows) == ("90a", 128, 16)
+    assert (kernel.warps, kernel.teams) == (4, 1)
     assert kernel.newest and (kernel.registers, kernel.spilled, kernel.shared_bytes) == (168, 152, 34304)
     assert kernel.blocks == 3
     found = {k.name: (k.arch, k.registers, k.spilled, k.warps) for k in others(SAID)}
@@ -72,7 +73,7 @@ def number(arch):
 
 
 def key(kernel):
-    return (number(kernel["arch"]), *(kernel[n] for n in ("head_size", "rows", "warps", "newest")))
+    return (number(kernel["arch"]), *(kernel[n] for n in ("head_size", "rows", "warps", "teams", "newest")))
 
 
 def test_as_committed(built, committed):
@@ -105,7 +106,7 @@ def test_other_kernels_spill_nothing_and_fill_a_third_of_an_sm(committed):
 def test_without_newest_tokens_two_blocks_fit_and_little_is_spilled(committed):
     """Heads of 64 to 128, everywhere. What is put away once costs nothing; more would be in the loop."""
     for kernel in committed["kernels"]:
-        if kernel["newest"] or kernel["warps"] != 4:
+        if kernel["newest"] or kernel["warps"] * kernel["teams"] != 4:
             continue
         assert kernel["spilled"] <= 16, kernel
         if kernel["head_size"] <= 128:

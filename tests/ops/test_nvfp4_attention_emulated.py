@@ -155,6 +155,20 @@ def test_sixteen_warps_of_many_rows(q_len, group):
     check(replace(case, window=100, block_size=64), warps=16, parts=3)
 
 
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize(("q_len", "group"), [(1, 2), (4, 4)], ids=str)
+def test_four_teams_of_a_thread_block(head_size, q_len, group):
+    """Teams take parts of their own, merge their results, and wait for their own warps only: some have more
+    runs than others, and some none."""
+    case = Case(
+        (0, 3, 16, 257, 700, 1300), q_len, group=group, head_size=head_size, sinks=True, rotated_keys=True
+    )
+    check(case, teams=4, parts=8)
+    check(case, teams=4, parts=3, late_copies=False)
+    check(replace(case, newest=64, dtype=torch.float16), teams=4, parts=7, late_copies=False)
+    check(replace(case, window=100, block_size=64), teams=4, parts=12)
+
+
 @pytest.mark.parametrize("parts", [3, 7, 8, 15, 16])
 @pytest.mark.parametrize("length", [513, 1024])
 def test_equal_lengths(length, parts):

@@ -30,6 +30,7 @@ FIELDS = [
     ("scale", DOUBLE), ("soft_cap", DOUBLE),
     ("window", INT), ("swizzled", INT), ("parts", INT), ("split_units", INT), ("late_copies", INT),
     ("warps", INT),
+    ("teams", INT),
     ("newest", POINTER), ("newest_rows", POINTER), ("newest_from", POINTER), ("newest_tokens", INT),
     ("query_starts", POINTER), ("kernel_q_len", INT), ("rotated_keys", INT),
 ]  # fmt: skip
@@ -113,6 +114,7 @@ class EmulatedBatch(Batch):
     parts: int = 3
     late_copies: bool = True
     warps: int = 4
+    teams: int = 1
 
     def launch(self, workspace: object, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         c, cache = self.case, self.pool.cache
@@ -129,6 +131,7 @@ class EmulatedBatch(Batch):
             c.softmax_scale, c.soft_cap,
             c.window, int(c.order), self.parts, c.split_units, self.late_copies,
             self.warps,
+            self.teams,
             *(None if t is None else t.data_ptr() for t in (self.newest, self.newest_rows, self.newest_from)),
             c.newest,
             None if self.query_starts is None else self.query_starts.data_ptr(), c.kernel_q_len,

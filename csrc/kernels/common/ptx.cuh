@@ -79,6 +79,13 @@ __device__ __forceinline__ void load_global(const void* from, uint64_t* words) {
 // Keeps a value in its register: where registers are short, nvcc would compute it anew in every iteration.
 __device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
+// threadIdx.x, read where it is asked for.
+__device__ __forceinline__ unsigned thread_index() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // A value that is the same in all lanes, in a register that the compiler knows to be so (REDUX ends in one):
 // loops and branches on it then need no code for lanes that part.
 __device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(0xFFFFFFFFu, x); }
@@ -96,6 +103,22 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int PENDING>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Barrier `id` (1 to 15) of so many of the block's threads: they wait for each other.
+__device__ __forceinline__ void barrier(int id, int threads) {
+  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// ... and learn whether one of them says so.
+__device__ __forceinline__ bool barrier_or(int id, int threads, bool says) {
+  int one_says;
+  asm volatile(
+      "{\n\t.reg .pred p, q;\n\tsetp.ne.s32 p, %3, 0;\n\tbarrier.cta.red.or.aligned.pred q, %1, %2, p;\n\t"
+      "selp.s32 %0, 1, 0, q;\n\t}"
+      : "=r"(one_says)
+      : "r"(id), "r"(threads), "r"(int(says))
+      : "memory");
+  return one_says != 0;
 }
 
 // c += a * b, 16 x 8 x 16, halves with float sums.

@@ -1,9 +1,9 @@
-// The results of a (request, head tile) that several parts share. Whichever thread block finishes the last of
+// The results of a (request, head tile) that several parts share. Whichever team finishes the last of
 // them merges them, in the order of the parts: the bits do not depend on who that is.
 #pragma once
 
-#include "../common/ptx.cuh"
 #include "output.cuh"
+#include "team.cuh"
 #include "work.cuh"
 
 namespace xlayer::attention {
@@ -27,20 +27,20 @@ __device__ __forceinline__ int64_t slot_of(const Nvfp4AttentionParams& p, int pa
   return p.split_units > 0 ? part : 2 * int64_t(part) + starts_inside;
 }
 
-// Called by all threads of a block, after its partial result is written: true in the block that comes last.
+// Called by all threads of a team, after its partial result is written: true in the team that comes last.
 // Then the others' results can be read.
 template <class C>
 __device__ __forceinline__ bool comes_last(const Nvfp4AttentionParams& p, const Run& run) {
   bool last = false;
-  __syncthreads();
-  if (threadIdx.x == 0) {
+  Team<C>::sync();
+  if (Team<C>::thread() == 0) {
     const int head_tiles = head_tiles_of(p, p.q_len, C::TILE_ROWS);
     int32_t* counter =
         p.schedule + Schedule::counters(p.num_requests) + int64_t(run.request) * head_tiles + run.head_tile;
     last = ptx::add_acq_rel(counter, 1) == run.last_part - run.first_part;
     if (last) *counter = 0;  // for the next layer
   }
-  return ptx::uniform(__syncthreads_or(last)) != 0;
+  return ptx::uniform(Team<C>::any(last)) != 0;
 }
 
 // A warp takes a row, a lane four dimensions of it (or twice four). No branch that lanes could part at: the
@@ -53,7 +53,7 @@ __device__ __forceinline__ void combine(const Nvfp4AttentionParams& p, const Run
   const int count = run.last_part - run.first_part + 1;
   const float2* ml = reinterpret_cast<const float2*>(p.partial_ml);
 #pragma unroll 1
-  for (int row = ptx::uniform(threadIdx.x / 32); row < ptx::uniform(rows); row += C::WARPS) {
+  for (int row = ptx::uniform(Team<C>::warp()); row < ptx::uniform(rows); row += C::WARPS) {
     const auto at = [&](int i) {
       return slot_of(p, run.first_part + i, i == 0 && run.starts_inside) * C::TILE_ROWS + row;
     };

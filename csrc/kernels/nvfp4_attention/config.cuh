@@ -17,13 +17,17 @@ constexpr float UNSCALE = 16384.0f;  // dequantised values are 2^-14 of what the
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
-// D: head size of the cache. NT: query rows of a head tile / 8. WARPS: of a thread block. Blocks of sixteen
-// fill an SM each: a fourth as many share the keys of a head, and a fourth as many results are merged. With
-// four, a block that begins or ends a run holds up only a fourth of an SM.
-template <int D_, int NT_, int WARPS_ = 4>
+// D: head size of the cache. NT: query rows of a head tile / 8. WARPS: of a team, which takes a part of the
+// schedule. Teams of sixteen fill an SM each: a fourth as many share the keys of a head, and a fourth as many
+// results are merged. With four, a team that begins or ends a run holds up only a fourth of an SM. TEAMS: of a
+// thread block, none of which waits for another. An SM favours the warps of its oldest thread block, so where it
+// has four the last of them is alone at the end; four teams of one block go on side by side.
+template <int D_, int NT_, int WARPS_ = 4, int TEAMS_ = 1>
 struct Config {
   static constexpr int WARPS = WARPS_;
-  static constexpr int THREADS = 32 * WARPS;
+  static constexpr int TEAMS = TEAMS_;
+  static constexpr int TEAM_THREADS = 32 * WARPS;
+  static constexpr int THREADS = TEAM_THREADS * TEAMS;
   static constexpr int UNIT_TOKENS = WARPS * TILE;  // see Schedule
   static constexpr int D = D_;
   static constexpr int DP = D <= 64 ? 64 : D <= 128 ? 128 : 256;  // what the fragments are cut for
@@ -69,11 +73,12 @@ struct Config {
   // the other way round nvcc puts away what the pages' loop then reads in every tile. Smaller tiles have registers
   // enough, and better begin with the copies of pages.
   static constexpr bool NEWEST_FIRST = SHARED_Q;
-  static constexpr int SHARED_BYTES = Q_END > MERGE_END ? Q_END : MERGE_END;
+  static constexpr int TEAM_BYTES = ((Q_END > MERGE_END ? Q_END : MERGE_END) + 127) / 128 * 128;
+  static constexpr int SHARED_BYTES = TEAMS * TEAM_BYTES;
   static_assert(Q_OFFSET % 16 == 0);
 
   // Thread blocks an SM should hold, by registers (64K) and shared memory (227 KB on sm_90).
-  static constexpr int BLOCKS = (NT == 4 || D == 192 ? 3 : 4) * 4 / WARPS;
+  static constexpr int BLOCKS = (NT == 4 || D == 192 ? 3 : 4) * 4 / (WARPS * TEAMS);
 
   // Which 16-byte chunk of a row chunk c is put at, so that the fragment loads meet no bank twice.
   static XLAYER_HD int k_chunk(int row, int c) {

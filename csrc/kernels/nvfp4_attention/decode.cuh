@@ -1,6 +1,6 @@
 // Attention of a few query tokens to an NVFP4 cache, one pass over the bytes.
 //
-// A thread block takes a part of the schedule (params.h): runs of units, each run of one request and head
+// A team of warps takes a part of the schedule (params.h): runs of units, each run of one request and head
 // tile. Its warps take 16 tokens of a unit each and never wait for each other: every warp has its own ring of
 // stages and its own running maximum. At the end of a run their results are merged in shared memory.
 //
@@ -9,12 +9,12 @@
 //   piece    16 bytes that a lane copies to shared memory at once
 //   place    where a newest token is in its request's row: its position modulo newest_tokens
 //   tile     16 tokens of one KV head, what a warp works on at a time; a stage of the ring holds one
-//   unit     a tile for each warp of a block: 64 tokens (256 with sixteen warps)
+//   unit     a tile for each warp of a team: 64 tokens (256 with sixteen warps)
 //   head tile  query rows that are worked on together: 8, 16 or 32 of a KV head's q_len * group
 //   line     all units of the batch, request by request and head tile by head tile; also those of one of them
-//   run      consecutive units of one request and head tile that one block takes
+//   run      consecutive units of one request and head tile that one team takes
 //   chunk    units of a part; all parts but the last have as many
-//   part     what a block takes at a time: consecutive units of the line, in one or several runs
+//   part     what a team takes at a time: consecutive units of the line, in one or several runs
 //   slot     where in the workspace a run's partial result is, if other parts have units of the same head tile
 #pragma once
 
@@ -29,12 +29,13 @@ namespace xlayer::attention {
 // output if it is the last one.
 template <class C>
 __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, const WarpState<C>& state,
-                                                const Run& run, float* shared) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
+                                                const Run& run) {
+  float* shared = reinterpret_cast<float*>(Team<C>::shared() + C::MERGE_OFFSET);
+  const int lane = threadIdx.x & 31, warp = Team<C>::warp(), g = lane >> 2, t = lane & 3;
   float* outs = shared;                                              // [WARPS][TILE_ROWS][OUT_STRIDE]
   float* maxima = shared + C::WARPS * C::TILE_ROWS * C::OUT_STRIDE;  // [WARPS][TILE_ROWS]
   float* sums = maxima + C::WARPS * C::TILE_ROWS;
-  __syncthreads();  // all warps have read their tiles, and the last run's results
+  Team<C>::sync();  // all warps have read their tiles, and the last run's results
 #pragma unroll
   for (int stat = 0; stat < C::STATS; ++stat) {
     const int row = Held<C>::row(warp * C::TILE_ROWS, g, t, stat);
@@ -68,11 +69,11 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
       }
     }
   }
-  __syncthreads();
+  Team<C>::sync();
   constexpr int CHUNKS = C::D / 4;  // of a row
   const Queries queries = queries_of(p, run.request);
   const int rows = min(queries.count * (p.num_q_heads / p.page.heads) - run.first_row, C::TILE_ROWS);
-  for (int i = threadIdx.x; i < rows * CHUNKS; i += C::THREADS) {
+  for (int i = int(Team<C>::thread()); i < rows * CHUNKS; i += C::TEAM_THREADS) {
     const int row = i / CHUNKS, d = i % CHUNKS * 4;
     float max = EMPTY, sum = 0.0f;
 #pragma unroll
@@ -96,7 +97,7 @@ __device__ __forceinline__ void merge_and_store(const Nvfp4AttentionParams& p, c
     }
   }
   if (run.whole()) {
-    if constexpr (C::MERGES_IN_RING) __syncthreads();  // before the next run's tiles are copied there
+    if constexpr (C::MERGES_IN_RING) Team<C>::sync();  // before the next run's tiles are copied there
   } else if (comes_last<C>(p, run)) {                  // which waits, too
     combine<C>(p, run, rows);
   }
@@ -117,12 +118,11 @@ __device__ __forceinline__ void attend_newest(const Nvfp4AttentionParams& p, con
   newest.to_page_unit(state);
 }
 
-// A run from its first copy to its result. All threads of the block take part.
+// A run from its first copy to its result. All threads of the team take part.
 template <class C, bool NEWEST>
 __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const Run& run, WarpState<C>& state,
-                                           TileLoader<C>& loader, const LaneOffsets<C>& at, uint32_t ring,
-                                           float* shared) {
-  const int warp = ptx::uniform(threadIdx.x / 32);
+                                           TileLoader<C>& loader, const LaneOffsets<C>& at, uint32_t ring) {
+  const int warp = ptx::uniform(Team<C>::warp());
   const int seq_len = p.seq_lens[run.request];
   const Queries queries = queries_of(p, run.request);
   const Range keys = key_range(seq_len, queries.count, p.window, C::UNIT_TOKENS);
@@ -180,18 +180,17 @@ __device__ __forceinline__ void attend_run(const Nvfp4AttentionParams& p, const 
   ptx::cp_async_wait<0>();
   __syncwarp();
   if constexpr (NEWEST && !C::NEWEST_FIRST) attend_newest(p, run, state, mask, newest_from, run_end);
-  merge_and_store(p, state, run, shared);
+  merge_and_store(p, state, run);
 }
 
 // NEWEST: there may be tiles of newest tokens. A variant of its own, so that the other stays what it is.
 template <class C, bool NEWEST>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     decode_kernel(const __grid_constant__ Nvfp4AttentionParams p) {
-  XLAYER_DYNAMIC_SHARED(shared);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  uint8_t* shared = Team<C>::shared();
+  const int lane = threadIdx.x & 31, warp = Team<C>::warp();
   uint8_t* stages = shared + warp * C::STAGES * C::STAGE_BYTES;
   const uint32_t ring = ptx::shared_address(stages);
-  float* merge = reinterpret_cast<float*>(shared + C::MERGE_OFFSET);
   if constexpr (!C::EXACT) {
     // Dimensions from D to DP stay zero: no copy goes there.
     for (int i = lane; i < C::STAGES * C::STAGE_BYTES / 16; i += 32) {
@@ -208,7 +207,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
   const int chunk = p.schedule[Schedule::CHUNK];
   const int parts = p.schedule[Schedule::PARTS];
   const int total = p.schedule[Schedule::TOTAL];
-  for (int part = blockIdx.x; part < parts; part += gridDim.x) {
+  // All blocks' first teams have the first parts, and so on: where there are fewer parts than teams, no block has
+  // two fewer than another.
+  for (int part = Team<C>::index() * gridDim.x + blockIdx.x; part < parts; part += C::TEAMS * gridDim.x) {
     int position = part * chunk;
     const int part_begin = position, part_end = min(position + chunk, total);
     int request = find_request(begins, p.num_requests, position);
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       run.starts_inside = begin != run.first_part * chunk;
       run.slot = slot_of(p, part, position != part_begin);
       // Nothing, where this part begins among what the schedule adds to the line.
-      if (run.begin < units) attend_run<C, NEWEST>(p, run, state, loader, at, ring, merge);
+      if (run.begin < units) attend_run<C, NEWEST>(p, run, state, loader, at, ring);
       position += advance;
       while (position < part_end && begins[request + 1] <= position) ++request;
     }

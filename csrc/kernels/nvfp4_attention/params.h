@@ -6,7 +6,7 @@
 
 namespace xlayer {
 
-// Split-KV schedule. A unit is 64 tokens (256 for thread blocks of 16 warps) of one request and head tile;
+// Split-KV schedule. A unit is 64 tokens (256 for teams of 16 warps) of one request and head tile;
 // all units of a batch, request by request and head tile by head tile, are one line of `total` units, cut
 // into parts of `chunk`:
 //
@@ -15,8 +15,7 @@ namespace xlayer {
 //   |--part 0--|--part 1--|--part 2--|--part 3--|--part 4--| ...
 //
 // A part that holds a (request, head) whole writes its output; the others write partial results, which
-// the last of them to finish merges in the order of the parts. Nothing depends on which thread block takes a
-// part.
+// the last of them to finish merges in the order of the parts. Nothing depends on which warps take a part.
 constexpr int SPLIT_UNIT_TOKENS = 64;  // a fixed split is in these
 
 struct Schedule {

@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 
+#include "team.cuh"
 #include "tile.cuh"
 
 namespace xlayer::attention {
@@ -71,14 +72,14 @@ __device__ __forceinline__ void load_elements(const Nvfp4AttentionParams& p, con
   }
 }
 
-// All warps together, into shared memory: a thread has some elements of one row, and all threads wait.
+// All warps of a team together, into shared memory: a thread has some elements of one row, and all threads wait.
 template <class C>
 __device__ __forceinline__ void load_shared_query(WarpState<C>& state, const Nvfp4AttentionParams& p,
                                                   const Queries& queries, int kv_head, int first_row,
                                                   float common) {
-  constexpr int N = C::TILE_ROWS * C::DP / C::THREADS, LANES = C::DP / N, STEP = N < 8 ? N : 8;
+  constexpr int N = C::TILE_ROWS * C::DP / C::TEAM_THREADS, LANES = C::DP / N, STEP = N < 8 ? N : 8;
   static_assert(LANES <= 32 && N % STEP == 0);
-  const int in_tile = threadIdx.x / LANES, first = threadIdx.x % LANES * N;
+  const int in_tile = Team<C>::thread() / LANES, first = Team<C>::thread() % LANES * N;
   const int row = first_row + in_tile;
   const bool there = row < queries.count * (p.num_q_heads / p.page.heads);
   const uint16_t* q = query_row<C>(p, queries, kv_head, row);
@@ -104,7 +105,7 @@ __device__ __forceinline__ void load_shared_query(WarpState<C>& state, const Nvf
     state.q.store(lane, in_tile / ROWS, w, 2 + half, scale.pair(x[i + 1], x[i + 3]));
   }
   if (first == 0) state.q.store_factor(in_tile, common * scale.down);
-  __syncthreads();
+  Team<C>::sync();
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int stat = 0; stat < C::STATS; ++stat) {

@@ -3,21 +3,27 @@
 // them.
 #pragma once
 
-// Head size, query rows of a head tile / 8, warps of a thread block. Of one head size from few rows to many.
+// Head size, query rows of a head tile / 8, warps of a team, teams of a thread block. Of one head size from few
+// rows to many.
 #define XLAYER_DECODE_SHAPES(SHAPE) \
-  SHAPE(64, 1, 4)                   \
-  SHAPE(64, 2, 4)                   \
-  SHAPE(64, 4, 4)                   \
-  SHAPE(64, 1, 16)                  \
-  SHAPE(80, 1, 4)                   \
-  SHAPE(96, 1, 4)                   \
-  SHAPE(112, 1, 4)                  \
-  SHAPE(128, 1, 4)                  \
-  SHAPE(128, 2, 4)                  \
-  SHAPE(128, 1, 16)                 \
-  SHAPE(128, 2, 16)                 \
-  SHAPE(192, 1, 4)                  \
-  SHAPE(256, 1, 4)
+  SHAPE(64, 1, 4, 1)                \
+  SHAPE(64, 2, 4, 1)                \
+  SHAPE(64, 4, 4, 1)                \
+  SHAPE(64, 1, 4, 4)                \
+  SHAPE(64, 2, 4, 4)                \
+  SHAPE(64, 1, 16, 1)               \
+  SHAPE(80, 1, 4, 1)                \
+  SHAPE(96, 1, 4, 1)                \
+  SHAPE(112, 1, 4, 1)               \
+  SHAPE(128, 1, 4, 1)               \
+  SHAPE(128, 2, 4, 1)               \
+  SHAPE(128, 1, 4, 4)               \
+  SHAPE(128, 2, 4, 4)               \
+  SHAPE(128, 1, 16, 1)              \
+  SHAPE(128, 2, 16, 1)              \
+  SHAPE(192, 1, 4, 1)               \
+  SHAPE(256, 1, 4, 1)               \
+  SHAPE(256, 1, 4, 4)
 
 namespace xlayer::attention {
 

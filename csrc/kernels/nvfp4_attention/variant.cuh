@@ -8,9 +8,12 @@
 namespace xlayer::attention {
 
 struct Variant {
-  int head_size, tile_rows, padded_head_size, warps, unit_tokens, shared_bytes;
-  // Thread blocks of this one that run at once where `parts` blocks of four warps do.
-  int blocks(int parts) const { return parts * 4 / warps > 0 ? parts * 4 / warps : 1; }
+  int head_size, tile_rows, padded_head_size;
+  int warps, teams;  // of a team, of a thread block
+  int unit_tokens, shared_bytes;
+  // Thread blocks of this one that run at once where `parts` blocks of four warps do, and their teams.
+  int blocks(int parts) const { return parts * 4 > warps * teams ? parts * 4 / (warps * teams) : 1; }
+  int all_teams(int parts) const { return blocks(parts) * teams; }
   cudaError_t (*launch)(const Nvfp4AttentionParams&, cudaStream_t);
   int (*blocks_per_sm)();
 };

@@ -37,7 +37,8 @@ int blocks_per_sm() {
 
 template <class C>
 Variant variant() {
-  return {C::D, C::TILE_ROWS, C::DP, C::WARPS, C::UNIT_TOKENS, C::SHARED_BYTES, launch<C>, blocks_per_sm<C>};
+  return {C::D,           C::TILE_ROWS,    C::DP,     C::WARPS,        C::TEAMS,
+          C::UNIT_TOKENS, C::SHARED_BYTES, launch<C>, blocks_per_sm<C>};
 }
 
 }  // namespace xlayer::attention

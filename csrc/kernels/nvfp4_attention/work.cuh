@@ -44,18 +44,24 @@ __host__ __device__ inline int head_tiles_of(const Nvfp4AttentionParams& p, int 
 
 // The request whose units hold position `pos`: begins[r] <= pos < begins[r + 1]. Called by whole warps.
 __device__ __forceinline__ int find_request(const int32_t* begins, int requests, int pos) {
+  constexpr int EACH = 4;  // that a lane looks at together: one wait for up to 128 requests
   int low = 0, count = requests;  // the answer is in [low, low + count)
   const int lane = threadIdx.x & 31;
-  while (count > 1) {
+  // begins ascends, so those that are at `pos` or before come first; begins[low] always is.
+  while (count > 32 * EACH) {
     const int step = (count + 31) / 32;
-    const int at = low + lane * step;
-    const bool below = lane * step < count && begins[at] <= pos;
-    // begins ascends, so the lanes that are below come first; lane 0 always is.
-    const int last = 31 - __clz(__ballot_sync(0xFFFFFFFFu, below));
+    const bool before = lane * step < count && begins[low + lane * step] <= pos;
+    const int last = 31 - __clz(__ballot_sync(0xFFFFFFFFu, before));
     low += last * step;
     count = min(step, count - last * step);
   }
-  return low;
+  int before = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int at = 32 * i + lane;
+    before += at < count && begins[low + at] <= pos;
+  }
+  return low + __reduce_add_sync(0xFFFFFFFFu, before) - 1;
 }
 
 }  // namespace xlayer::attention

@@ -143,6 +143,20 @@ inline uint32_t transpose_8x8(uint32_t x) {
   return w.out[me][0];
 }
 
+inline unsigned thread_index() { return threadIdx.x; }
+inline void barrier(int id, int threads) {
+  simt::meet(simt::machine().barriers[id], threads, "barrier", [] {});
+}
+inline bool barrier_or(int id, int threads, bool says) {
+  static std::map<int, bool> any, result;
+  any[id] |= says;
+  simt::meet(simt::machine().barriers[id], threads, "barrier_or", [id] {
+    result[id] = any[id];
+    any[id] = false;
+  });
+  return result[id];
+}
+
 inline int add_acq_rel(int* counter, int x) {
   const int before = *counter;
   *counter += x;

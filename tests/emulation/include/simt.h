@@ -106,6 +106,7 @@ struct Machine {
   std::vector<Meeting> warps;
   std::map<std::pair<int, uint32_t>, Meeting> parts;  // of a warp, by their mask
   Meeting block;
+  std::map<int, Meeting> barriers;  // of some of the block's threads, by their number
   std::vector<std::vector<std::vector<Copy>>> copies;  // [thread][group]
   bool late_copies = true;  // asynchronous copies happen when they are waited for, else at once
   ucontext_t scheduler;
@@ -177,6 +178,7 @@ inline void run_block(int threads) {
   m.warps.assign(threads / WARP, {});
   m.parts.clear();
   m.block = {};
+  m.barriers.clear();
   m.copies.assign(threads, {});
   for (Fiber& f : m.fibers) {
     if (!f.stack) f.stack.reset(new char[STACK_BYTES]);
@@ -289,6 +291,15 @@ inline uint32_t __ballot_sync(unsigned, bool vote) {
     for (int i = 0; i < simt::WARP; ++i) w.out[i][0] = all;
   });
   return w.out[me][0];
+}
+inline int __reduce_add_sync(unsigned, int x) {
+  simt::Meeting& w = simt::warp();
+  w.in[simt::lane()][0] = uint32_t(x);
+  simt::meet(w, simt::WARP, "__reduce_add_sync", [&w] {
+    w.out[0][0] = 0;
+    for (int i = 0; i < simt::WARP; ++i) w.out[0][0] += w.in[i][0];
+  });
+  return int(w.out[0][0]);
 }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
