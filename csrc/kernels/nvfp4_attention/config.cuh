@@ -12,7 +12,9 @@ constexpr float EMPTY = -1e30f;      // running maximum of no key; finite, so th
 // token often does, all others' P together is what the output is made of. So the maximum's P is 2^HEADROOM, and
 // what is 2^-26 of it (e^-18) is still a normal half.
 constexpr float HEADROOM = 12.0f;
-constexpr float LAZY = 3.0f;  // P may reach 2^(HEADROOM + LAZY) before the accumulators are rescaled
+// P may reach 2^(HEADROOM + LAZY) = MOST_P before the accumulators are rescaled: just what a half has.
+constexpr float LAZY = 3.9f, MOST_P = 61147.0f;
+static_assert(MOST_P < 65504.0f);
 constexpr float UNSCALE = 16384.0f;  // dequantised values are 2^-14 of what they stand for
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;

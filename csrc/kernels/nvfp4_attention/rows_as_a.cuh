@@ -23,18 +23,17 @@ class RowsAsA {
   // short run's tiles.
   __device__ __forceinline__ static void softmax(WarpState<C>& state, const float (&s)[C::NT][4],
                                                  uint32_t (&p)[C::NT][2]) {
-    constexpr float MOST = float(1 << int(HEADROOM + LAZY));
     float e[C::NT][4], added[C::STATS];
     bool lags = false;
 #pragma unroll
     for (int stat = 0; stat < C::STATS; ++stat) {
       added[stat] = weigh(state, s, stat, e);
-      lags |= added[stat] > MOST;
+      lags |= added[stat] > MOST_P;
     }
     if (__any_sync(0xFFFFFFFFu, lags)) {
 #pragma unroll
       for (int stat = 0; stat < C::STATS; ++stat) {
-        if (__any_sync(0xFFFFFFFFu, added[stat] > MOST)) {
+        if (__any_sync(0xFFFFFFFFu, added[stat] > MOST_P)) {
           state.rescale(stat, most(s, stat));
           added[stat] = weigh(state, s, stat, e);
         }
