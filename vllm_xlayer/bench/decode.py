@@ -3,6 +3,7 @@
 import argparse
 import functools
 import gc
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ WIDTH = 150
 L2_TIMES = 4
 """Copies of the cache are rotated until they are so many times the L2."""
 MAX_COPIES = 32
+IDLE = 0.3
+"""Seconds before each measurement: at its power limit a GPU lowers its clock, which is the last one's doing."""
 COMPILED = "flashinfer"
 """The group that is compiled at first use, for minutes, and so has to be named."""
 GROUPS = ("fa3", "int4", "turboquant", COMPILED)
@@ -111,7 +114,9 @@ def measure(name: str, peer: Peer, shape: Shape, repeats: int, result: dict[str,
         result["error"][name] = error_of(peer, replace(shape, name="", lens=()))
         if not result["error"][name] <= peer.max_error:
             raise ArithmeticError(f"relative error of its result: {result['error'][name]:.3f}")
-        result["seconds"][name] = graph_seconds(peer.make(Inputs(shape, copies), None), repeats)
+        calls = peer.make(Inputs(shape, copies), None)
+        time.sleep(IDLE)
+        result["seconds"][name] = graph_seconds(calls, repeats)
         result["bytes"][name] = size
     except Exception as error:  # whatever a peer raises: the others are measured
         result["failed"][name] = f"{type(error).__name__}: {error}"[:300]
