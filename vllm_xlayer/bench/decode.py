@@ -25,7 +25,7 @@ L2_TIMES = 4
 """Copies of the cache are rotated until they are so many times the L2."""
 MAX_COPIES = 32
 IDLE = 0.3
-"""Seconds before each measurement: at its power limit a GPU lowers its clock, which is the last one's doing."""
+"""Seconds before each measurement: at its power limit a GPU lowers its clock, and the next one is slower."""
 COMPILED = "flashinfer"
 """The group that is compiled at first use, for minutes, and so has to be named."""
 GROUPS = ("fa3", "int4", "turboquant", COMPILED)
