@@ -6,6 +6,7 @@ import os
 from types import SimpleNamespace
 
 import torch
+from vllm.config import AttentionConfig
 
 from vllm_xlayer.connector.disk import identity
 from vllm_xlayer.connector.disk.identity import tier_identity
@@ -44,7 +45,7 @@ def engine(**changes):
             world_size=2, tensor_parallel_size=2, decode_context_parallel_size=1,
             prefill_context_parallel_size=1, cp_kv_cache_interleave_size=1, use_ubatching=False,
         ),
-        attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
+        attention_config=AttentionConfig(),
         mamba_config=SimpleNamespace(
             backend="TRITON", enable_stochastic_rounding=False, stochastic_rounding_philox_rounds=0
         ),

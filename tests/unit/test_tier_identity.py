@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("vllm")
 
 from identity_fixture import DATA, engine, of, save
+from vllm.config import AttentionConfig
 
 from vllm_xlayer import kv_scales
 from vllm_xlayer.connector.disk import identity
@@ -61,13 +62,15 @@ SHAPES_KV = {
     "backend": {"attention_config.backend": "TRITON_ATTN"},
     "backend_per_kind": {"attention_config.backend_per_kind": {"full": "TRITON_ATTN"}},
     "context_parallel": {"parallel_config.cp_kv_cache_interleave_size": 16},
+    "attention": {"attention_config.use_prefill_query_quantization": True},
     "platform": {"additional_config": {"a": 1}},
     "multimodal": {"model_config.multimodal_config.mm_processor_kwargs": {"num_crops": 4}},
 }
 
 
 def test_nothing_that_shapes_kv_is_left_out_here():
-    assert SHAPES_KV.keys() == identity.shaping_settings(engine(**NVFP4)).keys()
+    all_of_it = engine(**NVFP4, **SHAPES_KV["attention"])
+    assert SHAPES_KV.keys() == identity.shaping_settings(all_of_it).keys()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,8 @@ def test_nothing_that_shapes_kv_is_left_out_here():
         {"fingerprint": "BLNHC"},
         {"page_dtype": "nvfp4"},
         {"one_copy": True},
+        *[{f"attention_config.{name}": "changed"} for name in identity.ATTENTION
+          if hasattr(AttentionConfig(), name)],
         *[{f"model_config.multimodal_config.{name}": "changed"} for name in identity.MULTIMODAL
           if name != "mm_encoder_attn_dtype"],
         {
@@ -138,6 +143,24 @@ def test_every_multimodal_setting_of_vllms_is_known():
     from vllm.config import MultiModalConfig
 
     assert not {f.name for f in fields(MultiModalConfig)} - {*identity.MULTIMODAL} - NOT_OF_AN_ITEM
+
+
+NOT_WHAT_IS_COMPUTED = {
+    "flash_attn_max_num_splits_for_cuda_graph", "flex_attn_block_m", "flex_attn_block_n",
+    "flex_attn_kv_block_size", "flex_attn_q_block_size", "indexer_tp_shard_min_rows", "minimax_m3_indexer_cp",
+    "sparse_mla_force_mqa", "sparse_mla_prefill_workspace_factor", "tokenspeed_mla_min_split_kv", "tq_max_kv_splits_for_cuda_graph",
+}  # fmt: skip
+"""In which order the same sums are made."""
+SAID_ELSEWHERE = {
+    "backend", "backend_per_kind",  # in the identity
+    "hisparse_config", "indexer_kv_dtype",  # in the layout: what lies where, and of which dtype
+}  # fmt: skip
+
+
+def test_every_attention_setting_of_vllms_is_known():
+    """A new one is looked at before it is in one of the lists."""
+    names = {f.name for f in fields(AttentionConfig)}
+    assert not names - {*identity.ATTENTION} - NOT_WHAT_IS_COMPUTED - SAID_ELSEWHERE
 
 
 STATES = {

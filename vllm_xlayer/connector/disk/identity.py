@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import envs
-from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
+from vllm.config import AttentionConfig, LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 
 from ... import kv_scales
 from ...attention.newest import newest_tokens_of
@@ -128,12 +128,36 @@ def shaping_settings(vllm_config: VllmConfig) -> dict[str, Any]:
         "platform": vllm_config.additional_config,
         "multimodal": {} if multimodal is None else {n: getattr(multimodal, n) for n in MULTIMODAL},
     }
-    if str(cache.cache_dtype) in KV_DTYPES:  # so that what others have on disk stays valid
+    # What is said only where it is so: what others have on disk stays valid.
+    if asked := _asked_of_attention(attention):
+        settings["attention"] = asked
+    if str(cache.cache_dtype) in KV_DTYPES:
         settings["kv_scales"] = kv_scales.digest(Config.load().kv_scales)
         settings["nvfp4_pages"] = nvfp4_pages()
-        if newest_tokens := newest_tokens_of(vllm_config):  # others' stays valid here, too
+        if newest_tokens := newest_tokens_of(vllm_config):
             settings["newest_tokens"] = newest_tokens
     return settings
+
+
+ATTENTION = (
+    "disable_flashinfer_q_quantization",
+    "flash_attn_version",
+    "indexer_sparse_logits",
+    "minimax_m3_msa_decode_backend",
+    "mla_prefill_backend",
+    "trtllm_ragged_backend",
+    "use_non_causal",
+    "use_prefill_query_quantization",
+    "use_trtllm_attention",
+)
+"""Settings of vLLM's, beside the backends, by which attention rounds otherwise or sees other keys."""
+
+
+def _asked_of_attention(given: AttentionConfig) -> dict[str, Any]:
+    """Of `ATTENTION`, what is not vLLM's default."""
+    default = AttentionConfig()
+    names = [name for name in ATTENTION if hasattr(default, name)]
+    return {n: getattr(given, n) for n in names if getattr(given, n) != getattr(default, n)}
 
 
 MULTIMODAL = (
