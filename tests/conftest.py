@@ -9,6 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+# pytest-xdist's workers share the cores: with a thread a core in each, tests take several times as long.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    cores = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 # Before vLLM is imported: one of its libraries starts compilers in the background, of kernels for GPUs.
 os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
 # Engines of several ranks: no all-reduce of vLLM's that asks for NVLink multicast, which a program can put a
