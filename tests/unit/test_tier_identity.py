@@ -148,7 +148,8 @@ def test_every_multimodal_setting_of_vllms_is_known():
 NOT_WHAT_IS_COMPUTED = {
     "flash_attn_max_num_splits_for_cuda_graph", "flex_attn_block_m", "flex_attn_block_n",
     "flex_attn_kv_block_size", "flex_attn_q_block_size", "indexer_tp_shard_min_rows", "minimax_m3_indexer_cp",
-    "sparse_mla_force_mqa", "sparse_mla_prefill_workspace_factor", "tokenspeed_mla_min_split_kv", "tq_max_kv_splits_for_cuda_graph",
+    "sparse_mla_force_mqa", "sparse_mla_prefill_workspace_factor", "tokenspeed_mla_min_split_kv",
+    "tq_max_kv_splits_for_cuda_graph",
 }  # fmt: skip
 """In which order the same sums are made."""
 SAID_ELSEWHERE = {
