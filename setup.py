@@ -31,7 +31,7 @@ TORCH_REQUIREMENT = "torch==2.11.0"
 STABLE_HEADER = "include/torch/csrc/stable/library.h"
 # What a source distribution must have beside the Python files.
 SOURCES = ["CMakeLists.txt", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*"))]
-ALL_ARCHS = "80;86;89;90;100f;120f"
+ALL_ARCHS = "80;86;89;90a;100f;120f"
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/nvidia0"))
 """Of which NVIDIA's driver makes one at least. Asking torch would need a torch, and make a CUDA context."""
 NVCC_PLACES = "CUDACXX, CUDA_HOME, /usr/local/cuda, PATH or the environment's packages"

@@ -27,6 +27,11 @@ STABLE_TORCH_LIBRARY(vllm_xlayer, m) {
       "Tensor? newest_from=None, Tensor? query_starts=None, int kernel_q_len=0, "
       "bool rotated_keys=False) -> ()");
   m.def(
+      "nvfp4_prefix_attention(Tensor q, Tensor kv_cache, Tensor block_table, Tensor lens, Tensor query_starts, "
+      "Tensor k_scale, Tensor v_scale, Tensor(a!) out, Tensor(b!) lse, float scale, int max_query_len, "
+      "bool rotated_keys) -> ()");
+  m.def("nvfp4_prefix_rows(Tensor like, int head_size) -> int");
+  m.def(
       "newest_step(Tensor query_starts, Tensor seq_lens, Tensor rows, Tensor slot_mapping, Tensor(a!) state, "
       "Tensor(b!) newest_slots, Tensor(c!) newest_from, int newest_tokens) -> ()");
   m.def("nvfp4_attention_parts(Tensor like, int head_size, int rows) -> int");
@@ -46,6 +51,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CPU, m) {
   m.impl("nvfp4_paged_attention", TORCH_BOX(&xlayer::api::nvfp4_paged_attention_cpu));
   m.impl("nvfp4_attention_parts", TORCH_BOX(&xlayer::api::nvfp4_attention_parts_cpu));
   m.impl("nvfp4_attention_workspace_size", TORCH_BOX(&xlayer::api::nvfp4_attention_workspace_size_cpu));
+  m.impl("nvfp4_prefix_attention", TORCH_BOX(&xlayer::api::nvfp4_prefix_attention_cpu));
+  m.impl("nvfp4_prefix_rows", TORCH_BOX(&xlayer::api::nvfp4_prefix_rows_cpu));
   m.impl("newest_step", TORCH_BOX(&xlayer::api::newest_step_cpu));
   m.impl("copy_blocks", TORCH_BOX(&xlayer::api::copy_blocks_cpu));
   m.impl("land_rows", TORCH_BOX(&xlayer::api::land_rows_cpu));
@@ -59,6 +66,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_xlayer, CUDA, m) {
   m.impl("nvfp4_paged_attention", TORCH_BOX(&xlayer::api::nvfp4_paged_attention_cuda));
   m.impl("nvfp4_attention_parts", TORCH_BOX(&xlayer::api::nvfp4_attention_parts_cuda));
   m.impl("nvfp4_attention_workspace_size", TORCH_BOX(&xlayer::api::nvfp4_attention_workspace_size_cuda));
+  m.impl("nvfp4_prefix_attention", TORCH_BOX(&xlayer::api::nvfp4_prefix_attention_cuda));
+  m.impl("nvfp4_prefix_rows", TORCH_BOX(&xlayer::api::nvfp4_prefix_rows_cuda));
   m.impl("newest_step", TORCH_BOX(&xlayer::api::newest_step_cuda));
   m.impl("copy_blocks", TORCH_BOX(&xlayer::api::copy_blocks_cuda));
   m.impl("land_rows", TORCH_BOX(&xlayer::api::land_rows_cuda));

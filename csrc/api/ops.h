@@ -44,6 +44,11 @@ int64_t nvfp4_attention_parts_cpu(const Tensor& like, int64_t head_size, int64_t
 int64_t nvfp4_attention_workspace_size_cpu(const Tensor& like, int64_t requests, int64_t max_tokens,
                                            int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
                                            int64_t head_size, int64_t parts, int64_t split_units);
+void nvfp4_prefix_attention_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+                                const Tensor& lens, const Tensor& query_starts, const Tensor& k_scale,
+                                const Tensor& v_scale, const Tensor& out, const Tensor& lse, double scale,
+                                int64_t max_query_len, bool rotated_keys);
+int64_t nvfp4_prefix_rows_cpu(const Tensor& like, int64_t head_size);
 void newest_step_cpu(const Tensor& query_starts, const Tensor& seq_lens, const Tensor& rows,
                      const Tensor& slot_mapping, const Tensor& state, const Tensor& newest_slots,
                      const Tensor& newest_from, int64_t newest_tokens);
@@ -84,6 +89,11 @@ int64_t nvfp4_attention_parts_cuda(const Tensor& like, int64_t head_size, int64_
 int64_t nvfp4_attention_workspace_size_cuda(const Tensor& like, int64_t requests, int64_t max_tokens,
                                             int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads,
                                             int64_t head_size, int64_t parts, int64_t split_units);
+void nvfp4_prefix_attention_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+                                 const Tensor& lens, const Tensor& query_starts, const Tensor& k_scale,
+                                 const Tensor& v_scale, const Tensor& out, const Tensor& lse, double scale,
+                                 int64_t max_query_len, bool rotated_keys);
+int64_t nvfp4_prefix_rows_cuda(const Tensor& like, int64_t head_size);
 void newest_step_cuda(const Tensor& query_starts, const Tensor& seq_lens, const Tensor& rows,
                       const Tensor& slot_mapping, const Tensor& state, const Tensor& newest_slots,
                       const Tensor& newest_from, int64_t newest_tokens);

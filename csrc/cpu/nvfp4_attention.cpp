@@ -95,7 +95,7 @@ std::vector<Row> make_rows(const Nvfp4AttentionParams& p, int r, int h) {
   const Queries queries = queries_of(p, r);
   std::vector<Row> rows;
   for (int i = 0; i < queries.count; ++i) {
-    const int64_t last = int64_t(p.seq_lens[r]) - queries.count + i + 1;
+    const int64_t last = p.sees_all ? p.seq_lens[r] : int64_t(p.seq_lens[r]) - queries.count + i + 1;
     const int64_t first = p.window > 0 ? std::max<int64_t>(0, last - p.window) : 0;
     for (int g = 0; g < group; ++g) {
       Row row = {int64_t(queries.begin) + i, h * group + g, first, last, {}, {}, -INF, 0.0};

@@ -81,6 +81,42 @@ def test_against_float64(case):
     check_case(case, cpu_impl(case), torch.device("cpu"), exact_softmax=True)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pages_as_they_are(monkeypatch, case):
+    """The same batches, where all that can attend to pages without a copy does."""
+    monkeypatch.setattr("vllm_xlayer.attention.prefix.LEAST_TOKENS", 16)
+    check_case(case, cpu_impl(case), torch.device("cpu"), exact_softmax=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "lens"),
+    [
+        (Case(((0, 5), (0, 40))), None),
+        (Case(((90, 9), (20, 1), (15, 3))), [80, 16, 0]),
+        (Case(((90, 9), (20, 1)), window=30), None),
+        (Case(((90, 9), (20, 1)), soft_cap=20.0), None),
+        (Case(((300, 1), (0, 30), (300, 40)), capacity=64), [288, 0, 288]),
+        (Case(((100, 20), (33, 5)), shares_kv=True), [96, 32]),
+        (Case(((300, 5), (100, 600))), [288, 0]),  # too many query tokens for each thread block to dequantise
+    ],
+    ids=str,
+)
+def test_which_tokens_are_read_as_they_are(monkeypatch, case, lens):
+    monkeypatch.setattr("vllm_xlayer.attention.prefix.LEAST_TOKENS", 16)
+    impl, given, gathered = cpu_impl(case), [], []
+    impl_ops = SimpleNamespace(**{name: getattr(ops, name) for name in ops.__all__})
+    impl_ops.nvfp4_prefix_attention = lambda *args, **how: (
+        given.append(args[3].tolist()), ops.nvfp4_prefix_attention(*args, **how)
+    )  # fmt: skip
+    impl_ops.gather_nvfp4 = lambda *args: (gathered.append(args), ops.gather_nvfp4(*args))
+    monkeypatch.setattr("vllm_xlayer.attention.impl.ops", impl_ops)
+    check_case(case, impl, torch.device("cpu"), exact_softmax=True)
+    assert given == ([] if lens is None else [lens])
+    if lens is not None:  # and only the others are dequantised
+        keys = sum(context + new - n for (context, new), n in zip(case.requests, lens, strict=True))
+        assert sum(len(args[6]) for args in gathered) <= keys
+
+
 @pytest.mark.parametrize(
     ("case", "launches"),
     [

@@ -57,6 +57,8 @@ class Case:
     rotated_keys: bool = False
     """What is in pages and among the newest is rotated K."""
     split_units: int = 0
+    sees_all: bool = False
+    """Queries come after all of the tokens, of which a request may have none (nvfp4_prefix_attention)."""
     seed: int = 0
 
     def __str__(self) -> str:
@@ -388,7 +390,7 @@ def check_batch(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> None:
     k_pool, v_pool = batch.dequantised()
     q, table = batch.q.cpu(), batch.block_table.cpu().long()
     sinks = None if batch.sinks is None else batch.sinks.cpu()
-    softmax = ref.Softmax(c.softmax_scale, c.window, c.soft_cap, sinks)
+    softmax = ref.Softmax(c.softmax_scale, c.window, c.soft_cap, sinks, c.sees_all)
     for r, length in enumerate(batch.seq_lens.tolist()):
         rows = c.rows(r)
         if rows.start == rows.stop:

@@ -42,10 +42,15 @@ class Softmax:
     soft_cap: float = 0.0
     sinks: torch.Tensor | None = None
     """[Hq]"""
+    sees_all: bool = False
+    """Queries come after all of the tokens."""
 
 
-def visible(q_len: int, tokens: int, window: int) -> torch.Tensor:
+def visible(q_len: int, tokens: int, softmax: Softmax) -> torch.Tensor:
     """[q_len, tokens] bool: which tokens each of the last q_len tokens sees; none at a negative position."""
+    if softmax.sees_all:
+        return torch.ones(q_len, tokens, dtype=torch.bool)
+    window = softmax.window
     position = torch.arange(tokens - q_len, tokens)[:, None]
     key = torch.arange(tokens)[None, :]
     seen = key <= position
@@ -65,7 +70,7 @@ def attention(
     scores = torch.einsum("ihgd,nhd->hgin", q, k).flatten(0, 1) * softmax.scale
     if softmax.soft_cap:
         scores = softmax.soft_cap * torch.tanh(scores / softmax.soft_cap)
-    seen = visible(q_len, k.shape[0], softmax.window)
+    seen = visible(q_len, k.shape[0], softmax)
     scores = torch.where(seen, scores, -torch.inf)
     exists = seen.any(-1)
     terms = scores
@@ -93,7 +98,7 @@ def attention_in(
     scores = (rows @ k.transpose(1, 2) * softmax.scale).float().view(heads, q_len, -1)
     if softmax.soft_cap:
         scores = softmax.soft_cap * torch.tanh(scores / softmax.soft_cap)
-    seen = visible(q_len, k.shape[1], softmax.window)
+    seen = visible(q_len, k.shape[1], softmax)
     scores = torch.where(seen, scores, -torch.inf)
     terms = scores
     if softmax.sinks is not None:

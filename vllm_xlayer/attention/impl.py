@@ -2,8 +2,9 @@
 
 Decode requests attend to the cache's bytes. For all others one kernel dequantises the tokens before the
 step's into a bounded workspace and puts the step's own behind them, which are not quantised; FlashAttention
-attends to all. Where nothing is before them it attends to K and V as they come. Attention sinks are part of
-the decode kernel's softmax; FlashAttention runs without them, and its result is scaled.
+attends to all. Where nothing is before them it attends to K and V as they come. Of prompts that go on by a
+few tokens another kernel attends to the pages (see `prefix`), and only the newest are dequantised. Attention
+sinks are part of the decode kernel's softmax; FlashAttention runs without them, and its result is scaled.
 """
 
 import torch
@@ -17,6 +18,7 @@ from ..nvfp4 import ROTATED_KEYS, ScaleOrder, scale_choice_of
 from .decode import DecodeBatch
 from .metadata import DevicePiece, NVFP4Metadata
 from .newest import NewestBatch, allocate, newest_tokens_of, write_arguments
+from .prefix import Prefix, PrefixKernel
 from .scale_counts import ScaleCounts
 
 
@@ -65,6 +67,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self.scale_choice = scale_choice_of(kv_cache_dtype, settings.scale_choice)
         self.capacity = self._workspace_tokens(config, settings.gather_workspace_bytes)
         self.newest: torch.Tensor | None = None
+        self.prefix_rows = 0 if self.window is not None or self.soft_cap else self._prefix_rows(config)
         self.config = config if newest_tokens_of(config) else None
         self.scale_counts = ScaleCounts(config.device_config.device) if settings.debug else None
 
@@ -77,6 +80,19 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
     def _waves(self, query_lens):
         """Of the dense attention of requests with so many query tokens, `plan.Waves` or None."""
         return self.attend.waves(query_lens, self.num_heads, self.num_kv_heads)
+
+    def _prefix_rows(self, config) -> int:
+        """Query rows of a thread block of `ops.nvfp4_prefix_attention`, 0 where there is no kernel."""
+        return ops.nvfp4_prefix_rows(torch.empty(0, device=config.device_config.device), self.head_size)
+
+    def _prefix_kernel(self, query: torch.Tensor) -> PrefixKernel:
+        return PrefixKernel(
+            rows=self.prefix_rows,
+            group=self.num_heads // self.num_kv_heads,
+            kv_heads=self.num_kv_heads,
+            at_once=torch.cuda.get_device_properties().multi_processor_count if query.is_cuda else 1,
+            newest_tokens=0 if self.newest is None else self.newest.shape[3],
+        )
 
     def _workspace_tokens(self, config, workspace_bytes: int) -> int:
         """Tokens of K and V the workspace holds: what the setting buys, at least what one request's
@@ -154,7 +170,9 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         )  # fmt: skip
 
     def _prefill(self, layer, query, key, value, kv_cache, attn_metadata: NVFP4Metadata, output) -> None:
-        for piece in attn_metadata.plan(self.window, self.capacity, self._waves):
+        prefix = attn_metadata.prefix(self._prefix_kernel(query)) if self.prefix_rows else None
+        before = None if prefix is None else self._attend_prefix(layer, query, kv_cache, prefix)
+        for piece in attn_metadata.plan(self.window, self.capacity, self._waves, prefix):
             tokens = piece.tokens
             own = (None, None)
             if self.shared_kv is None:  # a layer that reads another's pages reads all tokens there
@@ -163,7 +181,21 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
                 k, v = own
             else:
                 k, v = self._gather(layer, *own, kv_cache, piece, query.dtype)
-            self._attend(piece, query[tokens], k, v, output[tokens])
+            of_piece = None if before is None else (before[0][tokens], before[1][:, tokens].contiguous())
+            self._attend(piece, query[tokens], k, v, output[tokens], of_piece)
+
+    def _attend_prefix(self, layer, query, kv_cache, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention to pages as they are: (output [T, Hq, D], LSE float32 [Hq, T]) of all of the batch's
+        tokens, of which those outside of ``prefix.tokens`` are not written."""
+        out = torch.empty_like(query)
+        lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
+        tokens = prefix.tokens
+        ops.nvfp4_prefix_attention(
+            query[tokens], kv_cache, prefix.block_table, prefix.lens, prefix.query_starts, layer._k_scale,
+            layer._v_scale, out[tokens], lse[:, tokens], scale=self.scale, max_query_len=prefix.max_query_len,
+            rotated_keys=ROTATED_KEYS,
+        )  # fmt: skip
+        return out, lse
 
     def _gather(
         self, layer, key, value, kv_cache, piece: DevicePiece, dtype: torch.dtype
@@ -179,10 +211,13 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         )  # fmt: skip
         return k, v
 
-    def _attend(self, piece: DevicePiece, q, k, v, out) -> None:
-        """Attention of one piece into ``out``; a request that is cut in pieces ends with its last one."""
+    def _attend(self, piece: DevicePiece, q, k, v, out, before) -> None:
+        """Attention of one piece into ``out``; a request that is cut in pieces ends with its last one.
+
+        before: (output, LSE) of the same queries' attention to tokens before the pieces, or None.
+        """
         is_last = piece.piece.causal
-        is_whole = is_last and not piece.piece.merge
+        is_whole = is_last and not piece.piece.merge and before is None
         part, lse = self.attend(piece, q, k, v, out if is_whole else None)
         if piece.piece.merge:
             assert self._partial is not None
@@ -190,6 +225,8 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self._partial = None if is_last else (part, lse)
         if not is_last:
             return
+        if before is not None:
+            part, lse = self.merge(*before, part, lse)
         if self.sinks is not None:
             torch.mul(part, sink_factor(lse, self.sinks), out=out)
         elif not is_whole:

@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from .decode import DecodeBatch, DecodePlanner, limits
 from .newest import NewestBatch, chunk_of, make_planner
 from .plan import Piece, Waves, plan_pieces
+from .prefix import Prefix, PrefixKernel, on_device
 from .scale_counts import make_report
 
 logger = init_logger(__name__)
@@ -74,22 +75,34 @@ class NVFP4Metadata(AttentionMetadata):
     slot_mapping: torch.Tensor
     decode: DecodeBatch | None = None
     newest: NewestBatch | None = None
-    _plans: dict[tuple[int | None, int], list[DevicePiece]] = field(default_factory=dict)
+    _plans: dict[tuple[int | None, int, bool], list[DevicePiece]] = field(default_factory=dict)
+    _prefixes: dict[PrefixKernel, Prefix | None] = field(default_factory=dict)
+
+    def prefix(self, kernel: PrefixKernel) -> Prefix | None:
+        """What layers with such a kernel attend to without a plan; None for nothing."""
+        if kernel not in self._prefixes:
+            starts = kernel.lens(np.diff(self.query_starts), self.seq_lens)
+            made = None if starts is None else on_device(starts, self.query_starts, self.block_table)
+            self._prefixes[kernel] = made
+        return self._prefixes[kernel]
 
     def plan(
         self,
         window: int | None,
         capacity: int,
         waves_of: Callable[[np.ndarray], Waves | None] = lambda query_lens: None,
+        prefix: Prefix | None = None,
     ) -> list[DevicePiece]:
         """The pieces for layers with such a window (tokens) and workspace (tokens).
 
         waves_of: numbers of query tokens, int [R] -> the thread blocks of the dense attention.
+        prefix: what is attended to elsewhere; one that `prefix` gave, the same in all calls.
         """
-        key = (window, capacity)
+        key = (window, capacity, prefix is not None)
         if key not in self._plans:
             query_lens = np.diff(self.query_starts)
-            pieces = plan_pieces(query_lens, self.seq_lens, capacity, window, waves_of(query_lens))
+            starts = None if prefix is None else prefix.starts
+            pieces = plan_pieces(query_lens, self.seq_lens, capacity, window, waves_of(query_lens), starts)
             self._plans[key] = [self._to_device(p, query_lens) for p in pieces]
         return self._plans[key]
 

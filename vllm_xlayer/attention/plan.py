@@ -66,6 +66,7 @@ def plan_pieces(
     capacity: int,
     window: int | None = None,
     waves: Waves | None = None,
+    starts: np.ndarray | None = None,
 ) -> list[Piece]:
     """Plan a batch.
 
@@ -76,6 +77,7 @@ def plan_pieces(
         window: Sliding window in tokens (a query sees itself and ``window - 1`` before it),
             None for full attention.
         waves: of the dense attention, None if it is not known how it cuts its work.
+        starts: int [R], first key of each request: those before are attended to elsewhere. Not with a window.
 
     Raises:
         ValueError: A request's query tokens, or with a window the keys they can see, do not
@@ -84,7 +86,7 @@ def plan_pieces(
     query_lens = np.asarray(query_lens, dtype=np.int64)
     seq_lens = np.where(query_lens > 0, np.asarray(seq_lens, dtype=np.int64), 0)
     context = seq_lens - query_lens
-    starts = np.zeros_like(context)
+    starts = np.zeros_like(context) if starts is None else starts
     if window is not None:
         starts = np.maximum(0, context - (window - 1))
     lens = np.where(query_lens > 0, seq_lens - starts, 0)

@@ -57,9 +57,11 @@ class Layer:
                 slot_mapping=torch.empty(0, dtype=torch.int64),
                 newest=newest,
             )
-            self.pieces = step.plan(
-                None, impl.capacity, impl._waves
-            )  # once a step for all layers, and not timed
+            # Once a step for all layers, and not timed. The gather is timed of all tokens, also where
+            # attention reads most of them in their pages.
+            if impl.prefix_rows and (prefix := step.prefix(impl._prefix_kernel(query))) is not None:
+                step.plan(None, impl.capacity, impl._waves, prefix)
+            self.pieces = step.plan(None, impl.capacity, impl._waves)
             self.attend.append(partial(impl._prefill, layer, query, key, value, cache, step, inputs.out))
             gathered = [piece for piece in self.pieces if not piece.all_own]
             if gathered:

@@ -15,6 +15,7 @@ from .extension import DEBUG_ENV, ExtensionMissingError, build_info, load
 from .gather import gather_nvfp4
 from .head_tiles import kernel_q_len
 from .newest import newest_step
+from .prefix import nvfp4_prefix_attention, nvfp4_prefix_rows
 
 __all__ = [
     "DEBUG_ENV",
@@ -30,5 +31,7 @@ __all__ = [
     "newest_step",
     "nvfp4_attention_schedule",
     "nvfp4_paged_attention",
+    "nvfp4_prefix_attention",
+    "nvfp4_prefix_rows",
     "reshape_and_cache_nvfp4",
 ]

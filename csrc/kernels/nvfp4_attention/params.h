@@ -69,6 +69,8 @@ struct Nvfp4AttentionParams {
   int window;            // a query sees itself and window - 1 before it; 0: all
   ScaleOrder v_order;
   bool rotated_keys;     // K is kept as rotate.cuh says; so is the newest tokens'
+  bool sees_all;         // every query sees all of seq_lens: nvfp4_prefix_attention, which has none of the above but
+                         // scales and rotated_keys
 
   // CUDA only.
   int32_t* schedule;   // see Schedule

@@ -202,11 +202,11 @@ void launch(dim3 grid, int threads, size_t shared_bytes, F kernel) {
   Machine& m = machine();
   m.grid = grid;
   m.body = kernel;
-  const unsigned blocks = grid.x * grid.y;
+  const unsigned blocks = grid.x * grid.y * grid.z;
   for (unsigned i = 0; i < blocks; ++i) {
     const unsigned at = m.late_copies ? i : blocks - 1 - i;  // both orders are seen
     m.shared.assign(shared_bytes + 256, 0xFF);
-    m.block_index = {at % grid.x, at / grid.x, 0};
+    m.block_index = {at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y};
     run_block(threads);
   }
 }

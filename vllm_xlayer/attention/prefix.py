@@ -1,0 +1,90 @@
+"""Which prompts attend to the pages before them as they are, and how a step's are given to the kernel.
+
+`ops.nvfp4_prefix_attention` reads NVFP4 pages, which FlashAttention cannot: its thread blocks dequantise what
+they multiply. So nothing is dequantised into a workspace first, which is a third of the time where prompts go
+on by a few tokens (short turns). Each of its thread blocks dequantises all that its request has cached: with
+many query tokens a request that is better done once, and with few thread blocks the GPU is not busy.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+TILE = 16
+"""Newest tokens are in tiles of so many, of which a page has whole ones only."""
+LEAST_TOKENS = 512
+"""In pages. With fewer there is little to dequantise, and what comes after them is a launch of its own."""
+MOST_BLOCKS = 8
+"""Thread blocks of a request and KV head: as often its tokens are dequantised."""
+
+
+@dataclass(frozen=True)
+class PrefixKernel:
+    """What a layer's kernel is like.
+
+    Attributes:
+        rows: Query rows of a thread block.
+        group: Query heads a KV head.
+        kv_heads: of the layer.
+        at_once: Thread blocks that the device computes at once.
+        newest_tokens: that are kept in 16 bits beside the pages, and are not read from them.
+    """
+
+    rows: int
+    group: int
+    kv_heads: int
+    at_once: int
+    newest_tokens: int
+
+    def lens(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> np.ndarray | None:
+        """Tokens of each request that the kernel is to attend to, 0 for some; None if it is not to be used.
+
+        Args:
+            query_lens: int [R], tokens of this step of each request.
+            seq_lens: int [R], tokens of each request including this step's.
+        """
+        lens = (seq_lens - query_lens - self.newest_tokens).clip(0) // TILE * TILE
+        blocks = -(-query_lens * self.group // self.rows)
+        lens = np.where((lens >= LEAST_TOKENS) & (blocks > 0) & (blocks <= MOST_BLOCKS), lens, 0)
+        used = self.kv_heads * int(blocks[lens > 0].sum())
+        return lens if used >= max(self.at_once, 1) else None
+
+
+@dataclass
+class Prefix:
+    """A step's, for all layers with such a kernel; int32 on the device, made of one transfer.
+
+    Attributes:
+        starts: int [R] on the host, tokens of each request that the kernel attends to.
+        tokens: The requests' query tokens in the batch, half-open.
+        max_query_len: Most query tokens of a request that has such tokens.
+        lens: [R], as ``starts``.
+        query_starts: [R + 1], running query tokens from 0.
+        block_table: [R, M].
+    """
+
+    starts: np.ndarray
+    tokens: slice
+    max_query_len: int
+    lens: torch.Tensor
+    query_starts: torch.Tensor
+    block_table: torch.Tensor
+
+
+def on_device(starts: np.ndarray, query_starts: np.ndarray, block_table: torch.Tensor) -> Prefix:
+    """starts: int [R]; query_starts: int [R + 1] in the batch; block_table: int32 [R, M] on the device."""
+    n, device = len(starts), block_table.device
+    host = torch.empty(2 * n + 1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    ints = host.numpy()
+    ints[:n] = starts
+    ints[n:] = query_starts - query_starts[0]
+    lens, running = host.to(device, non_blocking=True).split((n, n + 1))
+    return Prefix(
+        starts=starts,
+        tokens=slice(int(query_starts[0]), int(query_starts[-1])),
+        max_query_len=int(np.diff(query_starts).max()),
+        lens=lens,
+        query_starts=running,
+        block_table=block_table,
+    )
