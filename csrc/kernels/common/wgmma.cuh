@@ -23,10 +23,6 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t shared, uint32_t leading
 
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
 
 #define XLAYER_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define XLAYER_D16(d, i) XLAYER_D4(d, i), XLAYER_D4(d, i + 4), XLAYER_D4(d, i + 8), XLAYER_D4(d, i + 12)
@@ -35,6 +31,12 @@ __device__ __forceinline__ void wait() {
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"  \
   "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53," \
   "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
+
+// Until all but the last N groups of products are there: d, which one of those before them has.
+template <int N>
+__device__ __forceinline__ void wait(float (&d)[64]) {
+  asm volatile("wgmma.wait_group.sync.aligned %64;" : XLAYER_D64(d) : "n"(N) : "memory");
+}
 
 // d [64 x 128] (+)= a [64 x 16] b [16 x 128], halves to float32; both in shared memory, contiguous along the
 // sum.
@@ -70,6 +72,19 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra over;\nbra again;\nover:\n}\n" ::"r"(barrier),
       "r"(parity)
+      : "memory");
+}
+
+// An arrival, and so many bytes of `copy` that the barrier waits for, too.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+// Copies a multiple of 16 bytes, from and to multiples of 16, while the thread goes on.
+__device__ __forceinline__ void copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 

@@ -1,0 +1,295 @@
+// The warpgroups that multiply: attention of 64 query rows to the tiles that the producers make.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "../common/ptx.cuh"
+#include "../common/wgmma.cuh"
+#include "../nvfp4/rotate.cuh"
+#include "../nvfp4_attention/params.h"
+#include "shared.cuh"
+
+namespace xlayer::prefix {
+
+// P's maximum is 2^HEADROOM when its row's maximum is set anew, and at most 2^LAZY times that until then:
+// below 65,504, a half's most. UNSCALE: halves of pages are 2^-14 of what they stand for.
+constexpr float EMPTY = -1e30f, HEADROOM = 12.0f, LAZY = 3.9f, UNSCALE = 16384.0f;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+__device__ __forceinline__ float2 to_float2(uint32_t bits, bool f16) {
+  if (f16) return __half22float2(__half2(__builtin_bit_cast(__half2_raw, bits)));
+  return __bfloat1622float2(__nv_bfloat162(__builtin_bit_cast(__nv_bfloat162_raw, bits)));
+}
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(low, high)));
+}
+
+// A row of queries, by two threads: thread `part` has 64 elements. Halves times a power of two, and rotated
+// like K.
+__device__ __forceinline__ void load_query(const Nvfp4AttentionParams& p, uint32_t shared, int row, int part,
+                                           const uint16_t* q, bool there) {
+  float x[64];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint4 raw =
+        there ? __ldg(reinterpret_cast<const uint4*>(q + 64 * part) + i) : make_uint4(0, 0, 0, 0);
+    const uint32_t bits[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 two = to_float2(bits[j], p.dtype == Dtype::F16);
+      x[8 * i + 2 * j] = two.x, x[8 * i + 2 * j + 1] = two.y;
+    }
+  }
+  float amax = 0.0f;
+  if (p.rotated_keys) {
+    butterflies<32>(x);
+    butterflies<32>(x + 32);
+#pragma unroll
+    for (int i = 0; i < 64; ++i) x[i] *= rotation_back(32);
+  }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) amax = fmaxf(amax, fabsf(x[i]));
+  amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 1));
+  const uint32_t exponent = min(max(float_bits(amax) >> 23, 40u), 254u);
+  const float up = bits_float((127 + 127 + 7 - exponent) << 23), down = bits_float((exponent - 7) << 23);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float* e = x + 8 * i;
+    const uint32_t halves[4] = {pack(e[0] * up, e[2] * up), pack(e[1] * up, e[3] * up),
+                                pack(e[4] * up, e[6] * up), pack(e[5] * up, e[7] * up)};
+    ptx::store_shared(shared + part * PANEL + row * 128 + 16 * (i ^ (row & 7)), halves);
+  }
+  if (part == 0) {
+    const float factor = p.scale * LOG2E * UNSCALE * *p.k_scale * down;
+    ptx::store_shared(shared + FACTORS_AT + 4 * row, float_bits(factor));
+  }
+}
+
+// Either warpgroup has 64 rows of its own and all tiles; or, where there are no more than 64, both have those
+// rows and every other tile, and are merged at the end.
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const Nvfp4AttentionParams& p, uint32_t shared,
+                                      const Barriers& barriers, int group, bool same_rows)
+      : p_(p),
+        shared_(shared),
+        barriers_(barriers),
+        group_(group),
+        same_rows_(same_rows),
+        thread_(threadIdx.x % GROUP_THREADS),
+        lane_(threadIdx.x % 32) {}
+
+  // begin: The request's first query token. first_row: of the thread block's rows, of all `rows`.
+  __device__ __forceinline__ void run(int begin, int rows, int first_row, int kv_head, int len) {
+    const int per_head = p_.num_q_heads / p_.page.heads;
+    if (!same_rows_) first_row += GROUP_ROWS * group_;
+    const int in_shared = GROUP_ROWS * group_;
+    {
+      const int row = first_row + thread_ / 2;
+      const uint16_t* q = static_cast<const uint16_t*>(p_.q) + (begin + row / per_head) * p_.q_stride_t +
+                          (kv_head * per_head + row % per_head) * p_.q_stride_h;
+      load_query(p_, shared_, in_shared + thread_ / 2, thread_ % 2, q, row < rows);
+      wgmma::stores_are_seen();
+      ptx::barrier(1 + group_, GROUP_THREADS);
+    }
+    const int mine = thread_ / 32 * 16 + lane_ / 4;  // and the row eight further
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      uint32_t bits;
+      ptx::load_shared<4>(shared_ + FACTORS_AT + 4 * (in_shared + mine + 8 * j), &bits);
+      factor_[j] = bits_float(bits);
+    }
+    float o[64] = {};
+    attend(o, len);
+    if (same_rows_) {
+      if (group_ == 1) give(o);
+      ptx::barrier(3, 2 * GROUP_THREADS);
+      if (group_ == 1) return;
+      take(o);
+    }
+    store(o, max_, sum_, begin, rows, first_row + mine, kv_head, per_head, lane_ % 4);
+  }
+
+ private:
+  // While the softmax of a tile is computed, P of the one before is multiplied by V.
+  __device__ __forceinline__ void attend(float (&o)[64], int len) {
+    const int tiles = (len + KEYS - 1) / KEYS, step = same_rows_ ? 2 : 1;
+    int i = same_rows_ ? group_ : 0;
+    if (i >= tiles) return;
+    float s[64];
+    uint32_t weights[32];
+    ask_for_s(s, i);
+    got_s(s, i, len, wgmma::wait<0>);
+    grow(s);
+    exponentials(s);
+    pack_all(s, weights);
+    for (; i + step < tiles; i += step) {
+      ask_for_s(s, i + step);
+      ask_for_o(o, weights, i);
+      got_s(s, i + step, len, wgmma::wait<1>);
+      const bool grown = grow(s);
+      exponentials(s);
+      got_o(o, i);
+      if (grown) {
+#pragma unroll
+        for (int n = 0; n < 64; ++n) o[n] *= shrink_[n / 2 % 2];
+      }
+      pack_all(s, weights);
+    }
+    ask_for_o(o, weights, i);
+    got_o(o, i);
+  }
+
+  __device__ __forceinline__ void ask_for_s(float (&s)[64], int tile) const {
+    const int stage = tile % STAGES;
+    wgmma::barrier_wait(barriers_.full(false, stage), tile / STAGES & 1);
+    const uint64_t q = wgmma::descriptor(shared_ + group_ * GROUP_ROWS * 128, 16, 1024),
+                   k = wgmma::descriptor(shared_ + K_AT + stage * OPERAND, 16, 1024);
+    wgmma::fence();
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      const uint64_t on = (step / 4 * PANEL + step % 4 * 32) / 16;
+      wgmma::multiply(s, q + on, k + on, step > 0);
+    }
+    wgmma::commit();
+  }
+  template <class Wait>
+  __device__ __forceinline__ void got_s(float (&s)[64], int tile, int len, Wait wait) const {
+    wait(s);
+    if (lane_ == 0) wgmma::barrier_arrive(barriers_.empty(false, tile % STAGES));
+    const int there = len - tile * KEYS;
+    if (there < KEYS) {
+#pragma unroll
+      for (int n = 0; n < 64; ++n) {
+        if (n / 4 * 8 + lane_ % 4 * 2 + n % 2 >= there) s[n] = -INFINITY;
+      }
+    }
+  }
+  __device__ __forceinline__ void ask_for_o(float (&o)[64], const uint32_t (&weights)[32], int tile) const {
+    const int stage = tile % STAGES;
+    wgmma::barrier_wait(barriers_.full(true, stage), tile / STAGES & 1);
+    const uint64_t v = wgmma::descriptor(shared_ + V_AT + stage * OPERAND, PANEL, 1024);
+    wgmma::fence();
+#pragma unroll
+    for (int step = 0; step < KEYS / 16; ++step) {
+      const uint32_t a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2],
+                             weights[4 * step + 3]};
+      wgmma::multiply_add(o, a, v + step * 16 * 128 / 16);
+    }
+    wgmma::commit();
+  }
+  __device__ __forceinline__ void got_o(float (&o)[64], int tile) const {
+    wgmma::wait<0>(o);
+    if (lane_ == 0) wgmma::barrier_arrive(barriers_.empty(true, tile % STAGES));
+  }
+
+  // Sets the rows' maxima anew where a row of this warp has grown by more than LAZY allows, and says so.
+  __device__ __forceinline__ bool grow(const float (&s)[64]) {
+    float m[2] = {s[0], s[2]};
+#pragma unroll
+    for (int n = 0; n < 64; ++n) m[n / 2 % 2] = fmaxf(m[n / 2 % 2], s[n]);
+    bool grown = false;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      m[j] = fmaxf(m[j], __shfl_xor_sync(0xFFFFFFFFu, m[j], 1));
+      m[j] = fmaxf(m[j], __shfl_xor_sync(0xFFFFFFFFu, m[j], 2));
+      m[j] = m[j] * factor_[j] - HEADROOM;
+      grown |= m[j] > max_[j] + LAZY;
+    }
+    if (!__any_sync(0xFFFFFFFFu, grown)) return false;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      m[j] = fmaxf(max_[j], m[j]);
+      shrink_[j] = ptx::exp2_approx(max_[j] - m[j]);
+      sum_[j] *= shrink_[j];
+      max_[j] = m[j];
+    }
+    return true;
+  }
+  __device__ __forceinline__ void exponentials(float (&s)[64]) {
+#pragma unroll
+    for (int n = 0; n < 64; ++n) {
+      const int j = n / 2 % 2;
+      s[n] = ptx::exp2_approx(fmaf(s[n], factor_[j], -max_[j]));
+      sum_[j] += s[n];
+    }
+  }
+  // weights: P as operand A of eight steps of 16 tokens.
+  __device__ __forceinline__ static void pack_all(const float (&s)[64], uint32_t (&weights)[32]) {
+#pragma unroll
+    for (int n = 0; n < 32; ++n) weights[n] = pack(s[2 * n], s[2 * n + 1]);
+  }
+
+  // The second warpgroup's result by way of what was its stage of V and K, to the first one.
+  __device__ __forceinline__ uint32_t place(uint32_t at, int n) const {
+    static_assert(STAGES == 2 && OPERAND == 64 * GROUP_THREADS * 4);
+    return shared_ + at + OPERAND + 4 * (n * GROUP_THREADS + thread_);
+  }
+  __device__ __forceinline__ void give(const float (&o)[64]) const {
+#pragma unroll
+    for (int n = 0; n < 64; ++n) ptx::store_shared(place(V_AT, n), float_bits(o[n]));
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      ptx::store_shared(place(K_AT, j), float_bits(max_[j]));
+      ptx::store_shared(place(K_AT, 2 + j), float_bits(sum_[j]));
+    }
+  }
+  __device__ __forceinline__ float taken(uint32_t at, int n) const {
+    uint32_t bits;
+    ptx::load_shared<4>(place(at, n), &bits);
+    return bits_float(bits);
+  }
+  __device__ __forceinline__ void take(float (&o)[64]) {
+    float mine[2], other[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float theirs = taken(K_AT, j), both = fmaxf(max_[j], theirs);
+      mine[j] = ptx::exp2_approx(max_[j] - both);
+      other[j] = ptx::exp2_approx(theirs - both);
+      max_[j] = both;
+      sum_[j] = sum_[j] * mine[j] + taken(K_AT, 2 + j) * other[j];
+    }
+#pragma unroll
+    for (int n = 0; n < 64; ++n) o[n] = o[n] * mine[n / 2 % 2] + taken(V_AT, n) * other[n / 2 % 2];
+  }
+
+  __device__ __forceinline__ void store(const float (&o)[64], const float (&max)[2], float (&sum)[2],
+                                        int begin, int rows, int first, int kv_head, int per_head,
+                                        int t) const {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int row = first + 8 * j;
+      float total = sum[j];
+      total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
+      total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
+      const float unscale = total > 0.0f ? UNSCALE * *p_.v_scale / total : 0.0f;
+      const int token = begin + row / per_head, head = kv_head * per_head + row % per_head;
+      uint16_t* out = static_cast<uint16_t*>(p_.out) + token * p_.out_stride_t + head * p_.out_stride_h;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        // This lane has elements in the order 0 2 | 1 3 | 4 6 | 5 7: the one beside it has what is missing.
+        const float a = o[4 * i + 2 * j] * unscale, b = o[4 * i + 2 * j + 1] * unscale;
+        const float other = __shfl_xor_sync(0xFFFFFFFFu, t % 2 == 0 ? b : a, 1);
+        const float low = t % 2 == 0 ? a : other, high = t % 2 == 0 ? other : b;
+        const uint32_t two =
+            p_.dtype == Dtype::F16
+                ? pack(low, high)
+                : __builtin_bit_cast(uint32_t, __nv_bfloat162_raw(__floats2bfloat162_rn(low, high)));
+        if (row < rows) *reinterpret_cast<uint32_t*>(out + 8 * i + 2 * t) = two;
+      }
+      if (t == 0 && row < rows) {
+        p_.lse[head * p_.lse_stride_h + token] = total > 0.0f ? (max[j] + log2f(total)) * LN2 : -INFINITY;
+      }
+    }
+  }
+
+  const Nvfp4AttentionParams& p_;
+  const uint32_t shared_;
+  const Barriers barriers_;
+  const int group_;
+  const bool same_rows_;
+  const int thread_, lane_;
+  float factor_[2], max_[2] = {EMPTY, EMPTY}, sum_[2] = {0.0f, 0.0f}, shrink_[2];
+};
+
+}  // namespace xlayer::prefix
