@@ -13,6 +13,7 @@ from backend_cases import CASES, Case, check_case, make_impl
 
 from vllm_xlayer import ops
 from vllm_xlayer.attention.plan import Waves
+from vllm_xlayer.attention.prefix import Limits
 
 pytest.importorskip("vllm")
 
@@ -84,7 +85,7 @@ def test_against_float64(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pages_as_they_are(monkeypatch, case):
     """The same batches, where all that can attend to pages without a copy does."""
-    monkeypatch.setattr("vllm_xlayer.attention.prefix.LEAST_TOKENS", 16)
+    monkeypatch.setattr("vllm_xlayer.attention.impl.LIMITS", Limits(least_tokens=16))
     check_case(case, cpu_impl(case), torch.device("cpu"), exact_softmax=True)
 
 
@@ -102,7 +103,7 @@ def test_pages_as_they_are(monkeypatch, case):
     ids=str,
 )
 def test_which_tokens_are_read_as_they_are(monkeypatch, case, lens):
-    monkeypatch.setattr("vllm_xlayer.attention.prefix.LEAST_TOKENS", 16)
+    monkeypatch.setattr("vllm_xlayer.attention.impl.LIMITS", Limits(least_tokens=16))
     impl, given, gathered = cpu_impl(case), [], []
     impl_ops = SimpleNamespace(**{name: getattr(ops, name) for name in ops.__all__})
     impl_ops.nvfp4_prefix_attention = lambda *args, **how: (

@@ -289,6 +289,41 @@ def test_rows_of_load_and_engine_have_a_cell_for_each_cache():
         assert len({len(cells) for _, cells in lines}) == 1
 
 
+class Turns(engines.Engine):
+    """Says when first tokens came, in place of a process."""
+
+    def __init__(self, *first_at):
+        self.first_at, self.asked = list(first_at), []
+        self.about = dict(vocabulary=50, step_tokens=300)
+
+    def generate(self, asked, tokens, *_):
+        self.asked.append([len(prompt) for prompt in asked])
+        return engines.Answer(1.0, [], first_at=self.first_at.pop(0) if len(self.asked) > 1 else [])
+
+
+def test_a_turn_is_one_step_of_all_that_go_on():
+    """Timed from the end of the step before: of a prompt that no other request is in a step with."""
+    turns = Turns([1.0, 1.25, 1.25], [1.0, 1.25, 1.5], [1.0, 1.0, 1.0], [2.0, 2.5, 2.5], [3.0, 3.375, 3.375])
+    turn = engine.measure_turn(turns, "llama-3.1-8b", 32)
+    assert turn == {"requests": 2, "tokens": 256, "new": 100, "step_seconds": 0.375}
+    assert turns.asked == [[256, 256], *[[300, 356, 356]] * 5]
+
+
+def test_a_turn_of_several_steps_has_no_time():
+    turns = Turns(*[[1.0, 1.25, 1.5]] * 5)
+    assert engine.measure_turn(turns, "llama-3.1-8b", 32)["step_seconds"] is None
+    results = engine_results(fp8=(1, 1, 1), nvfp4=(1, 1, 1))
+    turn = {"requests": 64, "tokens": 8192, "new": 100}
+    results["caches"]["nvfp4"]["turn"] = {**turn, "step_seconds": None}
+    cells = dict(engine.rows(results))
+    assert cells["step of 64 x 100 new tokens after 8,192, ms"] == ["-", "-"]
+    results["caches"]["fp8"]["turn"] = {**turn, "step_seconds": 0.2}
+    assert not any("after" in bound.what for bound in engine.bounds(results))
+    results["caches"]["nvfp4"]["turn"]["step_seconds"] = 0.205
+    (bound,) = [bound for bound in engine.bounds(results) if "after" in bound.what]
+    assert bound.kept and bound.limit == 1.03 and round(bound.value, 3) == 1.025
+
+
 def test_a_step_is_between_tokens_of_the_request_that_began_last():
     """Those before it saw prompts computed between their tokens."""
 

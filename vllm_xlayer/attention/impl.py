@@ -18,7 +18,7 @@ from ..nvfp4 import ROTATED_KEYS, ScaleOrder, scale_choice_of
 from .decode import DecodeBatch
 from .metadata import DevicePiece, NVFP4Metadata
 from .newest import NewestBatch, allocate, newest_tokens_of, write_arguments
-from .prefix import Prefix, PrefixKernel
+from .prefix import LIMITS, Prefix, PrefixKernel
 from .scale_counts import ScaleCounts
 
 
@@ -92,6 +92,7 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
             kv_heads=self.num_kv_heads,
             at_once=torch.cuda.get_device_properties().multi_processor_count if query.is_cuda else 1,
             newest_tokens=0 if self.newest is None else self.newest.shape[3],
+            limits=LIMITS,
         )
 
     def _workspace_tokens(self, config, workspace_bytes: int) -> int:

@@ -13,10 +13,25 @@ import torch
 
 TILE = 16
 """Newest tokens are in tiles of so many, of which a page has whole ones only."""
-LEAST_TOKENS = 512
-"""In pages. With fewer there is little to dequantise, and what comes after them is a launch of its own."""
-MOST_BLOCKS = 8
-"""Thread blocks of a request and KV head: as often its tokens are dequantised."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where reading pages as they are is faster than dequantising them first (``bench gather`` tells).
+
+    Attributes:
+        least_tokens: of a request in pages. With fewer there is little to dequantise, and what comes after
+            them is a launch of its own.
+        most_blocks: Thread blocks of a request and KV head: as often its tokens are dequantised.
+        least_busy: Thread blocks of all requests, in those that the device computes at once.
+    """
+
+    least_tokens: int = 512
+    most_blocks: int = 8
+    least_busy: float = 1.0
+
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,7 @@ class PrefixKernel:
         kv_heads: of the layer.
         at_once: Thread blocks that the device computes at once.
         newest_tokens: that are kept in 16 bits beside the pages, and are not read from them.
+        limits: where it is used.
     """
 
     rows: int
@@ -36,6 +52,7 @@ class PrefixKernel:
     kv_heads: int
     at_once: int
     newest_tokens: int
+    limits: Limits
 
     def lens(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> np.ndarray | None:
         """Tokens of each request that the kernel is to attend to, 0 for some; None if it is not to be used.
@@ -46,9 +63,12 @@ class PrefixKernel:
         """
         lens = (seq_lens - query_lens - self.newest_tokens).clip(0) // TILE * TILE
         blocks = -(-query_lens * self.group // self.rows)
-        lens = np.where((lens >= LEAST_TOKENS) & (blocks > 0) & (blocks <= MOST_BLOCKS), lens, 0)
+        limits = self.limits
+        lens = np.where(
+            (lens >= limits.least_tokens) & (blocks > 0) & (blocks <= limits.most_blocks), lens, 0
+        )
         used = self.kv_heads * int(blocks[lens > 0].sum())
-        return lens if used >= max(self.at_once, 1) else None
+        return lens if used > 0 and used >= limits.least_busy * self.at_once else None
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""Decode steps and start in vLLM's engine, with each KV cache: an engine of a real model's shape.
+"""Steps and start in vLLM's engine, with each KV cache: an engine of a real model's shape. Decode steps, and
+one in which many requests go on by a few tokens.
 
 All are started once more at the end (`--starts 2`): a first start on a machine reads files that the next
 finds in memory, and compiles what the next finds compiled. Caches that are not asked for stay in the file as
@@ -10,6 +11,7 @@ over and over, which is the same with every cache.
 """
 
 import argparse
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ DECODES: dict[str, dict[tuple[int, int], float]] = {
 }
 """Shape -> requests, tokens of each -> what a step with nvfp4 may take of one with fp8. Other shapes are
 asked the first one's, without a bound."""
+TURNS: dict[str, tuple[int, int, int, float]] = {SHAPE: (64, 8192, 100, 1.03)}
+"""Shape -> requests, tokens of each in the cache, tokens that each goes on with, all in one step; what it may
+take with nvfp4 of the time with fp8."""
+TURN_REPEATS = 5
 STEPS = 128
 """Decode steps timed, on top of the first tokens."""
 START_SECONDS = 3.0
@@ -74,7 +80,10 @@ def run(args: argparse.Namespace) -> int:
                     if again:
                         caches[cache]["start_again_seconds"] = engine.about["start_seconds"]
                     else:
-                        caches[cache] = stamped(measure(engine, decodes, same))
+                        measured = measure(engine, decodes, same)
+                        if args.shape in TURNS:
+                            measured["turn"] = measure_turn(engine, args.shape, args.scale)
+                        caches[cache] = stamped(measured)
                 # What is measured is kept, whatever happens to the next engine.
                 write(args.json, results)
     if caches:
@@ -100,6 +109,25 @@ def measure(engine: Engine, decodes: list[tuple[int, int]], same: bool) -> dict[
     return report
 
 
+def measure_turn(engine: Engine, shape: str, scale: int) -> dict[str, Any]:
+    """A step in which all requests go on: seconds, the median of several; None where vLLM made more of it."""
+    requests, tokens, new, _ = TURNS[shape]
+    requests, tokens = max(1, requests // scale), tokens // scale
+    vocabulary, taken = engine.about["vocabulary"], []
+    before = prompts(f"{requests} x {tokens}", requests, tokens, vocabulary)
+    engine.generate(before, 1)
+    for number in range(TURN_REPEATS):
+        ends = prompts(f"turn {number}", requests, new, vocabulary)
+        fresh = prompts(f"fresh {number}", 1, engine.about["step_tokens"], vocabulary)[0]
+        asked = [first + end for first, end in zip(before, ends, strict=True)]
+        taken.append(engine.turn_seconds(asked, fresh))
+    steps = [seconds for seconds in taken if seconds is not None]
+    return {
+        "requests": requests, "tokens": tokens, "new": new,
+        "step_seconds": statistics.median(steps) if steps else None,
+    }  # fmt: skip
+
+
 def rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """Label and a cell for each cache."""
     columns = list(results["caches"].values())
@@ -107,6 +135,11 @@ def rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
     for i, first in enumerate(columns[0]["decodes"]):
         steps = [f"{c['decodes'][i]['step_seconds'] * 1e3:.2f}" for c in columns]
         lines.append((f"decode step {first['requests']} x {first['tokens']:,}, ms", steps))
+    turns: list[dict[str, Any]] = [c.get("turn", {}) for c in columns]
+    if turn := next(filter(None, turns), None):
+        what = "step of {requests} x {new} new tokens after {tokens:,}, ms".format(**turn)
+        taken = [t.get("step_seconds") for t in turns]
+        lines.append((what, ["-" if step is None else f"{step * 1e3:.2f}" for step in taken]))
     if all("start_again_seconds" in c for c in columns):
         lines.append(("first start, in this order, s", [f"{c['start_seconds']:.1f}" for c in columns]))
         lines.append(("start again, s", [f"{c['start_again_seconds']:.1f}" for c in columns]))
@@ -128,6 +161,11 @@ def bounds(results: dict[str, Any]) -> list[Bound]:
         if batch in ratios:
             ratio = ours["step_seconds"] / theirs["step_seconds"]
             found.append(Bound(f"nvfp4 / fp8, {what}", ratio, ratios[batch]))
+    turns = [cache.get("turn", {}).get("step_seconds") for cache in (nvfp4, fp8)]
+    if results["shape"] in TURNS and all(turns):
+        requests, tokens, new, limit = TURNS[results["shape"]]
+        what = f"nvfp4 / fp8, step of {requests} x {new} new tokens after {tokens}"
+        found.append(Bound(what, turns[0] / turns[1], limit))
     if "start_again_seconds" in nvfp4 and "start_again_seconds" in fp8:
         later = nvfp4["start_again_seconds"] - fp8["start_again_seconds"]
         found.append(Bound("nvfp4 - fp8, start again", later, START_SECONDS, " s"))

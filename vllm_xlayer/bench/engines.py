@@ -94,6 +94,8 @@ class Answer:
     token_seconds: float = 0.0
     """Between two tokens of the request that began last, as the engine's core saw it, in the mean: while all
     others decode, too, until the first of them end. 0 where it got one token."""
+    first_at: list[float] = field(default_factory=list)
+    """When each request's first token came, by the core's clock: those of one step at the same time."""
 
 
 class Engine:
@@ -136,7 +138,8 @@ class Engine:
         self._pid = self._process.pid
         there.close()
         self.about: dict[str, Any] = {}
-        """start_seconds, runner, capacity (tokens of KV), block_size, vocabulary; once it has started"""
+        """start_seconds, runner, capacity (tokens of KV), block_size, vocabulary, step_tokens (most of a
+        prompt in a step); once it has started"""
         if wait:
             self.wait()
 
@@ -175,6 +178,15 @@ class Engine:
         three times. Hashing the prompts, which takes as long as dozens of steps, is not in it."""
         self.generate(asked, WARM_STEPS, said=said)
         return statistics.median(self.generate(asked, 1 + steps, said=said).token_seconds for _ in range(3))
+
+    def turn_seconds(self, asked: list[Prompt], fresh: Prompt) -> float | None:
+        """A step that computes the ends of these prompts, whose beginnings are in the prefix cache; None
+        where they did not come in one step.
+
+        fresh: A prompt of no other request, which takes a step of its own: while the others arrive.
+        """
+        first, *others = self.generate([fresh, *asked], 1).first_at
+        return min(others) - first if min(others) == max(others) > first else None
 
     def __enter__(self) -> "Engine":
         return self
@@ -236,6 +248,9 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
         "capacity": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
         "block_size": config.cache_config.block_size,
         "vocabulary": llm.llm_engine.model_config.get_vocab_size(),
+        "step_tokens": min(
+            config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len - 1
+        ),
     }
     pipe.send(about)
     while True:
@@ -264,7 +279,8 @@ def _answer(pipe: Connection, llm: Any, start_seconds: float) -> None:
         cached = [output.num_cached_tokens or 0 for output in outputs]
         handed_over = [output.kv_transfer_params for output in outputs]
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        pipe.send((seconds, cached, handed_over, tokens, _token_seconds(outputs)))
+        first_at = [output.metrics.first_token_ts for output in outputs]
+        pipe.send((seconds, cached, handed_over, tokens, _token_seconds(outputs), first_at))
 
 
 def _token_seconds(outputs: list[Any]) -> float:

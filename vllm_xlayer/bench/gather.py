@@ -68,6 +68,12 @@ BATCHES = (
     Batch(1, 131072 - 8192, 8192),
     Batch(64, 0, 512),
 )
+BOTH_WAYS = (
+    *(Batch(64, 8192, new) for new in (16, 64, 100, 128, 256, 512, 1024)),
+    *(Batch(requests, 8192, 100) for requests in (1, 2, 4, 8, 16)),
+    *(Batch(64, cached, 100) for cached in (128, 256, 512, 1024)),
+)
+"""Attended to in their pages and dequantised first, to see where the one and the other is better."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,9 +116,15 @@ def run(args: argparse.Namespace) -> int:
     if args.only is None and "attention" in names:
         inputs = Inputs(first.shape(args.scale), 2, device)
         results["workspaces"] = {
-            mib: seconds(Layer(inputs, (mib << 20) // args.scale).attend, args.repeats) for mib in WORKSPACES
+            mib: seconds(Layer(inputs, (mib << 20) // args.scale, in_pages=False).attend, args.repeats)
+            for mib in WORKSPACES
         }
         write(args.json, results)
+    if args.only is None and "attention" in names:
+        results["ways"] = []
+        for batch in BOTH_WAYS:
+            results["ways"].append(both_ways(batch, args.scale, args.repeats, device))
+            write(args.json, results)
     Console(width=150, highlight=False).print(*tables(results))
     for what, why in _failures(results):
         print(f"{what}: {why}")
@@ -148,28 +160,44 @@ def _measure(name: str, inputs: Inputs, repeats: int, found: dict[str, Any]) -> 
         found["bytes"][what] = moved(inputs.shape, layer, newest)
 
 
-def calls_of(name: str, inputs: Inputs, kv: torch.Tensor | None = None) -> tuple[Calls, Layer | None]:
-    """Calls of a column, and the layer where it is ours. kv: as `Layer` takes it."""
+def both_ways(batch: Batch, scale: int, repeats: int, device: str) -> dict[str, Any]:
+    """Seconds of a layer that reads pages as they are, of one that dequantises them first, and of the
+    backend's choice."""
+    shape = batch.shape(scale)
+    found: dict[str, Any] = {"name": batch.name, "tokens": shape.tokens, "seconds": {}}
+    inputs = Inputs(shape, _copies(shape, device), device)
+    for name, in_pages in WAYS.items():
+        layer = Layer(inputs, Config().gather_workspace_bytes, in_pages=in_pages)
+        found["seconds"][name] = seconds(layer.attend, repeats)
+    return found
+
+
+def calls_of(
+    name: str, inputs: Inputs, kv: torch.Tensor | None = None, in_pages: bool | None = None
+) -> tuple[Calls, Layer | None]:
+    """Calls of a column, and the layer where it is ours. kv, in_pages: as `Layer` takes them."""
     if name in ("fp8", "bf16"):
         dtype = flash_attention_3.FP8 if name == "fp8" else torch.bfloat16
         return flash_attention_3.make(inputs, dtype, kv, num_splits=0), None
     newest = NEWEST if name == "attention_newest" else 0
-    layer = Layer(inputs, Config().gather_workspace_bytes, newest, kv)
+    layer = Layer(inputs, Config().gather_workspace_bytes, newest, kv, in_pages)
     return layer.attend, layer
 
 
 def error_of(name: str, device: str) -> float:
     """Relative L2 error of a column's result for requests of ``CHECKED``, against float64 attention to exact
-    K and V."""
+    K and V; of ours the greater one of those with and without a copy of the pages."""
     lens, new = tuple(cached + n for cached, n in CHECKED), tuple(n for _, n in CHECKED)
     inputs = Inputs(Shape("", lens, q_len=max(new), q_lens=new), 1, device)
     s = inputs.shape
     size = (inputs.num_blocks, 2, s.num_kv_heads, s.block_size, s.head_size)
     kv = torch.randn(size, dtype=torch.bfloat16, device=device)
-    inputs.out.fill_(torch.nan)
-    calls_of(name, inputs, kv)[0][0]()
-    exact = check.attention(inputs, kv)
-    return float((inputs.out.double() - exact).norm() / exact.norm())
+    exact, errors = check.attention(inputs, kv), []
+    for in_pages in (False, True) if name.startswith("attention") else (None,):
+        inputs.out.fill_(torch.nan)
+        calls_of(name, inputs, kv, in_pages)[0][0]()
+        errors.append((inputs.out.double() - exact).norm() / exact.norm())
+    return float(torch.stack(errors).max())
 
 
 def moved(shape: Shape, layer: Layer, newest_tokens: int) -> int:
@@ -254,6 +282,7 @@ TITLES = {
 }
 
 
+WAYS = {"in their pages": True, "dequantised first": False, "as chosen": None}
 HEAD = ["requests x (cached + new)", *TITLES.values(), "host, ours", "host, FA3 bf16"]
 
 
@@ -281,10 +310,18 @@ def tables(results: dict[str, Any]) -> list[Table]:
         grid.add_column(title, justify="left" if title == HEAD[0] else "right")
     for name, cells in rows(results):
         grid.add_row(name, *cells)
-    if "workspaces" not in results:
-        return [grid]
-    sweep = Table(title=f"{BATCHES[0].name}: ours, us, by the workspace's MiB")
-    for mib in results["workspaces"]:
-        sweep.add_column(str(mib), justify="right")
-    sweep.add_row(*(f"{taken * 1e6:.0f}" for taken in results["workspaces"].values()))
-    return [grid, sweep]
+    found = [grid]
+    if "workspaces" in results:
+        sweep = Table(title=f"{BATCHES[0].name}: ours, dequantised first, us, by the workspace's MiB")
+        for mib in results["workspaces"]:
+            sweep.add_column(str(mib), justify="right")
+        sweep.add_row(*(f"{taken * 1e6:.0f}" for taken in results["workspaces"].values()))
+        found.append(sweep)
+    if "ways" in results:
+        ways = Table(title="Tokens in the cache, by how they are attended to: us of a layer's attention")
+        for title in (HEAD[0], *WAYS):
+            ways.add_column(title, justify="left" if title == HEAD[0] else "right")
+        for batch in results["ways"]:
+            ways.add_row(batch["name"], *(f"{batch['seconds'][name] * 1e6:.0f}" for name in WAYS))
+        found.append(ways)
+    return found

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from ..attention.metadata import DevicePiece, NVFP4Metadata
 from ..attention.newest import NewestBatch
+from ..attention.prefix import Limits
 from .inputs import Calls, Inputs
 from .peers import ours
 
@@ -30,15 +32,26 @@ class Layer:
     pieces: list[DevicePiece]
 
     def __init__(
-        self, inputs: Inputs, workspace_bytes: int, newest_tokens: int = 0, kv: torch.Tensor | None = None
+        self,
+        inputs: Inputs,
+        workspace_bytes: int,
+        newest_tokens: int = 0,
+        kv: torch.Tensor | None = None,
+        in_pages: bool | None = None,
     ) -> None:
         """kv: what cache, newest tokens and step hold, (blocks, 2, heads, tokens, D) bfloat16, in the first
-        table's blocks; None: anything."""
+        table's blocks; None: anything.
+        in_pages: Whether attention reads tokens in their pages, where there is a kernel for it; None: as the
+        backend chooses."""
         s = inputs.shape
         cache = ours.nvfp4_cache(inputs, kv)
         given = ours.newest_arguments(inputs, cache, kv, newest_tokens) if newest_tokens else {}
         impl = _impl(inputs)
         impl.newest = given.get("newest")
+        if in_pages is not None:
+            impl.prefix_rows *= in_pages
+            chosen = impl._prefix_kernel
+            impl._prefix_kernel = lambda query: replace(chosen(query), limits=Limits(1, 1 << 30, 0.0))
         impl.capacity = max(workspace_bytes // (4 * s.num_kv_heads * s.head_size), *s.queries)
         newest = None
         if given:
