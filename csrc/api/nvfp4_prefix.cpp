@@ -88,7 +88,7 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
   p.scale = float(scale);
   p.v_order = ScaleOrder::LINEAR;
   p.rotated_keys = rotated_keys;
-  p.sees_all = true;
+  p.merges = true;
   return p;
 }
 

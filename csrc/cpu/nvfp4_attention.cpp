@@ -95,7 +95,7 @@ std::vector<Row> make_rows(const Nvfp4AttentionParams& p, int r, int h) {
   const Queries queries = queries_of(p, r);
   std::vector<Row> rows;
   for (int i = 0; i < queries.count; ++i) {
-    const int64_t last = p.sees_all ? p.seq_lens[r] : int64_t(p.seq_lens[r]) - queries.count + i + 1;
+    const int64_t last = p.merges ? p.seq_lens[r] : int64_t(p.seq_lens[r]) - queries.count + i + 1;
     const int64_t first = p.window > 0 ? std::max<int64_t>(0, last - p.window) : 0;
     for (int g = 0; g < group; ++g) {
       Row row = {int64_t(queries.begin) + i, h * group + g, first, last, {}, {}, -INF, 0.0};
@@ -116,6 +116,17 @@ std::vector<Row> make_rows(const Nvfp4AttentionParams& p, int r, int h) {
     }
   }
   return rows;
+}
+
+// What out and lse hold of the row: as one key more, with their value and a score that is their lse.
+template <typename T>
+void merge(const Nvfp4AttentionParams& p, Row& row) {
+  const double lse = p.lse[row.head * p.lse_stride_h + row.token];
+  if (lse == -INF) return;
+  const T* out = static_cast<const T*>(p.out) + row.token * p.out_stride_t + row.head * p.out_stride_h;
+  std::vector<double> value;
+  for (int d = 0; d < p.page.head_size; ++d) value.push_back(double(to_float(out[d])) / *p.v_scale);
+  row.add(lse, value.data());
 }
 
 template <typename T>
@@ -168,7 +179,11 @@ void attend(const Nvfp4AttentionParams& p, int r, int h) {
       }
     }
   }
-  for (const Row& row : rows) store<T>(p, row);
+  for (Row& row : rows) {
+    if (p.merges && row.last <= 0) continue;
+    if (p.merges) merge<T>(p, row);
+    store<T>(p, row);
+  }
 }
 
 }  // namespace

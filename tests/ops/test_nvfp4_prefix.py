@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference.prefix_cases import CASES, EDGES, case, check, make
+from reference.prefix_cases import CASES, EDGES, MERGED, case, check, check_merge, make
 
 from vllm_xlayer import ops
 
@@ -17,6 +17,11 @@ def there(device):
 @pytest.mark.parametrize("batch", CASES, ids=str)
 def test_equals_attention_in_float64(there, batch):
     check(batch, there)
+
+
+@pytest.mark.parametrize("batch", MERGED, ids=str)
+def test_what_is_there_is_merged(there, batch):
+    check_merge(batch, there)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference.emulated import why_not
-from reference.prefix_cases import CASES, EmulatedPrefixBatch, check
+from reference.prefix_cases import CASES, MERGED, EmulatedPrefixBatch, check, check_merge
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -12,3 +12,8 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 @pytest.mark.parametrize("batch", CASES, ids=str)
 def test_equals_attention_in_float64(batch, late_copies):
     check(batch, torch.device("cpu"), EmulatedPrefixBatch, late_copies=late_copies)
+
+
+@pytest.mark.parametrize("batch", MERGED, ids=str)
+def test_what_is_there_is_merged(batch):
+    check_merge(batch, torch.device("cpu"), EmulatedPrefixBatch)

@@ -303,14 +303,16 @@ class Turns(engines.Engine):
 
 def test_a_turn_is_one_step_of_all_that_go_on():
     """Timed from the end of the step before: of a prompt that no other request is in a step with."""
-    turns = Turns([1.0, 1.25, 1.25], [1.0, 1.25, 1.5], [1.0, 1.0, 1.0], [2.0, 2.5, 2.5], [3.0, 3.375, 3.375])
+    fresh = [0.25, 0.5, 0.75, 1.0]
+    turns = Turns([*fresh, 1.25, 1.25], [*fresh, 1.25, 1.5], [*fresh, 1.5, 1.5])
     turn = engine.measure_turn(turns, "llama-3.1-8b", 32)
     assert turn == {"requests": 2, "tokens": 256, "new": 100, "step_seconds": 0.375}
-    assert turns.asked == [[256, 256], *[[300, 356, 356]] * 5]
+    assert turns.asked == [[256, 256], *[[300] * 4 + [356, 356]] * 3]
 
 
-def test_a_turn_of_several_steps_has_no_time():
-    turns = Turns(*[[1.0, 1.25, 1.5]] * 5)
+@pytest.mark.parametrize("ends", [(1.25, 1.5), (1.0, 1.0), (0.75, 0.75)])
+def test_a_turn_of_several_steps_has_no_time(ends):
+    turns = Turns(*[[0.25, 0.5, 0.75, 1.0, *ends]] * 3)
     assert engine.measure_turn(turns, "llama-3.1-8b", 32)["step_seconds"] is None
     results = engine_results(fp8=(1, 1, 1), nvfp4=(1, 1, 1))
     turn = {"requests": 64, "tokens": 8192, "new": 100}

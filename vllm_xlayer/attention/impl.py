@@ -172,7 +172,9 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
 
     def _prefill(self, layer, query, key, value, kv_cache, attn_metadata: NVFP4Metadata, output) -> None:
         prefix = attn_metadata.prefix(self._prefix_kernel(query)) if self.prefix_rows else None
-        before = None if prefix is None else self._attend_prefix(layer, query, kv_cache, prefix)
+        lse = None  # of pieces: where something is merged with them
+        if prefix is not None:
+            lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
         for piece in attn_metadata.plan(self.window, self.capacity, self._waves, prefix):
             tokens = piece.tokens
             own = (None, None)
@@ -182,21 +184,20 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
                 k, v = own
             else:
                 k, v = self._gather(layer, *own, kv_cache, piece, query.dtype)
-            of_piece = None if before is None else (before[0][tokens], before[1][:, tokens].contiguous())
-            self._attend(piece, query[tokens], k, v, output[tokens], of_piece)
+            self._attend(piece, query[tokens], k, v, output[tokens], None if lse is None else lse[:, tokens])
+        if prefix is not None:
+            self._attend_prefix(layer, query, kv_cache, prefix, output, lse)
 
-    def _attend_prefix(self, layer, query, kv_cache, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention to pages as they are: (output [T, Hq, D], LSE float32 [Hq, T]) of all of the batch's
-        tokens, of which those outside of ``prefix.tokens`` are not written."""
-        out = torch.empty_like(query)
-        lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
-        tokens = prefix.tokens
+    def _attend_prefix(self, layer, query, kv_cache, prefix: Prefix, output, lse) -> None:
+        """Attention to pages as they are, merged with the pieces' output and LSE, float32 [Hq, T]."""
+        t = prefix.tokens
         ops.nvfp4_prefix_attention(
-            query[tokens], kv_cache, prefix.block_table, prefix.lens, prefix.query_starts, layer._k_scale,
-            layer._v_scale, out[tokens], lse[:, tokens], scale=self.scale, max_query_len=prefix.max_query_len,
+            query[t], kv_cache, prefix.block_table, prefix.lens, prefix.query_starts, layer._k_scale,
+            layer._v_scale, output[t], lse[:, t], scale=self.scale, max_query_len=prefix.max_query_len,
             rotated_keys=ROTATED_KEYS,
         )  # fmt: skip
-        return out, lse
+        if self.sinks is not None:
+            output[t].mul_(sink_factor(lse[:, t], self.sinks))
 
     def _gather(
         self, layer, key, value, kv_cache, piece: DevicePiece, dtype: torch.dtype
@@ -212,13 +213,14 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         )  # fmt: skip
         return k, v
 
-    def _attend(self, piece: DevicePiece, q, k, v, out, before) -> None:
+    def _attend(self, piece: DevicePiece, q, k, v, out, all_lse) -> None:
         """Attention of one piece into ``out``; a request that is cut in pieces ends with its last one.
 
-        before: (output, LSE) of the same queries' attention to tokens before the pieces, or None.
+        all_lse: float32 [Hq, Tq] that gets the piece's LSE, where other tokens are merged with it later, and
+            sinks with both; or None.
         """
         is_last = piece.piece.causal
-        is_whole = is_last and not piece.piece.merge and before is None
+        is_whole = is_last and not piece.piece.merge
         part, lse = self.attend(piece, q, k, v, out if is_whole else None)
         if piece.piece.merge:
             assert self._partial is not None
@@ -226,9 +228,9 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self._partial = None if is_last else (part, lse)
         if not is_last:
             return
-        if before is not None:
-            part, lse = self.merge(*before, part, lse)
-        if self.sinks is not None:
+        if all_lse is not None:
+            all_lse.copy_(lse)
+        if self.sinks is not None and all_lse is None:
             torch.mul(part, sink_factor(lse, self.sinks), out=out)
         elif not is_whole:
             out.copy_(part)

@@ -23,12 +23,12 @@ class Limits:
         least_tokens: of a request in pages. With fewer there is little to dequantise, and what comes after
             them is a launch of its own.
         most_blocks: Thread blocks of a request and KV head: as often its tokens are dequantised.
-        least_busy: Thread blocks of all requests, in those that the device computes at once.
+        least_busy: Share of the device that is busy until the last thread block ends, if all take as long.
     """
 
-    least_tokens: int = 512
+    least_tokens: int = 1024
     most_blocks: int = 8
-    least_busy: float = 1.0
+    least_busy: float = 0.8
 
 
 LIMITS = Limits()
@@ -68,7 +68,8 @@ class PrefixKernel:
             (lens >= limits.least_tokens) & (blocks > 0) & (blocks <= limits.most_blocks), lens, 0
         )
         used = self.kv_heads * int(blocks[lens > 0].sum())
-        return lens if used > 0 and used >= limits.least_busy * self.at_once else None
+        there = -(-used // self.at_once) * self.at_once
+        return lens if used > 0 and used >= limits.least_busy * there else None
 
 
 @dataclass

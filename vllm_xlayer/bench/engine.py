@@ -35,7 +35,8 @@ asked the first one's, without a bound."""
 TURNS: dict[str, tuple[int, int, int, float]] = {SHAPE: (64, 8192, 100, 1.03)}
 """Shape -> requests, tokens of each in the cache, tokens that each goes on with, all in one step; what it may
 take with nvfp4 of the time with fp8."""
-TURN_REPEATS = 5
+TURN_REPEATS, FRESH = 3, 4
+"""Times it is measured; prompts that are computed while the requests arrive."""
 STEPS = 128
 """Decode steps timed, on top of the first tokens."""
 START_SECONDS = 3.0
@@ -118,7 +119,7 @@ def measure_turn(engine: Engine, shape: str, scale: int) -> dict[str, Any]:
     engine.generate(before, 1)
     for number in range(TURN_REPEATS):
         ends = prompts(f"turn {number}", requests, new, vocabulary)
-        fresh = prompts(f"fresh {number}", 1, engine.about["step_tokens"], vocabulary)[0]
+        fresh = prompts(f"fresh {number}", FRESH, engine.about["step_tokens"], vocabulary)
         asked = [first + end for first, end in zip(before, ends, strict=True)]
         taken.append(engine.turn_seconds(asked, fresh))
     steps = [seconds for seconds in taken if seconds is not None]

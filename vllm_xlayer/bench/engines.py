@@ -179,14 +179,15 @@ class Engine:
         self.generate(asked, WARM_STEPS, said=said)
         return statistics.median(self.generate(asked, 1 + steps, said=said).token_seconds for _ in range(3))
 
-    def turn_seconds(self, asked: list[Prompt], fresh: Prompt) -> float | None:
+    def turn_seconds(self, asked: list[Prompt], fresh: list[Prompt]) -> float | None:
         """A step that computes the ends of these prompts, whose beginnings are in the prefix cache; None
         where they did not come in one step.
 
-        fresh: A prompt of no other request, which takes a step of its own: while the others arrive.
+        fresh: Prompts of no other request, which take a step each: while the others arrive.
         """
-        first, *others = self.generate([fresh, *asked], 1).first_at
-        return min(others) - first if min(others) == max(others) > first else None
+        first_at = self.generate([*fresh, *asked], 1).first_at
+        before, turn = first_at[: len(fresh)], first_at[len(fresh) :]
+        return min(turn) - max(before) if min(turn) == max(turn) > max(before) else None
 
     def __enter__(self) -> "Engine":
         return self

@@ -22,17 +22,18 @@ def nvfp4_prefix_attention(
 ) -> None:
     """Attend to the first tokens of each request, which all of its queries see, in their NVFP4 pages.
 
-    What comes after them is another kernel's; ``lse`` is what both are merged by.
+    What comes after them is another kernel's, which has run: the result is merged with its own, in place.
 
     Args:
         q: [T, Hq, D] bfloat16 or float16; D dense, rows start at multiples of 16 bytes. Hq a multiple of H.
         kv_cache: (B, H, N, 9D/8) uint8 as in ``reshape_and_cache_nvfp4``, V's scales in order.
         block_table: int32 [R, M], a request's blocks in order; entries past its ``lens`` are not read.
-        lens: int32 [R], tokens of each request that are attended to; 0: its output is 0, its lse -inf.
+        lens: int32 [R], tokens of each request that are attended to; 0: nothing of it is changed.
         query_starts: int32 [R + 1], ascending, where each request's tokens begin in ``q``.
         k_scale: float32, one element: K's global decode scale. v_scale: the same for V.
-        out: as q; all rows of the requests are written.
-        lse: float32 [Hq, T], T dense: natural logarithm of the sum of exp(score).
+        out: as q, attention to other tokens; then to both.
+        lse: float32 [Hq, T], T dense: natural logarithm of the sum of exp(score), as out; -inf: nothing
+            was attended to, and out is not read.
         scale: Factor of Q K^T.
         max_query_len: Most query tokens of a request.
         rotated_keys: as the pages were written.

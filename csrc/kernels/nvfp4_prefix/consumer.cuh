@@ -24,6 +24,10 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return __builtin_bit_cast(uint32_t, __half2_raw(__floats2half2_rn(low, high)));
 }
 
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  return __builtin_bit_cast(uint32_t, __nv_bfloat162_raw(__floats2bfloat162_rn(low, high)));
+}
+
 // A row of queries, by two threads: thread `part` has 64 elements. Halves times a power of two, and rotated
 // like K.
 __device__ __forceinline__ void load_query(const Nvfp4AttentionParams& p, uint32_t shared, int row, int part,
@@ -79,7 +83,8 @@ class Consumer {
         thread_(threadIdx.x % GROUP_THREADS),
         lane_(threadIdx.x % 32) {}
 
-  // begin: The request's first query token. first_row: of the thread block's rows, of all `rows`.
+  // begin: The request's first query token. first_row: of the thread block's rows, of all `rows`. len: above
+  // 0.
   __device__ __forceinline__ void run(int begin, int rows, int first_row, int kv_head, int len) {
     const int per_head = p_.num_q_heads / p_.page.heads;
     if (!same_rows_) first_row += GROUP_ROWS * group_;
@@ -107,7 +112,7 @@ class Consumer {
       if (group_ == 1) return;
       take(o);
     }
-    store(o, max_, sum_, begin, rows, first_row + mine, kv_head, per_head, lane_ % 4);
+    store(o, begin, rows, first_row + mine, kv_head, per_head);
   }
 
  private:
@@ -253,33 +258,42 @@ class Consumer {
     for (int n = 0; n < 64; ++n) o[n] = o[n] * mine[n / 2 % 2] + taken(V_AT, n) * other[n / 2 % 2];
   }
 
-  __device__ __forceinline__ void store(const float (&o)[64], const float (&max)[2], float (&sum)[2],
-                                        int begin, int rows, int first, int kv_head, int per_head,
-                                        int t) const {
+  // Merges with what out and lse hold.
+  __device__ __forceinline__ void store(const float (&o)[64], int begin, int rows, int first, int kv_head,
+                                        int per_head) const {
+    const int t = lane_ % 4;
+    const bool f16 = p_.dtype == Dtype::F16;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int row = first + 8 * j;
-      float total = sum[j];
+      const bool there = row < rows;
+      const int token = begin + row / per_head, head = kv_head * per_head + row % per_head;
+      uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p_.out) + token * p_.out_stride_t +
+                                                  head * p_.out_stride_h);
+      float* lse = p_.lse + (head * p_.lse_stride_h + token);
+      float total = sum_[j];
       total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
       total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
-      const float unscale = total > 0.0f ? UNSCALE * *p_.v_scale / total : 0.0f;
-      const int token = begin + row / per_head, head = kv_head * per_head + row % per_head;
-      uint16_t* out = static_cast<uint16_t*>(p_.out) + token * p_.out_stride_t + head * p_.out_stride_h;
+      // In base 2. EMPTY is below all that counts: then the other's weight is 0, and it is not read.
+      const float here = max_[j] + log2f(total), other = there ? fmaxf(*lse * LOG2E, EMPTY) : EMPTY,
+                  both = fmaxf(here, other);
+      const float weight = exp2f(here - both), others = exp2f(other - both);
+      const float factor = UNSCALE * *p_.v_scale / total * weight / (weight + others),
+                  others_factor = others / (weight + others);
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         // This lane has elements in the order 0 2 | 1 3 | 4 6 | 5 7: the one beside it has what is missing.
-        const float a = o[4 * i + 2 * j] * unscale, b = o[4 * i + 2 * j + 1] * unscale;
-        const float other = __shfl_xor_sync(0xFFFFFFFFu, t % 2 == 0 ? b : a, 1);
-        const float low = t % 2 == 0 ? a : other, high = t % 2 == 0 ? other : b;
-        const uint32_t two =
-            p_.dtype == Dtype::F16
-                ? pack(low, high)
-                : __builtin_bit_cast(uint32_t, __nv_bfloat162_raw(__floats2bfloat162_rn(low, high)));
-        if (row < rows) *reinterpret_cast<uint32_t*>(out + 8 * i + 2 * t) = two;
+        const float a = o[4 * i + 2 * j] * factor, b = o[4 * i + 2 * j + 1] * factor;
+        const float lacked = __shfl_xor_sync(0xFFFFFFFFu, t % 2 == 0 ? b : a, 1);
+        float low = t % 2 == 0 ? a : lacked, high = t % 2 == 0 ? lacked : b;
+        if (others > 0.0f) {
+          const float2 held = to_float2(out[4 * i + t], f16);
+          low = fmaf(held.x, others_factor, low);
+          high = fmaf(held.y, others_factor, high);
+        }
+        if (there) out[4 * i + t] = f16 ? pack(low, high) : pack_bf16(low, high);
       }
-      if (t == 0 && row < rows) {
-        p_.lse[head * p_.lse_stride_h + token] = total > 0.0f ? (max[j] + log2f(total)) * LN2 : -INFINITY;
-      }
+      if (t == 0 && there) *lse = (both + log2f(weight + others)) * LN2;
     }
   }
 

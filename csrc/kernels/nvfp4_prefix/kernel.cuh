@@ -3,7 +3,7 @@
 // A thread block has 128 query rows (query token * group + head in group) of a request and KV head: one
 // warpgroup dequantises tiles of 128 tokens of K into shared memory, one those of V, two multiply. Every
 // query sees every token, so there is no mask but at the end; what a step adds itself is another kernel's,
-// and both are merged by their LSE.
+// with whose result this one's is merged, by their LSE.
 //
 // Elements of a word of a page become halves in the order 0 2 1 3 4 6 5 7 (packed.cuh). Queries are in that
 // order, too, and the output is put back at the end.
@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int request = blockIdx.z, kv_head = blockIdx.y, first_row = blockIdx.x * ROWS;
   const int begin = p.query_starts[request],
             rows = (p.query_starts[request + 1] - begin) * (p.num_q_heads / p.page.heads);
-  if (first_row >= rows) return;
   const int len = p.seq_lens[request];
+  if (first_row >= rows || len == 0) return;
   const uint32_t shared = (ptx::shared_address(raw) + 1023) & ~1023u;
   const Barriers barriers{shared + BARRIERS_AT};
   const bool same_rows = rows - first_row <= GROUP_ROWS;  // then a tile is one consumer's
@@ -47,9 +47,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int group = __shfl_sync(0xFFFFFFFFu, int(threadIdx.x / GROUP_THREADS), 0);
   if (group < 2) {
     wgmma::give_back_registers<PRODUCER_REGISTERS>();
-    if (len > 0) {
-      Producer(p, per_page, shared, barriers, group == 1, request, kv_head, len).run((len + KEYS - 1) / KEYS);
-    }
+    Producer(p, per_page, shared, barriers, group == 1, request, kv_head, len).run((len + KEYS - 1) / KEYS);
   } else {
     wgmma::take_registers<CONSUMER_REGISTERS>();
     Consumer(p, shared, barriers, group - 2, same_rows).run(begin, rows, first_row, kv_head, len);
