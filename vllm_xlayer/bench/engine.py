@@ -36,7 +36,8 @@ TURNS: dict[str, tuple[int, int, int, float]] = {SHAPE: (64, 8192, 100, 1.03)}
 """Shape -> requests, tokens of each in the cache, tokens that each goes on with, all in one step; what it may
 take with nvfp4 of the time with fp8."""
 TURN_REPEATS, FRESH = 3, 4
-"""Times it is measured; prompts that are computed while the requests arrive."""
+"""Times it is measured; prompts that are computed while the requests arrive, which are running requests,
+too, until the step after."""
 STEPS = 128
 """Decode steps timed, on top of the first tokens."""
 START_SECONDS = 3.0
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     full_size = DECODES.get(args.shape, DECODES[SHAPE])
     decodes = [(max(1, n // args.scale), tokens // args.scale) for n, tokens in full_size]
     settings = dict(
-        max_model_len=2 * max(tokens for _, tokens in decodes), max_num_seqs=max(n for n, _ in decodes),
+        max_model_len=2 * max(tokens for _, tokens in decodes),
+        max_num_seqs=max(n for n, _ in decodes) + FRESH,
         gpu_memory_utilization=args.gpu_memory_utilization, **GRAPHS_ONLY, **SETTINGS.get(args.shape, {}),
     )  # fmt: skip
     same = has_experts(args.shape)

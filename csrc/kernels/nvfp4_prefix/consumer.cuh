@@ -112,7 +112,7 @@ class Consumer {
       if (group_ == 1) return;
       take(o);
     }
-    store(o, begin, rows, first_row + mine, kv_head, per_head);
+    merge_and_store(o, held(begin, rows, first_row + mine, kv_head, per_head));
   }
 
  private:
@@ -258,27 +258,46 @@ class Consumer {
     for (int n = 0; n < 64; ++n) o[n] = o[n] * mine[n / 2 % 2] + taken(V_AT, n) * other[n / 2 % 2];
   }
 
-  // Merges with what out and lse hold.
-  __device__ __forceinline__ void store(const float (&o)[64], int begin, int rows, int first, int kv_head,
-                                        int per_head) const {
-    const int t = lane_ % 4;
-    const bool f16 = p_.dtype == Dtype::F16;
+  // What out and lse hold of this lane's two rows: asked for together, since a thread block has its SM alone
+  // and nothing hides what it waits for.
+  struct Held {
+    uint32_t* out[2];
+    float* lse[2];
+    float other[2];  // lse in base 2; EMPTY: nothing is merged
+    uint32_t pairs[2][16];
+  };
+  __device__ __forceinline__ Held held(int begin, int rows, int first, int kv_head, int per_head) const {
+    Held h;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int row = first + 8 * j;
-      const bool there = row < rows;
-      const int token = begin + row / per_head, head = kv_head * per_head + row % per_head;
-      uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p_.out) + token * p_.out_stride_t +
-                                                  head * p_.out_stride_h);
-      float* lse = p_.lse + (head * p_.lse_stride_h + token);
+      const int row = first + 8 * j, token = begin + row / per_head,
+                head = kv_head * per_head + row % per_head;
+      h.out[j] = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p_.out) + token * p_.out_stride_t +
+                                             head * p_.out_stride_h) +
+                 lane_ % 4;
+      h.lse[j] = p_.lse + (head * p_.lse_stride_h + token);
+      if (row >= rows) h.out[j] = nullptr;
+      h.other[j] = row < rows ? fmaxf(*h.lse[j] * LOG2E, EMPTY) : EMPTY;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) h.pairs[j][i] = row < rows ? h.out[j][4 * i] : 0u;
+    }
+    return h;
+  }
+
+  __device__ __forceinline__ void merge_and_store(const float (&o)[64], const Held& h) const {
+    const int t = lane_ % 4;
+    const bool f16 = p_.dtype == Dtype::F16;
+    const float unscale = UNSCALE * *p_.v_scale;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
       float total = sum_[j];
       total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
       total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
-      // In base 2. EMPTY is below all that counts: then the other's weight is 0, and it is not read.
-      const float here = max_[j] + log2f(total), other = there ? fmaxf(*lse * LOG2E, EMPTY) : EMPTY,
-                  both = fmaxf(here, other);
-      const float weight = exp2f(here - both), others = exp2f(other - both);
-      const float factor = UNSCALE * *p_.v_scale / total * weight / (weight + others),
+      // In base 2. EMPTY is below all that counts: then the other's weight is 0, and what it holds is
+      // nothing.
+      const float here = max_[j] + log2f(total), both = fmaxf(here, h.other[j]);
+      const float weight = exp2f(here - both), others = exp2f(h.other[j] - both);
+      const float factor = unscale / total * weight / (weight + others),
                   others_factor = others / (weight + others);
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
@@ -287,13 +306,13 @@ class Consumer {
         const float lacked = __shfl_xor_sync(0xFFFFFFFFu, t % 2 == 0 ? b : a, 1);
         float low = t % 2 == 0 ? a : lacked, high = t % 2 == 0 ? lacked : b;
         if (others > 0.0f) {
-          const float2 held = to_float2(out[4 * i + t], f16);
-          low = fmaf(held.x, others_factor, low);
-          high = fmaf(held.y, others_factor, high);
+          const float2 two = to_float2(h.pairs[j][i], f16);
+          low = fmaf(two.x, others_factor, low);
+          high = fmaf(two.y, others_factor, high);
         }
-        if (there) out[4 * i + t] = f16 ? pack(low, high) : pack_bf16(low, high);
+        if (h.out[j] != nullptr) h.out[j][4 * i] = f16 ? pack(low, high) : pack_bf16(low, high);
       }
-      if (t == 0 && there) *lse = (both + log2f(weight + others)) * LN2;
+      if (t == 0 && h.out[j] != nullptr) *h.lse[j] = (both + log2f(weight + others)) * LN2;
     }
   }
 
