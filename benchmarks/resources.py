@@ -43,7 +43,7 @@ SM = {
 
 NAME = re.compile(r"decode_kernelINS0_6ConfigILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)EEELb([01])E")
 """In a mangled name: head size, query rows / 8, warps, teams, whether there may be newest tokens."""
-OTHER = re.compile(r"_ZN6xlayer(?:9attention)?\d+(\w+?_kernel)(?=[IE])")
+OTHER = re.compile(r"_ZN6xlayer(?:9attention|6prefix)?\d+(\w+?_kernel)(?=[IE])")
 """The name itself, of the other kernels."""
 
 

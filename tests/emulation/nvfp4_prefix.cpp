@@ -55,6 +55,6 @@ extern "C" int run_nvfp4_prefix(const Args* a) {
   const int rows = p.q_len * (p.num_q_heads / p.page.heads);
   const unsigned tiles = unsigned((rows + ROWS - 1) / ROWS);
   simt::launch({tiles, unsigned(p.page.heads), unsigned(p.num_requests)}, THREADS, SHARED_BYTES,
-               [&] { prefix_kernel(p, per_page(p.page.block_size)); });
+               [&] { nvfp4_prefix_kernel(p, per_page(p.page.block_size)); });
   return 0;
 }

@@ -22,6 +22,8 @@ arch = sm_90a
   REG:48 STACK:0 SHARED:10528 LOCAL:0 CONSTANT[0]:904 TEXTURE:0 SURFACE:0 SAMPLER:0
  Function _ZN6xlayer9attention15schedule_kernelENS_20Nvfp4AttentionParamsEiii:
   REG:32 STACK:0 SHARED:1064 LOCAL:0 CONSTANT[0]:904 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _ZN6xlayer6prefix19nvfp4_prefix_kernelENS_20Nvfp4AttentionParamsEm:
+  REG:128 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:904 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
 
@@ -36,6 +38,7 @@ def test_what_cuobjdump_says_is_understood():
         "newest_step": ("90a", 30, 0, 64),
         "nvfp4_gather": ("90a", 48, 16, 40),  # the most of both
         "schedule": ("90a", 32, 0, 64),
+        "nvfp4_prefix": ("90a", 128, 0, 16),
     }
     with pytest.raises(ValueError, match="expected a kernel of xlayer, got _Z3foov"):
         others(SAID.replace("_ZN6xlayer18newest_step_kernelENS_16NewestStepParamsE", "_Z3foov"))

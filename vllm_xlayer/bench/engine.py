@@ -139,7 +139,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
         steps = [f"{c['decodes'][i]['step_seconds'] * 1e3:.2f}" for c in columns]
         lines.append((f"decode step {first['requests']} x {first['tokens']:,}, ms", steps))
     turns: list[dict[str, Any]] = [c.get("turn", {}) for c in columns]
-    if turn := next(filter(None, turns), None):
+    if turn := next((t for t in turns if t.get("step_seconds")), None):
         what = "step of {requests} x {new} new tokens after {tokens:,}, ms".format(**turn)
         taken = [t.get("step_seconds") for t in turns]
         lines.append((what, ["-" if step is None else f"{step * 1e3:.2f}" for step in taken]))

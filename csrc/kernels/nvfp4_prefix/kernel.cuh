@@ -19,7 +19,7 @@ constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 200, LEAST_REGISTERS
 
 // Its instructions are sm_90a's; elsewhere it is empty, and `nvfp4_prefix_rows` says so.
 __global__ void __launch_bounds__(THREADS, 1)
-    prefix_kernel(const __grid_constant__ Nvfp4AttentionParams p, uint64_t per_page) {
+    nvfp4_prefix_kernel(const __grid_constant__ Nvfp4AttentionParams p, uint64_t per_page) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(XLAYER_EMULATED)
   XLAYER_DYNAMIC_SHARED(raw);
   const int request = blockIdx.z, kv_head = blockIdx.y, first_row = blockIdx.x * ROWS;

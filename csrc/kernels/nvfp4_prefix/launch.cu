@@ -12,14 +12,15 @@ int nvfp4_prefix_rows(int head_size) {
       cudaGetDevice(&device) == cudaSuccess &&
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-      major == 9 && minor == 0 && cudaFuncGetAttributes(&attributes, prefix::prefix_kernel) == cudaSuccess &&
+      major == 9 && minor == 0 &&
+      cudaFuncGetAttributes(&attributes, prefix::nvfp4_prefix_kernel) == cudaSuccess &&
       attributes.numRegs >= prefix::LEAST_REGISTERS;
   cudaGetLastError();
   return there && head_size == prefix::D ? prefix::ROWS : 0;
 }
 
 cudaError_t launch_nvfp4_prefix(const Nvfp4AttentionParams& p, cudaStream_t stream) {
-  const auto kernel = prefix::prefix_kernel;
+  const auto kernel = prefix::nvfp4_prefix_kernel;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, prefix::SHARED_BYTES);
   if (error != cudaSuccess) return error;
