@@ -40,10 +40,15 @@ def gather_section(results: dict[str, Any]) -> str:
     return f"""\
 ### Prompts whose beginning is cached
 
-`vllm-xlayer bench gather`: one layer of 32 query heads, 8 KV heads of 128. NVFP4 pages are dequantised into a
-workspace for FlashAttention-3, which reads fp8's and bf16's pages themselves.
+`vllm-xlayer bench gather`: one layer of 32 query heads, 8 KV heads of 128. FlashAttention-3 reads fp8's and
+bf16's pages themselves. NVFP4 pages are dequantised into a workspace for it (the first two columns), or read
+by a kernel of this package's where many requests go on by a few tokens (the second table).
 
 {table(gather.HEAD, list(gather.rows(results)))}
 
 Microseconds, in brackets the share of the device's copy rate ({results["copy_rate"] / 1e12:.2f} TB/s); what
-the host takes to submit it. Of the first batch, by the size of the workspace: {sweep} us. {about(results)}"""
+the host takes to submit it. Of the first batch, dequantised first, by the size of the workspace: {sweep} us.
+
+{table(gather.HEAD_WAYS, list(gather.rows_of_ways(results)))}
+
+Microseconds of a layer's attention, by what is done with the cached tokens. {about(results)}"""

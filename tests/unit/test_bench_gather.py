@@ -24,7 +24,24 @@ def test_in_small_on_the_cpu(tmp_path, capsys):
         assert set(batch["bytes"]) == ({"gather", "gather_newest"} if has_prefix else set())
         assert all(taken > 0 for taken in batch["seconds"].values())
     assert set(found["workspaces"]) == {str(mib) for mib in gather.WORKSPACES}
-    assert "page 7,424" in capsys.readouterr().out
+    assert [batch["name"] for batch in found["ways"]] == [batch.name for batch in gather.BOTH_WAYS]
+    assert all(taken > 0 for batch in found["ways"] for taken in batch["seconds"].values())
+    printed = capsys.readouterr().out
+    assert "page 7,424" in printed and "in their pages" in printed
+
+
+@pytest.mark.parametrize("in_pages", [True, False])
+def test_attention_in_pages_and_from_the_workspace_are_told_apart(monkeypatch, in_pages):
+    """Neither column is the other's: the kernel for pages runs in one of them only, and its result counts."""
+    inputs, ran = Inputs(gather.Batch(1, 160, 16).shape(1), 1, "cpu"), []
+    right = ops.nvfp4_prefix_attention
+    monkeypatch.setattr(
+        "vllm_xlayer.attention.impl.ops.nvfp4_prefix_attention",
+        lambda *args, **how: (ran.append(args[3].tolist()), right(*args, **how)),
+    )
+    layer = Layer(inputs, 1 << 20, in_pages=in_pages)
+    layer.attend[0]()
+    assert ran == ([[160]] if in_pages else [])
 
 
 @pytest.mark.parametrize("wrong", ["key", "newest_from", "newest_rows", "seq_lens"])
