@@ -99,11 +99,12 @@ def test_every_architecture_is_in_the_table(committed):
 
 
 def test_other_kernels_spill_nothing_and_fill_a_third_of_an_sm(committed):
-    """But for rows that are landed and summed, of which a launch has few and each copies much."""
+    """But for rows that are landed and summed, of which a launch has few and each copies much, and for the
+    attention to pages of a prompt, whose operands fill shared memory (and which is empty but for 90a)."""
     for kernel in committed["others"]:
         most_warps = SM[number(kernel["arch"])][0]
         assert kernel["spilled"] == 0 and warps_of(kernel["arch"], kernel["registers"]) == kernel["warps"]
-        assert kernel["warps"] * 3 >= most_warps or kernel["name"] == "land_rows", kernel
+        assert kernel["warps"] * 3 >= most_warps or kernel["name"] in ("land_rows", "nvfp4_prefix"), kernel
 
 
 def test_without_newest_tokens_two_blocks_fit_and_little_is_spilled(committed):
