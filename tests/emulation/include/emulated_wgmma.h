@@ -106,6 +106,8 @@ inline void commit() {
 }
 template <int N>
 void wait(float (&)[64]) {
+  // Who was told too early that shared memory is free writes it now.
+  if (simt::machine().late_copies) simt::let_others();
   finish("wgmma wait", N);
 }
 inline void multiply(float (&d)[64], uint64_t a, uint64_t b, bool adds) {

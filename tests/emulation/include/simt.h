@@ -112,6 +112,7 @@ struct Machine {
   ucontext_t scheduler;
   int current = 0;
   long progress = 0;
+  long round = 0;  // of all warps
   dim3 thread_index, block_index, grid;
   std::function<void()> body;
 };
@@ -124,6 +125,13 @@ inline Machine& machine() {
 inline void yield() {
   Machine& m = machine();
   swapcontext(&m.fibers[m.current].context, &m.scheduler);
+}
+
+// Lets all other warps go on, as far as they can.
+inline void let_others() {
+  const long round = machine().round;
+  ++machine().progress;
+  while (machine().round == round) yield();
 }
 
 // Meets the other lanes of the group; `together` runs once, when all are there.
@@ -192,6 +200,7 @@ inline void run_block(int threads) {
   for (int left = threads; left > 0;) {
     const long before = m.progress;
     left = 0;
+    ++m.round;
     for (int w = 0; w < warps; ++w) left += run_warp(m.late_copies ? w : warps - 1 - w);
     if (left > 0 && m.progress == before) fail("some threads wait for others that never come");
   }
