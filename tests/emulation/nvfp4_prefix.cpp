@@ -3,7 +3,7 @@
 
 #include "kernels/nvfp4_prefix/kernel.cuh"
 
-// As FIELDS in tests/reference/emulated_prefix.py.
+// As FIELDS in tests/reference/prefix_cases.py.
 struct Args {
   const void* q;
   int64_t q_stride_t, q_stride_h;

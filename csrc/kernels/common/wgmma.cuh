@@ -49,7 +49,8 @@ __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b,
       : "l"(a), "l"(b), "r"(int(adds)));
 }
 
-// d += a b with a in registers, b contiguous across the sum.
+// d += a b with a in registers, b contiguous across the sum. Until `wait`, a's registers are read: they must
+// not change.
 __device__ __forceinline__ void multiply_add(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"

@@ -19,8 +19,8 @@ namespace xlayer {
 constexpr int SPLIT_UNIT_TOKENS = 64;  // a fixed split is in these
 
 struct Schedule {
-  // int32 [4 + R + 1 + R * T]: chunk, parts, total, 1 if newest tokens are counted; for each request where
-  // its units begin, and `total`; for each request and head tile how many parts have finished, 0 between two
+  // int32 [4 + R + 1 + R * T]: chunk, parts, total, 1 if newest tokens are counted; for each request where its
+  // units begin, and `total`; for each request and head tile how many parts have finished, 0 between two
   // launches. T: at most one head tile for 8 query rows.
   static constexpr int CHUNK = 0, PARTS = 1, TOTAL = 2, NEWEST = 3, BEGINS = 4;
   XLAYER_HD static constexpr int64_t counters(int64_t requests) { return BEGINS + requests + 1; }
@@ -50,13 +50,12 @@ struct Nvfp4AttentionParams {
   int num_requests;            // R
   int q_len;                   // query tokens a request, the last of its tokens; with query_starts the most
   int kernel_q_len;            // for which the kernel is chosen: q_len, or fewer with query_starts
-  const int32_t*
-      query_starts;  // [R + 1] where in q each request's query tokens begin, and their end; or null
-  int num_q_heads;   // Hq, a multiple of page.heads
+  const int32_t* query_starts;  // [R + 1] where in q each request's query tokens begin, and their end; or null
+  int num_q_heads;             // Hq, a multiple of page.heads
 
   // The newest tokens as they were before they were quantised, or null. Token p of request r is read from
-  // place p % newest_tokens of row newest_rows[r], and not from its page, where its tile of 16 tokens begins
-  // at newest_from[r] or later.
+  // place p % newest_tokens of row newest_rows[r], and not from its page, where its tile of 16 tokens begins at
+  // newest_from[r] or later.
   const void* newest;          // [rows][2: K, V][H][newest_tokens][D] of dtype, dense
   const int32_t* newest_rows;  // [R] not read where newest_from is past the request's tokens
   const int32_t* newest_from;  // [R] tokens; the schedule's, too, which are to be the same
@@ -69,7 +68,7 @@ struct Nvfp4AttentionParams {
   float soft_cap;        // 0: none
   int window;            // a query sees itself and window - 1 before it; 0: all
   ScaleOrder v_order;
-  bool rotated_keys;  // K is kept as rotate.cuh says; so is the newest tokens'
+  bool rotated_keys;     // K is kept as rotate.cuh says; so is the newest tokens'
   // nvfp4_prefix_attention, which has none of the above but scales and rotated_keys: every query sees all of
   // seq_lens, and what out and lse hold is attention to other tokens, with which the result is merged.
   bool merges;
