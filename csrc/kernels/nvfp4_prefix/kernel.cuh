@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int stage = 0; stage < STAGES; ++stage) {
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        wgmma::barrier_init(barriers.full(v, stage), GROUP_WARPS);
+        wgmma::barrier_init(barriers.full(v, stage), GROUP_THREADS);
         wgmma::barrier_init(barriers.empty(v, stage), same_rows ? GROUP_WARPS : 2 * GROUP_WARPS);
       }
 #pragma unroll
