@@ -27,6 +27,8 @@ SUITES = {
     "h200-racecheck.json": "compute-sanitizer's racecheck, in those of kernels that use shared memory",
     "h200-memcheck-gather.json": "memcheck, in those of the gather, which has changed since",
     "h200-racecheck-gather.json": "racecheck, the same",
+    "h200-memcheck-prefix.json": "memcheck, in those of attention to a prompt's pages, which is newer",
+    "h200-racecheck-prefix.json": "racecheck, the same",
     "cpu-newest-search.json": (
         "The search for stale newest tokens, ten minutes each for an engine without drafts, with n-grams, "
         "with a drafter, and of a hybrid (NEWEST_TOKENS_SECONDS=600)"
