@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.attention_cases import Batch, Case, check_batch, check_case, make_batch
+from reference.attention_batches import Batch, make_batch
+from reference.attention_cases import Case
+from reference.attention_checks import check_batch, check_case
 from reference.pools import Pool
 
 from vllm_xlayer import ops

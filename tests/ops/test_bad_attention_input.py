@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.attention_cases import Case, make_batch
+from reference.attention_batches import make_batch
+from reference.attention_cases import Case
 from reference.pools import make_pool, scalar
 from test_bad_input import BAD_CACHES, CPU, B, D, H, N
 

@@ -5,7 +5,8 @@ Every byte around the valid tokens is 0xFF.
 """
 
 import pytest
-from reference.attention_cases import Case, check_case
+from reference.attention_cases import Case
+from reference.attention_checks import check_case
 
 PAGES = [784, 1920, 3776, 7424]
 

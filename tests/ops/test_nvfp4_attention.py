@@ -7,15 +7,9 @@ import pytest
 import torch
 from reference import attention_ref as ref
 from reference import nvfp4_ref
-from reference.attention_cases import (
-    HEAD_SIZES,
-    SHARP,
-    Case,
-    check_batch,
-    check_case,
-    check_one_newest,
-    make_batch,
-)
+from reference.attention_batches import make_batch
+from reference.attention_cases import HEAD_SIZES, SHARP, Case
+from reference.attention_checks import check_batch, check_case, check_one_newest
 from reference.pools import make_pool
 
 from vllm_xlayer import ops

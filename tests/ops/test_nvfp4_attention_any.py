@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from reference.attention_cases import HEAD_SIZES, Case, check_case
+from reference.attention_cases import HEAD_SIZES, Case
+from reference.attention_checks import check_case
 
 from vllm_xlayer.nvfp4 import ScaleOrder
 

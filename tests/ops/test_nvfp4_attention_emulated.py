@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.attention_cases import HEAD_SIZES, SHARP, Case, check_batch, check_one_newest, make_batch
+from reference.attention_batches import make_batch
+from reference.attention_cases import HEAD_SIZES, SHARP, Case
+from reference.attention_checks import check_batch, check_one_newest
 from reference.emulated import emulated, why_not
 
 from vllm_xlayer.nvfp4 import ScaleOrder

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference.attention_cases import Case, make_batch
+from reference.attention_batches import make_batch
+from reference.attention_cases import Case
 from reference.pools import make_pool, scalar
 
 from vllm_xlayer import ops

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from reference.attention_cases import Batch
+from reference.attention_batches import Batch
 from reference.pools import Pool
 
 from vllm_xlayer.nvfp4 import GROUP, ScaleChoice, ScaleOrder

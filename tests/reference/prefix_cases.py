@@ -4,7 +4,9 @@ import ctypes
 from dataclasses import dataclass, fields
 
 import torch
-from reference.attention_cases import Batch, Case, check_batch, make_batch
+from reference.attention_batches import Batch, make_batch
+from reference.attention_cases import Case
+from reference.attention_checks import check_batch
 from reference.emulated import DOUBLE, INT, POINTER, library
 
 from vllm_xlayer import ops
