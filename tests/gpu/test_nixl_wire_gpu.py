@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_xlayer.connector.nixl.reads import Rows
 from vllm_xlayer.connector.nixl.seals import SealTable
-from vllm_xlayer.connector.nixl.staging import Rows
 from vllm_xlayer.connector.nixl.wire import BUFFERS, NixlWire, RemotePool
 
 pytestmark = pytest.mark.gpu

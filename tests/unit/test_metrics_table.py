@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.v1.kv_offload.base import OffloadingCounterMetadata
 
-from vllm_xlayer.connector.nixl.staging import REASONS
+from vllm_xlayer.connector.nixl.reads import REASONS
 from vllm_xlayer.connector.nixl.stats import PREFIX, RowNixlPromMetrics
 from vllm_xlayer.connector.stats.metrics import DEFINITIONS
 

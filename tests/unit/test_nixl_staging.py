@@ -6,7 +6,8 @@ import time
 import pytest
 
 from vllm_xlayer.connector.nixl import staging
-from vllm_xlayer.connector.nixl.staging import REASONS, Failure, StagedReads, Stay
+from vllm_xlayer.connector.nixl.reads import REASONS, Failure
+from vllm_xlayer.connector.nixl.staging import StagedReads, Stay
 
 PEER, OTHER = ("prefill", 0), ("prefill", 1)
 CAPACITY = 4

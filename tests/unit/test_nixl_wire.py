@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from vllm_xlayer import ops
+from vllm_xlayer.connector.nixl.reads import Rows
 from vllm_xlayer.connector.nixl.reshard import Move
 from vllm_xlayer.connector.nixl.seals import BYTES, SealTable
-from vllm_xlayer.connector.nixl.staging import Rows, StagedReads
+from vllm_xlayer.connector.nixl.staging import StagedReads
 from vllm_xlayer.connector.nixl.wire import BUFFERS, NixlWire, RemotePool
 
 PEER = ("prefill", 0)

@@ -121,7 +121,8 @@ def _rate(wire: Any, rows: int, neighbours: bool) -> float:
 
 def _read(wire: Any, remote: np.ndarray, local: np.ndarray, tags: np.ndarray) -> tuple[float, Any]:
     """Seconds, and the failure if there is one."""
-    from ..connector.nixl.staging import Rows, StagedReads, Stay  # not before a GPU is chosen
+    from ..connector.nixl.reads import Rows  # not before a GPU is chosen
+    from ..connector.nixl.staging import StagedReads, Stay
     from ..connector.nixl.wire import BUFFERS
 
     reads = StagedReads(wire, BUFFERS, READ_SECONDS, stay=Stay(2 * READ_SECONDS, 2 * READ_SECONDS))

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ... import ops
+from .reads import Rows
 from .reshard import Move, scatter
 from .seals import RowDigest, to_device
-from .staging import Rows
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric, PromMetricT
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats, NixlPromMetrics
 
-from .staging import REASONS
+from .reads import REASONS
 
 PREFIX = "vllm:xlayer_handover_"
 ROWS = "xlayer_rows"

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from .landing import Landings, Launched, RowsInto, SealCheck
+from .reads import Peer, Rows
 from .reshard import Move
 from .seals import BYTES
-from .staging import Peer, Rows
 
 BUFFERS = 4
 """Of the ring: while rows of one are copied and checked, others are read."""

@@ -24,12 +24,13 @@ from ...layout import LayoutDescriptor, check_allocation
 from .agent import vllm_makes_such
 from .engine import record_of
 from .link import Link, allow_cuda_ipc_reads, why_tcp
+from .reads import Rows
 from .record import PROTOCOL, Record, RecordsDiffer, check_records
 from .reshard import CannotReshard, Move, heads_of, moves_between
 from .scheduler import RowNixlMetadata
 from .seals import BYTES, SealTable
 from .settings import NixlSettings
-from .staging import BESIDE_STEPS, IDLE, Rows, StagedReads
+from .staging import BESIDE_STEPS, IDLE, StagedReads
 from .stats import RowNixlStats
 from .wire import BUFFERS, NixlWire, RemotePool
 
