@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, UniformTypeKVCacheSpecs
 
-from vllm_xlayer.patches import partial_hits
+from vllm_xlayer.patches import partial_hits, registry
 
 BLOCK, BLOCKS, NEEDED = 64, 100, 3
 
@@ -88,3 +88,17 @@ def test_only_where_the_cache_is_ours(on_a_gpu, monkeypatch, of, waits):
     assert manager.needed(2, BLOCK + 16) == (BLOCKS + 1 if waits else NEEDED)
     monkeypatch.setitem(sys.modules, partial_hits.OUR_CONNECTOR, sys)
     assert manager.needed(2, BLOCK + 16) == BLOCKS + 1
+
+
+def test_off_where_blocks_do_not_say_how_much_of_them_is_hashed(monkeypatch):
+    """And nothing is changed, as it would end the engine."""
+
+    class Block:
+        block_id: int
+
+    monkeypatch.setattr("vllm.v1.core.kv_cache_utils.KVCacheBlock", Block)
+    monkeypatch.setattr(partial_hits, "wrap", lambda *_: pytest.fail("vLLM was changed"))
+    patches = registry.Registry()
+    patches.apply([partial_hits.PATCH])
+    (record,) = patches.report()
+    assert record.state is registry.State.OFF and "no attribute block_hash_num_tokens" in record.reason

@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks import quality as quality_benchmark
 from benchmarks.quality import table as markdown
 from vllm_xlayer import cli
-from vllm_xlayer.quality import command, plot, report, results
+from vllm_xlayer.quality import command, measures, plot, report, results
 from vllm_xlayer.quality.command import Cache
 
 FIRST, LENGTH, WINDOWS, TOP = 8, 16, 5, 4
@@ -105,14 +105,17 @@ def test_the_benchmark_passes_arguments_on(monkeypatch, tmp_path):
     assert given[0][given[0].index("--json") + 1] == str(out)
 
 
-def engine_file(path, loss, layers=None, again=False):
-    """As an engine writes it: every token has probability exp(-1 - loss), and is the most probable one."""
+def engine_file(path, loss, layers=None, again=False, more=0.0):
+    """As an engine writes it: every token has probability exp(-1 - loss), and is the most probable one.
+
+    more: What some positions lose besides, [LENGTH - FIRST].
+    """
     rng = np.random.default_rng(0)
     shape = (WINDOWS, LENGTH - FIRST)
     arrays = {"answers": np.arange(WINDOWS * 4).reshape(WINDOWS, 4) + round(loss)}
     for way in ("decode", "prefill", *(["again"] if again else [])):
         noise = 0.01 * rng.standard_normal((WINDOWS, 1)) if loss else 0
-        text = np.full(shape, -1.0) - loss + noise
+        text = np.full(shape, -1.0) - loss - more + noise
         arrays[f"{way}.text"] = text.astype(np.float32)
         arrays[f"{way}.top_ids"] = np.tile(np.arange(TOP, dtype=np.int32), (*shape, 1))
         arrays[f"{way}.top"] = np.stack([text, text - 2, text - 3, text - 4], -1).astype(np.float32)
@@ -120,7 +123,7 @@ def engine_file(path, loss, layers=None, again=False):
         arrays["again.answers"] = arrays["answers"]
     facts = {"hardware": "a GPU", "versions": {"vllm": "1", "torch": "2"}, "date": "today", "runner": "V2",
              "commit": "abc"}  # fmt: skip
-    np.savez(path, **arrays, facts=json.dumps(facts | ({"layers": layers} if layers else {})))
+    np.savez(path, **arrays, facts=json.dumps(facts | ({"layers": layers} if layers is not None else {})))
     return path
 
 
@@ -144,6 +147,16 @@ def test_numbers_of_a_known_loss(result):
     assert len(row["decode"]["by_position"]) == len(result["spans"]) == 4
     assert result["caches"][1]["decode"]["perplexity_change"] == [0, 0, 0]
     assert json.loads(json.dumps(result)) is not None
+
+
+def test_a_loss_is_counted_where_it_is(tmp_path):
+    more = np.zeros(LENGTH - FIRST)
+    for k, (begin, end) in enumerate(measures.spans(FIRST, LENGTH)):
+        more[begin - FIRST : end - FIRST] = 0.01 * k
+    base = engine_file(tmp_path / "base.npz", 0, layers={}, again=True)
+    rising = {"nvfp4": engine_file(tmp_path / "rising.npz", 0, more=more)}
+    found = results.compare(base, rising, FIRST, LENGTH)["caches"][-1]["decode"]["by_position"]
+    assert [mean for mean, *_ in found] == pytest.approx(np.expm1(0.01 * np.arange(4)), abs=1e-6)
 
 
 def test_the_verdict_tells_a_loss_from_none(result):
