@@ -1,5 +1,5 @@
 // The decode attention kernels, both, on the CPU: for tests/ops/test_nvfp4_attention_emulated.py.
-#include "simt.h"
+#include <attention_args.h>
 
 #include "kernels/nvfp4_attention/decode.cuh"
 #include "kernels/nvfp4_attention/schedule.cuh"
@@ -22,13 +22,11 @@ void run(Nvfp4AttentionParams p) {
   p.partial_out = out.data();
   p.partial_ml = ml.data();
   p.schedule = schedule.data();
-  simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0, [&] {
-    schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.parts);
-  });
+  simt::launch({1, 1, 1}, SCHEDULE_THREADS, 0,
+               [&] { schedule_kernel(p, C::UNIT_TOKENS, C::TILE_ROWS, p.parts); });
   // As many teams as parts, or more.
-  simt::launch({unsigned((p.parts + C::TEAMS - 1) / C::TEAMS), 1, 1}, C::THREADS, C::SHARED_BYTES, [&] {
-    p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p);
-  });
+  simt::launch({unsigned((p.parts + C::TEAMS - 1) / C::TEAMS), 1, 1}, C::THREADS, C::SHARED_BYTES,
+               [&] { p.newest == nullptr ? decode_kernel<C, false>(p) : decode_kernel<C, true>(p); });
   for (int64_t i = Schedule::counters(p.num_requests); i < int64_t(schedule.size()); ++i) {
     if (schedule[i] > 0) simt::fail("a counter is not 0 after the launch");  // -1: never used
   }
@@ -56,72 +54,11 @@ extern "C" void run_nvfp4_schedule(const int32_t* seq_lens, const int32_t* newes
   });
 }
 
-// All of eight bytes, so that Python can mirror it: tests/reference/emulated.py.
-struct Args {
-  const void* q;
-  int64_t q_stride_t, q_stride_h;
-  void* out;
-  int64_t out_stride_t, out_stride_h;
-  float* lse;
-  int64_t lse_stride_h, is_f16;
-  const uint8_t* cache;
-  int64_t block_stride, heads, block_size, head_size;
-  const int32_t* block_table;
-  int64_t block_table_stride, max_blocks;
-  const int32_t* seq_lens;
-  int64_t num_requests, q_len, num_q_heads;
-  const float *k_scale, *v_scale, *sinks;
-  double scale, soft_cap;
-  int64_t window, swizzled, parts, split_units, late_copies, warps, teams;
-  const void* newest;
-  const int32_t *newest_rows, *newest_from;
-  int64_t newest_tokens;
-  const int32_t* query_starts;
-  int64_t kernel_q_len, rotated_keys;
-};
-
-// Tile rows are chosen as launch.cu does; warps: of a team, 4, or 16 where there is such a kernel; teams: of a
-// thread block, 1, or 4. Returns 1 for a head size without a kernel.
+// Tile rows are chosen as launch.cu does; warps: of a team, 4, or 16 where there is such a kernel; teams: of
+// a thread block, 1, or 4. Returns 1 for a head size without a kernel.
 extern "C" int run_nvfp4_attention(const Args* a) {
   using namespace xlayer::attention;
-  xlayer::Nvfp4AttentionParams p = {};
-  p.q = a->q;
-  p.q_stride_t = a->q_stride_t;
-  p.q_stride_h = a->q_stride_h;
-  p.out = a->out;
-  p.out_stride_t = a->out_stride_t;
-  p.out_stride_h = a->out_stride_h;
-  p.lse = a->lse;
-  p.lse_stride_h = a->lse_stride_h;
-  p.dtype = a->is_f16 ? xlayer::Dtype::F16 : xlayer::Dtype::BF16;
-  p.cache = a->cache;
-  p.block_stride = a->block_stride;
-  p.page = {int(a->heads), int(a->block_size), int(a->head_size)};
-  p.block_table = a->block_table;
-  p.block_table_stride = a->block_table_stride;
-  p.max_blocks = a->max_blocks;
-  p.seq_lens = a->seq_lens;
-  p.num_requests = int(a->num_requests);
-  p.q_len = int(a->q_len);
-  p.num_q_heads = int(a->num_q_heads);
-  p.k_scale = a->k_scale;
-  p.v_scale = a->v_scale;
-  p.sinks = a->sinks;
-  p.scale = float(a->scale);
-  p.soft_cap = float(a->soft_cap);
-  p.window = int(a->window);
-  p.v_order = a->swizzled ? xlayer::ScaleOrder::SWIZZLED : xlayer::ScaleOrder::LINEAR;
-  p.parts = int(a->parts);
-  p.split_units = int(a->split_units);
-  p.newest = a->newest;
-  p.newest_rows = a->newest_rows;
-  p.newest_from = a->newest_from;
-  p.newest_tokens = int(a->newest_tokens);
-  p.query_starts = a->query_starts;
-  p.rotated_keys = a->rotated_keys != 0;
-  p.kernel_q_len = int(a->query_starts == nullptr ? a->q_len : a->kernel_q_len);
-  simt::machine().late_copies = a->late_copies != 0;
-
+  xlayer::Nvfp4AttentionParams p = params_of(a);
   const int rows = p.kernel_q_len * (p.num_q_heads / p.page.heads);
   if (a->teams == 4) {
     switch (p.page.head_size) {

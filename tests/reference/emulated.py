@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "tests/emulation"
 
 POINTER, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-# As struct Args in nvfp4_attention.cpp.
+# As struct Args in include/attention_args.h.
 FIELDS = [
     ("q", POINTER), ("q_stride_t", INT), ("q_stride_h", INT),
     ("out", POINTER), ("out_stride_t", INT), ("out_stride_h", INT),
@@ -107,6 +107,30 @@ def library(name: str) -> ctypes.CDLL:
         shutil.rmtree(folder)
 
 
+def attention_args(batch: Batch, out: torch.Tensor, lse: torch.Tensor | None, **how: int) -> Args:
+    """What a kernel is given for a batch. how: fields of the emulation's own."""
+
+    def at(tensor: torch.Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
+
+    c, q, cache = batch.case, batch.q, batch.pool.cache
+    return Args(
+        q=at(q), q_stride_t=q.stride(0), q_stride_h=q.stride(1), is_f16=q.dtype == torch.float16,
+        out=at(out), out_stride_t=out.stride(0), out_stride_h=out.stride(1),
+        lse=at(lse), lse_stride_h=0 if lse is None else lse.stride(0),
+        cache=at(cache), block_stride=cache.stride(0),
+        heads=c.kv_heads, block_size=c.block_size, head_size=c.head_size, num_q_heads=c.heads,
+        block_table=at(batch.block_table), block_table_stride=batch.block_table.stride(0),
+        max_blocks=batch.block_table.shape[1],
+        seq_lens=at(batch.seq_lens), num_requests=len(c.lengths), q_len=c.q_len,
+        k_scale=at(batch.k_scale), v_scale=at(batch.v_scale), sinks=at(batch.sinks),
+        scale=c.softmax_scale, soft_cap=c.soft_cap, window=c.window, swizzled=int(c.order),
+        split_units=c.split_units, newest=at(batch.newest), newest_rows=at(batch.newest_rows),
+        newest_from=at(batch.newest_from), newest_tokens=c.newest,
+        query_starts=at(batch.query_starts), kernel_q_len=c.kernel_q_len, rotated_keys=c.rotated_keys, **how,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class EmulatedBatch(Batch):
     """Runs through the CUDA kernels' own code, with as many thread blocks as `parts`, of so many warps."""
@@ -117,26 +141,8 @@ class EmulatedBatch(Batch):
     teams: int = 1
 
     def launch(self, workspace: object, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-        c, cache = self.case, self.pool.cache
-        args = Args(
-            self.q.data_ptr(), self.q.stride(0), self.q.stride(1),
-            out.data_ptr(), out.stride(0), out.stride(1),
-            None if lse is None else lse.data_ptr(), 0 if lse is None else lse.stride(0),
-            self.q.dtype == torch.float16,
-            cache.data_ptr(), cache.stride(0), c.kv_heads, c.block_size, c.head_size,
-            self.block_table.data_ptr(), self.block_table.stride(0), self.block_table.shape[1],
-            self.seq_lens.data_ptr(), len(c.lengths), c.q_len, c.heads,
-            self.k_scale.data_ptr(), self.v_scale.data_ptr(),
-            None if self.sinks is None else self.sinks.data_ptr(),
-            c.softmax_scale, c.soft_cap,
-            c.window, int(c.order), self.parts, c.split_units, self.late_copies,
-            self.warps,
-            self.teams,
-            *(None if t is None else t.data_ptr() for t in (self.newest, self.newest_rows, self.newest_from)),
-            c.newest,
-            None if self.query_starts is None else self.query_starts.data_ptr(), c.kernel_q_len,
-            c.rotated_keys,
-        )  # fmt: skip
+        how = {"parts": self.parts, "late_copies": self.late_copies, "warps": self.warps, "teams": self.teams}
+        args = attention_args(self, out, lse, **how)
         assert library("nvfp4_attention").run_nvfp4_attention(ctypes.byref(args)) == 0
 
 

@@ -7,25 +7,9 @@ import torch
 from reference.attention_batches import Batch, make_batch
 from reference.attention_cases import Case
 from reference.attention_checks import check_batch
-from reference.emulated import DOUBLE, INT, POINTER, library
+from reference.emulated import attention_args, library
 
 from vllm_xlayer import ops
-
-# As struct Args in tests/emulation/nvfp4_prefix.cpp.
-FIELDS = [
-    ("q", POINTER), ("q_stride_t", INT), ("q_stride_h", INT),
-    ("out", POINTER), ("out_stride_t", INT), ("out_stride_h", INT),
-    ("lse", POINTER), ("lse_stride_h", INT), ("is_f16", INT),
-    ("cache", POINTER), ("block_stride", INT), ("heads", INT), ("block_size", INT), ("head_size", INT),
-    ("block_table", POINTER), ("block_table_stride", INT),
-    ("lens", POINTER), ("num_requests", INT), ("max_query_len", INT), ("num_q_heads", INT),
-    ("query_starts", POINTER), ("k_scale", POINTER), ("v_scale", POINTER),
-    ("scale", DOUBLE), ("rotated_keys", INT), ("late_copies", INT),
-]  # fmt: skip
-
-
-class Args(ctypes.Structure):
-    _fields_ = FIELDS
 
 
 class PrefixBatch(Batch):
@@ -58,17 +42,7 @@ class EmulatedPrefixBatch(PrefixBatch):
     late_copies: bool = True
 
     def merge(self, out, lse):
-        c, cache = self.case, self.pool.cache
-        args = Args(
-            self.q.data_ptr(), self.q.stride(0), self.q.stride(1),
-            out.data_ptr(), out.stride(0), out.stride(1), lse.data_ptr(), lse.stride(0),
-            self.q.dtype == torch.float16,
-            cache.data_ptr(), cache.stride(0), c.kv_heads, c.block_size, c.head_size,
-            self.block_table.data_ptr(), self.block_table.stride(0),
-            self.seq_lens.data_ptr(), len(c.lengths), max(c.queries), c.heads,
-            self.query_starts.data_ptr(), self.k_scale.data_ptr(), self.v_scale.data_ptr(),
-            c.softmax_scale, c.rotated_keys, self.late_copies,
-        )  # fmt: skip
+        args = attention_args(self, out, lse, late_copies=self.late_copies)
         assert library("nvfp4_prefix").run_nvfp4_prefix(ctypes.byref(args)) == 0
 
 
