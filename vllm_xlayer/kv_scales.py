@@ -6,9 +6,12 @@ What a token's KV is must not depend on what an engine saw before, so scales are
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "vllm-xlayer KV scales 1"
 
@@ -63,17 +66,20 @@ def _checked(path: Path, name: str, layer: Any) -> Scales:
     return Scales(float(values[0]), float(values[1]))
 
 
-def scales_of(layer_name: str, checkpoint: Scales, file: Path | None) -> Scales:
-    """The scales of a layer: the file's; where there is no file the checkpoint's; else the default.
+def scales_of(layer_name: str, checkpoint: Scales, file: Path | None, is_complete: bool = True) -> Scales:
+    """The scales of a layer: the file's; where it has none the checkpoint's; else the default.
+
+    is_complete: whether a file has scales of every layer.
 
     Raises:
-        ScalesError: the file does not have the layer.
+        ScalesError: such a file does not have the layer.
     """
     if file is not None:
-        scales = read(file)
-        if layer_name not in scales:
+        if found := read(file).get(layer_name):
+            return found
+        if is_complete:
             raise ScalesError(f"{file}: expected scales of layer {layer_name}, got none")
-        return scales[layer_name]
+        logger.warning("%s: no scales of layer %s, which has what it has without a file", file, layer_name)
     return DEFAULT if checkpoint == NONE else checkpoint
 
 

@@ -96,7 +96,8 @@ Nvfp4AttentionParams check(const Tensor& q, const Tensor& kv_cache, const Tensor
 void check_indices(const Nvfp4AttentionParams& p, int64_t num_blocks, int64_t tokens) {
   for (int r = 0; r < p.num_requests; ++r) {
     const Queries queries = queries_of(p, r);
-    STD_TORCH_CHECK(queries.begin >= 0 && queries.count >= 0 && queries.count <= p.q_len &&
+    STD_TORCH_CHECK(queries.begin >= 0 && queries.count >= 0 &&
+                        (queries.count <= p.q_len || p.seq_lens[r] == 0) &&
                         queries.begin + queries.count <= tokens,
                     "query_starts: expected 0 to ", p.q_len, " of ", tokens, " query tokens, got ",
                     queries.count, " from ", queries.begin, " on for request ", r);

@@ -67,6 +67,7 @@ class Machine:
             speculative_config=None,
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             scheduler_config=SimpleNamespace(max_num_seqs=ROWS, max_num_batched_tokens=1024),
+            cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
             compilation_config=SimpleNamespace(max_cudagraph_capture_size=8, static_forward_context=layers),
         )
 

@@ -8,11 +8,13 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import make_kv_sharing_fast_prefill_common_attn_metadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_xlayer.attention import metadata
 from vllm_xlayer.attention.backend import NVFP4Backend
 from vllm_xlayer.attention.metadata import NVFP4MetadataBuilder
+from vllm_xlayer.attention.prefix import Limits, PrefixKernel
 
 pytestmark = pytest.mark.usefixtures("pages_alone")
 
@@ -20,7 +22,11 @@ LAYERS = ["a", "b"]
 
 
 def config(
-    num_heads: int = 8, speculative: int | None = None, windows=(None, 64), head_size: int = 128
+    num_heads: int = 8,
+    speculative: int | None = None,
+    windows=(None, 64),
+    head_size: int = 128,
+    fast_prefill: bool = False,
 ) -> SimpleNamespace:
     """What the builder reads of a VllmConfig."""
     spec = None
@@ -36,12 +42,15 @@ def config(
         speculative_config=spec,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=fast_prefill),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=8, static_forward_context=layers),
     )
 
 
-def builder(head_size: int = 128, **settings) -> NVFP4MetadataBuilder:
-    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=head_size, dtype=torch.uint8)
+def builder(head_size: int = 128, non_causal: bool = False, **settings) -> NVFP4MetadataBuilder:
+    spec = FullAttentionSpec(
+        block_size=16, num_kv_heads=2, head_size=head_size, dtype=torch.uint8, non_causal=non_causal
+    )
     return NVFP4MetadataBuilder(spec, LAYERS, config(head_size=head_size, **settings), torch.device("cpu"))
 
 
@@ -214,3 +223,31 @@ def test_lengths_under_speculation(monkeypatch, prefilling, waits):
     metadata = made.build(0, step)
     assert metadata.seq_lens.tolist() == [60, 70] and bool(waited) is waits
     assert metadata.decode.seq_lens.tolist() == [50]
+
+
+@pytest.mark.parametrize("before", [[0, 0, 0, 0, 0], [0, 3, 4, 5, 6], [7, 1, 1, 1, 9]])
+def test_fast_prefill_of_layers_that_share_a_cache(before):
+    """vLLM computes query_start_loc on the device, and its copy on the host may not be there yet."""
+    m = batch([1, 1, 40, 7], [5, 100, 60, 7])
+    m.logits_indices_padded = torch.tensor([0, 1, 41, 48], dtype=torch.int32)
+    m.num_logits_indices, m.max_logits_per_req = 4, 1
+    m = make_kv_sharing_fast_prefill_common_attn_metadata(m)
+    m.query_start_loc_cpu = torch.tensor(before, dtype=torch.int32)
+    decode = builder(fast_prefill=True).build(0, m).decode
+    assert decode is not None and (decode.q_len, decode.num_tokens, decode.num_requests) == (1, 4, 4)
+
+
+def test_layers_that_are_not_causal_are_refused_at_start():
+    with pytest.raises(ValueError, match=r"expected causal attention, got layers .* \(a\).*FLASHINFER"):
+        builder(non_causal=True)
+
+
+def test_layers_with_other_prefixes_have_plans_of_their_own():
+    made = builder().build(0, batch([40], [140]))
+    limits = Limits(least_tokens=16, least_busy=0.0)
+    for newest_tokens, end in ((64, 32), (0, 96), (64, 32)):
+        prefix = made.prefix(PrefixKernel(128, 4, 2, 1, newest_tokens, limits))
+        (piece,) = made.plan(None, 8192, prefix=prefix)
+        assert prefix.starts.tolist() == piece.piece.seq_starts.tolist() == [end]
+    (piece,) = made.plan(None, 8192)
+    assert piece.piece.seq_starts.tolist() == [0]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference import prefix_cases
 from reference.attention_batches import make_batch
 from reference.attention_cases import Case
 from reference.pools import make_pool, scalar
@@ -31,6 +32,13 @@ def arguments_of(name: str, device: torch.device) -> tuple:
         state = torch.full((2, 2), -1, dtype=torch.int32, device=device)
         slots = torch.arange(5, device=device)
         return starts, lens, rows, slots, state, slots.clone(), lens.clone(), 16
+    if name == "nvfp4_prefix_attention":
+        if not ops.nvfp4_prefix_rows(key, 128):
+            pytest.skip(f"no kernel for this GPU: {torch.cuda.get_device_capability()}, expected (9, 0)")
+        prompts = prefix_cases.make(prefix_cases.case((20, 40), (2, 3)), device)
+        out, lse = torch.zeros_like(prompts.q), torch.zeros(prompts.q.shape[1::-1], device=device)
+        inputs = prompts.q, prompts.pool.cache, prompts.block_table, prompts.seq_lens, prompts.query_starts
+        return *inputs, one, one, out, lse, 0.1, 3, False
     if name.startswith("nvfp4"):
         batch = make_batch(Case((20, 40), 2, head_size=64, sinks=True), device)
         workspace, one = batch.workspace(), scalar(1.0, device)

@@ -15,6 +15,12 @@ from vllm_xlayer import ops
 class PrefixBatch(Batch):
     """Runs through the op."""
 
+    @property
+    def max_query_len(self) -> int:
+        """Of requests that attend to anything."""
+        c = self.case
+        return max(q for q, length in zip(c.queries, c.lengths, strict=True) if length)
+
     def workspace(self, max_requests=None):
         return None
 
@@ -30,7 +36,7 @@ class PrefixBatch(Batch):
         c = self.case
         ops.nvfp4_prefix_attention(
             self.q, self.pool.cache, self.block_table, self.seq_lens, self.query_starts, self.k_scale,
-            self.v_scale, out, lse, scale=c.softmax_scale, max_query_len=max(c.queries),
+            self.v_scale, out, lse, scale=c.softmax_scale, max_query_len=self.max_query_len,
             rotated_keys=c.rotated_keys,
         )  # fmt: skip
 
@@ -43,6 +49,7 @@ class EmulatedPrefixBatch(PrefixBatch):
 
     def merge(self, out, lse):
         args = attention_args(self, out, lse, late_copies=self.late_copies)
+        args.q_len = self.max_query_len
         assert library("nvfp4_prefix").run_nvfp4_prefix(ctypes.byref(args)) == 0
 
 
@@ -108,5 +115,6 @@ CASES = (
     case((700, 100), (12, 9), first_logit=14.0, rotated_keys=True, dtype=torch.float16),
     case((300, 100), (12, 9), outliers=True, small_v=True, v_scale=0.01),
     case((300, 100), (12, 9), q_size=100.0),
+    case((0, 300, 0), (200, 5, 40)),  # thread blocks are for those that attend to something
 )
 MERGED = EDGES, case((300, 129), (130, 7), group=1, dtype=torch.float16)

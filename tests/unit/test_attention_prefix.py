@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from vllm_xlayer.attention.prefix import LIMITS, PrefixKernel
+from vllm_xlayer.attention.prefix import LIMITS, PrefixKernel, on_device
 
 # Llama-3.1-8B on an H200.
 KERNEL = PrefixKernel(rows=128, group=4, kv_heads=8, at_once=132, newest_tokens=64, limits=LIMITS)
@@ -47,3 +48,10 @@ def test_requests_of_a_batch_apart():
 
 def test_a_batch_without_such_requests():
     assert lens([(0, 512)] * 64) is None
+
+
+def test_thread_blocks_are_for_requests_that_attend_to_something():
+    starts = np.array([8128, 0, 1024])
+    made = on_device(starts, np.array([7, 107, 2107, 2137]), torch.zeros(3, 1, dtype=torch.int32))
+    assert made.max_query_len == 100 and made.tokens == slice(7, 2137)
+    assert made.lens.tolist() == starts.tolist() and made.query_starts.tolist() == [0, 100, 2100, 2130]

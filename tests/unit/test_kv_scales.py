@@ -32,6 +32,15 @@ def test_a_layer_that_the_file_lacks(file):
         scales_of("model.layers.1", NONE, file)
 
 
+def test_a_drafters_layer_is_not_in_the_file(file, monkeypatch, caplog):
+    monkeypatch.setenv("VLLM_XLAYER_KV_SCALES", str(file))
+    drafters = layer(name="drafter.0", speculates=True)
+    set_scales(loads(Scales(2.0, 3.0)), drafters, torch.bfloat16)
+    assert scales(drafters) == (2.0, 3.0) and "no scales of layer drafter.0" in caplog.text
+    with pytest.raises(ScalesError):
+        set_scales(loads(NONE), layer(name="another model's"), torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -50,25 +59,54 @@ def test_bad_files_are_refused(tmp_path, content, message):
         kv_scales.read(path)
 
 
-def layer(ours=True):
-    impl = SimpleNamespace(uses_global_scales=True) if ours else SimpleNamespace()
-    return SimpleNamespace(
-        layer_name=LAYER, impl=impl, _k_scale=torch.tensor(7.0), _v_scale=torch.tensor(7.0)
+def layer(ours=True, name=LAYER, target=None, layers=None, speculates=False):
+    """layers: name -> those that are there, where this one is put."""
+    layers = {} if layers is None else layers
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        speculative_config=SimpleNamespace() if speculates else None,
     )
+    impl = SimpleNamespace(uses_global_scales=True, vllm_config=config) if ours else SimpleNamespace()
+    layers[name] = SimpleNamespace(
+        layer_name=name, impl=impl, kv_sharing_target_layer_name=target,
+        _k_scale=torch.tensor(7.0), _v_scale=torch.tensor(7.0),
+    )  # fmt: skip
+    return layers[name]
+
+
+def loads(given):
+    """What vLLM does, with these scales in the checkpoint."""
+
+    def load(layer, act_dtype):
+        layer._k_scale.fill_(given.k)
+        layer._v_scale.fill_(given.v)
+
+    return load
+
+
+def scales(layer):
+    return float(layer._k_scale), float(layer._v_scale)
+
+
+@pytest.mark.parametrize("with_file", [True, False], ids=["file", "checkpoint"])
+def test_a_layer_that_reads_anothers_pages_has_its_scales(file, monkeypatch, with_file):
+    if with_file:
+        monkeypatch.setenv("VLLM_XLAYER_KV_SCALES", str(file))
+    layers = {}
+    first, reader = layer(layers=layers), layer(name="reader", target=LAYER, layers=layers)
+    for _ in range(2):
+        set_scales(loads(Scales(2.0, 3.0)), first, torch.bfloat16)
+        set_scales(loads(NONE), reader, torch.bfloat16)  # a checkpoint has none where there is no K and V
+        assert scales(reader) == scales(first) == ((4.0, 0.125) if with_file else (2.0, 3.0))
 
 
 @pytest.mark.parametrize("loaded", [NONE, Scales(2.0, 3.0)], ids=["none", "the checkpoint's"])
 def test_scales_are_set_after_each_loading(loaded):
-    def load(layer, act_dtype):
-        layer._k_scale.fill_(loaded.k)
-        layer._v_scale.fill_(loaded.v)
-
     ours, theirs = layer(), layer(ours=False)
     for _ in range(2):
-        set_scales(load, ours, torch.bfloat16)
-        set_scales(load, theirs, torch.bfloat16)
-        assert (float(ours._k_scale), float(ours._v_scale)) == (DEFAULT if loaded == NONE else loaded)
-        assert (float(theirs._k_scale), float(theirs._v_scale)) == loaded
+        set_scales(loads(loaded), ours, torch.bfloat16)
+        set_scales(loads(loaded), theirs, torch.bfloat16)
+        assert scales(ours) == (DEFAULT if loaded == NONE else loaded) and scales(theirs) == loaded
 
 
 def error_in_a_cache(k, v, scales):

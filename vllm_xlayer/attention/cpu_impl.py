@@ -86,13 +86,14 @@ class CpuReferenceImpl(AttentionImpl[CpuReferenceMetadata]):
         self.sinks = sinks
         self.slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.newest: torch.Tensor | None = None
-        config = get_current_vllm_config() if self.is_nvfp4 else None
-        self.config = config if config is not None and newest_tokens_of(config) else None
+        self.vllm_config = get_current_vllm_config() if self.is_nvfp4 else None
+        self._keeps_newest = self.vllm_config is not None and newest_tokens_of(self.vllm_config) > 0
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Reserves the memory of the newest tokens, before the KV cache takes what is left."""
-        if self.config is not None and self.newest is None:
-            self.newest = allocate(self.config, self.num_kv_heads, self.head_size, act_dtype)
+        if self._keeps_newest and self.newest is None:
+            assert self.vllm_config is not None
+            self.newest = allocate(self.vllm_config, self.num_kv_heads, self.head_size, act_dtype)
 
     def do_kv_cache_update(
         self,

@@ -68,7 +68,8 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         self.capacity = self._workspace_tokens(config, settings.gather_workspace_bytes)
         self.newest: torch.Tensor | None = None
         self.prefix_rows = 0 if self.window is not None or self.soft_cap else self._prefix_rows(config)
-        self.config = config if newest_tokens_of(config) else None
+        self.vllm_config = config
+        self._keeps_newest = newest_tokens_of(config) > 0
         self.scale_counts = ScaleCounts(config.device_config.device) if settings.debug else None
 
     def _kernels(self):
@@ -113,8 +114,8 @@ class NVFP4Impl(AttentionImpl[NVFP4Metadata]):
         captured graphs read."""
         if self.sinks is not None and self._loaded_sinks is not None:
             self.sinks.copy_(self._loaded_sinks.detach())
-        if self.config is not None and self.newest is None:
-            self.newest = self._newest_memory(self.config, act_dtype)
+        if self._keeps_newest and self.newest is None:
+            self.newest = self._newest_memory(self.vllm_config, act_dtype)
 
     def share_kv_of(self, target: str, layers) -> None:
         """Reads another layer's pages and newest tokens from now on, whatever this layer was made as: whose

@@ -75,7 +75,7 @@ class NVFP4Metadata(AttentionMetadata):
     slot_mapping: torch.Tensor
     decode: DecodeBatch | None = None
     newest: NewestBatch | None = None
-    _plans: dict[tuple[int | None, int, bool], list[DevicePiece]] = field(default_factory=dict)
+    _plans: dict[tuple[int | None, int, int], list[DevicePiece]] = field(default_factory=dict)
     _prefixes: dict[PrefixKernel, Prefix | None] = field(default_factory=dict)
 
     def prefix(self, kernel: PrefixKernel) -> Prefix | None:
@@ -96,9 +96,9 @@ class NVFP4Metadata(AttentionMetadata):
         """The pieces for layers with such a window (tokens) and workspace (tokens).
 
         waves_of: numbers of query tokens, int [R] -> the thread blocks of the dense attention.
-        prefix: what is attended to elsewhere; one that `prefix` gave, the same in all calls.
+        prefix: what is attended to elsewhere; one that `prefix` gave, and so lives as long as the plans.
         """
-        key = (window, capacity, prefix is not None)
+        key = (window, capacity, id(prefix))
         if key not in self._plans:
             query_lens = np.diff(self.query_starts)
             starts = None if prefix is None else prefix.starts
@@ -146,8 +146,14 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
                 f"--kv-cache-dtype nvfp4: expected K and V heads of one size, got {kv_cache_spec.head_size} "
                 f"and {head_size_v} ({layer_names[0]})"
             )
+        if getattr(kv_cache_spec, "non_causal", False):
+            raise ValueError(
+                "--kv-cache-dtype nvfp4: expected causal attention, got layers whose prompts see what comes "
+                f"after them ({layer_names[0]}). --attention-backend FLASHINFER asks for vLLM's own"
+            )
         _share_kv_as_layers_do(vllm_config, layer_names)
         self._speculates = vllm_config.speculative_config is not None
+        self._starts_come_late = vllm_config.cache_config.kv_sharing_fast_prefill
         self._newest = make_planner(vllm_config, layer_names, device)
         self._scales = make_report(vllm_config, layer_names)
         self._planner: DecodePlanner | None = None
@@ -205,6 +211,8 @@ class NVFP4MetadataBuilder(AttentionMetadataBuilder[NVFP4Metadata]):
             raise NotImplementedError("--kv-cache-dtype nvfp4: expected causal attention, got non-causal")
         if self._scales is not None:
             self._scales.say()
+        if self._starts_come_late:  # vLLM has asked for the copy of what it computed, and does not wait
+            m = m.replace(query_start_loc_cpu=m.query_start_loc.cpu())
         starts = m.query_start_loc_cpu[: m.num_reqs + 1].numpy().astype(np.int64)
         newest = None if self._newest is None else self._newest.plan(m)
         first, decode = 0, None
@@ -251,7 +259,7 @@ def _share_kv_as_layers_do(vllm_config, layer_names: list[str]) -> None:
 def _decode_query_len(vllm_config) -> int:
     """The most query tokens of a decode request: one and what is speculated."""
     spec = vllm_config.speculative_config
-    if spec is None or spec.num_speculative_tokens is None:
+    if spec is None:
         return 1
     drafts = (2 if spec.parallel_drafting else 1) * spec.num_speculative_tokens
     return min(1 + drafts, limits().max_query_len)

@@ -1,9 +1,10 @@
 """Which prompts attend to the pages before them as they are, and how a step's are given to the kernel.
 
 `ops.nvfp4_prefix_attention` reads NVFP4 pages, which FlashAttention cannot: its thread blocks dequantise what
-they multiply. So nothing is dequantised into a workspace first, which is a third of the time where prompts go
-on by a few tokens (short turns). Each of its thread blocks dequantises all that its request has cached: with
-many query tokens a request that is better done once, and with few thread blocks the GPU is not busy.
+they multiply. So only the newest tokens go into a workspace first; for all of them that is a third of the
+time where prompts go on by a few tokens (short turns). Each of its thread blocks dequantises all that its
+request has cached: with many query tokens a request that is better done once, and with few thread blocks the
+GPU is not busy.
 """
 
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def on_device(starts: np.ndarray, query_starts: np.ndarray, block_table: torch.T
     return Prefix(
         starts=starts,
         tokens=slice(int(query_starts[0]), int(query_starts[-1])),
-        max_query_len=int(np.diff(query_starts).max()),
+        max_query_len=int(np.diff(query_starts)[starts > 0].max()),
         lens=lens,
         query_starts=running,
         block_table=block_table,

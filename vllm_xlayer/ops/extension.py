@@ -17,6 +17,7 @@ OPS = (
     "newest_step",
     "nvfp4_attention_schedule",
     "nvfp4_paged_attention",
+    "nvfp4_prefix_attention",
 )
 """Those that a traced program may contain. (The others return sizes, once, before anything is traced.)"""
 

@@ -35,7 +35,7 @@ def nvfp4_prefix_attention(
         lse: float32 [Hq, T], T dense: natural logarithm of the sum of exp(score), as out; -inf: nothing
             was attended to, and out is not read.
         scale: Factor of Q K^T.
-        max_query_len: Most query tokens of a request.
+        max_query_len: Most query tokens of a request with ``lens`` above 0.
         rotated_keys: as the pages were written.
 
     Raises:
@@ -73,7 +73,7 @@ def _check_values(
     starts, capacity = query_starts.tolist(), block_table.shape[1] * kv_cache.shape[2]
     for r, length in enumerate(lens.tolist()):
         begin, end = starts[r : r + 2]
-        if not 0 <= begin <= end <= tokens or end - begin > max_query_len:
+        if not 0 <= begin <= end <= tokens or (length and end - begin > max_query_len):
             raise RuntimeError(
                 f"query_starts: expected 0 to {max_query_len} of {tokens} query tokens, got {end - begin} "
                 f"from {begin} on for request {r}"

@@ -1,5 +1,6 @@
 """Global scales of NVFP4 layers: a default that suits V, or what `vllm-xlayer quality --calibrate` wrote."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..compat.dependence import Patch
@@ -23,11 +24,25 @@ def set_scales(original: Any, layer: Any, act_dtype: Any) -> None:
     """
     original(layer, act_dtype)
     ours = getattr(layer.impl, "uses_global_scales", False)
-    if ours and layer._k_scale.numel() == 1:  # those that a checkpoint has a head are refused by the ops
-        checkpoint = Scales(float(layer._k_scale), float(layer._v_scale))
-        scales = scales_of(layer.layer_name, checkpoint, Config.load().kv_scales)
-        layer._k_scale.fill_(scales.k)
-        layer._v_scale.fill_(scales.v)
+    if not ours or layer._k_scale.numel() != 1:  # those that a checkpoint has a head are refused by the ops
+        return
+    config = layer.impl.vllm_config
+    checkpoint = Scales(float(layer._k_scale), float(layer._v_scale))
+    scales = _of_shared_pages(layer, config.compilation_config.static_forward_context)
+    if scales is None:
+        # A drafter's layers are not among those of the model, of which the file is.
+        is_complete = config.speculative_config is None
+        scales = scales_of(layer.layer_name, checkpoint, Config.load().kv_scales, is_complete)
+    layer._k_scale.fill_(scales.k)
+    layer._v_scale.fill_(scales.v)
+
+
+def _of_shared_pages(layer: Any, layers: Mapping[str, Any]) -> Scales | None:
+    """The scales of the layer whose pages this one reads, which was loaded before; None: it has its own."""
+    target = layers.get(layer.kv_sharing_target_layer_name)
+    if target is None or target._k_scale.numel() != 1:
+        return None
+    return Scales(float(target._k_scale), float(target._v_scale))
 
 
 PATCH = Patch(

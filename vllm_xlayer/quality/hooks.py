@@ -23,7 +23,8 @@ def _layers(model: torch.nn.Module) -> dict[str, Any]:
     """vLLM's attention layers with a K and a V of their own, by name."""
     found: dict[str, Any] = {}
     for module in model.modules():
-        if all(hasattr(module, name) for name in ("layer_name", "impl", "num_kv_heads", "head_size")):
+        is_one = all(hasattr(module, name) for name in ("layer_name", "impl", "num_kv_heads", "head_size"))
+        if is_one and getattr(module, "kv_sharing_target_layer_name", None) is None:
             found[str(module.layer_name)] = module
     return found
 
@@ -40,7 +41,7 @@ def install(model: torch.nn.Module) -> None:
 
         def look(layer, args, name):
             for which, x in zip("KV", args[1:3], strict=True):
-                if x is not None:  # a layer that reads another one's cache has neither
+                if x is not None:
                     _SEEN[name][which].add(x.view(-1, layer.num_kv_heads, layer.head_size))
 
         _HANDLES.append(layer.register_forward_pre_hook(partial(look, name=name)))
