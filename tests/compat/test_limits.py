@@ -20,6 +20,7 @@ def engine(**changes):
         parallel=dict(decode_context_parallel_size=1, pipeline_parallel_size=1),
         extra={},
         model=dict(layers=4),
+        speculation=dict(method=None),
     )
     for name, value in changes.items():
         part, key = name.split("__")
@@ -29,6 +30,9 @@ def engine(**changes):
         model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: parts["model"]["layers"]),
         parallel_config=SimpleNamespace(**parts["parallel"]),
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=parts["extra"]),
+        speculative_config=SimpleNamespace(**parts["speculation"])
+        if parts["speculation"]["method"]
+        else None,
     )
 
 
@@ -54,6 +58,14 @@ def test_ranks_of_a_pipeline_have_as_many_layers():
     with pytest.raises(NotServedError, match=r"ranks of 8, 8, 9, 8 layers.*VLLM_PP_LAYER_PARTITION"):
         check(alike, parallel__pipeline_parallel_size=4, model__layers=33)
     check(alike, parallel__pipeline_parallel_size=4, model__layers=32)
+
+
+def test_a_drafter_is_on_the_last_rank_of_a_pipeline():
+    alike = planned(one_group("nvfp4"), "BLHNC")
+    check(alike, parallel__pipeline_parallel_size=2, speculation__method="ngram")
+    check(alike, speculation__method="eagle")
+    with pytest.raises(NotServedError, match=r"pipeline parallelism \(got 2\) with a drafter .* are larger"):
+        check(alike, parallel__pipeline_parallel_size=2, speculation__method="eagle")
 
 
 @pytest.mark.parametrize(

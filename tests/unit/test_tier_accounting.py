@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
+from vllm.v1.kv_offload.cpu.policies.base import CachePolicy
 
 from vllm_xlayer.connector.host.accounts import AccountingError, check_accounts
 from vllm_xlayer.connector.host.manager import HostTierManager
@@ -136,3 +137,42 @@ def test_imbalances_are_found(tier, damage, message):
 def test_leftovers_are_found_when_idle(tier):
     with pytest.raises(AccountingError, match="_jobs: expected nothing when idle"):
         check_accounts(tier, idle=True)
+
+
+class UsersPolicy(CachePolicy):
+    """With vLLM's interface, and none of its names."""
+
+    def __init__(self, cache_capacity):
+        self.held = {}
+
+    def get(self, key):
+        return self.held.get(key)
+
+    def insert(self, key, chunk, req_context=None):
+        self.held[key] = chunk
+
+    def remove(self, key):
+        del self.held[key]
+
+    def touch(self, keys, req_context):
+        pass
+
+    def evict(self, n, protected):
+        return None
+
+    def clear(self):
+        self.held.clear()
+
+
+@pytest.mark.parametrize("chunks", [0, 4])
+def test_a_users_policy_need_not_list_its_chunks(chunks):
+    """The tier is turned off where there is no room, or memory cannot be pinned."""
+    manager = HostTierManager(
+        chunks, cache_policy="UsersPolicy", cache_policy_module_path=__name__, enable_events=True
+    )
+    if chunks:
+        manager.prepare_store(KEYS[:2], REQUEST)
+        manager.complete_store(KEYS[:2], REQUEST)
+        check_accounts(SimpleNamespace(manager=manager, _jobs={}))
+        manager.turn_off("no memory")
+    assert manager.problem and not manager.serves

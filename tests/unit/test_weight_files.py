@@ -33,6 +33,25 @@ def test_changes_are_seen(tmp_path, change):
     assert weights_digest(save(tmp_path / "b", **(dict(data=DATA) | change))) != before
 
 
+def test_small_tensors_count(tmp_path):
+    """Of a model's many tensors most are norms and biases, which samples spread over a file do not hit."""
+    place, tensors, data = 0, {}, bytearray(64 << 20)
+    for i in range(24):
+        for name, size in ((f"{i}.norm", 8192), (f"{i}.weight", 2 << 20)):
+            tensors[name] = {"dtype": "BF16", "shape": [size // 2], "data_offsets": [place, place + size]}
+            place += size
+    tensors["__metadata__"] = {"format": "pt"}
+    folder = save(tmp_path / "model", bytes(data[:place]), header=tensors)
+    before = [weights_digest(folder, of_this_copy) for of_this_copy in (True, False)]
+    for name in ("7.norm", "23.weight"):
+        begin = tensors[name]["data_offsets"][0]
+        changed = data[:place]
+        changed[begin + 100] = 1
+        folder = save(tmp_path / "model", bytes(changed), header=tensors)
+        after = [weights_digest(folder, of_this_copy) for of_this_copy in (True, False)]
+        assert before[0] != after[0] and before[1] != after[1], name
+
+
 def test_the_name_of_a_cached_blob_counts(tmp_path):
     """Hugging Face's cache links to blobs named by a hash of all of their content."""
     digests = set()

@@ -165,6 +165,15 @@ class XLayerConnector(OffloadingConnector):
         if isinstance(manager, TieredManager):
             manager.disk.sleep.begins(weights)
 
+    def before_weights_may_change(self, collective_rpc: Callable[..., list[Any]]) -> None:
+        """Scheduler side: as before a sleep, but that no reset follows. What the disk has counts again if the
+        weights are seen to be the same when it is asked next. Runs functions on all workers."""
+        scheduler = self.connector_scheduler
+        if isinstance(scheduler, RowConnectorScheduler) and isinstance(scheduler.manager, TieredManager):
+            scheduler.manager.disk.wake()  # what an earlier call has left open
+            self.before_sleep(collective_rpc)
+            scheduler.manager.disk.forget()
+
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
         return RowConnectorStats() if data is None else RowConnectorStats(data)

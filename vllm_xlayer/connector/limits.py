@@ -7,6 +7,7 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec, iter_layer_specs
 
 from ..layout import RowDescriptor
+from .disk.identity import drafter_with_kv
 
 
 class NotServedError(ValueError):
@@ -41,6 +42,11 @@ def _problems(
             f"pipeline parallelism with ranks of {', '.join(map(str, counts))} layers: their rows differ in "
             "bytes, and the tiers count in those of the first. Set VLLM_PP_LAYER_PARTITION to as many for "
             "each, or another --pipeline-parallel-size"
+        )
+    if parallel.pipeline_parallel_size > 1 and drafter_with_kv(vllm_config) is not None:
+        yield (
+            f"pipeline parallelism (got {parallel.pipeline_parallel_size}) with a drafter that has a KV "
+            "cache: the last rank's rows are larger, and the tiers count in those of the first"
         )
     specs = [spec for group in plan.kv_cache_groups for spec in iter_layer_specs(group.kv_cache_spec)]
     modes = {spec.mamba_cache_mode for spec in specs if isinstance(spec, MambaSpec)}

@@ -58,7 +58,7 @@ def tier_identity(
 def _problems(vllm_config: VllmConfig):
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     multimodal = vllm_config.model_config.multimodal_config
-    if (drafter := _drafter(vllm_config)) is not None and drafter.draft_model_config is None:
+    if (drafter := drafter_with_kv(vllm_config)) is not None and drafter.draft_model_config is None:
         yield (
             f"speculative decoding: expected {', '.join(DRAFTERS_WITHOUT_KV)} or a draft model, whose "
             f"weights can be told apart, got method {drafter.method}"
@@ -193,7 +193,7 @@ DRAFTERS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 """vLLM's methods of speculative decoding that keep nothing in the KV cache."""
 
 
-def _drafter(vllm_config: VllmConfig) -> SpeculativeConfig | None:
+def drafter_with_kv(vllm_config: VllmConfig) -> SpeculativeConfig | None:
     """Settings of the model that drafts and whose KV is in the rows; None where there is none."""
     speculative = vllm_config.speculative_config
     if speculative is None or speculative.method in DRAFTERS_WITHOUT_KV:
@@ -228,7 +228,7 @@ def _settings_digest(vllm_config: VllmConfig, code: str, states: bool) -> str:
     shaping: list[Any] = [code, shaping_settings(vllm_config)]
     if states:
         shaping.append(state_settings(vllm_config))
-    if (drafter := _drafter(vllm_config)) is not None:
+    if (drafter := drafter_with_kv(vllm_config)) is not None:
         load = getattr(drafter, "draft_load_config", None) or vllm_config.load_config
         shaping.append(draft_settings(drafter, load))
     text = json.dumps(shaping, sort_keys=True, default=str)

@@ -3,7 +3,7 @@
 vLLM's TieringOffloadingManager moves chunks between host memory and secondary tiers, all in the scheduler's
 process: it keeps them pinned, tells a request to wait for them, and has one view of all TP ranks' bytes. So
 a load counts only when every rank has its rows, and one file holds them all. What it does not have is a disk
-tier that checks what it reads, bounds what it writes, or survives a bad disk: that is here. `tiering` mends
+tier that checks what it reads, bounds what it writes, or survives a bad disk: that is here. `manager` mends
 the rest.
 
 Threads of its own call the disk: one reads, one writes, one looks for what other engines wrote. The
@@ -118,7 +118,7 @@ class DiskTier(SecondaryTierManager):
 
     def _open(self, folder: Path, identity: TierIdentity) -> DiskStore:
         """Looks through the folder on the writing thread. OSError also if that thread hangs."""
-        result: list[DiskStore | OSError] = []
+        result: list[DiskStore | Exception] = []
 
         def make(task: Task) -> bool:
             self.jobs.writer.calls(f"opening {folder}")
@@ -126,7 +126,7 @@ class DiskTier(SecondaryTierManager):
                 result.append(
                     DiskStore(folder, self.limit, identity, self.chunk_bytes, self.jobs.writer.goes_on)
                 )
-            except OSError as error:
+            except Exception as error:  # whatever it is, the start must not wait for it
                 result.append(error)
             return True
 
@@ -136,7 +136,7 @@ class DiskTier(SecondaryTierManager):
                 self._lock.wait(HUNG_SECONDS / 10)
                 if slow := self.jobs.writer.overdue(HUNG_SECONDS):
                     raise OSError(errno.ETIMEDOUT, f"{slow}. Restart the engine when the disk answers again")
-        if isinstance(result[0], OSError):
+        if isinstance(result[0], Exception):
             raise result[0]
         return result[0]
 
@@ -173,7 +173,7 @@ class DiskTier(SecondaryTierManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         # Not counted: a request asks again in every step until what it found has been read.
-        self._wake()
+        self.wake()
         if self.problem or self.hung:
             return LookupResult.MISS
         there = self._store.known(key)
@@ -206,7 +206,7 @@ class DiskTier(SecondaryTierManager):
             self.jobs.reader.put(Task(self.jobs.load, job_metadata, len(job_metadata.keys)))
 
     def submit_store(self, job_metadata: TransferJob) -> None:
-        self._wake()
+        self.wake()
         if reason := self._refusal(job_metadata):
             self._refuse(job_metadata, f"not stored: {reason}")
         else:
@@ -273,14 +273,14 @@ class DiskTier(SecondaryTierManager):
         """From now on nothing is found that was written before, and nothing written is found by others.
 
         For a reset of the connector's cache: that is what a user does who changed the weights of a running
-        engine, and the identity only knows the files that they came from. A sleep is a reset too: `_wake`
+        engine, and the identity only knows the files that they came from. A sleep is a reset too: `wake`
         takes it back if the weights are still the same.
         """
         self.sleep.reset(self._store.identity)
         with self._lock:
             self.jobs.store = self._store.for_identity(replace(self._store.identity, epoch=uuid4().hex))
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         if identity := self.sleep.ends():
             with self._lock:
                 self.jobs.store = self._store.for_identity(identity)

@@ -39,11 +39,11 @@ def loaded_weights(folder: Path) -> str:
 def weights_digest(folder: Path, of_this_copy: bool = True) -> str:
     """32 hex digits over the weight files of a model folder.
 
-    Covers every file's name, size, time of last change, safetensors header (names, shapes, dtypes, offsets)
-    and 64 samples of 4 KiB spread over it, and for files of Hugging Face's cache the name of the blob, which
-    is a hash of all of it. So an update, a fine-tune with equal shapes and a file written anew are seen. Not
-    seen: a change that hits none of the samples and keeps the time of last change. A copy of a folder with
-    new times counts as another model, which costs misses only.
+    Covers every file's name, size, time of last change, safetensors header (names, shapes, dtypes, offsets),
+    the first 4 KiB of each of its tensors and 64 samples of 4 KiB spread over it, and for files of Hugging
+    Face's cache the name of the blob, which is a hash of all of it. So an update, a fine-tune with equal
+    shapes and a file written anew are seen. Not seen: a change that hits none of the samples and keeps the
+    time of last change. A copy of a folder with new times counts as another model, which costs misses only.
 
     Args:
         of_this_copy: False leaves out times and blobs' names, which differ between hosts that hold the same
@@ -66,11 +66,24 @@ def weights_digest(folder: Path, of_this_copy: bool = True) -> str:
         with real.open("rb") as file:
             if path.suffix == ".safetensors":
                 length = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(min(length, stat.st_size)))
+                digest.update(header := file.read(min(length, stat.st_size)))
+                for begin, end in _tensors(header):
+                    file.seek(8 + length + begin)
+                    digest.update(file.read(min(SAMPLE_BYTES, end - begin)))
             for i in range(SAMPLES):
                 file.seek(max(0, stat.st_size - SAMPLE_BYTES) * i // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:32]
+
+
+def _tensors(header: bytes) -> list[tuple[int, int]]:
+    """(first byte, byte after the last) of each tensor, counted from the end of a safetensors header; none
+    where that is damaged."""
+    try:
+        facts = json.loads(header)
+        return sorted(tuple(fact["data_offsets"]) for name, fact in facts.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def weight_files(folder: Path) -> list[Path]:

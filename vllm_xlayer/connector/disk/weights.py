@@ -2,7 +2,8 @@
 
 Whoever trains puts an engine to sleep, wakes its memory for weights, writes other weights there, and wakes
 the rest. Whoever shares a GPU puts it to sleep and wakes it as it was. vLLM's connector sees both as a reset.
-So the loaded weights are summed up before the sleep, and again when the first request asks after it.
+Others send weights to an engine that does not sleep, of which a connector is told nothing. So the loaded
+weights are summed up before the sleep or the call, and again when the first request asks after it.
 """
 
 import hashlib
@@ -37,8 +38,8 @@ class AcrossSleep:
             self._announced = (weights, weights())
         except Exception as error:  # the engine must sleep all the same
             logger.warning(
-                "XLayerConnector: after this sleep the disk tier begins anew: the weights could not be "
-                "summed up: %s: %s", type(error).__name__, error,
+                "XLayerConnector: the disk tier begins anew after this sleep, or call that may change "
+                "weights: they could not be summed up: %s: %s", type(error).__name__, error,
             )  # fmt: skip
 
     def reset(self, identity: TierIdentity) -> None:
@@ -55,10 +56,10 @@ class AcrossSleep:
         try:
             if weights() == before:
                 return identity
-            problem = "the weights are not those from before it"
+            problem = "the weights are not those from before"
         except Exception as error:  # not known to be the same
             problem = f"{type(error).__name__}: {error}"
-        logger.info("XLayerConnector: the disk tier begins anew after a sleep: %s", problem)
+        logger.info("XLayerConnector: the disk tier begins anew: %s", problem)
         return None
 
 

@@ -48,7 +48,9 @@ def check_accounts(scheduler: SchedulerSide, idle: bool = False) -> None:
     for keys, writes in scheduler.manager.transfers():
         (writers if writes else readers).update(keys)
     host = scheduler.manager.host
-    problems = [*_chunk_problems(host), *_key_problems(host, readers, writers)]
+    problems = []
+    if host.lists_chunks:
+        problems += [*_chunk_problems(host), *_key_problems(host, readers, writers)]
     if idle:
         problems += _leftovers(scheduler)
     if problems:

@@ -68,8 +68,8 @@ class HostTierManager(CPUOffloadingManager):
             self.problem = problem
             logger.warning("XLayerConnector: the host tier is off: %s", problem)
             # Routers that follow vLLM's KV events send prompts to where these were.
-            ready = [key for key, chunk in self.chunks().items() if chunk.is_ready]
-            gone = [key for key in ready if key not in self._failed]
+            chunks = {} if self.events is None else self.chunks()
+            gone = [key for key, chunk in chunks.items() if chunk.is_ready and key not in self._failed]
             if gone and self.events is not None:
                 self.events.append(OffloadingEvent(keys=gone, medium=self.medium, removed=True))
 
@@ -106,13 +106,17 @@ class HostTierManager(CPUOffloadingManager):
         """Transfers to and from a tier behind this one: there is none."""
         return ()
 
+    @property
+    def lists_chunks(self) -> bool:
+        """Whether `chunks` says all: a user's own policy (cache_policy_module_path) need not tell."""
+        return isinstance(self._policy, ARCCachePolicy | LRUCachePolicy | RecencyPolicy)
+
     def chunks(self) -> Mapping[OffloadKey, ChunkStatus]:
-        """Every chunk the tier holds, also those being written."""
+        """Every chunk the tier holds, also those being written, if it `lists_chunks`; else none."""
         policy = self._policy
         if isinstance(policy, ARCCachePolicy):
             return {**policy.t1, **policy.t2}
-        assert isinstance(policy, LRUCachePolicy | RecencyPolicy)
-        return policy.chunks
+        return policy.chunks if isinstance(policy, LRUCachePolicy | RecencyPolicy) else {}
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         if not self.serves or key in self._failed:
