@@ -18,7 +18,7 @@ RUNNER_V2 = Private(
 DEPENDENCES = (
     RUNNER_V2,
     Private(
-        "disk tier across a sleep",
+        "disk tier across a sleep and changed weights",
         "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector:MultiConnector",
         why="below MultiConnector nothing is found after a sleep that was written before it",
         how="read: its connectors, which are told of a sleep, and of which some let loads be early",
